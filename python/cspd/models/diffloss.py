@@ -1,0 +1,152 @@
+"""The diffusion head of MAR: an adaLN-MLP that denoises one token given its condition.
+
+State-dict names and shapes follow LTH14/mar (``models/diffloss.py``); Li et al. 2024, arXiv 2406.11838.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn as nn
+from torch.utils.checkpoint import checkpoint
+
+from cspd_kernels import Schedule
+
+from .diffusion import GaussianDiffusion
+
+
+def _modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    return x * (1 + scale) + shift
+
+
+class TimestepEmbedder(nn.Module):
+    """Sinusoidal features of a timestep (cosines first) through a two-layer MLP: (N,) -> (N, W)."""
+
+    def __init__(self, width: int, frequency_embedding_size: int = 256):
+        super().__init__()
+        self.frequency_embedding_size = frequency_embedding_size
+        self.mlp = nn.Sequential(nn.Linear(frequency_embedding_size, width), nn.SiLU(), nn.Linear(width, width))
+
+    @staticmethod
+    def timestep_embedding(t: torch.Tensor, dim: int, max_period: float = 10000.0) -> torch.Tensor:
+        half = dim // 2
+        freqs = torch.exp(-math.log(max_period) * torch.arange(half, dtype=torch.float32) / half).to(t.device)
+        args = t[:, None].float() * freqs
+        return torch.cat([torch.cos(args), torch.sin(args), args.new_zeros(len(args), dim % 2)], dim=-1)
+
+    def forward(self, t: torch.Tensor) -> torch.Tensor:
+        return self.mlp(self.timestep_embedding(t, self.frequency_embedding_size).to(self.mlp[0].weight.dtype))
+
+
+class ResBlock(nn.Module):
+    """``x + gate * mlp(modulate(LN(x)))`` with shift, scale and gate from the condition y."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.in_ln = nn.LayerNorm(width, eps=1e-6)
+        self.mlp = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 3 * width))
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        shift, scale, gate = self.adaLN_modulation(y).chunk(3, dim=-1)
+        return x + gate * self.mlp(_modulate(self.in_ln(x), shift, scale))
+
+
+class FinalLayer(nn.Module):
+    """``linear(modulate(LN(x)))``, the LN without affine parameters."""
+
+    def __init__(self, width: int, out_channels: int):
+        super().__init__()
+        self.norm_final = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.linear = nn.Linear(width, out_channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        shift, scale = self.adaLN_modulation(y).chunk(2, dim=-1)
+        return self.linear(_modulate(self.norm_final(x), shift, scale))
+
+
+class SimpleMLPAdaLN(nn.Module):
+    """The denoising network: x (N, C), t (N,), c (N, Z) -> (N, out_channels)."""
+
+    def __init__(self, in_channels, model_channels, out_channels, z_channels, num_res_blocks, grad_checkpointing=False):
+        super().__init__()
+        self.in_channels = in_channels
+        self.grad_checkpointing = grad_checkpointing
+        self.time_embed = TimestepEmbedder(model_channels)
+        self.cond_embed = nn.Linear(z_channels, model_channels)
+        self.input_proj = nn.Linear(in_channels, model_channels)
+        self.res_blocks = nn.ModuleList(ResBlock(model_channels) for _ in range(num_res_blocks))
+        self.final_layer = FinalLayer(model_channels, out_channels)
+        self._initialize_weights()
+
+    def _initialize_weights(self):
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.normal_(self.time_embed.mlp[0].weight, std=0.02)
+        nn.init.normal_(self.time_embed.mlp[2].weight, std=0.02)
+        # Every block starts as the identity and the output as zero (adaLN-zero, arXiv 2212.09748).
+        for layer in [b.adaLN_modulation[-1] for b in self.res_blocks] + [
+            self.final_layer.adaLN_modulation[-1],
+            self.final_layer.linear,
+        ]:
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+        x = self.input_proj(x)
+        y = self.time_embed(t) + self.cond_embed(c)
+        for block in self.res_blocks:
+            x = checkpoint(block, x, y, use_reentrant=False) if self.grad_checkpointing else block(x, y)
+        return self.final_layer(x, y)
+
+    def forward_with_cfg(self, x: torch.Tensor, t: torch.Tensor, c: torch.Tensor, cfg_scale) -> torch.Tensor:
+        """Guided output for 2N rows, conditional rows first: both halves see the conditional x and share eps."""
+        half = x[: len(x) // 2]
+        out = self.forward(torch.cat([half, half]), t, c)
+        eps, rest = out[:, : self.in_channels], out[:, self.in_channels :]
+        eps_c, eps_u = eps.chunk(2)
+        eps = eps_u + cfg_scale * (eps_c - eps_u)
+        return torch.cat([torch.cat([eps, eps]), rest], dim=1)
+
+
+class DiffLoss(nn.Module):
+    """Diffusion loss of a token given its condition, and its sampler.
+
+    Args:
+        target_channels: C. z_channels: Z. depth, width: D residual blocks of width W.
+        num_sampling_steps: T of ``sample`` (an int, or a string as in LTH14/mar).
+        schedule: ``"cosine"`` (MAR) or ``"linear"``, 1,000 training steps.
+    """
+
+    def __init__(
+        self, target_channels, z_channels, depth, width, num_sampling_steps, grad_checkpointing=False, schedule="cosine"
+    ):
+        super().__init__()
+        if schedule not in ("cosine", "linear"):
+            raise ValueError(f"DiffLoss expected schedule 'cosine' or 'linear', got {schedule!r}")
+        make = getattr(Schedule, schedule)
+        self.in_channels = target_channels
+        self.net = SimpleMLPAdaLN(target_channels, width, 2 * target_channels, z_channels, depth, grad_checkpointing)
+        self.train_diffusion = GaussianDiffusion(make(1000))
+        self.gen_diffusion = GaussianDiffusion(make(int(num_sampling_steps)))
+
+    def forward(self, target, z, mask=None):
+        """Mean loss over rows; target (N, C), z (N, Z), mask (N,) weights."""
+        t = torch.randint(0, self.train_diffusion.num_timesteps, (target.shape[0],), device=target.device)
+        loss = self.train_diffusion.training_losses(self.net, target, t, dict(c=z))
+        return loss.mean() if mask is None else (loss * mask).sum() / mask.sum()
+
+    def sample(self, z, temperature=1.0, cfg=1.0):
+        """Tokens for conditions z: (N, Z) -> (N, C); with guidance z and the result have 2N rows,
+        conditional first. The first noise comes from the CPU generator, the others from the device's.
+        """
+        if not cfg == 1.0:
+            noise = torch.randn(z.shape[0] // 2, self.in_channels).to(z.device)
+            noise = torch.cat([noise, noise])
+            return self.gen_diffusion.p_sample_loop(self.net.forward_with_cfg, noise, temperature, dict(c=z, cfg_scale=cfg))
+        noise = torch.randn(z.shape[0], self.in_channels).to(z.device)
+        return self.gen_diffusion.p_sample_loop(self.net, noise, temperature, dict(c=z))

@@ -1,0 +1,234 @@
+"""Masked autoregressive image model (MAR), state-dict compatible with LTH14/mar.
+
+Li et al. 2024, "Autoregressive Image Generation without Vector Quantization", arXiv 2406.11838.
+``MAR.sample_tokens`` is the eager baseline of the end-to-end benchmarks: it draws the same random
+numbers in the same order as the released code, on any device.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+import torch.nn as nn
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+
+from ..order import mask_of, plan_steps, positions
+from .diffloss import DiffLoss
+from .vit import Block
+
+
+class MAR(nn.Module):
+    """Encoder over the known tokens, decoder over all of them, diffusion head per token.
+
+    Args:
+        img_size, vae_stride, patch_size, vae_embed_dim: an image has
+            L = (img_size / vae_stride / patch_size)^2 tokens of C = vae_embed_dim patch_size^2 channels.
+        diffloss_d, diffloss_w, num_sampling_steps, schedule: the head (see :class:`DiffLoss`).
+        buffer_size: how many class tokens stand before the sequence.
+    """
+
+    def __init__(
+        self,
+        img_size=256,
+        vae_stride=16,
+        patch_size=1,
+        encoder_embed_dim=1024,
+        encoder_depth=16,
+        encoder_num_heads=16,
+        decoder_embed_dim=1024,
+        decoder_depth=16,
+        decoder_num_heads=16,
+        mlp_ratio=4.0,
+        vae_embed_dim=16,
+        mask_ratio_min=0.7,
+        label_drop_prob=0.1,
+        class_num=1000,
+        attn_dropout=0.1,
+        proj_dropout=0.1,
+        buffer_size=64,
+        diffloss_d=3,
+        diffloss_w=1024,
+        num_sampling_steps="100",
+        diffusion_batch_mul=4,
+        grad_checkpointing=False,
+        schedule="cosine",
+    ):
+        super().__init__()
+        self.vae_embed_dim = vae_embed_dim
+        self.patch_size = patch_size
+        self.seq_h = self.seq_w = img_size // vae_stride // patch_size
+        self.seq_len = self.seq_h * self.seq_w
+        self.token_embed_dim = vae_embed_dim * patch_size**2
+        self.buffer_size = buffer_size
+        self.grad_checkpointing = grad_checkpointing
+        self.mask_ratio_min = mask_ratio_min
+        self.label_drop_prob = label_drop_prob
+        self.num_classes = class_num
+        self.diffusion_batch_mul = diffusion_batch_mul
+
+        def parameter(*shape):
+            return nn.Parameter(torch.randn(shape) * 0.02)
+
+        def blocks(depth, dim, heads):
+            return nn.ModuleList(Block(dim, heads, mlp_ratio, attn_dropout, proj_dropout) for _ in range(depth))
+
+        self.class_emb = nn.Embedding(class_num, encoder_embed_dim)
+        self.fake_latent = parameter(1, encoder_embed_dim)  # the class embedding of "no class"
+        self.z_proj = nn.Linear(self.token_embed_dim, encoder_embed_dim)
+        self.z_proj_ln = nn.LayerNorm(encoder_embed_dim, eps=1e-6)
+        self.encoder_pos_embed_learned = parameter(1, self.seq_len + buffer_size, encoder_embed_dim)
+        self.encoder_blocks = blocks(encoder_depth, encoder_embed_dim, encoder_num_heads)
+        self.encoder_norm = nn.LayerNorm(encoder_embed_dim, eps=1e-6)
+        self.decoder_embed = nn.Linear(encoder_embed_dim, decoder_embed_dim)
+        self.mask_token = parameter(1, 1, decoder_embed_dim)
+        self.decoder_pos_embed_learned = parameter(1, self.seq_len + buffer_size, decoder_embed_dim)
+        self.decoder_blocks = blocks(decoder_depth, decoder_embed_dim, decoder_num_heads)
+        self.decoder_norm = nn.LayerNorm(decoder_embed_dim, eps=1e-6)
+        self.diffusion_pos_embed_learned = parameter(1, self.seq_len, decoder_embed_dim)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.normal_(self.class_emb.weight, std=0.02)
+        self.diffloss = DiffLoss(
+            target_channels=self.token_embed_dim,
+            z_channels=decoder_embed_dim,
+            depth=diffloss_d,
+            width=diffloss_w,
+            num_sampling_steps=num_sampling_steps,
+            grad_checkpointing=grad_checkpointing,
+            schedule=schedule,
+        )
+
+    def patchify(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, c, h, w) -> (B, L, C)."""
+        batch, c, h, w = x.shape
+        p = self.patch_size
+        x = x.reshape(batch, c, h // p, p, w // p, p).permute(0, 2, 4, 1, 3, 5)
+        return x.reshape(batch, (h // p) * (w // p), c * p * p)
+
+    def unpatchify(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, L, C) -> (B, c, h, w)."""
+        p, c = self.patch_size, self.vae_embed_dim
+        x = x.reshape(-1, self.seq_h, self.seq_w, c, p, p).permute(0, 3, 1, 4, 2, 5)
+        return x.reshape(-1, c, self.seq_h * p, self.seq_w * p)
+
+    def sample_orders(self, bsz: int) -> torch.Tensor:
+        """(B, L) random generation orders from numpy's global generator, as the released code draws them."""
+        orders = np.tile(np.arange(self.seq_len), (bsz, 1))
+        for order in orders:
+            np.random.shuffle(order)
+        return torch.as_tensor(orders, device=self.mask_token.device)
+
+    def random_masking(self, x: torch.Tensor, orders: torch.Tensor) -> torch.Tensor:
+        """Training mask (B, L); its ratio is a normal (1, 0.25) truncated to [mask_ratio_min, 1]."""
+        normal = torch.distributions.Normal(1.0, 0.25)
+        low = float(normal.cdf(torch.tensor(self.mask_ratio_min)))
+        ratio = float(normal.icdf(low + (0.5 - low) * torch.rand(())))
+        return mask_of(orders, math.ceil(x.shape[1] * ratio))
+
+    def _run_blocks(self, blocks, x):
+        for block in blocks:
+            x = checkpoint(block, x, use_reentrant=False) if self.grad_checkpointing else block(x)
+        return x
+
+    def forward_mae_encoder(self, x: torch.Tensor, mask: torch.Tensor, class_embedding: torch.Tensor) -> torch.Tensor:
+        """x (B, L, C), mask (B, L), class_embedding (B, E) -> (B, buffer + known, E).
+
+        Every image must have the same number of known tokens.
+        """
+        x = self.z_proj(x)
+        batch, _, dim = x.shape
+        if self.training:
+            drop = (torch.rand(batch, 1) < self.label_drop_prob).to(x.device, x.dtype)
+            class_embedding = drop * self.fake_latent + (1 - drop) * class_embedding
+        buffer = class_embedding.to(x.dtype).unsqueeze(1).expand(-1, self.buffer_size, -1)
+        x = self.z_proj_ln(torch.cat([buffer, x], dim=1) + self.encoder_pos_embed_learned)
+        x = x[self._known(mask)].reshape(batch, -1, dim)
+        return self.encoder_norm(self._run_blocks(self.encoder_blocks, x))
+
+    def forward_mae_decoder(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Encoder output and mask (B, L) -> the conditions z of all positions (B, L, Z)."""
+        x = self.decoder_embed(x)
+        known = self._known(mask)
+        padded = self.mask_token.to(x.dtype).repeat(*known.shape, 1)
+        padded[known] = x.reshape(-1, x.shape[-1])
+        x = self._run_blocks(self.decoder_blocks, padded + self.decoder_pos_embed_learned)
+        return self.decoder_norm(x)[:, self.buffer_size :] + self.diffusion_pos_embed_learned
+
+    def _known(self, mask: torch.Tensor) -> torch.Tensor:
+        """(B, buffer + L) bool: the class tokens and the tokens already drawn."""
+        return torch.cat([mask.new_ones(mask.shape[0], self.buffer_size, dtype=torch.bool), mask == 0], dim=1)
+
+    def forward(self, imgs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Training loss of a batch of images (B, c, h, w) with labels (B,)."""
+        x = self.patchify(imgs)
+        target = x.detach()
+        mask = self.random_masking(x, self.sample_orders(x.shape[0]))
+        z = self.forward_mae_decoder(self.forward_mae_encoder(x, mask, self.class_emb(labels)), mask)
+        rows = mask.flatten().bool()  # the loss counts masked tokens only
+        repeat = self.diffusion_batch_mul
+        return self.diffloss(target.flatten(0, 1)[rows].repeat(repeat, 1), z.flatten(0, 1)[rows].repeat(repeat, 1))
+
+    @torch.no_grad()
+    def sample_tokens(
+        self, bsz, num_iter=64, cfg=1.0, cfg_schedule="linear", labels=None, temperature=1.0, progress=False
+    ) -> torch.Tensor:
+        """Generate bsz images (B, c, h, w) in ``num_iter`` steps; labels (B,) int64 or None for no class."""
+        guided = cfg != 1.0
+        device = self.mask_token.device
+        tokens = torch.zeros(bsz, self.seq_len, self.token_embed_dim, device=device)
+        orders = self.sample_orders(bsz)
+        embedding = self.class_emb(labels) if labels is not None else self.fake_latent.repeat(bsz, 1)
+        if guided:
+            embedding = torch.cat([embedding, self.fake_latent.repeat(bsz, 1)])
+        for step in tqdm(plan_steps(self.seq_len, num_iter, cfg, cfg_schedule), disable=not progress):
+            mask = mask_of(orders, step.before)
+            if guided:
+                x, mask = torch.cat([tokens, tokens]), torch.cat([mask, mask])
+            else:
+                x = tokens
+            z = self.forward_mae_decoder(self.forward_mae_encoder(x, mask, embedding), mask)
+            index = positions(orders, step.before, step.after)
+            # [B or 2B, n, Z] -> rows, image by image, conditional images first
+            both = torch.cat([index, index]) if guided else index
+            z = z.gather(1, both[..., None].expand(-1, -1, z.shape[-1])).flatten(0, 1)
+            drawn = self.diffloss.sample(z, temperature, step.cfg)[: index.numel()]
+            drawn = drawn.reshape(*index.shape, -1)
+            tokens = tokens.scatter(1, index[..., None].expand_as(drawn), drawn)
+        return self.unpatchify(tokens)
+
+
+def _build(defaults: dict, kwargs: dict) -> MAR:
+    return MAR(**{**defaults, **kwargs})
+
+
+def _size(dim: int, depth: int, heads: int, head_depth: int, head_width: int) -> dict:
+    return dict(
+        encoder_embed_dim=dim,
+        encoder_depth=depth,
+        encoder_num_heads=heads,
+        decoder_embed_dim=dim,
+        decoder_depth=depth,
+        decoder_num_heads=heads,
+        diffloss_d=head_depth,
+        diffloss_w=head_width,
+    )
+
+
+def mar_base(**kwargs) -> MAR:
+    """MAR-B, 208 M parameters with its published head (D=6, W=1024)."""
+    return _build(_size(768, 12, 12, 6, 1024), kwargs)
+
+
+def mar_large(**kwargs) -> MAR:
+    """MAR-L, 479 M parameters with its published head (D=8, W=1280)."""
+    return _build(_size(1024, 16, 16, 8, 1280), kwargs)
+
+
+def mar_huge(**kwargs) -> MAR:
+    """MAR-H, 943 M parameters with its published head (D=12, W=1536)."""
+    return _build(_size(1280, 20, 16, 12, 1536), kwargs)
