@@ -1,0 +1,245 @@
+"""A diffusion head, packed: the weights of an adaLN-MLP in the form that every backend reads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+import torch.nn as nn
+
+from .schedule import Schedule
+
+OPERAND_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def stream_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Type of the residual stream and of all arithmetic outside GEMMs, for a GEMM operand type."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def call_dtype(device: torch.device, weights: torch.dtype) -> torch.dtype:
+    """Operand type when none is asked for: autocast's where it is on for this device, else the weights'."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.get_autocast_dtype(device.type)
+    return weights
+
+
+@dataclass(frozen=True)
+class Block:
+    """Weights of one residual block: ``h += gate * mlp1(silu(mlp0(LN(h) (1 + scale) + shift)))``."""
+
+    norm_weight: torch.Tensor  # (W,) residual-stream type, like norm_bias
+    norm_bias: torch.Tensor
+    weight0: torch.Tensor  # (W, W)
+    bias0: torch.Tensor
+    weight1: torch.Tensor  # (W, W)
+    bias1: torch.Tensor
+    mod_weight: torch.Tensor  # (3W, W): shift, scale, gate
+    mod_bias: torch.Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class DiffusionHead:
+    """The denoising network of one module at one operand type, with its schedule.
+
+    Built by :meth:`from_module`. GEMM operands (weights and biases) are of ``dtype``; the
+    LayerNorm's affine parameters and the time embedding are of the residual stream's type
+    (float32; float64 for a float64 head). Weights that need no conversion are shared with the
+    module, not copied: build the head again after changing them.
+
+    Attributes:
+        schedule: the :class:`Schedule` of T steps.
+        time_embedding: (T, W), ``time_embed(schedule.timesteps)``: it does not depend on the data.
+        norm_eps: the epsilon of every LayerNorm.
+    """
+
+    schedule: Schedule
+    dtype: torch.dtype
+    norm_eps: float
+    time_embedding: torch.Tensor
+    cond_weight: torch.Tensor  # (W, Z)
+    cond_bias: torch.Tensor
+    input_weight: torch.Tensor  # (W, C)
+    input_bias: torch.Tensor
+    blocks: tuple[Block, ...]
+    final_mod_weight: torch.Tensor  # (2W, W): shift, scale
+    final_mod_bias: torch.Tensor
+    final_weight: torch.Tensor  # (2C, W): eps, v; (C, W) with a fixed variance
+    final_bias: torch.Tensor
+
+    @property
+    def channels(self) -> int:
+        """C, channels of a token."""
+        return self.input_weight.shape[1]
+
+    @property
+    def cond_channels(self) -> int:
+        """Z, width of a condition."""
+        return self.cond_weight.shape[1]
+
+    @property
+    def width(self) -> int:
+        """W, width of the residual stream."""
+        return self.input_weight.shape[0]
+
+    @property
+    def depth(self) -> int:
+        """D, number of residual blocks."""
+        return len(self.blocks)
+
+    @property
+    def num_steps(self) -> int:
+        """T, number of reverse steps."""
+        return self.schedule.num_steps
+
+    @property
+    def learned_variance(self) -> bool:
+        """Whether the network puts out (eps, v) rather than eps alone."""
+        return self.final_weight.shape[0] == 2 * self.channels
+
+    @property
+    def device(self) -> torch.device:
+        return self.input_weight.device
+
+    def __repr__(self) -> str:
+        return (
+            f"DiffusionHead(channels={self.channels}, width={self.width}, depth={self.depth}, "
+            f"num_steps={self.num_steps}, dtype={self.dtype}, device={self.device})"
+        )
+
+    def to(self, dtype: torch.dtype) -> DiffusionHead:
+        """The same head with GEMM operands of another type (float64: everything in float64)."""
+        _check_dtype(dtype)
+        stream = stream_dtype(dtype)
+
+        def convert(name: str, value):
+            if not isinstance(value, torch.Tensor):
+                return value
+            return value.to(stream if name in ("norm_weight", "norm_bias", "time_embedding") else dtype)
+
+        values = {f.name: convert(f.name, getattr(self, f.name)) for f in fields(self)}
+        values["dtype"] = dtype
+        values["blocks"] = tuple(
+            Block(**{f.name: convert(f.name, getattr(block, f.name)) for f in fields(Block)}) for block in self.blocks
+        )
+        return DiffusionHead(**values)
+
+    @classmethod
+    @torch.no_grad()
+    def from_module(cls, diffloss: nn.Module, *, dtype: torch.dtype | None = None, device=None) -> DiffusionHead:
+        """Pack a ``DiffLoss``-like module, recognised by its structure and never by its class name.
+
+        The module must hold ``in_channels``, ``gen_diffusion`` and ``net`` with ``input_proj``,
+        ``time_embed`` (``mlp``, ``frequency_embedding_size``), ``cond_embed``, ``res_blocks`` (each
+        ``in_ln``, ``mlp``, ``adaLN_modulation``) and ``final_layer`` (``norm_final``, ``linear``,
+        ``adaLN_modulation``), as in LTH14/mar's ``models/diffloss.py``.
+
+        Args:
+            dtype: GEMM operand type: float32, bfloat16, float16, or float64 (torch backend only).
+                None follows autocast where it is on, else the weights' type.
+            device: where the head lives; None leaves the weights where they are.
+
+        Raises:
+            TypeError: the module is no such head; the message lists what is missing.
+            ValueError: it is one, of a kind that is not covered (the message says which).
+        """
+        problem = why_not_a_head(diffloss)
+        if problem:
+            raise TypeError(f"DiffusionHead.from_module expected a DiffLoss-like module, got {type(diffloss).__name__}: {problem}")
+        net = diffloss.net
+        schedule = Schedule.from_diffusion(diffloss.gen_diffusion)
+        device = torch.device(device) if device is not None else net.input_proj.weight.device
+        if dtype is None:
+            dtype = call_dtype(device, net.input_proj.weight.dtype)
+        _check_dtype(dtype)
+        stream = stream_dtype(dtype)
+
+        def gemm(layer: nn.Linear) -> tuple[torch.Tensor, torch.Tensor]:
+            weight = layer.weight.detach()
+            bias = layer.bias.detach() if layer.bias is not None else weight.new_zeros(weight.shape[0])
+            return weight.to(device, dtype), bias.to(device, dtype)
+
+        def norm(layer: nn.LayerNorm) -> tuple[torch.Tensor, torch.Tensor]:
+            width = net.input_proj.out_features
+            weight = layer.weight if layer.weight is not None else torch.ones(width)
+            bias = layer.bias if layer.bias is not None else torch.zeros(width)
+            return weight.detach().to(device, stream), bias.detach().to(device, stream)
+
+        blocks = tuple(
+            Block(*norm(b.in_ln), *gemm(b.mlp[0]), *gemm(b.mlp[2]), *gemm(b.adaLN_modulation[-1])) for b in net.res_blocks
+        )
+        timesteps = torch.tensor(schedule.timesteps, device=device)
+        return cls(
+            schedule,
+            dtype,
+            float(net.final_layer.norm_final.eps),
+            _time_embedding(net.time_embed, timesteps, stream),
+            *gemm(net.cond_embed),
+            *gemm(net.input_proj),
+            blocks,
+            *gemm(net.final_layer.adaLN_modulation[-1]),
+            *gemm(net.final_layer.linear),
+        )
+
+
+def why_not_a_head(module: nn.Module) -> str | None:
+    """None when the module has the structure of a diffusion head, else what is missing or different."""
+    paths = [
+        "in_channels", "gen_diffusion", "net.input_proj", "net.cond_embed", "net.res_blocks",
+        "net.time_embed.mlp", "net.time_embed.frequency_embedding_size",
+        "net.final_layer.norm_final", "net.final_layer.linear", "net.final_layer.adaLN_modulation",
+    ]  # fmt: skip
+    missing = [path for path in paths if _find(module, path) is None]
+    if missing:
+        return "it lacks " + ", ".join(missing)
+    net = module.net
+    for i, block in enumerate(net.res_blocks):
+        missing = [name for name in ("in_ln", "mlp", "adaLN_modulation") if _find(block, name) is None]
+        if missing:
+            return f"net.res_blocks[{i}] lacks " + ", ".join(missing)
+        if not _is_mlp(block.mlp):
+            return f"net.res_blocks[{i}].mlp is not Linear, SiLU, Linear"
+    if not _is_mlp(net.time_embed.mlp):
+        return "net.time_embed.mlp is not Linear, SiLU, Linear"
+    out, channels = net.final_layer.linear.out_features, net.input_proj.in_features
+    if out not in (channels, 2 * channels):
+        return f"net.final_layer puts out {out} channels; {channels} (eps) or {2 * channels} (eps, v) are understood"
+    epsilons = {block.in_ln.eps for block in net.res_blocks} | {net.final_layer.norm_final.eps}
+    if len(epsilons) != 1:
+        return f"its LayerNorms differ in eps: {sorted(epsilons)}"
+    return None
+
+
+def _find(module, path: str):
+    for name in path.split("."):
+        module = getattr(module, name, None)
+    return module
+
+
+def _is_mlp(module) -> bool:
+    kinds = (nn.Linear, nn.SiLU, nn.Linear)
+    return isinstance(module, nn.Sequential) and len(module) == 3 and all(map(isinstance, module, kinds))
+
+
+def _check_dtype(dtype: torch.dtype) -> None:
+    if dtype not in OPERAND_DTYPES:
+        names = ", ".join(str(d).removeprefix("torch.") for d in OPERAND_DTYPES)
+        raise ValueError(f"DiffusionHead expected dtype one of {names}, got {dtype}: pass dtype=torch.float32")
+
+
+def _time_embedding(time_embed: nn.Module, timesteps: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """(T, W): sinusoidal features, cosines first, through the embedding's MLP, in ``dtype`` throughout.
+
+    The features themselves are float32 whatever ``dtype``: that is the definition trained networks saw.
+    """
+    mlp = [p.detach().to(timesteps.device, dtype) for layer in (time_embed.mlp[0], time_embed.mlp[2])
+           for p in (layer.weight, layer.bias)]  # fmt: skip
+    size = time_embed.frequency_embedding_size
+    half = size // 2
+    exponent = torch.arange(half, dtype=torch.float32) / half
+    freqs = torch.exp(-torch.log(torch.tensor(10000.0)) * exponent).to(timesteps.device)
+    angles = timesteps[:, None].float() * freqs
+    features = torch.cat([angles.cos(), angles.sin(), angles.new_zeros(len(angles), size % 2)], dim=1).to(dtype)
+    with torch.autocast(timesteps.device.type, enabled=False):
+        hidden = nn.functional.silu(nn.functional.linear(features, mlp[0], mlp[1]))
+        return nn.functional.linear(hidden, mlp[2], mlp[3])

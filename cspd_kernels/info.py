@@ -1,0 +1,100 @@
+"""``python -m cspd_kernels.info [--json]``: what is installed and which backends can serve. Never fails."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+from importlib import metadata
+
+
+def _guarded(probe) -> object:
+    """A probe's answer, or its failure as text: a report must not fail because a machine is odd."""
+    try:
+        return probe()
+    except Exception as error:  # noqa: BLE001
+        return f"unknown ({type(error).__name__}: {error})"
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _devices() -> list[dict]:
+    import torch
+
+    devices = []
+    for i in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(i)
+        devices.append(
+            {
+                "name": properties.name,
+                "capability": f"{properties.major}.{properties.minor}",
+                "memory_bytes": properties.total_memory,
+                "multiprocessors": properties.multi_processor_count,
+            }
+        )
+    return devices
+
+
+def _torch(read):
+    def probe():
+        import torch
+
+        return read(torch)
+
+    return probe
+
+
+def _backends() -> dict[str, str]:
+    from .backends import available_backends
+
+    return available_backends()
+
+
+def collect() -> dict:
+    """The report as a dictionary; a probe that fails leaves its reason as the value."""
+    return {
+        "cspd-kernels": _guarded(lambda: _version("cspd-kernels")),
+        "python": platform.python_version(),
+        "platform": _guarded(platform.platform),
+        "torch": _guarded(_torch(lambda torch: torch.__version__)),
+        "triton": _guarded(lambda: _version("triton")),
+        "numpy": _guarded(lambda: _version("numpy")),
+        "cuda (torch built for)": _guarded(_torch(lambda torch: torch.version.cuda or "none")),
+        "gpus": _guarded(_devices),
+        "cpu threads": _guarded(_torch(lambda torch: torch.get_num_threads())),
+        "cpu capability": _guarded(_torch(lambda torch: torch.backends.cpu.get_cpu_capability())),
+        "backends": _guarded(_backends),
+        "CSPD_BACKEND": os.environ.get("CSPD_BACKEND", "not set (automatic)"),
+    }
+
+
+def render(as_json: bool) -> str:
+    """The report as text for a person, or as JSON."""
+    report = collect()
+    if as_json:
+        return json.dumps(report, indent=2, default=str)
+    lines = []
+    for key, value in report.items():
+        if isinstance(value, dict):
+            lines += [f"{key}:"] + [f"  {k:8s} {v}" for k, v in value.items()]
+        else:
+            text = value if not isinstance(value, list) else "; ".join(map(str, value)) or "none"
+            lines.append(f"{key}: {text}")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m cspd_kernels.info", description="Versions, devices and backends.")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    print(render(parser.parse_args(argv).json))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

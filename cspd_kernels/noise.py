@@ -1,0 +1,137 @@
+"""Counter-based random numbers: Philox 4x32-10, the same in every backend.
+
+A number is a pure function of (seed; row, index, channel): nothing is stored, draft and target
+share noise by sharing addresses, and a token's noise does not depend on its batch.
+
+Layout of one Philox call, four 32-bit words in and out::
+
+    key     = (seed low 32, seed high 32)
+    counter = (row low 32, row high 32, index, stream << 24 | channel // 4)
+
+    stream 0  noise of reverse step ``index``          word k -> channel 4 g + k
+    stream 1  x_T                       (index 0)      likewise
+    stream 2  uniform of try ``index`` of accept_reject (try 0 is the accept test), word 0
+    stream 3  proposal of try ``index`` of accept_reject, channels as above
+
+Words become uniforms in (0, 1] by ``float32(word) 2^-32 + 2^-33``; words (0, 1) and (2, 3) become
+two normals each by Box-Muller: ``sqrt(-2 ln u_0) (cos, sin)(2 pi u_1)``.
+
+Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+STREAM_STEP, STREAM_X_T, STREAM_UNIFORM, STREAM_PROPOSAL = range(4)
+_MASK = 0xFFFFFFFF
+
+
+def philox_4x32(key: tuple[int, int], counter: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """Philox 4x32-10 in int64 arithmetic: four counter words -> four random words, all in [0, 2^32).
+
+    Args:
+        key: two 32-bit words. counter: four int64 tensors that broadcast together.
+    """
+    k0, k1 = key
+    c0, c1, c2, c3 = counter
+    for _ in range(10):
+        # The 64-bit products may wrap around as signed numbers; both halves come out right all the same.
+        p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c1, c2, c3 = ((p1 >> 32) & _MASK) ^ c1 ^ k0, p1 & _MASK, ((p0 >> 32) & _MASK) ^ c3 ^ k1, p0 & _MASK
+        k0, k1 = (k0 + 0x9E3779B9) & _MASK, (k1 + 0xBB67AE85) & _MASK
+    return c0, c1, c2, c3
+
+
+def _words(seed: int, rows: torch.Tensor, index, group, stream: int) -> tuple[torch.Tensor, ...]:
+    key = (seed & _MASK, (seed >> 32) & _MASK)
+    low, high = rows & _MASK, (rows >> 32) & _MASK
+    index, last = (torch.as_tensor(v, dtype=torch.int64, device=rows.device) for v in (index, group))
+    return philox_4x32(key, torch.broadcast_tensors(low, high, index, last | (stream << 24)))
+
+
+def _uniform(words: torch.Tensor) -> torch.Tensor:
+    return words.float() * 2.0**-32 + 2.0**-33
+
+
+def uniforms(seed: int, rows: torch.Tensor, index) -> torch.Tensor:
+    """Uniforms in (0, 1], float32, of the tries ``index`` of accept_reject; ``rows`` and ``index`` broadcast."""
+    return _uniform(_words(seed, rows, index, 0, STREAM_UNIFORM)[0])
+
+
+def normals(seed: int, rows: torch.Tensor, index, channels: int, stream: int) -> torch.Tensor:
+    """Standard normals, float32, of shape broadcast(rows, index) + (channels,)."""
+    group = torch.arange((channels + 3) // 4, device=rows.device)
+    if isinstance(index, torch.Tensor):
+        index = index[..., None]
+    u = [_uniform(word) for word in _words(seed, rows[..., None], index, group, stream)]
+    pairs = []
+    for radius, angle in ((u[0], u[1]), (u[2], u[3])):
+        radius = torch.sqrt(-2.0 * torch.log(radius))
+        angle = (2.0 * math.pi) * angle
+        pairs += [radius * torch.cos(angle), radius * torch.sin(angle)]
+    return torch.stack(pairs, dim=-1).flatten(-2)[..., :channels]
+
+
+def check_seed(seed) -> int:
+    """A seed as an int in [0, 2^64), or one clear error."""
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**64:
+        raise ValueError(f"expected seed to be an int in [0, 2**64), got {seed!r}")
+    return seed
+
+
+def check_rows(rows, device=None) -> torch.Tensor:
+    """Row addresses (N,) int64, or one clear error."""
+    if not isinstance(rows, torch.Tensor) or rows.dtype != torch.int64 or rows.dim() != 1:
+        got = f"{rows.dtype} {tuple(rows.shape)}" if isinstance(rows, torch.Tensor) else type(rows).__name__
+        raise ValueError(f"expected rows to be an int64 tensor of shape (N,), got {got}")
+    if device is not None and rows.device != device:
+        raise ValueError(f"expected rows on {device}, got {rows.device}: move them with rows.to({str(device)!r})")
+    return rows
+
+
+class PhiloxNoise:
+    """The noise of N denoising chains, addressed rather than stored.
+
+    Args:
+        seed: int in [0, 2^64).
+        rows: (N,) int64, the address of each chain; equal addresses give equal noise.
+        channels: C; may be left to :meth:`x_T` or to :func:`cspd_kernels.denoise`, which know it.
+    """
+
+    def __init__(self, seed: int, rows: torch.Tensor, channels: int | None = None):
+        self.seed = check_seed(seed)
+        self.rows = check_rows(rows)
+        self.channels = channels
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __repr__(self) -> str:
+        return f"PhiloxNoise(seed={self.seed}, rows=<{len(self)} on {self.rows.device}>, channels={self.channels})"
+
+    def __getitem__(self, index) -> PhiloxNoise:
+        """The noise of some of the rows."""
+        return PhiloxNoise(self.seed, self.rows[index], self.channels)
+
+    def x_T(self, channels: int | None = None) -> torch.Tensor:  # noqa: N802  (the mathematics' name)
+        """(N, C) float32 standard normals: the starting point of every chain."""
+        return normals(self.seed, self.rows, 0, self._channels(channels), STREAM_X_T)
+
+    def step(self, i: int, channels: int | None = None) -> torch.Tensor:
+        """(N, C) float32 standard normals of reverse step i."""
+        return normals(self.seed, self.rows, i, self._channels(channels), STREAM_STEP)
+
+    def steps(self, start: int, stop: int, channels: int | None = None) -> torch.Tensor:
+        """(stop - start, N, C): the noise of the steps start..stop-1 at once."""
+        index = torch.arange(start, stop, device=self.rows.device)[:, None]
+        return normals(self.seed, self.rows, index, self._channels(channels), STREAM_STEP)
+
+    def _channels(self, channels: int | None) -> int:
+        if channels is not None:
+            self.channels = channels
+        if self.channels is None:
+            raise ValueError("PhiloxNoise expected the number of channels, got none: call x_T(channels) or step(i, channels)")
+        return self.channels

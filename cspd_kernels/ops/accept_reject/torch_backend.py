@@ -1,0 +1,56 @@
+"""``accept_reject`` in torch, several tries at a time.
+
+On the CPU only the rows still undecided are worked on. On a device their number is unknown without
+waiting for it, so all rows go through all tries, in blocks that bound the memory.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ...noise import uniforms
+from ..denoise import Denoised
+from ..density_ratio.reference import log_density_ratio
+from .reference import keep, propose
+
+_BLOCK_ELEMENTS = 1 << 24  # of (rows, tries, channels) at once: 64 MiB a temporary
+
+
+def accept_reject(x, draft, target, seed, rows, relaxation, sigma, max_tries):
+    """As :func:`cspd_kernels.accept_reject`."""
+    log_ratio = log_density_ratio(x, draft, target, relaxation, sigma)
+    accepted = torch.log(uniforms(seed, rows, 0)) <= log_ratio
+    token = torch.where(accepted[:, None], x, target.sample.float())
+    tries = torch.where(accepted, 0, -1).to(torch.int32)
+    compact = x.device.type == "cpu"
+    pending = (~accepted).nonzero()[:, 0] if compact else None
+    first, width = 1, 4 if compact else max_tries
+    while first <= max_tries and (pending is None or len(pending)):
+        count = len(x) if pending is None else len(pending)
+        size = min(width, max_tries + 1 - first, max(1, _BLOCK_ELEMENTS // max(1, count * x.shape[1])))
+        part = slice(None) if pending is None else pending
+        found, at, proposal = _redraw(_take(draft, part), _take(target, part), seed, rows[part], sigma, first, size)
+        found &= tries[part] == -1
+        token[part] = torch.where(found[:, None], proposal, token[part])
+        tries[part] = torch.where(found, at, tries[part])
+        if pending is not None:
+            pending = pending[~found]
+        first, width = first + size, width * 4
+    return token, accepted, tries, log_ratio
+
+
+def _take(chain, part) -> Denoised:
+    return Denoised(*(field[part] for field in (chain.sample, chain.mean, chain.log_std, chain.path_log_std)))
+
+
+def _redraw(draft, target, seed, rows, sigma, first, size):
+    """Tries first..first+size-1 of n rows: (found [n], the first kept try [n] int32, its proposal [n, C])."""
+    n, channels = target.mean.shape
+    k = torch.arange(first, first + size, device=rows.device)[None, :]  # [1, K]
+    wide = [Denoised(*(f[:, None].expand(-1, size, *f.shape[1:]).flatten(0, 1) for f in chain)) for chain in (draft, target)]
+    k, address = k.expand(n, -1).flatten(), rows[:, None].expand(-1, size).flatten()  # [n K]
+    proposal = propose(wide[1], seed, address, k)
+    kept = keep(proposal, *wide, sigma, uniforms(seed, address, k)).view(n, size)
+    at = kept.to(torch.int32).argmax(dim=1)
+    proposal = proposal.view(n, size, channels).gather(1, at[:, None, None].expand(-1, 1, channels))[:, 0]
+    return kept.any(dim=1), (first + at).to(torch.int32), proposal

@@ -1,0 +1,91 @@
+"""The log density ratio of two aligned denoising chains that meet in the same token."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from ...backends import implementation
+from ..denoise import Denoised
+
+SIGMAS = ("paper", "released")
+
+
+@torch.no_grad()
+def log_density_ratio(
+    x: torch.Tensor,
+    draft: Denoised,
+    target: Denoised,
+    *,
+    relaxation: float | torch.Tensor = 1.0,
+    sigma: str = "paper",
+    backend: str | None = None,
+) -> torch.Tensor:
+    """log p(Y_p) / q(Y_q) of the target's and the draft's trajectory under the same noise, (N,) float32.
+
+    Denoised with the same x_T and noise, the noise factors of the two path densities cancel; what
+    is left is the last step's Gaussians and the scales of the steps before::
+
+        log r = sum_c [log N(x; mu_p, sigma_p) - log N(x; mu_q, sigma_q)] + (L_q - L_p)
+
+    with mu, log sigma = ``mean``, ``log_std`` and L = ``path_log_std``, p the target, q the draft.
+    The squared residuals are divided by ``relaxation``^2. Two trajectories that meet in x are
+    compared, not two marginal densities: a surrogate, not an exact likelihood ratio.
+
+    Finite inputs give no NaN; very distant ones may give -inf or inf. A row that cannot be judged
+    (its inputs are not finite, or a temperature of 0) is -inf, so that it is never accepted.
+
+    Args:
+        x: (N, C) floating, the draft's tokens.
+        draft, target: :class:`Denoised` of the same N rows (mean, log_std (N, C), path_log_std (N,)).
+        relaxation: > 0, a number or one per token (N,). 1 is the formula; the released code's
+            ``inner_temperature`` is 42.
+        sigma: ``"paper"`` as above; ``"released"`` with the path term's sign turned, L_p - L_q, as in
+            the released code (MarkXCloud/CSpD ``spec_decode_runner.py``), for comparison.
+        backend: as in :func:`cspd_kernels.denoise`.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit.
+
+    Source: arXiv 2411.11925, eq. 8-11.
+    """
+    run = implementation("log_density_ratio", backend)
+    relaxation = check("log_density_ratio", x, draft, target, relaxation, sigma)
+    return run(x.float(), draft, target, relaxation, sigma)
+
+
+def check(op: str, x, draft, target, relaxation, sigma) -> float | torch.Tensor:
+    """Raise on arguments that do not fit; return the relaxation as a number or as (N,) float32."""
+    if not isinstance(x, torch.Tensor) or x.dim() != 2 or not x.is_floating_point():
+        got = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, torch.Tensor) else type(x).__name__
+        raise ValueError(f"{op} expected x as a floating tensor (N, C), got {got}")
+    for name, chain in (("draft", draft), ("target", target)):
+        fields = {"mean": x.shape, "log_std": x.shape, "path_log_std": x.shape[:1]}
+        if name == "target":
+            fields["sample"] = x.shape
+        for field, shape in fields.items():
+            value = getattr(chain, field, None)
+            if not isinstance(value, torch.Tensor):
+                raise TypeError(f"{op} expected {name} as a Denoised with a tensor {field}, got {type(chain).__name__}")
+            if value.shape != shape or not value.is_floating_point():
+                raise ValueError(
+                    f"{op} expected {name}.{field} floating of shape {tuple(shape)} to match x, "
+                    f"got {value.dtype} {tuple(value.shape)}"
+                )
+            if value.device != x.device:
+                raise ValueError(f"{op} expected {name}.{field} on the device of x, {x.device}, got {value.device}")
+    if sigma not in SIGMAS:
+        raise ValueError(f"{op} expected sigma one of {SIGMAS}, got {sigma!r}")
+    if isinstance(relaxation, torch.Tensor):
+        if relaxation.shape != x.shape[:1] or not relaxation.is_floating_point() or relaxation.device != x.device:
+            raise ValueError(
+                f"{op} expected relaxation as a number or a floating tensor {tuple(x.shape[:1])} on {x.device}, "
+                f"got {relaxation.dtype} {tuple(relaxation.shape)} on {relaxation.device}"
+            )
+        if relaxation.device.type == "cpu" and not (relaxation > 0).all():
+            raise ValueError("expected every relaxation > 0, got values that are not")
+        return relaxation.float()
+    if not isinstance(relaxation, (int, float)) or not 0 < relaxation < math.inf:
+        raise ValueError(f"{op} expected a finite relaxation > 0, got {relaxation!r}")
+    return float(relaxation)

@@ -1,0 +1,60 @@
+"""Small helpers that tests and benchmarks share: non-trivial weights, aligned chains, errors."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn as nn
+
+from .head import DiffusionHead
+from .ops.denoise import Denoised
+
+
+@torch.no_grad()
+def randomize_(diffloss: nn.Module, seed: int, scale: float = 0.02) -> nn.Module:
+    """Give every all-constant parameter of a freshly built head random values, in place.
+
+    The released initialisation zeroes the modulations and the output layer: a head that puts out
+    zeros would pass any test.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in diffloss.parameters():
+        if parameter.numel() and bool((parameter == parameter.flatten()[0]).all()):
+            values = torch.randn(parameter.shape, generator=generator) * scale
+            parameter.add_(values.to(parameter))
+    return diffloss
+
+
+def random_inputs(head: DiffusionHead, rows: int, seed: int, guided: bool = False):
+    """(cond (N or 2N, Z), x_T (N, C), noise (T, N, C)) float32 on the head's device."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [
+        (2 * rows if guided else rows, head.cond_channels),
+        (rows, head.channels),
+        (head.num_steps, rows, head.channels),
+    ]
+    return tuple(torch.randn(shape, generator=generator).to(head.device) for shape in shapes)
+
+
+def random_chains(rows: int, channels: int, seed: int, shift: float = 0.5, scale: float = 0.2):
+    """(x, draft, target): two Gaussians per channel whose means differ by about ``shift`` sigma and whose
+    log sigmas differ by about ``scale``; x is the draft's draw."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    mean_q, log_q = normal(rows, channels), 0.3 * normal(rows, channels) - 1.0
+    mean_p = mean_q + shift * log_q.exp() * normal(rows, channels)
+    log_p = log_q + scale * normal(rows, channels)
+    x = mean_q + log_q.exp() * normal(rows, channels)
+    draft = Denoised(x, mean_q, log_q, scale * normal(rows))
+    target = Denoised(mean_p + log_p.exp() * normal(rows, channels), mean_p, log_p, scale * normal(rows))
+    return x, draft, target
+
+
+def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """``max |actual - expected| / max |expected|``, in float64; NaN where either holds one."""
+    actual, expected = actual.double().cpu(), expected.double().cpu()
+    if expected.numel() == 0:
+        return 0.0
+    return float((actual - expected).abs().max() / expected.abs().max())

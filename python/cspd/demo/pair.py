@@ -1,0 +1,79 @@
+"""The demo's two models: class-conditional 8x8 digits as 16 tokens of 4 channels (2x2 patches).
+
+Pixels lie in [-1, 1] (``value / 8 - 1`` of the 0..16 of scikit-learn's handwritten digits).
+Labels are 0..9.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from safetensors.torch import load_file
+
+from ..models import MAR
+
+DATA = Path(__file__).parent / "data"
+
+# Both models share the tokens, the classes and the reverse diffusion: a drafted token's noises are
+# run through the target's head step by step, so the schedules must be the same.
+COMMON = dict(
+    img_size=8,
+    vae_stride=1,
+    patch_size=2,
+    vae_embed_dim=1,
+    class_num=10,
+    buffer_size=4,
+    schedule="linear",
+    num_sampling_steps=40,
+    attn_dropout=0.0,
+    proj_dropout=0.0,
+    mask_ratio_min=0.05,
+)
+TARGET = dict(
+    COMMON,
+    encoder_embed_dim=96,
+    encoder_depth=3,
+    encoder_num_heads=4,
+    decoder_embed_dim=96,
+    decoder_depth=3,
+    decoder_num_heads=4,
+    diffloss_d=3,
+    diffloss_w=176,
+)
+DRAFT = dict(
+    COMMON,
+    encoder_embed_dim=64,
+    encoder_depth=2,
+    encoder_num_heads=2,
+    decoder_embed_dim=64,
+    decoder_depth=2,
+    decoder_num_heads=2,
+    diffloss_d=2,
+    diffloss_w=96,
+)
+
+
+def load_model(config: dict, path: str | Path) -> MAR:
+    """A model of ``config`` with the weights of a safetensors file, in eval mode on the CPU.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file's tensors are not those of the configuration.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"the demo's weights {path} do not exist: reinstall the package, or make them with "
+            "`python -m cspd.demo.train`"
+        )
+    model = MAR(**config)
+    try:
+        model.load_state_dict(load_file(path))
+    except RuntimeError as error:
+        raise ValueError(f"{path} does not hold the weights of the demo's configuration: {error}") from error
+    return model.eval()
+
+
+def load_pair(data: str | Path = DATA) -> tuple[MAR, MAR]:
+    """(target, draft) from ``target.safetensors`` and ``draft.safetensors`` in ``data``, in eval mode on the CPU."""
+    return load_model(TARGET, Path(data) / "target.safetensors"), load_model(DRAFT, Path(data) / "draft.safetensors")

@@ -1,0 +1,170 @@
+"""Train the demo's pair and write its three files: ``python -m cspd.demo.train --out DIR``.
+
+The target learns scikit-learn's handwritten digits; the draft is distilled from the target. One
+CPU thread and fixed seeds, so the same versions on the same kind of processor give the same files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from ..models import MAR
+from ..order import mask_of
+from .pair import DATA, DRAFT, TARGET
+from .quality import statistics
+
+BATCH = 64
+EMA_DECAY = 0.998
+LABEL_DROP = 0.1
+# One loss step needs a fair number of diffusion draws even where only a few tokens are masked.
+DRAWS_PER_IMAGE = 16
+
+
+def load_digits() -> tuple[torch.Tensor, torch.Tensor]:
+    """The 1,797 digits (n, 1, 8, 8) float32 in [-1, 1] and their labels (n,) int64."""
+    try:
+        from sklearn.datasets import load_digits as load
+    except ImportError as error:
+        raise SystemExit(
+            "python -m cspd.demo.train needs scikit-learn for its digits: install the extra `dev`, "
+            "or `pip install scikit-learn`"
+        ) from error
+    digits = load()
+    images = torch.as_tensor(digits.images, dtype=torch.float32)[:, None] / 8 - 1
+    return images, torch.as_tensor(digits.target, dtype=torch.int64)
+
+
+def conditions(model: MAR, tokens, mask, labels, drop) -> torch.Tensor:
+    """The decoder's output (B, L, Z) for tokens (B, L, C), mask (B, L), labels (B,); ``drop`` (B, 1) drops labels."""
+    embedding = torch.where(drop, model.fake_latent, model.class_emb(labels))
+    return model.forward_mae_decoder(model.forward_mae_encoder(tokens, mask, embedding), mask)
+
+
+class Batches:
+    """Random batches with random orders, and a masked count that visits 1..L equally often.
+
+    Sampling draws about one token a step, so every count matters alike; MAR's own distribution of
+    counts, made for 64 steps of many tokens, hardly ever trains the last ones.
+    """
+
+    def __init__(self, images: torch.Tensor, labels: torch.Tensor, model: MAR):
+        self.tokens, self.labels = model.patchify(images), labels
+        self.counts: list[int] = []
+
+    def next(self):
+        """tokens (B, L, C), mask (B, L), labels (B,), drop (B, 1), and the rows (R,) of B L to draw noise for."""
+        length = self.tokens.shape[1]
+        if not self.counts:
+            self.counts = (torch.randperm(length) + 1).tolist()
+        masked = self.counts.pop()
+        chosen = torch.randint(len(self.tokens), (BATCH,))
+        mask = mask_of(torch.rand(BATCH, length).argsort(1), masked)
+        rows = mask.flatten().nonzero()[:, 0].repeat(max(1, round(DRAWS_PER_IMAGE / masked)))
+        return self.tokens[chosen], mask, self.labels[chosen], torch.rand(BATCH, 1) < LABEL_DROP, rows
+
+
+def target_loss(model: MAR, batch) -> torch.Tensor:
+    """MAR's diffusion loss on the masked tokens."""
+    tokens, mask, labels, drop, rows = batch
+    z = conditions(model, tokens, mask, labels, drop)
+    return model.diffloss(tokens.flatten(0, 1)[rows], z.flatten(0, 1)[rows])
+
+
+def draft_loss(model: MAR, target: MAR, batch) -> torch.Tensor:
+    """Distance of the draft's noise estimate and variance from the target's, on the same noisy tokens.
+
+    Both matter to acceptance: the density ratio compares the last step's means, and its trajectory
+    term adds up the difference of the log variances over all steps and channels. The draft is only
+    ever run at the steps of the sampling schedule, so it learns those.
+    """
+    tokens, mask, labels, drop, rows = batch
+    with torch.no_grad():
+        z_target = conditions(target, tokens, mask, labels, drop).flatten(0, 1)[rows]
+    z = conditions(model, tokens, mask, labels, drop).flatten(0, 1)[rows]
+    x0 = tokens.flatten(0, 1)[rows]
+    schedule = model.diffloss.gen_diffusion.schedule
+    i = torch.randint(schedule.num_steps, (len(rows),))
+    acp = torch.tensor(schedule.alphas_cumprod, dtype=torch.float32)[i, None]
+    x = acp.sqrt() * x0 + (1 - acp).sqrt() * torch.randn_like(x0)
+    t = torch.tensor(schedule.timesteps)[i]
+    with torch.no_grad():
+        wanted = target.diffloss.net(x, t, z_target)
+    error = (model.diffloss.net(x, t, z) - wanted).square()
+    channels = x0.shape[1]
+    # In units of log sigma: what one step contributes to the trajectory term.
+    span = 0.25 * torch.tensor(schedule.log_beta - schedule.log_posterior, dtype=torch.float32)[i, None]
+    return error[:, :channels].mean() + VARIANCE_WEIGHT * (span.square() * error[:, channels:]).mean()
+
+
+VARIANCE_WEIGHT = 1.0
+
+
+def train(name: str, model: MAR, batches: Batches, loss_of, steps: int, rate: float) -> dict[str, torch.Tensor]:
+    """Minimise ``loss_of(model, batch)`` with AdamW; returns the averaged weights (contiguous, float32)."""
+    # In eval mode: there is no dropout, and labels are dropped by the batch, alike for both models.
+    model.eval()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.01)
+    warmup = min(200, max(1, steps // 10))
+    ramp = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda k: min((k + 1) / warmup, 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, k / steps)))),
+    )
+    average = {key: value.detach().clone() for key, value in model.state_dict().items()}
+    start, running = time.perf_counter(), 0.0
+    for step in range(1, steps + 1):
+        loss = loss_of(model, batches.next())
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        ramp.step()
+        decay = min(EMA_DECAY, step / (step + 10))
+        with torch.no_grad():
+            for key, value in model.state_dict().items():
+                average[key].lerp_(value, 1 - decay)
+        running += loss.item()
+        if step % 200 == 0 or step == steps:
+            print(f"{name} step {step}/{steps}: loss {running / ((step - 1) % 200 + 1):.4f}, "
+                  f"{time.perf_counter() - start:.0f} s", flush=True)
+            running = 0.0
+    model.load_state_dict(average)
+    return {key: value.contiguous() for key, value in average.items()}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m cspd.demo.train", description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=DATA, help="folder of the three files (default: the package's own)")
+    parser.add_argument("--steps", type=int, default=4000, help="optimizer steps of the target")
+    parser.add_argument("--draft-steps", type=int, default=6000, help="optimizer steps of the draft")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--draft-only", action="store_true", help="keep the target.safetensors that is in --out")
+    args = parser.parse_args(arguments)
+    images, labels = load_digits()
+    args.out.mkdir(parents=True, exist_ok=True)
+    # More threads would split the sums differently, and the files would depend on the machine's cores.
+    torch.set_num_threads(1)
+
+    mean, covariance = (torch.from_numpy(array) for array in statistics(images))
+    save_file({"mean": mean, "covariance": covariance}, args.out / "reference.safetensors")
+    torch.manual_seed(args.seed)
+    target = MAR(**TARGET)
+    batches = Batches(images, labels, target)
+    if args.draft_only:
+        from .pair import load_model
+        target = load_model(TARGET, args.out / "target.safetensors")
+    else:
+        save_file(train("target", target, batches, target_loss, args.steps, 1e-3), args.out / "target.safetensors")
+    torch.manual_seed(args.seed + 1)
+    draft = MAR(**DRAFT)
+    weights = train("draft", draft, Batches(images, labels, draft), lambda m, b: draft_loss(m, target, b), args.draft_steps, 2e-3)
+    save_file(weights, args.out / "draft.safetensors")
+
+
+if __name__ == "__main__":
+    main()
