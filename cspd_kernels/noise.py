@@ -12,6 +12,7 @@ Layout of one Philox call, four 32-bit words in and out::
     stream 1  x_T                       (index 0)      likewise
     stream 2  uniform of try ``index`` of accept_reject (try 0 is the accept test), word 0
     stream 3  proposal of try ``index`` of accept_reject, channels as above
+    stream 4  generation order          (index 0), word 0 is the sort key of (image, position)
 
 Words become uniforms in (0, 1] by ``float32(word) 2^-32 + 2^-33``; words (0, 1) and (2, 3) become
 two normals each by Box-Muller: ``sqrt(-2 ln u_0) (cos, sin)(2 pi u_1)``.
@@ -25,7 +26,7 @@ import math
 
 import torch
 
-STREAM_STEP, STREAM_X_T, STREAM_UNIFORM, STREAM_PROPOSAL = range(4)
+STREAM_STEP, STREAM_X_T, STREAM_UNIFORM, STREAM_PROPOSAL, STREAM_ORDER = range(5)
 _MASK = 0xFFFFFFFF
 
 
@@ -45,7 +46,8 @@ def philox_4x32(key: tuple[int, int], counter: tuple[torch.Tensor, ...]) -> tupl
     return c0, c1, c2, c3
 
 
-def _words(seed: int, rows: torch.Tensor, index, group, stream: int) -> tuple[torch.Tensor, ...]:
+def words(seed: int, rows: torch.Tensor, index, group, stream: int) -> tuple[torch.Tensor, ...]:
+    """The four words at an address; ``rows``, ``index`` and ``group`` broadcast."""
     key = (seed & _MASK, (seed >> 32) & _MASK)
     low, high = rows & _MASK, (rows >> 32) & _MASK
     index, last = (torch.as_tensor(v, dtype=torch.int64, device=rows.device) for v in (index, group))
@@ -58,7 +60,7 @@ def _uniform(words: torch.Tensor) -> torch.Tensor:
 
 def uniforms(seed: int, rows: torch.Tensor, index) -> torch.Tensor:
     """Uniforms in (0, 1], float32, of the tries ``index`` of accept_reject; ``rows`` and ``index`` broadcast."""
-    return _uniform(_words(seed, rows, index, 0, STREAM_UNIFORM)[0])
+    return _uniform(words(seed, rows, index, 0, STREAM_UNIFORM)[0])
 
 
 def normals(seed: int, rows: torch.Tensor, index, channels: int, stream: int) -> torch.Tensor:
@@ -66,7 +68,7 @@ def normals(seed: int, rows: torch.Tensor, index, channels: int, stream: int) ->
     group = torch.arange((channels + 3) // 4, device=rows.device)
     if isinstance(index, torch.Tensor):
         index = index[..., None]
-    u = [_uniform(word) for word in _words(seed, rows[..., None], index, group, stream)]
+    u = [_uniform(word) for word in words(seed, rows[..., None], index, group, stream)]
     pairs = []
     for radius, angle in ((u[0], u[1]), (u[2], u[3])):
         radius = torch.sqrt(-2.0 * torch.log(radius))

@@ -1,0 +1,10 @@
+"""Continuous speculative decoding and a drop-in fast sampler for MAR-like image models.
+
+``cspd.patch(model)`` makes an existing model sample through fused denoising, exactly;
+:class:`SpecDecodeRunner` pairs a draft with a target model, approximately by construction.
+"""
+
+from .patching import is_patched, patch, patched, unpatch
+from .speculative import SpecDecodeRunner
+
+__all__ = ["SpecDecodeRunner", "is_patched", "patch", "patched", "unpatch"]

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
+from cspd_kernels.noise import STREAM_ORDER, words
+
 
 def mask_lengths(seq_len: int, num_iter: int) -> list[int]:
     """How many tokens are still masked before step 0, after step 0, ..., after the last step.
@@ -67,3 +69,9 @@ def mask_of(orders: torch.Tensor, length: int) -> torch.Tensor:
     """(B, L) float32 mask, 1 where a token is still to be drawn."""
     mask = torch.zeros(orders.shape, device=orders.device)
     return mask.scatter_(1, orders[:, :length], 1.0)
+
+
+def random_orders(seed: int, images: torch.Tensor, seq_len: int) -> torch.Tensor:
+    """(B, L) generation orders, each a function of (seed; image number) alone."""
+    rows = images[:, None] * seq_len + torch.arange(seq_len, device=images.device)
+    return words(seed, rows, 0, 0, STREAM_ORDER)[0].argsort(dim=1, stable=True)

@@ -1,0 +1,194 @@
+"""``patch``: replace the sampling loop of every diffusion head in a model, in place, per instance."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import logging
+from collections.abc import Iterator
+
+import torch
+import torch.nn as nn
+
+from cspd_kernels import PhiloxNoise, denoise
+from cspd_kernels.backends import implementation
+from cspd_kernels.head import OPERAND_DTYPES
+
+from .heads import HeadCache, find_heads, verify_network
+
+_logger = logging.getLogger("cspd")
+_METHODS = ("sample", "sample_with_noise", "sample_with_inter_noise")
+_NOISES = ("upstream", "philox")
+
+
+def patch(model: nn.Module, *, backend: str | None = None, dtype: torch.dtype | None = None, noise: str = "upstream"):
+    """Make every diffusion head of a model sample through :func:`cspd_kernels.denoise`.
+
+    Exact: the same seed gives the same tokens, up to rounding. In place and per instance: classes,
+    other models, ``state_dict``, ``isinstance``, device moves and copies are as before, and weights
+    that change later are picked up. Patching again replaces the options.
+
+    Replaced are ``sample(z, temperature, cfg)`` of LTH14/mar and, where the module has them,
+    ``sample_with_noise`` and ``sample_with_inter_noise`` of MarkXCloud/CSpD (its distribution
+    manager is filled as before). Calls with further arguments of a fork that the kernels do not
+    know run the replaced code, with one warning. Under guidance 2N rows come back as before; the
+    last N, which callers drop, repeat the first.
+
+    Args:
+        model: any module tree that holds one or more heads.
+        backend: as in :func:`cspd_kernels.denoise`.
+        dtype: type of the matrix products' operands (float32, bfloat16, float16); None follows
+            autocast at the call, else the weights' type. The residual stream stays float32.
+        noise: ``"upstream"`` draws the numbers of the replaced code in its order; ``"philox"`` draws
+            one seed per call and stores no noise.
+
+    Returns:
+        The same model.
+
+    Raises:
+        TypeError, ValueError: nothing to patch, or a head that is not covered; nothing was changed.
+        RuntimeError: the backend cannot serve.
+    """
+    if noise not in _NOISES:
+        raise ValueError(f"patch expected noise one of {_NOISES}, got {noise!r}")
+    if dtype is not None and dtype not in OPERAND_DTYPES:
+        raise ValueError(f"patch expected dtype None or one of {OPERAND_DTYPES}, got {dtype!r}")
+    implementation("denoise", backend)
+    heads = find_heads(model)
+    patches = []
+    for name, head in heads.items():
+        if not callable(getattr(head, "sample", None)):
+            raise ValueError(f"patch expected {name or 'the head'} ({type(head).__name__}) to have a method sample")
+        verify_network(name or type(head).__name__, head)
+        patches.append(_HeadPatch(head, backend, dtype, noise))
+    for head_patch in patches:
+        head_patch.install()
+    return model
+
+
+def unpatch(model: nn.Module) -> nn.Module:
+    """Undo :func:`patch`; a model that is not patched is left as it is. Returns the model."""
+    for module in model.modules():
+        if (installed := _installed(module)) is not None:
+            installed.remove()
+    return model
+
+
+def is_patched(model: nn.Module) -> bool:
+    """Whether any diffusion head of the model is patched."""
+    return any(_installed(module) is not None for module in model.modules())
+
+
+@contextlib.contextmanager
+def patched(model: nn.Module, **options) -> Iterator[nn.Module]:
+    """Patch for the length of a ``with`` block; afterwards the model is as it was, also after an exception."""
+    before = [installed for module in model.modules() if (installed := _installed(module)) is not None]
+    patch(model, **options)
+    try:
+        yield model
+    finally:
+        unpatch(model)
+        for head_patch in before:
+            head_patch.install()
+
+
+def _installed(module: nn.Module) -> _HeadPatch | None:
+    owner = getattr(module.__dict__.get("sample"), "__self__", None)
+    return owner if isinstance(owner, _HeadPatch) else None
+
+
+class _HeadPatch:
+    """The replacement methods of one head. Installed as bound methods on the instance, so that a deep
+    copy or a pickle of the model carries a patch of its own, bound to the copied head."""
+
+    def __init__(self, module: nn.Module, backend: str | None, dtype: torch.dtype | None, noise: str):
+        self.module = module
+        self.backend, self.dtype, self.noise = backend, dtype, noise
+        self.cache = HeadCache(module)
+        self.replaced: dict[str, object] = {}  # methods that already stood on the instance
+        self.warned = False
+
+    def install(self) -> None:
+        if (installed := _installed(self.module)) is not None:
+            installed.remove()
+        for name in _METHODS:
+            if callable(getattr(self.module, name, None)):
+                if name in self.module.__dict__:
+                    self.replaced[name] = self.module.__dict__[name]
+                setattr(self.module, name, getattr(self, name))
+
+    def remove(self) -> None:
+        for name in _METHODS:
+            if getattr(self.module.__dict__.get(name), "__self__", None) is self:
+                delattr(self.module, name)
+        for name, method in self.replaced.items():
+            setattr(self.module, name, method)
+        self.replaced = {}
+
+    def _original(self, name: str):
+        return self.replaced.get(name) or getattr(type(self.module), name).__get__(self.module)
+
+    def sample(self, z, temperature=1.0, cfg=1.0, *args, **kwargs):
+        """Tokens for conditions z; see :func:`patch`."""
+        if args or kwargs:
+            return self._delegate(z, temperature, cfg, *args, **kwargs)
+        head, guided, rows = self._call(z, cfg)
+        if self.noise == "philox":
+            seed = int(torch.randint(2**63 - 1, ()))
+            noise = PhiloxNoise(seed, torch.arange(rows, device=head.device))
+            x_T = noise.x_T(head.channels)  # noqa: N806
+        else:
+            x_T = torch.randn(rows, head.channels).to(head.device)  # noqa: N806  (from the CPU generator)
+            noise = _draw(head, len(z), rows)
+        return _rows(self._denoise(head, z, x_T, noise, temperature, cfg).sample, guided)
+
+    def sample_with_noise(self, z, noise, temperature=1.0, cfg=1.0):
+        """As ``sample`` from a given first noise (N or, under guidance, 2N rows)."""
+        return self.sample_with_inter_noise(z, noise, None, temperature, cfg)
+
+    def sample_with_inter_noise(self, z, noise, inter_noise, temperature=1.0, cfg=1.0):
+        """As ``sample`` from given noises: x_T, and (T, N or 2N, C) of the steps or None to draw it."""
+        head, guided, rows = self._call(z, cfg)
+        steps = inter_noise[:, :rows] if inter_noise is not None else _draw(head, len(z), rows)
+        out = self._denoise(head, z, noise[:rows], steps, temperature, cfg)
+        manager = getattr(self.module.gen_diffusion, "manager", None)
+        if manager is not None:
+            manager.sample, manager.mean = _rows(out.sample, guided), _rows(out.mean, guided)
+            manager.variance = _rows(out.log_std.exp(), guided)  # a standard deviation, despite its name
+            # Only its sum over the channels is ever used.
+            manager.log_var = _rows((out.path_log_std / head.channels)[:, None].expand_as(out.mean), guided)
+        return _rows(out.sample, guided)
+
+    def _call(self, z, cfg):
+        """(head, guided, rows) of a call; reading a guidance scale on a device waits for it, as the replaced code does."""
+        guided = bool(cfg != 1.0)
+        if guided and len(z) % 2:
+            raise ValueError(f"sample expected 2N rows of conditions, conditional first, for cfg {cfg}, got {len(z)} rows")
+        return self.cache.get(self.dtype), guided, len(z) // 2 if guided else len(z)
+
+    def _denoise(self, head, z, x_T, noise, temperature, cfg):  # noqa: N803
+        if isinstance(cfg, torch.Tensor):
+            # A scale of one means no guidance here, whatever its type.
+            cfg = cfg.detach().to(head.device, torch.float32) if len(z) == 2 * len(x_T) else 1.0
+        return denoise(head, z, x_T, noise, temperature=float(temperature), cfg_scale=cfg, backend=self.backend)
+
+    def _delegate(self, *args, **kwargs):
+        if not self.warned:
+            _logger.warning(
+                "cspd.patch: %s.sample was called with arguments beyond (z, temperature, cfg), signature %s; "
+                "such calls run the unpatched code",
+                type(self.module).__name__,
+                inspect.signature(self._original("sample")),
+            )
+            self.warned = True
+        return self._original("sample")(*args, **kwargs)
+
+
+def _draw(head, drawn_rows: int, rows: int) -> torch.Tensor:
+    """(T, rows, C): the replaced code draws ``drawn_rows`` rows at every step, T-1 first and 0 included."""
+    steps = [torch.randn(drawn_rows, head.channels, device=head.device)[:rows] for _ in range(head.num_steps)]
+    return torch.stack(steps[::-1])
+
+
+def _rows(value: torch.Tensor, guided: bool) -> torch.Tensor:
+    return torch.cat([value, value]) if guided else value

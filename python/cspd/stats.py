@@ -1,0 +1,111 @@
+"""What a speculative run did: counts, acceptance and time, gathered without waiting for the device."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+import torch
+
+PREFILLED, ACCEPTED, REDRAWN, FELL_BACK = range(4)
+OUTCOMES = ("prefilled", "accepted", "redrawn", "fell back")
+
+
+@dataclass(frozen=True)
+class RunStats:
+    """Statistics of one :meth:`SpecDecodeRunner.run`.
+
+    Attributes:
+        acceptance: fraction of drafted tokens kept, at the runner's relaxation.
+        raw_acceptance: mean of min(1, r) over the same tokens at relaxation 1: what the unrelaxed
+            test would keep on average.
+        acceptance_per_window, raw_acceptance_per_window: the same, window by window.
+        fallback: fraction of drafted tokens that ran out of tries and took the target's own sample.
+        target_calls, draft_calls: passes through each transformer with its head.
+        drafted, prefilled: tokens drawn by the draft first, and by the target alone.
+        seconds: by phase: ``"draft"``, ``"target"`` (pre-filling and verification passes), ``"verify"``
+            (the acceptance test and redraw), ``"total"``.
+        outcome: (B, L) int8 on the device: 0 pre-filled, 1 accepted, 2 redrawn, 3 fell back.
+    """
+
+    acceptance: float
+    raw_acceptance: float
+    acceptance_per_window: list[float]
+    raw_acceptance_per_window: list[float]
+    fallback: float
+    target_calls: int
+    draft_calls: int
+    drafted: int
+    prefilled: int
+    seconds: dict[str, float]
+    outcome: torch.Tensor = field(repr=False)
+
+    def to_dict(self) -> dict:
+        """Everything but the outcome map, ready for JSON."""
+        return {name: value for name, value in vars(self).items() if name != "outcome"}
+
+
+class Recorder:
+    """Collects during a run; ``finish`` reads the device once, after the last kernel."""
+
+    def __init__(self, outcome: torch.Tensor):
+        self.outcome = outcome
+        self.windows: list[tuple[torch.Tensor, int]] = []
+        self.calls = {"target": 0, "draft": 0}
+        self._spans: list[tuple[str, object, object]] = []
+        self._cuda = outcome.device.type == "cuda"
+        self._start = self._now()
+
+    def _now(self):
+        if self._cuda:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            return event
+        return time.perf_counter()
+
+    def phase(self, name: str) -> _Span:
+        """Context manager that adds its duration to a phase."""
+        return _Span(self, name)
+
+    def window(self, accepted: torch.Tensor, raw_log_ratio: torch.Tensor, tries: torch.Tensor) -> None:
+        """Add one verified window, (n,) each."""
+        raw = torch.exp(raw_log_ratio.clamp(max=0))
+        sums = torch.stack([accepted.float().sum(), raw.sum(), (tries < 0).float().sum()])
+        self.windows.append((sums, len(accepted)))
+
+    def finish(self) -> RunStats:
+        spans = [*self._spans, ("total", self._start, self._now())]
+        if self._cuda:
+            torch.cuda.synchronize(self.outcome.device)
+        seconds = dict.fromkeys(("draft", "target", "verify", "total"), 0.0)
+        for name, start, end in spans:
+            seconds[name] += start.elapsed_time(end) / 1e3 if self._cuda else end - start
+        sums = torch.stack([s for s, _ in self.windows]).cpu() if self.windows else torch.zeros(0, 3)
+        counts = torch.tensor([n for _, n in self.windows], dtype=torch.float32)
+        drafted = int(counts.sum())
+        means = sums / counts[:, None].clamp(min=1)
+        total = sums.sum(0) / drafted if drafted else torch.full((3,), float("nan"))
+        return RunStats(
+            acceptance=float(total[0]),
+            raw_acceptance=float(total[1]),
+            acceptance_per_window=means[:, 0].tolist(),
+            raw_acceptance_per_window=means[:, 1].tolist(),
+            fallback=float(total[2]),
+            target_calls=self.calls["target"],
+            draft_calls=self.calls["draft"],
+            drafted=drafted,
+            prefilled=self.outcome.numel() - drafted,
+            seconds=seconds,
+            outcome=self.outcome,
+        )
+
+
+class _Span:
+    def __init__(self, recorder: Recorder, name: str):
+        self.recorder, self.name = recorder, name
+
+    def __enter__(self):
+        self.start = self.recorder._now()
+
+    def __exit__(self, *_):
+        self.recorder._spans.append((self.name, self.start, self.recorder._now()))
