@@ -145,7 +145,8 @@ class DiffusionHead:
         """
         problem = why_not_a_head(diffloss)
         if problem:
-            raise TypeError(f"DiffusionHead.from_module expected a DiffLoss-like module, got {type(diffloss).__name__}: {problem}")
+            kind = type(diffloss).__name__
+            raise TypeError(f"DiffusionHead.from_module expected a DiffLoss-like module, got {kind}: {problem}")
         net = diffloss.net
         schedule = Schedule.from_diffusion(diffloss.gen_diffusion)
         device = torch.device(device) if device is not None else net.input_proj.weight.device
@@ -166,7 +167,8 @@ class DiffusionHead:
             return weight.detach().to(device, stream), bias.detach().to(device, stream)
 
         blocks = tuple(
-            Block(*norm(b.in_ln), *gemm(b.mlp[0]), *gemm(b.mlp[2]), *gemm(b.adaLN_modulation[-1])) for b in net.res_blocks
+            Block(*norm(b.in_ln), *gemm(b.mlp[0]), *gemm(b.mlp[2]), *gemm(b.adaLN_modulation[-1]))
+            for b in net.res_blocks
         )
         timesteps = torch.tensor(schedule.timesteps, device=device)
         return cls(

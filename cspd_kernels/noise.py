@@ -135,5 +135,5 @@ class PhiloxNoise:
         if channels is not None:
             self.channels = channels
         if self.channels is None:
-            raise ValueError("PhiloxNoise expected the number of channels, got none: call x_T(channels) or step(i, channels)")
+            raise ValueError("PhiloxNoise expected the number of channels, got none: call step(i, channels)")
         return self.channels

@@ -49,7 +49,7 @@ class Schedule:
         acp = np.cumprod(1.0 - betas)
         # beta = 1 destroys the signal: x0 would be divided by zero.
         if acp[-1] <= 0:
-            raise ValueError("Schedule expected a positive cumulative product of 1 - betas, got 0: lower the last betas")
+            raise ValueError("Schedule expected a positive cumulative product of 1 - betas, got 0: lower the betas")
         acp_prev = np.append(1.0, acp[:-1])
         posterior = betas * (1.0 - acp_prev) / (1.0 - acp)
         # The posterior variance of the last step is 0; its neighbour's stands in for it (with one
@@ -124,7 +124,8 @@ class Schedule:
         thousands: small networks diverge under it. ``linear`` is the well-conditioned choice.
         """
         _check_steps(num_steps, train_steps)
-        edges = np.array([math.cos((i / train_steps + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(train_steps + 1)])
+        time = [(i / train_steps + 0.008) / 1.008 for i in range(train_steps + 1)]
+        edges = np.array([math.cos(t * math.pi / 2) ** 2 for t in time])
         return cls._respaced(np.minimum(1.0 - edges[1:] / edges[:-1], 0.999), num_steps, variance)
 
     @classmethod
@@ -149,4 +150,6 @@ class Schedule:
 
 def _check_steps(num_steps: int, train_steps: int) -> None:
     if not 1 <= int(num_steps) <= int(train_steps):
-        raise ValueError(f"Schedule expected 1 <= num_steps <= train_steps = {train_steps}, got num_steps = {num_steps}")
+        raise ValueError(
+            f"Schedule expected 1 <= num_steps <= {train_steps} (train_steps), got num_steps = {num_steps}"
+        )

@@ -29,8 +29,8 @@ def find_heads(model: nn.Module) -> dict[str, nn.Module]:
             near.append(f"\n  {name or '(the model itself)'} ({type(module).__name__}): {reason}")
     if not heads:
         raise ValueError(
-            f"no diffusion head found in {type(model).__name__}. Looked for modules with in_channels, gen_diffusion and a net "
-            "of input_proj, time_embed, cond_embed, res_blocks and final_layer (DiffLoss of LTH14/mar)."
+            f"no diffusion head found in {type(model).__name__}. Looked for modules with in_channels, gen_diffusion "
+            "and a net of input_proj, time_embed, cond_embed, res_blocks and final_layer (DiffLoss of LTH14/mar)."
             + (" These came near:" + "".join(near) if near else " No module came near.")
         )
     return heads
@@ -92,7 +92,8 @@ def verify_network(name: str, module: nn.Module) -> None:
     step = head.num_steps // 2
     t = torch.full((2,), int(head.schedule.timesteps[step]), device=weight.device)
     with torch.autocast(weight.device.type, enabled=False):
-        expected = network(head, x, head.time_embedding[step] + nn.functional.linear(c, head.cond_weight, head.cond_bias))
+        y = head.time_embedding[step] + nn.functional.linear(c, head.cond_weight, head.cond_bias)
+        expected = network(head, x, y)
         try:
             actual = net(x, t, c)
         except Exception as error:
@@ -101,6 +102,6 @@ def verify_network(name: str, module: nn.Module) -> None:
     # Loose enough for TF32 matrix products, tight enough for any change of the formula.
     if not difference <= 1e-2 * max(1.0, float(expected.abs().max())):
         raise ValueError(
-            f"{name} ({type(module).__name__}) has the parts of a MAR diffusion head but computes something else: its output "
-            f"differs by {difference:.3g} on random rows. It is not supported; leave it unpatched."
+            f"{name} ({type(module).__name__}) has the parts of a MAR diffusion head but computes something else: its "
+            f"output differs by {difference:.3g} on random rows. It is not supported; leave it unpatched."
         )

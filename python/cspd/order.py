@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
@@ -27,7 +28,7 @@ def mask_lengths(seq_len: int, num_iter: int) -> list[int]:
     for step in range(num_iter - 1):
         cosine = math.floor(seq_len * math.cos(math.pi / 2.0 * (step + 1) / num_iter))
         lengths.append(max(1, min(lengths[-1] - 1, cosine)))
-    return lengths + [0]
+    return [*lengths, 0]
 
 
 def guidance_scale(cfg: float, cfg_schedule: str, masked: int, seq_len: int) -> float:
@@ -55,7 +56,7 @@ def plan_steps(seq_len: int, num_iter: int, cfg: float, cfg_schedule: str) -> li
     return [
         # The last step counts as leaving one token, as in MAR's loop.
         Step(k, before, after, guidance_scale(cfg, cfg_schedule, max(after, 1), seq_len))
-        for k, (before, after) in enumerate(zip(lengths[:-1], lengths[1:]))
+        for k, (before, after) in enumerate(pairwise(lengths))
         if before > after
     ]
 

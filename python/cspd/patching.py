@@ -160,10 +160,10 @@ class _HeadPatch:
         return _rows(out.sample, guided)
 
     def _call(self, z, cfg):
-        """(head, guided, rows) of a call; reading a guidance scale on a device waits for it, as the replaced code does."""
+        """(head, guided, rows) of a call. A guidance scale on a device is read, as the replaced code reads it."""
         guided = bool(cfg != 1.0)
         if guided and len(z) % 2:
-            raise ValueError(f"sample expected 2N rows of conditions, conditional first, for cfg {cfg}, got {len(z)} rows")
+            raise ValueError(f"sample expected 2N rows of z, conditional first, for cfg {cfg}, got {len(z)}")
         return self.cache.get(self.dtype), guided, len(z) // 2 if guided else len(z)
 
     def _denoise(self, head, z, x_T, noise, temperature, cfg):  # noqa: N803

@@ -89,8 +89,8 @@ class SpecDecodeRunner:
         draft_steps, target_steps = (self._heads[name].get(dtype).num_steps for name in ("draft", "target"))
         if draft_steps != target_steps:
             raise ValueError(
-                f"expected draft and target with the same number of denoising steps (their trajectories are aligned step by "
-                f"step), got {draft_steps} and {target_steps}"
+                "expected draft and target with the same number of denoising steps (their trajectories are aligned "
+                f"step by step), got {draft_steps} and {target_steps}"
             )
         self._recorder: Recorder | None = None
         self._stats: RunStats | None = None
@@ -239,10 +239,22 @@ class SpecDecodeRunner:
         ):
             got = tuple(labels.shape) if isinstance(labels, torch.Tensor) else type(labels).__name__
             raise ValueError(f"expected labels as an integer tensor of shape ({bsz},) or None, got {got}")
+        # Values are looked at on the CPU only: elsewhere that would wait for the device.
+        classes = getattr(self.target_model, "num_classes", None)
+        if (
+            labels is not None
+            and labels.device.type == "cpu"
+            and classes
+            and not ((labels >= 0) & (labels < classes)).all()
+        ):
+            raise ValueError(f"expected labels in 0..{classes - 1}, got {labels.tolist()}")
         if orders is not None and (orders.shape != (bsz, self.seq_len) or orders.dtype != torch.int64):
             raise ValueError(
                 f"expected orders as int64 ({bsz}, {self.seq_len}), got {orders.dtype} {tuple(orders.shape)}"
             )
+        on_cpu = orders is not None and orders.device.type == "cpu"
+        if on_cpu and not (orders.sort(1).values == torch.arange(self.seq_len)).all():
+            raise ValueError(f"expected every row of orders to be a permutation of 0..{self.seq_len - 1}")
         if seed is not None:
             check_seed(seed)
         if first_image < 0:

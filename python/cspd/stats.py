@@ -16,9 +16,8 @@ class RunStats:
     """Statistics of one :meth:`SpecDecodeRunner.run`.
 
     Attributes:
-        acceptance: fraction of drafted tokens kept, at the runner's relaxation.
-        raw_acceptance: mean of min(1, r) over the same tokens at relaxation 1: what the unrelaxed
-            test would keep on average.
+        acceptance: fraction of drafted tokens kept, at the runner's relaxation; None if none was drafted.
+        raw_acceptance: mean of min(1, r) over the same tokens at relaxation 1.
         acceptance_per_window, raw_acceptance_per_window: the same, window by window.
         fallback: fraction of drafted tokens that ran out of tries and took the target's own sample.
         target_calls, draft_calls: passes through each transformer with its head.
@@ -28,11 +27,11 @@ class RunStats:
         outcome: (B, L) int8 on the device: 0 pre-filled, 1 accepted, 2 redrawn, 3 fell back.
     """
 
-    acceptance: float
-    raw_acceptance: float
+    acceptance: float | None
+    raw_acceptance: float | None
     acceptance_per_window: list[float]
     raw_acceptance_per_window: list[float]
-    fallback: float
+    fallback: float | None
     target_calls: int
     draft_calls: int
     drafted: int
@@ -84,13 +83,13 @@ class Recorder:
         counts = torch.tensor([n for _, n in self.windows], dtype=torch.float32)
         drafted = int(counts.sum())
         means = sums / counts[:, None].clamp(min=1)
-        total = sums.sum(0) / drafted if drafted else torch.full((3,), float("nan"))
+        total = (sums.sum(0) / drafted).tolist() if drafted else [None] * 3
         return RunStats(
-            acceptance=float(total[0]),
-            raw_acceptance=float(total[1]),
+            acceptance=total[0],
+            raw_acceptance=total[1],
             acceptance_per_window=means[:, 0].tolist(),
             raw_acceptance_per_window=means[:, 1].tolist(),
-            fallback=float(total[2]),
+            fallback=total[2],
             target_calls=self.calls["target"],
             draft_calls=self.calls["draft"],
             drafted=drafted,

@@ -43,12 +43,17 @@ def _take(chain, part) -> Denoised:
     return Denoised(*(field[part] for field in (chain.sample, chain.mean, chain.log_std, chain.path_log_std)))
 
 
+def _repeat(field, size):
+    """[n, ...] -> [n size, ...]: every row ``size`` times in a row."""
+    return field[:, None].expand(-1, size, *field.shape[1:]).flatten(0, 1)
+
+
 def _redraw(draft, target, seed, rows, sigma, first, size):
     """Tries first..first+size-1 of n rows: (found [n], the first kept try [n] int32, its proposal [n, C])."""
     n, channels = target.mean.shape
     k = torch.arange(first, first + size, device=rows.device)[None, :]  # [1, K]
-    wide = [Denoised(*(f[:, None].expand(-1, size, *f.shape[1:]).flatten(0, 1) for f in chain)) for chain in (draft, target)]
-    k, address = k.expand(n, -1).flatten(), rows[:, None].expand(-1, size).flatten()  # [n K]
+    wide = [Denoised(*(_repeat(field, size) for field in chain)) for chain in (draft, target)]
+    k, address = k.expand(n, -1).flatten(), _repeat(rows, size)  # [n K]
     proposal = propose(wide[1], seed, address, k)
     kept = keep(proposal, *wide, sigma, uniforms(seed, address, k)).view(n, size)
     at = kept.to(torch.int32).argmax(dim=1)

@@ -81,13 +81,14 @@ def denoise(
         cfg_scale = cfg_scale.detach().to(stream).reshape(-1, 1)  # [1 or N, 1]
     noise = noise if isinstance(noise, PhiloxNoise) else noise.to(stream)
     with torch.autocast(head.device.type, enabled=False):  # the head's dtype decides, not the caller's autocast
-        return Denoised(*run(head, cond, x_T.to(stream), noise, temperature, cfg_scale if guided else None, workspace_bytes))
+        scale = cfg_scale if guided else None
+        return Denoised(*run(head, cond, x_T.to(stream), noise, temperature, scale, workspace_bytes))
 
 
 def _check(head, cond, x_T, noise, temperature, cfg_scale, workspace_bytes) -> bool:  # noqa: N803
     """Raise on arguments that do not fit; otherwise say whether the call is guided."""
     if not isinstance(head, DiffusionHead):
-        raise TypeError(f"denoise expected a DiffusionHead, got {type(head).__name__}: use DiffusionHead.from_module(diffloss)")
+        raise TypeError(f"denoise expected a DiffusionHead, got {type(head).__name__}: use DiffusionHead.from_module")
     _check_tensor("x_T", x_T, head, ("N", head.channels))
     rows = x_T.shape[0]
     _check_tensor("cond", cond, head, ("N or 2N", head.cond_channels))
@@ -103,8 +104,8 @@ def _check(head, cond, x_T, noise, temperature, cfg_scale, workspace_bytes) -> b
     if isinstance(cfg_scale, torch.Tensor):
         if cfg_scale.device != head.device or not cfg_scale.is_floating_point() or cfg_scale.numel() not in (1, rows):
             raise ValueError(
-                f"denoise expected cfg_scale as a number or a floating tensor of 1 or {rows} elements on {head.device}, "
-                f"got {cfg_scale.dtype} {tuple(cfg_scale.shape)} on {cfg_scale.device}"
+                f"denoise expected cfg_scale as a number or a floating tensor of 1 or {rows} elements on "
+                f"{head.device}, got {cfg_scale.dtype} {tuple(cfg_scale.shape)} on {cfg_scale.device}"
             )
         guided = cond.shape[0] == 2 * rows
         expected = f"{rows} or {2 * rows}"
@@ -113,10 +114,13 @@ def _check(head, cond, x_T, noise, temperature, cfg_scale, workspace_bytes) -> b
         if not isinstance(cfg_scale, (int, float)) or not math.isfinite(cfg_scale):
             raise ValueError(f"denoise expected a finite cfg_scale, got {cfg_scale!r}")
         guided = cfg_scale != 1.0
-        expected = f"{2 * rows} (conditional rows first) for cfg_scale {cfg_scale}" if guided else f"{rows} for cfg_scale 1"
+        expected = f"{2 * rows} (conditional first)" if guided else f"{rows}"
         fits = cond.shape[0] == (2 * rows if guided else rows)
     if not fits:
-        raise ValueError(f"denoise expected cond to have {expected} rows for the {rows} rows of x_T, got {cond.shape[0]}")
+        raise ValueError(
+            f"denoise expected cond to have {expected} rows for cfg_scale {cfg_scale} and the {rows} rows of x_T, "
+            f"got {cond.shape[0]}"
+        )
     if workspace_bytes <= 0:
         raise ValueError(f"denoise expected workspace_bytes > 0, got {workspace_bytes}")
     return guided and rows > 0

@@ -144,9 +144,10 @@ class DiffLoss(nn.Module):
         """Tokens for conditions z: (N, Z) -> (N, C); with guidance z and the result have 2N rows,
         conditional first. The first noise comes from the CPU generator, the others from the device's.
         """
-        if not cfg == 1.0:
+        if cfg != 1.0:
             noise = torch.randn(z.shape[0] // 2, self.in_channels).to(z.device)
             noise = torch.cat([noise, noise])
-            return self.gen_diffusion.p_sample_loop(self.net.forward_with_cfg, noise, temperature, dict(c=z, cfg_scale=cfg))
+            model, kwargs = self.net.forward_with_cfg, dict(c=z, cfg_scale=cfg)
+            return self.gen_diffusion.p_sample_loop(model, noise, temperature, kwargs)
         noise = torch.randn(z.shape[0], self.in_channels).to(z.device)
         return self.gen_diffusion.p_sample_loop(self.net, noise, temperature, dict(c=z))

@@ -1,0 +1,118 @@
+"""Microbenchmarks of the kernels: ``python benchmarks/kernels.py [--quick] [--json FILE] [--device cuda]``.
+
+Every row is a ratio against a named baseline, measured in the same run on the same inputs, with the
+error beside it; a row whose error exceeds its bound shows no speed.
+"""
+
+from __future__ import annotations
+
+import argparse
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from cspd.models import DiffLoss
+from cspd_kernels import DiffusionHead, accept_reject, available_backends, denoise
+from cspd_kernels.ops.denoise import reference
+from cspd_kernels.testing import random_chains, random_inputs, randomize_, relative_error
+
+from baselines import eager_denoise, looped_accept_reject
+from common import Row, measure, print_rows, spread, write_json
+
+HEADS = {"MAR-B": (6, 1024, 768), "MAR-L": (8, 1280, 1024), "MAR-H": (12, 1536, 1280)}  # D, W, Z
+BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-2}
+STEPS, CHANNELS = 100, 16
+
+
+def denoise_rows(model: str, rows: int, backends: list[str], runs: int, device: torch.device) -> list[Row]:
+    """The whole chain, 100 steps; errors against float64 on the same operands."""
+    depth, width, cond = HEADS[model]
+    torch.manual_seed(0)
+    diffloss = randomize_(DiffLoss(CHANNELS, cond, depth, width, STEPS), seed=1).to(device).eval()
+    dtypes = (torch.float32, torch.bfloat16)
+    heads = {dtype: DiffusionHead.from_module(diffloss, dtype=dtype) for dtype in dtypes}
+    inputs = [random_inputs(heads[torch.float32], rows, seed) for seed in range(2)]
+    contenders = {
+        "eager float32": partial(eager_denoise, diffloss),
+        "eager autocast bfloat16": partial(eager_denoise, diffloss, dtype=torch.bfloat16),
+    }
+    for backend in backends:
+        for dtype, head in heads.items():
+            contenders[f"{backend} {_name(dtype)}"] = partial(denoise, head, backend=backend)
+    seconds = measure(contenders, inputs, runs, device)
+    results = []
+    for dtype, head in heads.items():
+        exact = reference.denoise(head, *inputs[0], 1.0, None, dtype=torch.float64)[0]
+        for backend in backends:
+            name = f"{backend} {_name(dtype)}"
+            error = relative_error(contenders[name](*inputs[0]).sample, exact)
+            baselines = ["eager float32"] if dtype == torch.float32 else ["eager float32", "eager autocast bfloat16"]
+            for baseline in baselines:
+                size = f"{model} N={rows} T={STEPS}"
+                timed = (*spread(seconds[name]), spread(seconds[baseline])[0])
+                results.append(
+                    Row("denoise", size, name, baseline, *timed, runs, error, BOUNDS[dtype], "of max, float64")
+                )
+    return results
+
+
+def accept_reject_rows(rows: int, backends: list[str], runs: int, device: torch.device) -> list[Row]:
+    """Accept test and redraw of close models; the error is the distance of the acceptance rates."""
+    inputs = []
+    for seed in range(2):
+        x, *chains = random_chains(rows, CHANNELS, seed)
+        inputs.append((x.to(device), *(type(c)(*(field.to(device) for field in c)) for c in chains)))
+    contenders = {"looped torch": looped_accept_reject}
+    contenders |= {backend: partial(accept_reject, seed=0, backend=backend) for backend in backends}
+    seconds = measure(contenders, inputs, runs, device)
+    rate = float(torch.stack([looped_accept_reject(*inputs[0])[1].float().mean() for _ in range(32)]).mean())
+    results = []
+    for backend in backends:
+        verdict = contenders[backend](*inputs[0])
+        error = abs(float(verdict.accepted.float().mean()) - rate)
+        bound = 5 * (0.25 / rows) ** 0.5  # five standard deviations of a rate of rows tokens
+        if not bool(torch.isfinite(verdict.token).all()):
+            error = float("nan")
+        timed = (*spread(seconds[backend]), spread(seconds["looped torch"])[0])
+        size = f"N={rows} C={CHANNELS}"
+        results.append(
+            Row("accept_reject", size, backend, "looped torch", *timed, runs, error, bound, "acceptance rate")
+        )
+    return results
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="one size per op, few runs: a check, not a measurement")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    args = parser.parse_args()
+    device = torch.device(args.device)
+    status = available_backends()
+    backends = [name for name, state in status.items() if state == "ok"]
+    for name, state in status.items():
+        if state != "ok":
+            print(f"{name}: not measured, {state}")
+    threads = "" if device.type == "cuda" else f", {torch.get_num_threads()} threads"
+    print(f"device: {torch.cuda.get_device_name() if device.type == 'cuda' else 'cpu'}{threads}")
+    models = ["MAR-B"] if device.type == "cpu" else list(HEADS)
+    rows = []
+    for model in models[:1] if args.quick else models:
+        for n in (2,) if args.quick else (2, 8, 64):
+            rows += denoise_rows(model, n, backends, 3 if args.quick else 7 if n == 64 else 15, device)
+    for n in (1024,) if args.quick else (64, 1024, 8192):
+        rows += accept_reject_rows(n, backends, 5 if args.quick else 31, device)
+    print_rows(rows)
+    if args.json:
+        write_json(args.json, rows)
+    if not all(row.correct for row in rows):
+        raise SystemExit("a row is wrong: see the error column")
+
+
+if __name__ == "__main__":
+    main()

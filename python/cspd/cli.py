@@ -1,0 +1,128 @@
+"""The command ``cspd``: demo, generate, info."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; wrong input ends with one line on stderr and status 2."""
+    args = _parser().parse_args(argv)
+    try:
+        return args.run(args)
+    except (FileNotFoundError, ValueError, RuntimeError) as error:
+        print(f"cspd {args.command}: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="cspd", description="Continuous speculative decoding for MAR-like models.")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    demo = commands.add_parser("demo", help="digits by speculative decoding, beside the target alone at fewer steps")
+    demo.add_argument("--num-images", type=_positive, default=512, metavar="N", help="images per row (default 512)")
+    demo.add_argument("--gamma", type=_positive, nargs="+", default=[4, 8], help="draft steps per window (default 4 8)")
+    demo.add_argument("--seed", type=int, default=0)
+    demo.add_argument("--out", type=Path, default=Path("cspd_demo.png"), metavar="PNG")
+    demo.add_argument("--json", type=Path, default=None, metavar="FILE", help="write the figures as JSON too")
+    demo.set_defaults(run=_demo)
+
+    generate = commands.add_parser("generate", help="images from MAR checkpoints, or from the digits pair")
+    generate.add_argument("--target", type=Path, metavar="CKPT", help="MAR checkpoint; without it the digits pair")
+    generate.add_argument("--draft", type=Path, metavar="CKPT", help="draft checkpoint; without it the target alone")
+    generate.add_argument("--labels", type=int, nargs="+", required=True, help="one class per image")
+    generate.add_argument("--num-iter", type=_positive, help="autoregressive steps (default 64; digits 16)")
+    generate.add_argument("--gamma", type=_positive, default=8, help="draft steps per window (default 8)")
+    generate.add_argument("--relaxation", type=float, default=42.0, help="of the accept test (default 42)")
+    generate.add_argument("--prefill", type=float, default=0.15, help="fraction of the steps that is the target's")
+    generate.add_argument("--num-sampling-steps", type=_positive, default=100, help="denoising steps (default 100)")
+    generate.add_argument("--cfg", type=float, default=1.0, help="guidance scale (default 1, none)")
+    generate.add_argument("--cfg-schedule", choices=("linear", "constant"), default="linear")
+    generate.add_argument("--temperature", type=float, default=1.0)
+    generate.add_argument("--seed", type=int, default=0)
+    generate.add_argument("--device", default="cpu")
+    generate.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the head's matrix products")
+    generate.add_argument("--out", type=Path, required=True, help=".safetensors (latents, labels); .png for digits")
+    generate.set_defaults(run=_generate)
+
+    info = commands.add_parser("info", help="versions, devices and backends")
+    info.add_argument("--json", action="store_true")
+    info.set_defaults(run=_info)
+    return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a number >= 1, got {text}")
+    return value
+
+
+def _demo(args) -> int:
+    from .demo.run import run_demo
+
+    run_demo(args.num_images, args.gamma, args.seed, args.out, args.json)
+    return 0
+
+
+def _generate(args) -> int:
+    import torch
+    from safetensors.torch import save_file
+
+    from .checkpoints import load_mar
+    from .speculative import SpecDecodeRunner
+
+    digits = args.target is None
+    wanted = ".png" if digits else ".safetensors"
+    if args.out.suffix != wanted:
+        raise ValueError(f"expected --out with the ending {wanted}, got {args.out.name}")
+    if digits and args.draft is not None:
+        raise ValueError("expected --target together with --draft")
+    if digits:
+        from .demo.pair import load_pair
+
+        target, draft = (model.to(args.device) for model in load_pair())
+    else:
+        options = dict(num_sampling_steps=args.num_sampling_steps, device=args.device)
+        target = load_mar(args.target, **options)
+        draft = load_mar(args.draft, **options) if args.draft else None
+    labels = torch.tensor(args.labels, device=args.device)
+    if not all(0 <= label < target.num_classes for label in args.labels):
+        raise ValueError(f"expected labels in 0..{target.num_classes - 1}, got {args.labels}")
+    runner = SpecDecodeRunner(
+        draft or target,
+        target,
+        args.relaxation,
+        args.prefill if draft else 1.0,
+        dtype=getattr(torch, args.dtype) if args.dtype else None,
+    )
+    images = runner.run(
+        len(labels),
+        args.num_iter or (16 if digits else 64),
+        args.gamma,
+        args.cfg_schedule,
+        labels,
+        args.temperature,
+        args.cfg,
+        progress=True,
+        seed=args.seed,
+    ).cpu()
+    if digits:
+        from .demo.picture import save_picture
+
+        save_picture(args.out, [("speculative", images, runner.stats.outcome)], labels)
+    else:
+        save_file({"latents": images.contiguous(), "labels": labels.cpu()}, args.out)
+    stats = runner.stats
+    kept = "" if stats.acceptance is None else f", {100 * stats.acceptance:.1f} % of the drafted tokens kept"
+    print(f"wrote {args.out}: {stats.target_calls} target and {stats.draft_calls} draft calls{kept}")
+    return 0
+
+
+def _info(args) -> int:
+    from cspd_kernels.info import render
+
+    print(render(args.json))
+    return 0

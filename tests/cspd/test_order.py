@@ -1,0 +1,58 @@
+"""Generation order and step tables."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+
+from cspd.order import guidance_scale, mask_lengths, mask_of, plan_steps, positions, random_orders
+
+
+@pytest.mark.parametrize(("seq_len", "num_iter"), [(256, 64), (256, 256), (16, 16), (16, 5), (16, 1), (16, 40), (1, 3)])
+def test_mask_lengths_follow_the_cosine_and_end_empty(seq_len, num_iter):
+    lengths = mask_lengths(seq_len, num_iter)
+    assert lengths[0] == seq_len
+    assert lengths[-1] == 0
+    assert len(lengths) == num_iter + 1
+    for step, (before, after) in enumerate(pairwise(lengths[:-1])):
+        wanted = math.floor(seq_len * math.cos(math.pi / 2 * (step + 1) / num_iter))
+        assert after == max(1, min(before - 1, wanted))
+
+
+def test_steps_draw_every_token_once_and_skip_empty_ones():
+    steps = plan_steps(16, 40, 3.0, "linear")
+    assert sum(step.before - step.after for step in steps) == 16
+    assert all(step.before > step.after for step in steps)
+    assert len(steps) < 40
+    assert steps[-1].index == 39
+
+
+def test_guidance_grows_linearly_or_stays():
+    steps = plan_steps(16, 8, 3.0, "linear")
+    assert [step.cfg for step in steps] == [1 + 2.0 * (16 - max(step.after, 1)) / 16 for step in steps]
+    assert {step.cfg for step in plan_steps(16, 8, 3.0, "constant")} == {3.0}
+    with pytest.raises(ValueError, match="expected cfg_schedule 'linear' or 'constant', got 'cubic'"):
+        guidance_scale(3.0, "cubic", 4, 16)
+
+
+def test_orders_belong_to_the_image_not_to_the_batch():
+    all_orders = random_orders(5, torch.arange(50), 16)
+    assert torch.equal(all_orders[7:9], random_orders(5, torch.tensor([7, 8]), 16))
+    assert torch.equal(all_orders.sort(1).values, torch.arange(16).expand(50, -1))
+    assert not torch.equal(all_orders, random_orders(6, torch.arange(50), 16))
+    first = torch.bincount(random_orders(0, torch.arange(16000), 16)[:, 0], minlength=16).double()
+    chi2 = float(((first - 1000) ** 2 / 1000).sum())
+    assert chi2 < 44.3  # 15 degrees of freedom, p = 1e-4
+
+
+def test_masks_and_positions_partition_the_sequence():
+    orders = random_orders(1, torch.arange(4), 16)
+    mask = mask_of(orders, 10)
+    assert mask.sum(1).tolist() == [10.0] * 4
+    drawn = positions(orders, 10, 6)
+    assert mask.gather(1, drawn).min() == 1
+    assert mask_of(orders, 6).gather(1, drawn).max() == 0
+    assert torch.equal(drawn, drawn.sort(1).values)
