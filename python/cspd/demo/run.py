@@ -46,6 +46,8 @@ def _figures(stats: list[RunStats], alone: bool) -> dict:
 
 def run_demo(num_images: int, gammas: list[int], seed: int, out: Path, json_file: Path | None, echo=print) -> dict:
     """Generate, measure, print the table, and write the picture (and the figures as JSON)."""
+    if out.suffix.lower() != ".png":
+        raise ValueError(f"expected --out with the ending .png, got {out.name}")
     for path in filter(None, (out, json_file)):
         if not path.resolve().parent.is_dir():
             raise FileNotFoundError(

@@ -1,0 +1,52 @@
+"""Fixtures that every test directory shares."""
+
+import numpy as np
+import pytest
+import torch
+
+from cspd.models import DiffLoss, GaussianDiffusion
+from cspd_kernels import Schedule
+from cspd_kernels.testing import randomize_
+
+
+@pytest.fixture(autouse=True)
+def automatic_backend(monkeypatch):
+    """No test depends on the caller's CSPD_BACKEND."""
+    monkeypatch.delenv("CSPD_BACKEND", raising=False)
+
+
+@pytest.fixture
+def make_diffloss():
+    """Build a small DiffLoss with non-trivial weights; ``schedule`` is one of cosine, linear, mild.
+
+    An untrained head under cosine or linear blows x up by 1/sqrt(acp), which hides the noise of the
+    last steps; under ``mild`` x stays near 1, so that every step counts.
+    """
+
+    def make(schedule="mild", depth=2, *, channels=5, cond_channels=7, width=48, seed=0):
+        steps = {"cosine": 100, "linear": 7, "mild": 12}[schedule]
+        kind = "linear" if schedule == "mild" else schedule
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            module = DiffLoss(channels, cond_channels, depth, width, steps, schedule=kind)
+        if schedule == "mild":
+            module.gen_diffusion = GaussianDiffusion(Schedule(np.linspace(0.01, 0.1, steps), 3 * np.arange(steps)))
+        return randomize_(module, seed)
+
+    return make
+
+
+@pytest.fixture
+def python_philox():
+    """Philox 4x32-10 in Python integers, written from the paper: ``f(key, counter) -> 4 words``."""
+
+    def philox(key, counter):
+        (k0, k1), (c0, c1, c2, c3) = key, counter
+        for _ in range(10):
+            hi0, lo0 = divmod(0xD2511F53 * c0, 1 << 32)
+            hi1, lo1 = divmod(0xCD9E8D57 * c2, 1 << 32)
+            c0, c1, c2, c3 = hi1 ^ c1 ^ k0, lo1, hi0 ^ c3 ^ k1, lo0
+            k0, k1 = (k0 + 0x9E3779B9) % (1 << 32), (k1 + 0xBB67AE85) % (1 << 32)
+        return c0, c1, c2, c3
+
+    return philox

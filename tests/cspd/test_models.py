@@ -1,0 +1,91 @@
+"""The own MAR: names and shapes of the released weights, the training loss, the eager loop."""
+
+from __future__ import annotations
+
+import hashlib
+
+import pytest
+import torch
+from small_models import sample, small_mar
+
+from cspd.models import GaussianDiffusion, mar_base, mar_huge, mar_large
+from cspd_kernels import Schedule
+
+# SHA-256 of the sorted (name, shape) list of LTH14/mar's state dicts with the published heads.
+RELEASED = {
+    mar_base: ("60352f117199adf3", 207_924_768),
+    mar_large: ("4f0bd68a9d561524", 478_326_304),
+    mar_huge: ("b6de9729d1a3d5ba", 942_403_104),
+}
+
+
+@pytest.mark.parametrize("build", RELEASED, ids=lambda build: build.__name__)
+def test_state_dict_has_the_released_names_and_shapes(build):
+    with torch.device("meta"):
+        state = build().state_dict()
+    names = repr(sorted((name, tuple(value.shape)) for name, value in state.items()))
+    digest, count = RELEASED[build]
+    assert hashlib.sha256(names.encode()).hexdigest()[:16] == digest
+    assert sum(value.numel() for value in state.values()) == count
+
+
+def test_patchify_round_trip_and_layout():
+    model = small_mar()
+    images = torch.arange(128.0).view(2, 1, 8, 8)
+    tokens = model.patchify(images)
+    assert tokens.shape == (2, 16, 4)
+    assert tokens[0, 1].tolist() == [2.0, 3.0, 10.0, 11.0]  # second patch of the first row
+    assert torch.equal(model.unpatchify(tokens), images)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_training_loss_reaches_every_parameter(checkpointing):
+    model = small_mar(grad_checkpointing=checkpointing, label_drop_prob=0.5).train()
+    torch.manual_seed(0)
+    model(torch.randn(6, 1, 8, 8), torch.arange(6)).backward()
+    assert not [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+
+
+def test_exact_noise_estimate_has_no_loss_and_a_wrong_one_has():
+    diffusion = GaussianDiffusion(Schedule.linear(50))
+    x0 = torch.randn(200, 4, generator=torch.Generator().manual_seed(0))
+    t = torch.arange(200) % 49 + 1  # not the last reverse step, whose term is a density and not a divergence
+    acp = torch.tensor(diffusion.schedule.alphas_cumprod, dtype=torch.float32)[t, None]
+
+    def exact(x_t, _):  # the posterior's own variance is v = -1
+        return torch.cat([(x_t - acp.sqrt() * x0) / (1 - acp).sqrt(), -torch.ones_like(x0)], 1)
+
+    torch.manual_seed(0)
+    assert diffusion.training_losses(exact, x0, t).abs().max() < 1e-3
+    wider = diffusion.training_losses(lambda x, _: exact(x, _) + torch.tensor([0, 0, 0, 0, 1, 1, 1, 1.0]), x0, t)
+    assert (wider[t < 40] > 0).all()  # later the posterior's variance and beta are the same number
+    wrong = diffusion.training_losses(lambda x, _: exact(x, _) * torch.tensor([0, 0, 0, 0, 1, 1, 1, 1.0]), x0, t)
+    assert wrong.mean() > 1.0
+
+
+def test_masking_keeps_to_its_ratio():
+    model = small_mar()
+    torch.manual_seed(0)
+    x = torch.zeros(4, 16, 4)
+    counts = [int(model.random_masking(x, model.sample_orders(4))[0].sum()) for _ in range(300)]
+    assert min(counts) >= 12  # ceil(0.7 * 16)
+    assert max(counts) == 16
+
+
+def test_sampling_follows_its_seeds_and_its_labels():
+    model = small_mar(schedule="linear")
+    first = sample(model)
+    assert first.shape == (3, 1, 8, 8)
+    assert torch.equal(first, sample(model))
+    assert not torch.equal(first, sample(model, labels=torch.tensor([1, 4, 8])))
+
+
+def test_encoder_ignores_the_content_of_masked_tokens():
+    model = small_mar()
+    tokens, mask = torch.randn(2, 16, 4), torch.zeros(2, 16)
+    mask[:, 5:] = 1
+    other = tokens + mask[..., None] * 7.0
+    embedding = model.class_emb(torch.tensor([1, 2]))
+    with torch.no_grad():
+        a, b = (model.forward_mae_decoder(model.forward_mae_encoder(x, mask, embedding), mask) for x in (tokens, other))
+    assert torch.equal(a, b)
