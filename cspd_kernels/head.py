@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 
 import torch
@@ -9,6 +10,9 @@ import torch.nn as nn
 
 from .schedule import Schedule
 
+_STREAM_FIELDS = (
+    "norm_weight", "norm_bias", "time_embedding", "input_weight", "input_bias", "final_weight", "final_bias",
+)  # fmt: skip
 OPERAND_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -42,10 +46,12 @@ class Block:
 class DiffusionHead:
     """The denoising network of one module at one operand type, with its schedule.
 
-    Built by :meth:`from_module`. GEMM operands (weights and biases) are of ``dtype``; the
-    LayerNorm's affine parameters and the time embedding are of the residual stream's type
-    (float32; float64 for a float64 head). Weights that need no conversion are shared with the
-    module, not copied: build the head again after changing them.
+    Built by :meth:`from_module`. GEMM operands (weights and biases) are of ``dtype``. What touches
+    x or the residual stream directly is of the stream's type (float32; float64 for a float64 head):
+    the LayerNorm's affine parameters, the time embedding, and the two C-wide layers at the ends,
+    which cost next to nothing and would round, or in float16 overflow, x and the noise estimate.
+    Weights that need no conversion are shared with the module, not copied: build the head again
+    after changing them.
 
     Attributes:
         schedule: the :class:`Schedule` of T steps.
@@ -59,7 +65,7 @@ class DiffusionHead:
     time_embedding: torch.Tensor
     cond_weight: torch.Tensor  # (W, Z)
     cond_bias: torch.Tensor
-    input_weight: torch.Tensor  # (W, C)
+    input_weight: torch.Tensor  # (W, C) residual-stream type, like final_weight
     input_bias: torch.Tensor
     blocks: tuple[Block, ...]
     final_mod_weight: torch.Tensor  # (2W, W): shift, scale
@@ -115,7 +121,7 @@ class DiffusionHead:
         def convert(name: str, value):
             if not isinstance(value, torch.Tensor):
                 return value
-            return value.to(stream if name in ("norm_weight", "norm_bias", "time_embedding") else dtype)
+            return value.to(stream if name in _STREAM_FIELDS else dtype)
 
         values = {f.name: convert(f.name, getattr(self, f.name)) for f in fields(self)}
         values["dtype"] = dtype
@@ -155,7 +161,7 @@ class DiffusionHead:
         _check_dtype(dtype)
         stream = stream_dtype(dtype)
 
-        def gemm(layer: nn.Linear) -> tuple[torch.Tensor, torch.Tensor]:
+        def gemm(layer: nn.Linear, dtype: torch.dtype = dtype) -> tuple[torch.Tensor, torch.Tensor]:
             weight = layer.weight.detach()
             bias = layer.bias.detach() if layer.bias is not None else weight.new_zeros(weight.shape[0])
             return weight.to(device, dtype), bias.to(device, dtype)
@@ -177,10 +183,10 @@ class DiffusionHead:
             float(net.final_layer.norm_final.eps),
             _time_embedding(net.time_embed, timesteps, stream),
             *gemm(net.cond_embed),
-            *gemm(net.input_proj),
+            *gemm(net.input_proj, stream),
             blocks,
             *gemm(net.final_layer.adaLN_modulation[-1]),
-            *gemm(net.final_layer.linear),
+            *gemm(net.final_layer.linear, stream),
         )
 
 
@@ -203,9 +209,27 @@ def why_not_a_head(module: nn.Module) -> str | None:
             return f"net.res_blocks[{i}].mlp is not Linear, SiLU, Linear"
     if not _is_mlp(net.time_embed.mlp):
         return "net.time_embed.mlp is not Linear, SiLU, Linear"
-    out, channels = net.final_layer.linear.out_features, net.input_proj.in_features
+    width, channels = getattr(net.input_proj, "out_features", 0), module.in_channels
+    out = getattr(net.final_layer.linear, "out_features", 0)
     if out not in (channels, 2 * channels):
         return f"net.final_layer puts out {out} channels; {channels} (eps) or {2 * channels} (eps, v) are understood"
+    linears = {
+        "net.input_proj": (net.input_proj, channels, width),
+        "net.cond_embed": (net.cond_embed, None, width),
+        "net.final_layer.linear": (net.final_layer.linear, width, out),
+        "net.final_layer.adaLN_modulation[-1]": (_last(net.final_layer.adaLN_modulation), width, 2 * width),
+        "net.time_embed.mlp[2]": (net.time_embed.mlp[2], None, width),
+    }
+    for i, block in enumerate(net.res_blocks):
+        linears[f"net.res_blocks[{i}].adaLN_modulation[-1]"] = (_last(block.adaLN_modulation), width, 3 * width)
+        linears[f"net.res_blocks[{i}].mlp[0]"] = (block.mlp[0], width, width)
+        linears[f"net.res_blocks[{i}].mlp[2]"] = (block.mlp[2], width, width)
+    for name, (layer, fan_in, fan_out) in linears.items():
+        if not isinstance(layer, nn.Linear):
+            return f"{name} is {type(layer).__name__}, not Linear"
+        if layer.out_features != fan_out or fan_in not in (None, layer.in_features):
+            got = f"{layer.in_features} -> {layer.out_features}"
+            return f"{name} is {got}, expected {fan_in or 'any'} -> {fan_out}"
     epsilons = {block.in_ln.eps for block in net.res_blocks} | {net.final_layer.norm_final.eps}
     if len(epsilons) != 1:
         return f"its LayerNorms differ in eps: {sorted(epsilons)}"
@@ -223,6 +247,12 @@ def _is_mlp(module) -> bool:
     return isinstance(module, nn.Sequential) and len(module) == 3 and all(map(isinstance, module, kinds))
 
 
+def _last(module):
+    """The layer after the SiLU of a modulation, None if it is not SiLU, layer."""
+    fits = isinstance(module, nn.Sequential) and len(module) == 2 and isinstance(module[0], nn.SiLU)
+    return module[1] if fits else None
+
+
 def _check_dtype(dtype: torch.dtype) -> None:
     if dtype not in OPERAND_DTYPES:
         names = ", ".join(str(d).removeprefix("torch.") for d in OPERAND_DTYPES)
@@ -238,8 +268,8 @@ def _time_embedding(time_embed: nn.Module, timesteps: torch.Tensor, dtype: torch
            for p in (layer.weight, layer.bias)]  # fmt: skip
     size = time_embed.frequency_embedding_size
     half = size // 2
-    exponent = torch.arange(half, dtype=torch.float32) / half
-    freqs = torch.exp(-torch.log(torch.tensor(10000.0)) * exponent).to(timesteps.device)
+    # In this order of operations: trained networks saw its rounding.
+    freqs = torch.exp(-math.log(10000.0) * torch.arange(half, dtype=torch.float32) / half).to(timesteps.device)
     angles = timesteps[:, None].float() * freqs
     features = torch.cat([angles.cos(), angles.sin(), angles.new_zeros(len(angles), size % 2)], dim=1).to(dtype)
     with torch.autocast(timesteps.device.type, enabled=False):

@@ -149,7 +149,8 @@ class Schedule:
 
 
 def _check_steps(num_steps: int, train_steps: int) -> None:
-    if not 1 <= int(num_steps) <= int(train_steps):
+    whole = isinstance(num_steps, int) and isinstance(train_steps, int)
+    if not whole or not 1 <= num_steps <= train_steps:
         raise ValueError(
-            f"Schedule expected 1 <= num_steps <= {train_steps} (train_steps), got num_steps = {num_steps}"
+            f"Schedule expected 1 <= num_steps <= {train_steps} (train_steps), got num_steps = {num_steps!r}"
         )

@@ -8,6 +8,9 @@ from cspd.models import DiffLoss, GaussianDiffusion
 from cspd_kernels import Schedule
 from cspd_kernels.testing import randomize_
 
+# The models here are small: more threads only get in each other's way, above all on a busy machine.
+torch.set_num_threads(1)
+
 
 @pytest.fixture(autouse=True)
 def automatic_backend(monkeypatch):

@@ -158,10 +158,10 @@ def test_reduced_precision_copies_are_packed_again_only_when_weights_change():
     first = cache.get(torch.bfloat16)
     assert cache.get(torch.bfloat16) is first
     with torch.no_grad():
-        model.diffloss.net.input_proj.weight.add_(1.0)
+        model.diffloss.net.cond_embed.weight.add_(1.0)
     second = cache.get(torch.bfloat16)
     assert second is not first
-    assert torch.equal(second.input_weight, model.diffloss.net.input_proj.weight.bfloat16())
+    assert torch.equal(second.cond_weight, model.diffloss.net.cond_embed.weight.bfloat16())
 
 
 def test_weights_made_under_inference_mode():

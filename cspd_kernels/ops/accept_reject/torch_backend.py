@@ -16,13 +16,13 @@ from .reference import keep, propose
 _BLOCK_ELEMENTS = 1 << 24  # of (rows, tries, channels) at once: 64 MiB a temporary
 
 
-def accept_reject(x, draft, target, seed, rows, relaxation, sigma, max_tries):
-    """As :func:`cspd_kernels.accept_reject`."""
+def accept_reject(x, draft, target, seed, rows, relaxation, sigma, max_tries, *, compact=None):
+    """As :func:`cspd_kernels.accept_reject`; ``compact`` says whether to pick out the undecided rows."""
     log_ratio = log_density_ratio(x, draft, target, relaxation, sigma)
     accepted = torch.log(uniforms(seed, rows, 0)) <= log_ratio
     token = torch.where(accepted[:, None], x, target.sample.float())
     tries = torch.where(accepted, 0, -1).to(torch.int32)
-    compact = x.device.type == "cpu"
+    compact = x.device.type == "cpu" if compact is None else compact
     pending = (~accepted).nonzero()[:, 0] if compact else None
     first, width = 1, 4 if compact else max_tries
     while first <= max_tries and (pending is None or len(pending)):
@@ -40,7 +40,8 @@ def accept_reject(x, draft, target, seed, rows, relaxation, sigma, max_tries):
 
 
 def _take(chain, part) -> Denoised:
-    return Denoised(*(field[part] for field in (chain.sample, chain.mean, chain.log_std, chain.path_log_std)))
+    mean = chain.mean[part]  # stands in for the sample, which a redraw does not look at
+    return Denoised(mean, mean, chain.log_std[part], chain.path_log_std[part])
 
 
 def _repeat(field, size):

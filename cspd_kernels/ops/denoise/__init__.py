@@ -57,7 +57,7 @@ def denoise(
         head: the packed network; its dtype is the GEMM operand type.
         cond: (N, Z) floating, or (2N, Z) with the conditional rows first when cfg_scale is not 1.
         x_T: (N, C) floating, the starting points. N = 0 is allowed.
-        noise: (T, N, C) floating, indexed by step (noise[0] is not used), or a PhiloxNoise of N rows.
+        noise: (T, N, C) floating, indexed by step (noise[0] adds nothing), or a PhiloxNoise of N rows.
         temperature: >= 0, scales the noise of every step. At 0 the chain is deterministic and
             log_std is -inf.
         cfg_scale: guidance. A number; or a tensor of one element or of N (one a token) on the head's
@@ -107,6 +107,8 @@ def _check(head, cond, x_T, noise, temperature, cfg_scale, workspace_bytes) -> b
                 f"denoise expected cfg_scale as a number or a floating tensor of 1 or {rows} elements on "
                 f"{head.device}, got {cfg_scale.dtype} {tuple(cfg_scale.shape)} on {cfg_scale.device}"
             )
+        if cfg_scale.device.type == "cpu" and not torch.isfinite(cfg_scale).all():
+            raise ValueError("denoise expected finite values in cfg_scale, got NaN or infinity")
         guided = cond.shape[0] == 2 * rows
         expected = f"{rows} or {2 * rows}"
         fits = guided or cond.shape[0] == rows
@@ -121,8 +123,8 @@ def _check(head, cond, x_T, noise, temperature, cfg_scale, workspace_bytes) -> b
             f"denoise expected cond to have {expected} rows for cfg_scale {cfg_scale} and the {rows} rows of x_T, "
             f"got {cond.shape[0]}"
         )
-    if workspace_bytes <= 0:
-        raise ValueError(f"denoise expected workspace_bytes > 0, got {workspace_bytes}")
+    if not isinstance(workspace_bytes, int) or workspace_bytes <= 0:
+        raise ValueError(f"denoise expected workspace_bytes as an int > 0, got {workspace_bytes!r}")
     return guided and rows > 0
 
 

@@ -79,16 +79,16 @@ def _modulations(head, y, start, stop):
 def _network(head, x, block_mods, final_mod):
     """x [N, C] -> [(eps, v) of the conditional rows] and, under guidance, [eps of the unconditional rows]."""
     dtype, width = head.dtype, (head.width,)
-    h = F.linear(x.to(dtype), head.input_weight, head.input_bias).to(x.dtype)  # [N, W], shared by both halves
+    h = F.linear(x, head.input_weight, head.input_bias)  # [N, W], shared by both halves
     for b, (shift, scale, gate) in zip(head.blocks, block_mods):
         a = F.layer_norm(h, width, b.norm_weight, b.norm_bias, head.norm_eps)
         a = torch.addcmul(shift, a, scale).to(dtype)  # [G, N, W] from here on
         a = F.silu(F.linear(a, b.weight0, b.bias0), inplace=True)
         h = torch.addcmul(h, gate, F.linear(a, b.weight1, b.bias1))
     shift, scale = final_mod
-    a = torch.addcmul(shift, F.layer_norm(h, width, None, None, head.norm_eps), scale).to(dtype)
-    out = [F.linear(a[0], head.final_weight, head.final_bias).to(x.dtype)]
+    a = torch.addcmul(shift, F.layer_norm(h, width, None, None, head.norm_eps), scale)
+    out = [F.linear(a[0], head.final_weight, head.final_bias)]
     if len(a) == 2:
         channels = head.channels
-        out.append(F.linear(a[1], head.final_weight[:channels], head.final_bias[:channels]).to(x.dtype))
+        out.append(F.linear(a[1], head.final_weight[:channels], head.final_bias[:channels]))
     return out

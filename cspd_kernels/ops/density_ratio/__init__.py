@@ -62,8 +62,8 @@ def check(op: str, x, draft, target, relaxation, sigma) -> float | torch.Tensor:
         raise ValueError(f"{op} expected x as a floating tensor (N, C), got {got}")
     for name, chain in (("draft", draft), ("target", target)):
         fields = {"mean": x.shape, "log_std": x.shape, "path_log_std": x.shape[:1]}
-        if name == "target":
-            fields["sample"] = x.shape
+        if name == "target" and op == "accept_reject":
+            fields["sample"] = x.shape  # what a row without a kept proposal takes
         for field, shape in fields.items():
             value = getattr(chain, field, None)
             if not isinstance(value, torch.Tensor):
@@ -84,7 +84,7 @@ def check(op: str, x, draft, target, relaxation, sigma) -> float | torch.Tensor:
                 f"got {relaxation.dtype} {tuple(relaxation.shape)} on {relaxation.device}"
             )
         if relaxation.device.type == "cpu" and not (relaxation > 0).all():
-            raise ValueError("expected every relaxation > 0, got values that are not")
+            raise ValueError(f"{op} expected every relaxation > 0, got values that are not")
         return relaxation.float()
     if not isinstance(relaxation, (int, float)) or not 0 < relaxation < math.inf:
         raise ValueError(f"{op} expected a finite relaxation > 0, got {relaxation!r}")

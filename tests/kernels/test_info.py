@@ -1,0 +1,84 @@
+"""``python -m cspd_kernels.info``: text, JSON, and no failure whatever the machine answers."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import cspd_kernels
+from cspd_kernels import backends, info
+
+KEYS = {"cspd-kernels", "python", "platform", "torch", "triton", "numpy", "gpus", "backends", "CSPD_BACKEND"}
+
+
+def broken(*_):
+    raise OSError("the machine is odd")
+
+
+def test_json(capsys, monkeypatch):
+    monkeypatch.setenv("CSPD_BACKEND", "torch")
+    assert info.main(["--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert set(report) >= KEYS
+    assert report["torch"] == torch.__version__
+    assert report["backends"] == cspd_kernels.available_backends()
+    assert report["CSPD_BACKEND"] == "torch"
+    assert isinstance(report["gpus"], list)
+
+
+def test_text(capsys):
+    assert info.main([]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert f"torch: {torch.__version__}" in lines
+    assert "CSPD_BACKEND: not set (automatic)" in lines
+    assert any(line.split() == ["torch", "ok"] for line in lines)
+    assert {line.split(":")[0] for line in lines} >= KEYS
+
+
+def test_devices_are_listed(capsys, monkeypatch):
+    monkeypatch.setattr(info, "_devices", lambda: [{"name": "Card A"}, {"name": "Card B"}])
+    info.main([])
+    text = capsys.readouterr().out
+    assert "Card A" in text
+    assert "Card B" in text
+    info.main(["--json"])
+    assert [gpu["name"] for gpu in json.loads(capsys.readouterr().out)["gpus"]] == ["Card A", "Card B"]
+
+
+@pytest.mark.parametrize("arguments", [[], ["--json"]])
+@pytest.mark.parametrize(
+    ("target", "name"),
+    [
+        (info, "_devices"),
+        (info, "_version"),
+        (info.platform, "platform"),
+        (backends, "available_backends"),
+        (torch.cuda, "device_count"),
+        (torch, "get_num_threads"),
+    ],
+)
+def test_a_probe_that_fails_leaves_its_reason(capsys, monkeypatch, arguments, target, name):
+    monkeypatch.setattr(target, name, broken)
+    assert info.main(arguments) == 0
+    out = capsys.readouterr().out
+    assert "unknown (OSError: the machine is odd)" in out
+    if arguments:
+        assert set(json.loads(out)) >= KEYS
+
+
+def test_a_package_that_is_not_installed_is_said_so(capsys, monkeypatch):
+    def absent(package):
+        raise info.metadata.PackageNotFoundError(package)
+
+    monkeypatch.setattr(info.metadata, "version", absent)
+    info.main(["--json"])
+    assert json.loads(capsys.readouterr().out)["triton"] == "not installed"
+
+
+def test_runs_as_a_module():
+    command = [sys.executable, "-W", "error", "-m", "cspd_kernels.info", "--json"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert set(json.loads(result.stdout)) >= KEYS
+    assert result.stderr == ""
