@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from ..models import MAR
@@ -69,7 +70,7 @@ def load_model(config: dict, path: str | Path) -> MAR:
     model = MAR(**config)
     try:
         model.load_state_dict(load_file(path))
-    except RuntimeError as error:
+    except (RuntimeError, SafetensorError) as error:
         raise ValueError(f"{path} does not hold the weights of the demo's configuration: {error}") from error
     return model.eval()
 

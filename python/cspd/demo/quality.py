@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +29,7 @@ def statistics(images) -> tuple[np.ndarray, np.ndarray]:
     return pixels.mean(axis=0), np.cov(pixels, rowvar=False)
 
 
-@lru_cache(maxsize=None)
+@cache
 def reference_statistics(path: Path = DATA / "reference.safetensors") -> tuple[np.ndarray, np.ndarray]:
     """Mean (64,) and covariance (64, 64) of all 1,797 real digits in [-1, 1], float64."""
     if not Path(path).is_file():

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import math
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,14 +17,18 @@ from safetensors.torch import save_file
 
 from ..models import MAR
 from ..order import mask_of
-from .pair import DATA, DRAFT, TARGET
+from .pair import DATA, DRAFT, TARGET, load_model
 from .quality import statistics
 
 BATCH = 64
 EMA_DECAY = 0.998
+TARGET_RATE = 1e-3
+DRAFT_RATE = 1e-3
 LABEL_DROP = 0.1
 # One loss step needs a fair number of diffusion draws even where only a few tokens are masked.
 DRAWS_PER_IMAGE = 16
+# Against the error of the noise estimate; see draft_loss.
+VARIANCE_WEIGHT = 3.0
 
 
 def load_digits() -> tuple[torch.Tensor, torch.Tensor]:
@@ -76,7 +81,7 @@ def target_loss(model: MAR, batch) -> torch.Tensor:
     return model.diffloss(tokens.flatten(0, 1)[rows], z.flatten(0, 1)[rows])
 
 
-def draft_loss(model: MAR, target: MAR, batch) -> torch.Tensor:
+def draft_loss(model: MAR, batch, target: MAR) -> torch.Tensor:
     """Distance of the draft's noise estimate and variance from the target's, on the same noisy tokens.
 
     Both matter to acceptance: the density ratio compares the last step's means, and its trajectory
@@ -100,9 +105,6 @@ def draft_loss(model: MAR, target: MAR, batch) -> torch.Tensor:
     # In units of log sigma: what one step contributes to the trajectory term.
     span = 0.25 * torch.tensor(schedule.log_beta - schedule.log_posterior, dtype=torch.float32)[i, None]
     return error[:, :channels].mean() + VARIANCE_WEIGHT * (span.square() * error[:, channels:]).mean()
-
-
-VARIANCE_WEIGHT = 1.0
 
 
 def train(name: str, model: MAR, batches: Batches, loss_of, steps: int, rate: float) -> dict[str, torch.Tensor]:
@@ -130,8 +132,8 @@ def train(name: str, model: MAR, batches: Batches, loss_of, steps: int, rate: fl
                 average[key].lerp_(value, 1 - decay)
         running += loss.item()
         if step % 200 == 0 or step == steps:
-            print(f"{name} step {step}/{steps}: loss {running / ((step - 1) % 200 + 1):.4f}, "
-                  f"{time.perf_counter() - start:.0f} s", flush=True)
+            mean = running / ((step - 1) % 200 + 1)
+            print(f"{name} step {step}/{steps}: loss {mean:.4f}, {time.perf_counter() - start:.0f} s", flush=True)
             running = 0.0
     model.load_state_dict(average)
     return {key: value.contiguous() for key, value in average.items()}
@@ -141,9 +143,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m cspd.demo.train", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=DATA, help="folder of the three files (default: the package's own)")
     parser.add_argument("--steps", type=int, default=4000, help="optimizer steps of the target")
-    parser.add_argument("--draft-steps", type=int, default=6000, help="optimizer steps of the draft")
+    parser.add_argument("--draft-steps", type=int, default=4500, help="optimizer steps of the draft")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--draft-only", action="store_true", help="keep the target.safetensors that is in --out")
+    parser.add_argument("--keep-target", action="store_true", help="distil the draft from the target that is in --out")
     args = parser.parse_args(arguments)
     images, labels = load_digits()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -152,17 +154,18 @@ def main(arguments: list[str] | None = None) -> None:
 
     mean, covariance = (torch.from_numpy(array) for array in statistics(images))
     save_file({"mean": mean, "covariance": covariance}, args.out / "reference.safetensors")
-    torch.manual_seed(args.seed)
-    target = MAR(**TARGET)
-    batches = Batches(images, labels, target)
-    if args.draft_only:
-        from .pair import load_model
+    if args.keep_target:
         target = load_model(TARGET, args.out / "target.safetensors")
     else:
-        save_file(train("target", target, batches, target_loss, args.steps, 1e-3), args.out / "target.safetensors")
+        torch.manual_seed(args.seed)
+        target = MAR(**TARGET)
+        weights = train("target", target, Batches(images, labels, target), target_loss, args.steps, TARGET_RATE)
+        save_file(weights, args.out / "target.safetensors")
+    # Seeded again, so that the draft is the same whether or not the target was trained just now.
     torch.manual_seed(args.seed + 1)
     draft = MAR(**DRAFT)
-    weights = train("draft", draft, Batches(images, labels, draft), lambda m, b: draft_loss(m, target, b), args.draft_steps, 2e-3)
+    loss_of = partial(draft_loss, target=target)
+    weights = train("draft", draft, Batches(images, labels, draft), loss_of, args.draft_steps, DRAFT_RATE)
     save_file(weights, args.out / "draft.safetensors")
 
 
