@@ -4,7 +4,8 @@
 :class:`SpecDecodeRunner` pairs a draft with a target model, approximately by construction.
 """
 
+from . import models
 from .patching import is_patched, patch, patched, unpatch
 from .speculative import SpecDecodeRunner
 
-__all__ = ["SpecDecodeRunner", "is_patched", "patch", "patched", "unpatch"]
+__all__ = ["SpecDecodeRunner", "is_patched", "models", "patch", "patched", "unpatch"]

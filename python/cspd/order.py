@@ -72,6 +72,31 @@ def mask_of(orders: torch.Tensor, length: int) -> torch.Tensor:
     return mask.scatter_(1, orders[:, :length], 1.0)
 
 
+@dataclass(frozen=True)
+class Pass:
+    """What one pass of a model over an image needs of the generation order: a step's, or a window's.
+
+    Under guidance the batch is doubled, conditional images first; R is B or 2 B.
+    """
+
+    mask: torch.Tensor  # (R, L) float32: the tokens still unknown before the first of its steps
+    where: torch.Tensor  # (B, n) int64: the positions it draws, step by step, ascending within a step
+    gather: torch.Tensor  # (R, n, 1) int64: the same for the doubled batch
+    rows: torch.Tensor  # (B n,) int64: their noise addresses, image number times L plus position
+    cfg_scale: float | torch.Tensor  # of each token's own step: a number where all are equal, else (B n,)
+
+
+def plan_pass(orders: torch.Tensor, images: torch.Tensor, steps: list[Step], guided: bool) -> Pass:
+    """The tables of a pass that draws the tokens of ``steps`` for ``images`` (B,) with ``orders`` (B, L)."""
+    mask = mask_of(orders, steps[0].before)
+    where = torch.cat([positions(orders, step.before, step.after) for step in steps], dim=1)
+    rows = (images[:, None] * orders.shape[1] + where).flatten()
+    scales = [step.cfg for step in steps for _ in range(step.before - step.after)]
+    scale = scales[0] if len(set(scales)) == 1 else torch.tensor(scales, device=orders.device).repeat(len(orders))
+    double = 2 if guided else 1
+    return Pass(mask.repeat(double, 1), where, where.repeat(double, 1)[..., None], rows, scale if guided else 1.0)
+
+
 def random_orders(seed: int, images: torch.Tensor, seq_len: int) -> torch.Tensor:
     """(B, L) generation orders, each a function of (seed; image number) alone."""
     rows = images[:, None] * seq_len + torch.arange(seq_len, device=images.device)

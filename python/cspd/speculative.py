@@ -14,7 +14,7 @@ from cspd_kernels.noise import check_seed
 from cspd_kernels.ops.density_ratio import SIGMAS
 
 from .heads import HeadCache
-from .order import Step, mask_of, plan_steps, positions, random_orders
+from .order import Pass, plan_pass, plan_steps, random_orders
 from .stats import ACCEPTED, FELL_BACK, PREFILLED, REDRAWN, Recorder, RunStats
 
 _logger = logging.getLogger("cspd")
@@ -141,19 +141,18 @@ class SpecDecodeRunner:
         steps = plan_steps(self.seq_len, num_iter, cfg, cfg_schedule)
         images = torch.arange(first_image, first_image + bsz, device=device)
         orders = random_orders(seed, images, self.seq_len) if orders is None else orders.to(device)
-        # Tables of the generation order, all before the first step: index and address of every token.
-        index = {step.index: positions(orders, step.before, step.after) for step in steps}  # [B, n]
         prefill = [step for step in steps if step.index < self.ratio * num_iter - 1e-9]
         rest = steps[len(prefill) :]
-        windows = [rest[i : i + num_draft] for i in range(0, len(rest), num_draft)]
-
+        # All tables of the generation order, before the first step.
+        single = {step.index: plan_pass(orders, images, [step], cfg != 1.0) for step in steps}
+        windows = [
+            (window, plan_pass(orders, images, window, cfg != 1.0))
+            for window in (rest[i : i + num_draft] for i in range(0, len(rest), num_draft))
+        ]
         state = _State(
             tokens=torch.zeros(bsz, self.seq_len, self.token_embed_dim, device=device),
-            orders=orders,
-            images=images,
             seed=seed,
             temperature=float(temperature),
-            guided=cfg != 1.0,
             embeddings={
                 name: _class_embedding(model, bsz, labels, cfg != 1.0)
                 for name, model in (("draft", self.draft_model), ("target", target))
@@ -165,68 +164,63 @@ class SpecDecodeRunner:
             for step in prefill:
                 with recorder.phase("target"):
                     recorder.calls["target"] += 1
-                    state.write(index[step.index], self._draw("target", state, [step], index).sample)
+                    state.write(single[step.index], self._draw("target", state, single[step.index]).sample)
                 bar.update()
-            for window in windows:
+            for window, whole in windows:
                 chains = []
                 for step in window:
                     with recorder.phase("draft"):
                         recorder.calls["draft"] += 1
-                        chains.append(self._draw("draft", state, [step], index))
-                        state.write(index[step.index], chains[-1].sample)
+                        chains.append(self._draw("draft", state, single[step.index]))
+                        state.write(single[step.index], chains[-1].sample)
                     bar.update()
-                self._verify(state, window, _concatenate(chains, bsz), index, recorder)
+                self._verify(state, whole, _concatenate(chains, bsz), recorder)
         self._recorder = recorder
         return target.unpatchify(state.tokens)
 
-    def _draw(self, name: str, state: _State, window: list[Step], index: dict) -> Denoised:
-        """One pass of a model over the tokens known before the window, and its head for all its positions."""
+    def _draw(self, name: str, state: _State, plan: Pass) -> Denoised:
+        """One pass of a model over the known tokens, and its head for all positions of the pass."""
         model = getattr(self, f"{name}_model")
-        tokens, mask = state.tokens, mask_of(state.orders, window[0].before)
-        if state.guided:
-            tokens, mask = torch.cat([tokens, tokens]), torch.cat([mask, mask])
-        z = model.forward_mae_decoder(model.forward_mae_encoder(tokens, mask, state.embeddings[name]), mask)
-        where = torch.cat([index[step.index] for step in window], dim=1)  # [B, n]
-        both = torch.cat([where, where]) if state.guided else where
-        z = z.gather(1, both[..., None].expand(-1, -1, z.shape[-1])).flatten(0, 1)  # conditional rows first
+        tokens = state.tokens.repeat(len(plan.mask) // len(state.tokens), 1, 1)
+        z = model.forward_mae_decoder(model.forward_mae_encoder(tokens, plan.mask, state.embeddings[name]), plan.mask)
+        z = z.gather(1, plan.gather.expand(-1, -1, z.shape[-1])).flatten(0, 1)  # conditional rows first
         head = self._heads[name].get(self.dtype)
-        noise = PhiloxNoise(state.seed, state.addresses(where))
+        noise = PhiloxNoise(state.seed, plan.rows)
         return denoise(
             head,
             z,
             noise.x_T(head.channels),
             noise,
             temperature=state.temperature,
-            cfg_scale=_scales(window, index, z.device) if state.guided else 1.0,
+            cfg_scale=plan.cfg_scale,
             backend=self.backend,
         )
 
-    def _verify(self, state: _State, window: list[Step], drafted: Denoised, index: dict, recorder: Recorder) -> None:
+    def _verify(self, state: _State, plan: Pass, drafted: Denoised, recorder: Recorder) -> None:
         """Judge a window against the context before it, and write what was kept or redrawn."""
         with recorder.phase("target"):
             recorder.calls["target"] += 1
-            target = self._draw("target", state, window, index)
+            target = self._draw("target", state, plan)
         with recorder.phase("verify"):
-            where = torch.cat([index[step.index] for step in window], dim=1)
             relaxation = self.inner_temperature
             if isinstance(relaxation, torch.Tensor):
-                relaxation = relaxation.to(where.device, torch.float32)[where].flatten()
+                relaxation = relaxation.to(plan.where.device, torch.float32)[plan.where].flatten()
             verdict = accept_reject(
                 drafted.sample,
                 drafted,
                 target,
                 seed=state.seed,
-                rows=state.addresses(where),
+                rows=plan.rows,
                 relaxation=relaxation,
                 sigma=self.sigma,
                 max_tries=self.max_tries,
                 backend=self.backend,
             )
             raw = log_density_ratio(drafted.sample, drafted, target, sigma=self.sigma, backend=self.backend)
-            state.write(where, verdict.token)
+            state.write(plan, verdict.token)
             redrawn = torch.where(verdict.tries < 0, FELL_BACK, REDRAWN)
             outcome = torch.where(verdict.accepted, ACCEPTED, redrawn).to(torch.int8)
-            recorder.outcome.scatter_(1, where, outcome.view_as(where))
+            recorder.outcome.scatter_(1, plan.where, outcome.view_as(plan.where))
             recorder.window(verdict.accepted, raw, verdict.tries)
 
     def _check_run(self, bsz, num_draft, labels, temperature, cfg, seed, first_image, orders) -> None:
@@ -267,35 +261,21 @@ class SpecDecodeRunner:
 
 
 class _State:
-    """What the steps of one run share."""
+    """What the steps of one run share; ``tokens`` (B, L, C) grow step by step."""
 
-    def __init__(self, *, tokens, orders, images, seed, temperature, guided, embeddings):
-        self.tokens, self.orders, self.images = tokens, orders, images
-        self.seed, self.temperature, self.guided, self.embeddings = seed, temperature, guided, embeddings
+    def __init__(self, *, tokens, seed, temperature, embeddings):
+        self.tokens, self.seed, self.temperature, self.embeddings = tokens, seed, temperature, embeddings
 
-    def addresses(self, where: torch.Tensor) -> torch.Tensor:
-        """[B, n] positions -> (B n,) int64 addresses: image number times L plus position."""
-        return (self.images[:, None] * self.tokens.shape[1] + where).flatten()
-
-    def write(self, where: torch.Tensor, tokens: torch.Tensor) -> None:
-        """Put (B n, C) tokens at [B, n] positions."""
-        tokens = tokens.to(self.tokens.dtype).view(*where.shape, -1)
-        self.tokens = self.tokens.scatter(1, where[..., None].expand_as(tokens), tokens)
+    def write(self, plan: Pass, tokens: torch.Tensor) -> None:
+        """Put (B n, C) tokens at the positions of a pass."""
+        tokens = tokens.to(self.tokens.dtype).view(*plan.where.shape, -1)
+        self.tokens = self.tokens.scatter(1, plan.where[..., None].expand_as(tokens), tokens)
 
 
 def _class_embedding(model, bsz: int, labels: torch.Tensor | None, guided: bool) -> torch.Tensor:
     none = model.fake_latent.repeat(bsz, 1)
     embedding = none if labels is None else model.class_emb(labels.to(none.device))
     return torch.cat([embedding, none]) if guided else embedding
-
-
-def _scales(window: list[Step], index: dict, device) -> float | torch.Tensor:
-    """The guidance of every token of a window, as of its own step: a number where all are equal."""
-    if len({step.cfg for step in window}) == 1:
-        return window[0].cfg
-    batch = index[window[0].index].shape[0]
-    scale = torch.tensor([step.cfg for step in window for _ in range(step.before - step.after)])
-    return scale.to(device, non_blocking=True).repeat(batch)
 
 
 def _concatenate(chains: list[Denoised], bsz: int) -> Denoised:

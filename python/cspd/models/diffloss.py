@@ -6,6 +6,7 @@ State-dict names and shapes follow LTH14/mar (``models/diffloss.py``); Li et al.
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 import torch.nn as nn
@@ -119,19 +120,28 @@ class DiffLoss(nn.Module):
     Args:
         target_channels: C. z_channels: Z. depth, width: D residual blocks of width W.
         num_sampling_steps: T of ``sample`` (an int, or a string as in LTH14/mar).
-        schedule: ``"cosine"`` (MAR) or ``"linear"``, 1,000 training steps.
+        schedule: ``"cosine"`` (MAR) or ``"linear"``.
+        num_train_steps: steps of the schedule it is trained on, of which T are kept for sampling.
     """
 
     def __init__(
-        self, target_channels, z_channels, depth, width, num_sampling_steps, grad_checkpointing=False, schedule="cosine"
+        self,
+        target_channels,
+        z_channels,
+        depth,
+        width,
+        num_sampling_steps,
+        grad_checkpointing=False,
+        schedule="cosine",
+        num_train_steps=1000,
     ):
         super().__init__()
         if schedule not in ("cosine", "linear"):
             raise ValueError(f"DiffLoss expected schedule 'cosine' or 'linear', got {schedule!r}")
-        make = getattr(Schedule, schedule)
+        make = partial(getattr(Schedule, schedule), train_steps=num_train_steps)
         self.in_channels = target_channels
         self.net = SimpleMLPAdaLN(target_channels, width, 2 * target_channels, z_channels, depth, grad_checkpointing)
-        self.train_diffusion = GaussianDiffusion(make(1000))
+        self.train_diffusion = GaussianDiffusion(make(num_train_steps))
         self.gen_diffusion = GaussianDiffusion(make(int(num_sampling_steps)))
 
     def forward(self, target, z, mask=None):

@@ -26,7 +26,7 @@ class MAR(nn.Module):
     Args:
         img_size, vae_stride, patch_size, vae_embed_dim: an image has
             L = (img_size / vae_stride / patch_size)^2 tokens of C = vae_embed_dim patch_size^2 channels.
-        diffloss_d, diffloss_w, num_sampling_steps, schedule: the head (see :class:`DiffLoss`).
+        diffloss_d, diffloss_w, num_sampling_steps, schedule, num_train_steps: the head (see :class:`DiffLoss`).
         buffer_size: how many class tokens stand before the sequence.
     """
 
@@ -55,6 +55,7 @@ class MAR(nn.Module):
         diffusion_batch_mul=4,
         grad_checkpointing=False,
         schedule="cosine",
+        num_train_steps=1000,
     ):
         super().__init__()
         self.vae_embed_dim = vae_embed_dim
@@ -101,6 +102,7 @@ class MAR(nn.Module):
             num_sampling_steps=num_sampling_steps,
             grad_checkpointing=grad_checkpointing,
             schedule=schedule,
+            num_train_steps=num_train_steps,
         )
 
     def patchify(self, x: torch.Tensor) -> torch.Tensor:
