@@ -28,9 +28,14 @@ def load_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
         raise FileNotFoundError(f"expected a checkpoint file, found none at {path}")
     if path.suffix == ".safetensors":
         return load_file(path)
+    allowed = torch.serialization.get_safe_globals()
     # Released checkpoints carry their training arguments; a Namespace holds plain values only.
     torch.serialization.add_safe_globals([argparse.Namespace])
-    loaded = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(allowed)
     for key in ("model_ema", "model", "state_dict"):
         if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
             loaded = loaded[key]

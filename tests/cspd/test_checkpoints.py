@@ -37,7 +37,9 @@ def test_round_trip(tmp_path, model, kind):
         other = {k: v + 1 for k, v in state.items()}
         training = {"model": other, "model_ema": state, "epoch": 3, "args": argparse.Namespace(lr=1e-4)}
         torch.save(training if kind == "training" else state, path)
+    allowed = set(torch.serialization.get_safe_globals())
     loaded = load_mar(path, num_heads=2, num_sampling_steps=7)
+    assert set(torch.serialization.get_safe_globals()) == allowed
     assert not loaded.training
     assert loaded.diffloss.gen_diffusion.num_timesteps == 7
     assert loaded.seq_len == 16

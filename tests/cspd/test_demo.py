@@ -1,0 +1,158 @@
+"""The demo: its quality as promised, its table, its picture, its training script."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import cspd
+from cspd.demo import pair as pair_module
+from cspd.demo import train
+from cspd.demo.pair import DATA, load_model, load_pair
+from cspd.demo.picture import COLOURS
+from cspd.demo.quality import frechet_distance, reference_statistics
+from cspd.demo.run import STEPS, generate, run_demo
+
+IMAGES = 512
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return train.load_digits()
+
+
+@pytest.fixture(scope="module")
+def classifier(digits):
+    from sklearn.svm import SVC
+
+    images, labels = digits
+    return SVC(gamma=0.01).fit(images.flatten(1).numpy(), labels.numpy())
+
+
+@pytest.fixture(scope="module")
+def generated():
+    """Images and figures of every row that the quality promise speaks of, as the demo makes them."""
+    target, draft = load_pair()
+    labels = torch.arange(IMAGES) % 10
+    rows = {None: generate(draft, target, labels, STEPS, None, 0)}
+    rows |= {gamma: generate(draft, target, labels, STEPS, gamma, 0) for gamma in (4, 8)}
+    return {gamma: (images, figures, frechet_distance(images)) for gamma, (images, figures, _) in rows.items()}
+
+
+def test_target_alone_is_close_to_the_real_digits(generated):
+    assert generated[None][2] <= 1.0
+
+
+@pytest.mark.parametrize("gamma", [4, 8])
+def test_speculation_keeps_the_quality(generated, gamma):
+    assert generated[gamma][2] <= 1.15 * generated[None][2]
+
+
+@pytest.mark.parametrize("gamma", [None, 4, 8])
+def test_a_classifier_of_real_digits_reads_the_labels(generated, classifier, gamma):
+    pixels = generated[gamma][0].flatten(1).clamp(-1, 1).numpy()
+    assert (classifier.predict(pixels) == np.arange(IMAGES) % 10).mean() >= 0.95
+
+
+@pytest.mark.parametrize(("gamma", "target_calls"), [(4, 7), (8, 5)])
+def test_speculation_accepts_and_saves_target_calls(generated, gamma, target_calls):
+    figures = generated[gamma][1]
+    assert figures["target_calls"] == target_calls
+    assert figures["draft_calls"] == 13
+    assert 0.05 < figures["raw_acceptance"] < figures["acceptance"] < 1.0
+
+
+def test_the_draft_is_clearly_smaller():
+    cost = [sum(p.numel() for p in model.parameters()) for model in load_pair()]
+    assert cost[1] / cost[0] <= 0.4
+    assert sum(path.stat().st_size for path in DATA.iterdir()) < 8 * 2**20
+
+
+def test_demo_prints_its_table_and_writes_its_files(tmp_path):
+    lines = []
+    result = run_demo(6, [3], 1, tmp_path / "d.png", tmp_path / "d.json", echo=lines.append)
+    names = ["target, 16 steps", "target, 8 steps", "target, 4 steps", "draft, 16 steps", "speculative, gamma 3"]
+    assert [row["name"] for row in result["rows"]] == names
+    assert [row["target_calls"] for row in result["rows"]] == [16, 8, 4, 0, 8]
+    assert [row["draft_calls"] for row in result["rows"]] == [0, 0, 0, 16, 13]
+    text = "\n".join(lines)
+    assert all(name in text for name in names)
+    assert json.loads((tmp_path / "d.json").read_text()) == json.loads(json.dumps(result))
+    assert all(row["seconds"] > 0 and row["frechet_distance"] > 0 for row in result["rows"])
+    picture = np.asarray(Image.open(tmp_path / "d.png"))
+    assert picture.shape[1] >= 6 * 70
+    for colour in COLOURS[:3]:  # the acceptance map and its legend
+        assert (picture == colour).all(-1).sum() > 100
+
+
+def test_same_seed_same_digits():
+    target, draft = load_pair()
+    labels = torch.arange(4)
+    first, again, other = (generate(draft, target, labels, STEPS, 4, seed)[0] for seed in (3, 3, 4))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_patched_target_draws_the_same_digits():
+    target, _ = load_pair()
+    images = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        np.random.seed(0)
+        images.append(target.sample_tokens(8, STEPS, labels=torch.arange(8)))
+        cspd.patch(target)
+    assert (images[0] - images[1]).abs().max() < 1e-4
+
+
+def test_distance_of_the_real_digits_is_zero_and_a_shift_is_its_square(digits):
+    images, _ = digits
+    assert abs(frechet_distance(images)) < 1e-6  # roots of zero eigenvalues keep half of the digits
+    assert frechet_distance(images + 0.5) == pytest.approx(64 * 0.25, rel=1e-6)
+
+
+def test_distance_matches_the_textbook_formula():
+    images = torch.randn(300, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 0.5
+    mean, covariance = images.flatten(1).mean(0).numpy(), np.cov(images.flatten(1).numpy(), rowvar=False)
+    real_mean, real = reference_statistics()
+    roots = np.sqrt(np.linalg.eigvals(covariance @ real).real.clip(0))
+    expected = ((mean - real_mean) ** 2).sum() + np.trace(covariance + real) - 2 * roots.sum()
+    assert frechet_distance(images) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("images", "match"),
+    [
+        (torch.zeros(4, 8, 8), r"expected images of shape \(n, 1, 8, 8\), got \(4, 8, 8\)"),
+        (torch.zeros(1, 1, 8, 8), "at least 2 images"),
+        (torch.full((4, 1, 8, 8), float("nan")), "finite pixels"),
+    ],
+)
+def test_distance_refuses_wrong_images(images, match):
+    with pytest.raises(ValueError, match=match):
+        frechet_distance(images)
+
+
+def test_training_writes_a_loadable_pair(tmp_path):
+    train.main(["--out", str(tmp_path), "--steps", "3", "--draft-steps", "2"])
+    target, draft = load_pair(tmp_path)
+    assert not target.training
+    assert torch.equal(
+        load_file(tmp_path / "reference.safetensors")["mean"], load_file(DATA / "reference.safetensors")["mean"]
+    )
+    first = load_file(tmp_path / "target.safetensors")
+    train.main(["--out", str(tmp_path), "--steps", "3", "--draft-steps", "2"])
+    again = load_file(tmp_path / "target.safetensors")
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert sum(p.numel() for p in draft.parameters()) < sum(p.numel() for p in target.parameters())
+
+
+def test_missing_and_foreign_weights(tmp_path):
+    with pytest.raises(FileNotFoundError, match="do not exist: reinstall"):
+        load_pair(tmp_path)
+    with pytest.raises(ValueError, match="does not hold the weights"):
+        load_model(pair_module.TARGET, DATA / "draft.safetensors")
