@@ -5,13 +5,13 @@ from __future__ import annotations
 import datetime
 import json
 import math
-import statistics
 import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from cspd_kernels.info import collect
@@ -28,7 +28,9 @@ class Row:
     seconds: float  # median
     seconds_p20: float
     seconds_p80: float
-    baseline_seconds: float  # median
+    baseline_seconds: float  # median, like the next two
+    baseline_p20: float
+    baseline_p80: float
     runs: int
     error: float  # as `accuracy` names it
     bound: float  # above which no speed is reported
@@ -65,30 +67,30 @@ def _time(function: Callable, arguments: tuple, device: torch.device) -> float:
         function(*arguments)
         return time.perf_counter() - start
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
+    stream = torch.cuda.current_stream(device)
+    start.record(stream)
     function(*arguments)
-    end.record()
+    end.record(stream)
     end.synchronize()
     return start.elapsed_time(end) / 1e3
 
 
 def spread(seconds: list[float]) -> tuple[float, float, float]:
     """(median, p20, p80)."""
-    ordered = sorted(seconds)
-    last = len(ordered) - 1
-    return statistics.median(ordered), ordered[round(0.2 * last)], ordered[round(0.8 * last)]
+    return tuple(float(value) for value in np.percentile(seconds, (50, 20, 80)))
 
 
 def print_rows(rows: list[Row]) -> None:
     """The table; a row whose accuracy fails shows no speed."""
-    columns = ["op", "size", "backend", "baseline", "median s", "p20..p80", "baseline s", "ratio", "error"]
+    columns = ["op", "size", "backend", "baseline", "median s", "p20..p80", "baseline s", "p20..p80", "ratio", "error"]
     lines = [columns]
     for row in rows:
         if row.correct:
             speed = [f"{row.seconds:.4g}", f"{row.seconds_p20:.4g}..{row.seconds_p80:.4g}"]
-            speed += [f"{row.baseline_seconds:.4g}", f"{row.ratio:.2f}x"]
+            speed += [f"{row.baseline_seconds:.4g}", f"{row.baseline_p20:.4g}..{row.baseline_p80:.4g}"]
+            speed += [f"{row.ratio:.2f}x"]
         else:
-            speed = ["-", "-", "-", "WRONG"]
+            speed = ["-", "-", "-", "-", "WRONG"]
         lines.append([row.op, row.size, row.backend, row.baseline, *speed, f"{row.error:.1e} ({row.accuracy})"])
     widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
     for line in lines:

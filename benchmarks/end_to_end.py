@@ -56,7 +56,7 @@ def main() -> None:
         error = relative_error(contenders[True](0), contenders[False](0))
         name = "float32" if dtype == torch.float32 else "autocast bfloat16"
         size = f"{args.model} 256 tokens {args.num_iter} steps cfg"
-        timed = (*spread(seconds[True]), spread(seconds[False])[0])
+        timed = (*spread(seconds[True]), *spread(seconds[False]))
         rows.append(
             Row("sample_tokens", size, f"patched {name}", f"eager {name}", *timed, args.runs, error, bound, "of max")
         )

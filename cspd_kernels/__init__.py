@@ -2,23 +2,33 @@
 density ratio of two chains, and batched acceptance-rejection. It knows heads and tensors, never models.
 """
 
-from .backends import available_backends
-from .head import DiffusionHead
-from .noise import PhiloxNoise
-from .ops.accept_reject import Verdict, accept_reject
-from .ops.denoise import Denoised, denoise
-from .ops.density_ratio import log_density_ratio
-from .schedule import Schedule
+from __future__ import annotations
+
+import importlib
 
 __version__ = "0.1.0"
-__all__ = [
-    "Denoised",
-    "DiffusionHead",
-    "PhiloxNoise",
-    "Schedule",
-    "Verdict",
-    "accept_reject",
-    "available_backends",
-    "denoise",
-    "log_density_ratio",
-]
+
+# Looked up on first use, so that `python -m cspd_kernels.info` can report a torch that does not import.
+_EXPORTS = {
+    "Denoised": ".ops.denoise",
+    "DiffusionHead": ".head",
+    "PhiloxNoise": ".noise",
+    "Schedule": ".schedule",
+    "Verdict": ".ops.accept_reject",
+    "accept_reject": ".ops.accept_reject",
+    "available_backends": ".backends",
+    "denoise": ".ops.denoise",
+    "log_density_ratio": ".ops.density_ratio",
+}
+__all__ = sorted(_EXPORTS)
+
+
+def __getattr__(name: str):
+    if name not in _EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(_EXPORTS[name], __name__), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

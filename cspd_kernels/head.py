@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from dataclasses import dataclass, fields
 
@@ -17,15 +18,25 @@ OPERAND_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def stream_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Type of the residual stream and of all arithmetic outside GEMMs, for a GEMM operand type."""
+    """Type of the residual stream, the norms and the update of x, for a GEMM operand type.
+
+    Modulations and the activations between two GEMMs are of the operand type.
+    """
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def call_dtype(device: torch.device, weights: torch.dtype) -> torch.dtype:
     """Operand type when none is asked for: autocast's where it is on for this device, else the weights'."""
-    if torch.is_autocast_enabled(device.type):
+    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
         return torch.get_autocast_dtype(device.type)
     return weights
+
+
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
+    """A context in which the caller's autocast is off, on devices that know autocast."""
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()
 
 
 @dataclass(frozen=True)
@@ -230,7 +241,14 @@ def why_not_a_head(module: nn.Module) -> str | None:
         if layer.out_features != fan_out or fan_in not in (None, layer.in_features):
             got = f"{layer.in_features} -> {layer.out_features}"
             return f"{name} is {got}, expected {fan_in or 'any'} -> {fan_out}"
-    epsilons = {block.in_ln.eps for block in net.res_blocks} | {net.final_layer.norm_final.eps}
+    norms = {f"net.res_blocks[{i}].in_ln": block.in_ln for i, block in enumerate(net.res_blocks)}
+    norms["net.final_layer.norm_final"] = net.final_layer.norm_final
+    for name, norm in norms.items():
+        if not isinstance(norm, nn.LayerNorm) or tuple(norm.normalized_shape) != (width,):
+            return f"{name} is {norm}, not a LayerNorm of width {width}"
+    if net.final_layer.norm_final.weight is not None:
+        return "net.final_layer.norm_final has affine parameters"
+    epsilons = {norm.eps for norm in norms.values()}
     if len(epsilons) != 1:
         return f"its LayerNorms differ in eps: {sorted(epsilons)}"
     return None
@@ -269,9 +287,11 @@ def _time_embedding(time_embed: nn.Module, timesteps: torch.Tensor, dtype: torch
     size = time_embed.frequency_embedding_size
     half = size // 2
     # In this order of operations: trained networks saw its rounding.
-    freqs = torch.exp(-math.log(10000.0) * torch.arange(half, dtype=torch.float32) / half).to(timesteps.device)
+    freqs = torch.exp(-math.log(10000.0) * torch.arange(half, dtype=torch.float32, device="cpu") / half).to(
+        timesteps.device
+    )
     angles = timesteps[:, None].float() * freqs
     features = torch.cat([angles.cos(), angles.sin(), angles.new_zeros(len(angles), size % 2)], dim=1).to(dtype)
-    with torch.autocast(timesteps.device.type, enabled=False):
+    with without_autocast(timesteps.device):
         hidden = nn.functional.silu(nn.functional.linear(features, mlp[0], mlp[1]))
         return nn.functional.linear(hidden, mlp[2], mlp[3])

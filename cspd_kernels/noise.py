@@ -34,7 +34,8 @@ def philox_4x32(key: tuple[int, int], counter: tuple[torch.Tensor, ...]) -> tupl
     """Philox 4x32-10 in int64 arithmetic: four counter words -> four random words, all in [0, 2^32).
 
     Args:
-        key: two 32-bit words. counter: four int64 tensors that broadcast together.
+        key: two 32-bit words. counter: four int64 tensors that broadcast together, or ints (at least
+            one tensor).
     """
     k0, k1 = key
     c0, c1, c2, c3 = counter
@@ -49,9 +50,8 @@ def philox_4x32(key: tuple[int, int], counter: tuple[torch.Tensor, ...]) -> tupl
 def words(seed: int, rows: torch.Tensor, index, group, stream: int) -> tuple[torch.Tensor, ...]:
     """The four words at an address; ``rows``, ``index`` and ``group`` broadcast."""
     key = (seed & _MASK, (seed >> 32) & _MASK)
-    low, high = rows & _MASK, (rows >> 32) & _MASK
-    index, last = (torch.as_tensor(v, dtype=torch.int64, device=rows.device) for v in (index, group))
-    return philox_4x32(key, torch.broadcast_tensors(low, high, index, last | (stream << 24)))
+    # Ints stay ints: turning one into a tensor on a device would wait for it.
+    return philox_4x32(key, (rows & _MASK, (rows >> 32) & _MASK, index, group | (stream << 24)))
 
 
 def _uniform(words: torch.Tensor) -> torch.Tensor:
@@ -132,8 +132,8 @@ class PhiloxNoise:
         return normals(self.seed, self.rows, index, self._channels(channels), STREAM_STEP)
 
     def _channels(self, channels: int | None) -> int:
-        if channels is not None:
-            self.channels = channels
         if self.channels is None:
+            self.channels = channels
+        if channels is None and self.channels is None:
             raise ValueError("PhiloxNoise expected the number of channels, got none: call step(i, channels)")
-        return self.channels
+        return self.channels if channels is None else channels

@@ -12,6 +12,14 @@ from cspd_kernels.testing import randomize_
 torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(items):
+    """Tests marked gpu are reported as skipped where there is none."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
 @pytest.fixture(autouse=True)
 def automatic_backend(monkeypatch):
     """No test depends on the caller's CSPD_BACKEND."""

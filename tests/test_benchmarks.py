@@ -42,7 +42,7 @@ def test_rows_of_a_small_head(benchmarks, monkeypatch, capsys, tmp_path):
 @pytest.mark.parametrize("error", [1.0, float("nan")])
 def test_a_wrong_row_shows_no_speed(benchmarks, capsys, error):
     _, common, _ = benchmarks
-    row = common.Row("op", "n", "b", "base", 1.25, 1.2, 1.3, 9.75, 3, error, 1e-5, "of max")
+    row = common.Row("op", "n", "b", "base", 1.25, 1.2, 1.3, 9.75, 9.7, 9.8, 3, error, 1e-5, "of max")
     common.print_rows([row])
     out = capsys.readouterr().out
     assert "WRONG" in out

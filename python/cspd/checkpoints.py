@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from .models import MAR
@@ -27,15 +29,16 @@ def load_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
     if not path.is_file():
         raise FileNotFoundError(f"expected a checkpoint file, found none at {path}")
     if path.suffix == ".safetensors":
-        return load_file(path)
-    allowed = torch.serialization.get_safe_globals()
-    # Released checkpoints carry their training arguments; a Namespace holds plain values only.
-    torch.serialization.add_safe_globals([argparse.Namespace])
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise ValueError(f"expected a safetensors file, could not read {path}: {error}") from error
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    finally:
-        torch.serialization.clear_safe_globals()
-        torch.serialization.add_safe_globals(allowed)
+        with _namespaces_allowed():
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # noqa: BLE001  (a damaged file fails in any way)
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"expected a checkpoint of plain tensors, could not read {path}: {reason}") from error
     for key in ("model_ema", "model", "state_dict"):
         if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
             loaded = loaded[key]
@@ -43,6 +46,22 @@ def load_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
     if not isinstance(loaded, dict) or not loaded or not all(isinstance(v, torch.Tensor) for v in loaded.values()):
         raise ValueError(f"expected a state dict, or a checkpoint with model_ema or model, in {path}")
     return loaded
+
+
+@contextlib.contextmanager
+def _namespaces_allowed():
+    """Released checkpoints carry their training arguments; a Namespace holds plain values only."""
+    if hasattr(torch.serialization, "safe_globals"):
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            yield
+        return
+    before = torch.serialization.get_safe_globals()  # torch 2.4
+    torch.serialization.add_safe_globals([argparse.Namespace])
+    try:
+        yield
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(before)
 
 
 def mar_config(state: dict[str, torch.Tensor], num_heads: int | None = None) -> dict:
@@ -86,5 +105,9 @@ def load_mar(path: str | Path, *, num_heads: int | None = None, device="cpu", **
     """
     state = load_state_dict(path)
     model = MAR(**{**mar_config(state, num_heads), **options})
-    model.load_state_dict(state)
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        lines = [line.strip() for line in str(error).splitlines()[1:3]]
+        raise ValueError(f"{path} does not hold the weights of a MAR: {' '.join(lines)[:300]}") from None
     return model.to(device).eval()

@@ -13,7 +13,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return args.run(args)
     except (FileNotFoundError, ValueError, RuntimeError) as error:
-        print(f"cspd {args.command}: {error}", file=sys.stderr)
+        print(f"cspd {args.command}:", " ".join(str(error).split()), file=sys.stderr)
         return 2
 
 
@@ -37,7 +37,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--gamma", type=_positive, default=8, help="draft steps per window (default 8)")
     generate.add_argument("--relaxation", type=float, default=42.0, help="of the accept test (default 42)")
     generate.add_argument("--prefill", type=float, default=0.15, help="fraction of the steps that is the target's")
-    generate.add_argument("--num-sampling-steps", type=_positive, default=100, help="denoising steps (default 100)")
+    generate.add_argument("--num-sampling-steps", type=_positive, help="denoising steps (default 100; digits 40)")
     generate.add_argument("--cfg", type=float, default=1.0, help="guidance scale (default 1, none)")
     generate.add_argument("--cfg-schedule", choices=("linear", "constant"), default="linear")
     generate.add_argument("--temperature", type=float, default=1.0)
@@ -78,14 +78,22 @@ def _generate(args) -> int:
     wanted = ".png" if digits else ".safetensors"
     if args.out.suffix != wanted:
         raise ValueError(f"expected --out with the ending {wanted}, got {args.out.name}")
+    if not args.out.resolve().parent.is_dir():
+        raise FileNotFoundError(f"expected a folder for {args.out.name} to exist, found none at {args.out.parent}")
+    try:
+        torch.empty(0, device=args.device)
+    except (RuntimeError, AssertionError) as error:  # torch without that device asserts
+        raise ValueError(f"expected --device as one that torch has here, got {args.device}: {error}") from error
     if digits and args.draft is not None:
         raise ValueError("expected --target together with --draft")
+    if digits and args.num_sampling_steps:
+        raise ValueError("expected --target together with --num-sampling-steps: the digits pair has its own")
     if digits:
         from .demo.pair import load_pair
 
         target, draft = (model.to(args.device) for model in load_pair())
     else:
-        options = dict(num_sampling_steps=args.num_sampling_steps, device=args.device)
+        options = dict(num_sampling_steps=args.num_sampling_steps or 100, device=args.device)
         target = load_mar(args.target, **options)
         draft = load_mar(args.draft, **options) if args.draft else None
     labels = torch.tensor(args.labels, device=args.device)

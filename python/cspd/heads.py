@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import copy
+import logging
 
 import torch
 import torch.nn as nn
 
 from cspd_kernels import DiffusionHead
-from cspd_kernels.head import call_dtype, why_not_a_head
+from cspd_kernels.head import call_dtype, why_not_a_head, without_autocast
 from cspd_kernels.ops.denoise.reference import network
+from cspd_kernels.testing import randomize_
+
+_logger = logging.getLogger("cspd")
 
 
 def find_heads(model: nn.Module) -> dict[str, nn.Module]:
@@ -25,13 +29,17 @@ def find_heads(model: nn.Module) -> dict[str, nn.Module]:
         reason = why_not_a_head(module)
         if reason is None:
             heads[name] = module
-        elif hasattr(module, "net") or type(module).__name__ == "DiffLoss":
+        elif hasattr(getattr(module, "net", None), "res_blocks") or type(module).__name__ == "DiffLoss":
             near.append(f"\n  {name or '(the model itself)'} ({type(module).__name__}): {reason}")
     if not heads:
         raise ValueError(
             f"no diffusion head found in {type(model).__name__}. Looked for modules with in_channels, gen_diffusion "
             "and a net of input_proj, time_embed, cond_embed, res_blocks and final_layer (DiffLoss of LTH14/mar)."
             + (" These came near:" + "".join(near) if near else " No module came near.")
+        )
+    if near:
+        _logger.warning(
+            "only some of the heads of %s can be served; these cannot:%s", type(model).__name__, "".join(near)
         )
     return heads
 
@@ -40,13 +48,14 @@ class HeadCache:
     """The packed head of one module, packed again exactly when its weights or schedule changed.
 
     A change is seen by the parameters' storage, type, device and version counter. Writes through
-    ``parameter.data`` bypass the counter and are not seen where the packed weights are a copy
-    (operands of another type than the weights): call ``cspd.patch`` again after such writes.
+    ``parameter.data`` bypass the counter and are not seen where the packed values are not the
+    parameters themselves (operands of another type, the time embedding): call ``cspd.patch`` again
+    after such writes.
     """
 
     def __init__(self, module: nn.Module):
         self.module = module
-        self._packed: dict[torch.dtype, tuple[tuple, DiffusionHead]] = {}
+        self._packed: dict[torch.dtype, tuple[_Source, DiffusionHead]] = {}
 
     def __getstate__(self) -> dict:
         return {"module": self.module, "_packed": {}}  # copies and pickles pack their own
@@ -55,53 +64,86 @@ class HeadCache:
         """The head with operands of ``dtype``; None follows autocast, else the weights' type."""
         weight = self.module.net.input_proj.weight
         dtype = dtype or call_dtype(weight.device, weight.dtype)
-        print_ = self._fingerprint()
-        packed = self._packed.get(dtype)
-        if packed is None or print_ is None or packed[0] != print_:
-            self._packed = {k: v for k, v in self._packed.items() if v[0] == print_}
-            packed = self._packed[dtype] = (print_, DiffusionHead.from_module(self.module, dtype=dtype))
-        return packed[1]
+        if dtype not in self._packed or not self._packed[dtype][0].is_current(self.module):
+            self._packed = {k: v for k, v in self._packed.items() if v[0].is_current(self.module)}
+            self._packed[dtype] = (_Source(self.module), DiffusionHead.from_module(self.module, dtype=dtype))
+        return self._packed[dtype][1]
 
-    def _fingerprint(self) -> tuple | None:
-        """None where changes cannot be told: inference tensors keep no version counter."""
-        parameters = list(self.module.net.parameters())
-        if any(p.is_inference() for p in parameters):
-            return None
-        schedule = self.module.gen_diffusion
-        return (id(schedule), *((p.data_ptr(), p._version, p.dtype, p.device) for p in parameters))
+
+class _Source:
+    """What a head was packed from. It holds the tensors and the schedule, so that no new one can take
+    the place of an old one in memory and be mistaken for it."""
+
+    def __init__(self, module: nn.Module):
+        parameters = list(module.net.parameters())
+        self.schedule = _schedule(module)
+        # Inference tensors keep no version counter: their changes cannot be told.
+        self.trackable = not any(p.is_inference() for p in parameters)
+        self.tensors = [p.detach() for p in parameters]
+        self.versions = [p._version for p in parameters] if self.trackable else []
+
+    def is_current(self, module: nn.Module) -> bool:
+        parameters = list(module.net.parameters())
+        if not self.trackable or self.schedule is not _schedule(module) or len(parameters) != len(self.tensors):
+            return False
+        return all(
+            not p.is_inference() and p._version == version and _same_storage(p, tensor)
+            for p, tensor, version in zip(parameters, self.tensors, self.versions)
+        )
+
+
+def _same_storage(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.data_ptr() == b.data_ptr() and a.dtype == b.dtype and a.device == b.device and a.shape == b.shape
+
+
+def _schedule(module: nn.Module):
+    return getattr(module.gen_diffusion, "schedule", module.gen_diffusion)
 
 
 @torch.no_grad()
 def verify_network(name: str, module: nn.Module) -> None:
-    """Compare the module's own network with the definition on two random rows.
+    """Compare the module's own network with the definition, on random rows at two timesteps.
 
-    A fork may keep the names and change the arithmetic (another embedding, another activation);
-    this turns a silently wrong image into an error.
+    A fork may keep the names and change the arithmetic (another embedding, another order); this
+    turns a silently wrong image into an error. The comparison runs on a copy whose constant
+    parameters are made random: a freshly built head puts out zeros whatever it computes. Only the
+    network is compared, not the sampling loop around it.
 
     Raises:
         ValueError: the outputs differ, or the network cannot be called as ``net(x, t, c)``.
     """
-    weight = module.net.input_proj.weight
-    if weight.device.type == "meta":
+    device = module.net.input_proj.weight.device
+    if device.type == "meta":
         return
-    # In reduced precision the comparison would be loose, and released code cannot run there at all.
-    head = DiffusionHead.from_module(module, dtype=torch.float32)
-    net = module.net if weight.dtype == torch.float32 else copy.deepcopy(module.net).float()
+    twin = _Twin(copy.deepcopy(module.net).float().eval(), module.in_channels, module.gen_diffusion)
+    randomize_(twin, seed=0, scale=0.3)
+    head = DiffusionHead.from_module(twin, dtype=torch.float32)
     generator = torch.Generator().manual_seed(0)
-    x, c = (torch.randn(2, n, generator=generator).to(weight.device) for n in (head.channels, head.cond_channels))
-    step = head.num_steps // 2
-    t = torch.full((2,), int(head.schedule.timesteps[step]), device=weight.device)
-    with torch.autocast(weight.device.type, enabled=False):
-        y = head.time_embedding[step] + nn.functional.linear(c, head.cond_weight, head.cond_bias)
-        expected = network(head, x, y)
-        try:
-            actual = net(x, t, c)
-        except Exception as error:
-            raise ValueError(f"{name}: its network cannot be called as net(x, t, c): {error}") from error
-    difference = float((actual - expected).abs().max())
-    # Loose enough for TF32 matrix products, tight enough for any change of the formula.
-    if not difference <= 1e-2 * max(1.0, float(expected.abs().max())):
-        raise ValueError(
-            f"{name} ({type(module).__name__}) has the parts of a MAR diffusion head but computes something else: its "
-            f"output differs by {difference:.3g} on random rows. It is not supported; leave it unpatched."
-        )
+    x, c = (
+        torch.randn(2, n, generator=generator, device="cpu").to(device) for n in (head.channels, head.cond_channels)
+    )
+    for step in {0, head.num_steps // 2}:
+        t = torch.full((2,), int(head.schedule.timesteps[step]), device=device)
+        with without_autocast(device):
+            y = head.time_embedding[step] + nn.functional.linear(c, head.cond_weight, head.cond_bias)
+            expected = network(head, x, y)
+            try:
+                actual = twin.net(x, t, c)
+            except Exception as error:
+                raise ValueError(f"{name}: its network cannot be called as net(x, t, c): {error}") from error
+        difference, scale = float((actual - expected).abs().max()), float(expected.abs().max())
+        # Wide enough for TF32 matrix products.
+        if not difference <= 1e-2 * scale:
+            raise ValueError(
+                f"{name} ({type(module).__name__}) has the parts of a MAR diffusion head but computes something else: "
+                f"its output differs by {difference / scale:.2g} of the largest value on random rows. It is not "
+                "supported; leave it unpatched."
+            )
+
+
+class _Twin(nn.Module):
+    """A head around a copied network."""
+
+    def __init__(self, net: nn.Module, in_channels: int, gen_diffusion):
+        super().__init__()
+        self.net, self.in_channels, self.gen_diffusion = net, in_channels, gen_diffusion

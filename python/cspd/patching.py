@@ -10,9 +10,9 @@ from collections.abc import Iterator
 import torch
 import torch.nn as nn
 
-from cspd_kernels import PhiloxNoise, denoise
+from cspd_kernels import Denoised, PhiloxNoise, denoise
 from cspd_kernels.backends import implementation
-from cspd_kernels.head import OPERAND_DTYPES
+from cspd_kernels.head import OPERAND_DTYPES, stream_dtype
 
 from .heads import HeadCache, find_heads, verify_network
 
@@ -32,7 +32,8 @@ def patch(model: nn.Module, *, backend: str | None = None, dtype: torch.dtype | 
     ``sample_with_noise`` and ``sample_with_inter_noise`` of MarkXCloud/CSpD (its distribution
     manager is filled as before). Calls with further arguments of a fork that the kernels do not
     know run the replaced code, with one warning. Under guidance 2N rows come back as before; the
-    last N, which callers drop, repeat the first.
+    last N, which callers drop, repeat the first. The network's weights are read, its ``forward`` is
+    not called: hooks on it do not run while patched.
 
     Args:
         model: any module tree that holds one or more heads.
@@ -116,6 +117,7 @@ class _HeadPatch:
                 if name in self.module.__dict__:
                     self.replaced[name] = self.module.__dict__[name]
                 setattr(self.module, name, getattr(self, name))
+        self.signature = inspect.signature(self._original("sample"))
 
     def remove(self) -> None:
         for name in _METHODS:
@@ -128,10 +130,13 @@ class _HeadPatch:
     def _original(self, name: str):
         return self.replaced.get(name) or getattr(type(self.module), name).__get__(self.module)
 
-    def sample(self, z, temperature=1.0, cfg=1.0, *args, **kwargs):
-        """Tokens for conditions z; see :func:`patch`."""
-        if args or kwargs:
-            return self._delegate(z, temperature, cfg, *args, **kwargs)
+    def sample(self, z, *args, **kwargs):
+        """Tokens for conditions z; see :func:`patch`. Arguments and defaults are those of the replaced method."""
+        call = self.signature.bind(z, *args, **kwargs)
+        if not call.arguments.keys() <= {"z", "temperature", "cfg"}:
+            return self._delegate(z, *args, **kwargs)
+        call.apply_defaults()
+        temperature, cfg = call.arguments.get("temperature", 1.0), call.arguments.get("cfg", 1.0)
         head, guided, rows = self._call(z, cfg)
         if self.noise == "philox":
             seed = int(torch.randint(2**63 - 1, ()))
@@ -140,24 +145,31 @@ class _HeadPatch:
         else:
             x_T = torch.randn(rows, head.channels).to(head.device)  # noqa: N806  (from the CPU generator)
             noise = _draw(head, len(z), rows)
-        return _rows(self._denoise(head, z, x_T, noise, temperature, cfg).sample, guided)
+        return self._finish(self._denoise(head, z, x_T, noise, temperature, cfg), guided, path=False)
 
     def sample_with_noise(self, z, noise, temperature=1.0, cfg=1.0):
         """As ``sample`` from a given first noise (N or, under guidance, 2N rows)."""
-        return self.sample_with_inter_noise(z, noise, None, temperature, cfg)
+        head, guided, rows = self._call(z, cfg)
+        out = self._denoise(head, z, noise[:rows], _draw(head, len(z), rows), temperature, cfg)
+        return self._finish(out, guided, path=False)
 
     def sample_with_inter_noise(self, z, noise, inter_noise, temperature=1.0, cfg=1.0):
         """As ``sample`` from given noises: x_T, and (T, N or 2N, C) of the steps or None to draw it."""
         head, guided, rows = self._call(z, cfg)
         steps = inter_noise[:, :rows] if inter_noise is not None else _draw(head, len(z), rows)
-        out = self._denoise(head, z, noise[:rows], steps, temperature, cfg)
+        return self._finish(self._denoise(head, z, noise[:rows], steps, temperature, cfg), guided, path=True)
+
+    def _finish(self, out: Denoised, guided: bool, path: bool) -> torch.Tensor:
+        """The tokens of a chain; the distribution of its last step goes to CSpD's manager where there is one."""
+        tokens = torch.cat([out.sample, out.sample]) if guided else out.sample
         manager = getattr(self.module.gen_diffusion, "manager", None)
         if manager is not None:
-            manager.sample, manager.mean = _rows(out.sample, guided), _rows(out.mean, guided)
-            manager.variance = _rows(out.log_std.exp(), guided)  # a standard deviation, despite its name
-            # Only its sum over the channels is ever used.
-            manager.log_var = _rows((out.path_log_std / head.channels)[:, None].expand_as(out.mean), guided)
-        return _rows(out.sample, guided)
+            double = 2 if guided else 1
+            manager.sample, manager.mean = tokens, out.mean.repeat(double, 1)
+            manager.variance = out.log_std.exp().repeat(double, 1)  # a standard deviation, despite its name
+            if path:  # only its sum over the channels is ever used
+                manager.log_var = (out.path_log_std[:, None] / out.mean.shape[1]).repeat(double, out.mean.shape[1])
+        return tokens
 
     def _call(self, z, cfg):
         """(head, guided, rows) of a call. A guidance scale on a device is read, as the replaced code reads it."""
@@ -166,10 +178,15 @@ class _HeadPatch:
             raise ValueError(f"sample expected 2N rows of z, conditional first, for cfg {cfg}, got {len(z)}")
         return self.cache.get(self.dtype), guided, len(z) // 2 if guided else len(z)
 
-    def _denoise(self, head, z, x_T, noise, temperature, cfg):  # noqa: N803
+    def _denoise(self, head, z, x_T, noise, temperature, cfg) -> Denoised:  # noqa: N803
         if isinstance(cfg, torch.Tensor):
             # A scale of one means no guidance here, whatever its type.
             cfg = cfg.detach().to(head.device, torch.float32) if len(z) == 2 * len(x_T) else 1.0
+        # The type of the arithmetic is the head's, also where the model around it is wider.
+        stream = stream_dtype(head.dtype)
+        z, x_T = (v.to(stream) if v.dtype == torch.float64 else v for v in (z, x_T))  # noqa: N806
+        if isinstance(noise, torch.Tensor):
+            noise = noise.to(stream)
         return denoise(head, z, x_T, noise, temperature=float(temperature), cfg_scale=cfg, backend=self.backend)
 
     def _delegate(self, *args, **kwargs):
@@ -178,7 +195,7 @@ class _HeadPatch:
                 "cspd.patch: %s.sample was called with arguments beyond (z, temperature, cfg), signature %s; "
                 "such calls run the unpatched code",
                 type(self.module).__name__,
-                inspect.signature(self._original("sample")),
+                self.signature,
             )
             self.warned = True
         return self._original("sample")(*args, **kwargs)
@@ -188,7 +205,3 @@ def _draw(head, drawn_rows: int, rows: int) -> torch.Tensor:
     """(T, rows, C): the replaced code draws ``drawn_rows`` rows at every step, T-1 first and 0 included."""
     steps = [torch.randn(drawn_rows, head.channels, device=head.device)[:rows] for _ in range(head.num_steps)]
     return torch.stack(steps[::-1])
-
-
-def _rows(value: torch.Tensor, guided: bool) -> torch.Tensor:
-    return torch.cat([value, value]) if guided else value

@@ -5,19 +5,25 @@ from __future__ import annotations
 import logging
 import math
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
 from cspd_kernels import Denoised, PhiloxNoise, accept_reject, denoise, log_density_ratio
 from cspd_kernels.backends import implementation
+from cspd_kernels.head import why_not_a_head
 from cspd_kernels.noise import check_seed
 from cspd_kernels.ops.density_ratio import SIGMAS
 
-from .heads import HeadCache
+from .heads import HeadCache, verify_network
 from .order import Pass, plan_pass, plan_steps, random_orders
 from .stats import ACCEPTED, FELL_BACK, PREFILLED, REDRAWN, Recorder, RunStats
 
 _logger = logging.getLogger("cspd")
+_MODEL_INTERFACE = (
+    "seq_len", "token_embed_dim", "diffloss", "fake_latent", "class_emb",
+    "forward_mae_encoder", "forward_mae_decoder", "unpatchify",
+)  # fmt: skip
 
 
 class SpecDecodeRunner:
@@ -65,6 +71,12 @@ class SpecDecodeRunner:
         max_tries: int = 100,
     ):
         implementation("accept_reject", backend)
+        for role, model in (("draft", draft_model), ("target", target_model)):
+            missing = [name for name in _MODEL_INTERFACE if not hasattr(model, name)]
+            if missing:
+                raise TypeError(
+                    f"expected {role}_model as a MAR object, got {type(model).__name__} without " + ", ".join(missing)
+                )
         for name in ("seq_len", "token_embed_dim"):
             ours, theirs = getattr(draft_model, name), getattr(target_model, name)
             if ours != theirs:
@@ -81,16 +93,28 @@ class SpecDecodeRunner:
                 )
         elif not 0 < inner_temperature < math.inf:
             raise ValueError(f"expected a finite inner_temperature > 0, got {inner_temperature!r}")
+        if isinstance(max_tries, bool) or not isinstance(max_tries, int) or max_tries < 0:
+            raise ValueError(f"expected max_tries as an int >= 0, got {max_tries!r}")
         self.draft_model, self.target_model = draft_model, target_model
         self.seq_len, self.token_embed_dim = target_model.seq_len, target_model.token_embed_dim
         self.inner_temperature, self.ratio, self.sigma = inner_temperature, float(ratio), sigma
         self.backend, self.dtype, self.max_tries = backend, dtype, max_tries
-        self._heads = {"draft": HeadCache(draft_model.diffloss), "target": HeadCache(target_model.diffloss)}
-        draft_steps, target_steps = (self._heads[name].get(dtype).num_steps for name in ("draft", "target"))
-        if draft_steps != target_steps:
+        self._heads = {}
+        for role, model in (("draft", draft_model), ("target", target_model)):
+            if (problem := why_not_a_head(model.diffloss)) is not None:
+                raise ValueError(f"expected the {role}'s diffloss as a diffusion head: {problem}")
+            verify_network(f"the {role}'s diffloss", model.diffloss)
+            self._heads[role] = HeadCache(model.diffloss)
+        draft_schedule, target_schedule = (self._heads[role].get(dtype).schedule for role in ("draft", "target"))
+        if draft_schedule.num_steps != target_schedule.num_steps:
             raise ValueError(
                 "expected draft and target with the same number of denoising steps (their trajectories are aligned "
-                f"step by step), got {draft_steps} and {target_steps}"
+                f"step by step), got {draft_schedule.num_steps} and {target_schedule.num_steps}"
+            )
+        if not np.allclose(draft_schedule.betas, target_schedule.betas, rtol=1e-6):
+            raise ValueError(
+                "expected draft and target with the same noise schedule (their trajectories are compared step by "
+                "step), got different betas"
             )
         self._recorder: Recorder | None = None
         self._stats: RunStats | None = None
@@ -153,6 +177,9 @@ class SpecDecodeRunner:
             tokens=torch.zeros(bsz, self.seq_len, self.token_embed_dim, device=device),
             seed=seed,
             temperature=float(temperature),
+            relaxation=self.inner_temperature.to(device, torch.float32)
+            if isinstance(self.inner_temperature, torch.Tensor)
+            else self.inner_temperature,
             embeddings={
                 name: _class_embedding(model, bsz, labels, cfg != 1.0)
                 for name, model in (("draft", self.draft_model), ("target", target))
@@ -175,8 +202,10 @@ class SpecDecodeRunner:
                         state.write(single[step.index], chains[-1].sample)
                     bar.update()
                 self._verify(state, whole, _concatenate(chains, bsz), recorder)
+        images = target.unpatchify(state.tokens)
+        recorder.stop()
         self._recorder = recorder
-        return target.unpatchify(state.tokens)
+        return images
 
     def _draw(self, name: str, state: _State, plan: Pass) -> Denoised:
         """One pass of a model over the known tokens, and its head for all positions of the pass."""
@@ -202,9 +231,9 @@ class SpecDecodeRunner:
             recorder.calls["target"] += 1
             target = self._draw("target", state, plan)
         with recorder.phase("verify"):
-            relaxation = self.inner_temperature
+            relaxation = state.relaxation
             if isinstance(relaxation, torch.Tensor):
-                relaxation = relaxation.to(plan.where.device, torch.float32)[plan.where].flatten()
+                relaxation = relaxation[plan.where].flatten()
             verdict = accept_reject(
                 drafted.sample,
                 drafted,
@@ -234,14 +263,10 @@ class SpecDecodeRunner:
             got = tuple(labels.shape) if isinstance(labels, torch.Tensor) else type(labels).__name__
             raise ValueError(f"expected labels as an integer tensor of shape ({bsz},) or None, got {got}")
         # Values are looked at on the CPU only: elsewhere that would wait for the device.
-        classes = getattr(self.target_model, "num_classes", None)
-        if (
-            labels is not None
-            and labels.device.type == "cpu"
-            and classes
-            and not ((labels >= 0) & (labels < classes)).all()
-        ):
-            raise ValueError(f"expected labels in 0..{classes - 1}, got {labels.tolist()}")
+        if labels is not None and labels.device.type == "cpu":
+            classes = [getattr(m, "num_classes", math.inf) for m in (self.draft_model, self.target_model)]
+            if not ((labels >= 0) & (labels < min(classes))).all():
+                raise ValueError(f"expected labels in 0..{min(classes) - 1}, got {labels.tolist()}")
         if orders is not None and (orders.shape != (bsz, self.seq_len) or orders.dtype != torch.int64):
             raise ValueError(
                 f"expected orders as int64 ({bsz}, {self.seq_len}), got {orders.dtype} {tuple(orders.shape)}"
@@ -263,8 +288,9 @@ class SpecDecodeRunner:
 class _State:
     """What the steps of one run share; ``tokens`` (B, L, C) grow step by step."""
 
-    def __init__(self, *, tokens, seed, temperature, embeddings):
-        self.tokens, self.seed, self.temperature, self.embeddings = tokens, seed, temperature, embeddings
+    def __init__(self, *, tokens, seed, temperature, relaxation, embeddings):
+        self.tokens, self.seed, self.temperature = tokens, seed, temperature
+        self.relaxation, self.embeddings = relaxation, embeddings
 
     def write(self, plan: Pass, tokens: torch.Tensor) -> None:
         """Put (B n, C) tokens at the positions of a pass."""

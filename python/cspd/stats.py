@@ -45,7 +45,7 @@ class RunStats:
 
 
 class Recorder:
-    """Collects during a run; ``finish`` reads the device once, after the last kernel."""
+    """Collects during a run, without waiting for the device."""
 
     def __init__(self, outcome: torch.Tensor):
         self.outcome = outcome
@@ -58,7 +58,7 @@ class Recorder:
     def _now(self):
         if self._cuda:
             event = torch.cuda.Event(enable_timing=True)
-            event.record()
+            event.record(torch.cuda.current_stream(self.outcome.device))
             return event
         return time.perf_counter()
 
@@ -72,12 +72,16 @@ class Recorder:
         sums = torch.stack([accepted.float().sum(), raw.sum(), (tries < 0).float().sum()])
         self.windows.append((sums, len(accepted)))
 
+    def stop(self) -> None:
+        """Mark the end of the run."""
+        self._spans.append(("total", self._start, self._now()))
+
     def finish(self) -> RunStats:
-        spans = [*self._spans, ("total", self._start, self._now())]
+        """Wait for the device, once, and read everything."""
         if self._cuda:
             torch.cuda.synchronize(self.outcome.device)
         seconds = dict.fromkeys(("draft", "target", "verify", "total"), 0.0)
-        for name, start, end in spans:
+        for name, start, end in self._spans:
             seconds[name] += start.elapsed_time(end) / 1e3 if self._cuda else end - start
         sums = torch.stack([s for s, _ in self.windows]).cpu() if self.windows else torch.zeros(0, 3)
         counts = torch.tensor([n for _, n in self.windows], dtype=torch.float32)

@@ -61,6 +61,10 @@ def test_generate_from_checkpoints(tmp_path, capsys, monkeypatch, with_draft):
         (["generate", "--labels", "1", "--temperature", "-1", "--out", "x.png"], "temperature >= 0"),
         (["demo", "--out", "no/such/folder/x.png"], "expected a folder for x.png"),
         (["demo", "--out", "x.jpg"], "expected --out with the ending .png"),
+        (["demo", "--num-images", "1"], "expected --num-images >= 2"),
+        (["generate", "--labels", "1", "--out", "no/such/x.png"], "expected a folder for x.png"),
+        (["generate", "--labels", "1", "--out", "x.png", "--device", "cuda:77"], "expected --device"),
+        (["generate", "--labels", "1", "--out", "x.png", "--num-sampling-steps", "9"], "expected --target together"),
     ],
 )
 def test_wrong_input_is_one_line_and_status_2(command, message, capsys, tmp_path, monkeypatch):
@@ -77,3 +81,19 @@ def test_usage_errors(command):
     with pytest.raises(SystemExit) as stopped:
         main(command)
     assert stopped.value.code == 2
+
+
+@pytest.mark.parametrize("name", ["junk.pth", "junk.safetensors", "other.safetensors"])
+def test_unreadable_checkpoints_are_one_line(tmp_path, capsys, name):
+    path = tmp_path / name
+    if name.startswith("junk"):
+        path.write_bytes(b"this is no checkpoint" * 10)
+    else:
+        state = small_mar(width=768, patch_size=1, img_size=4, vae_embed_dim=4).state_dict()
+        state.pop("diffloss.net.cond_embed.weight")
+        save_file(state, path)
+    command = ["generate", "--target", str(path), "--labels", "1", "--out", str(tmp_path / "x.safetensors")]
+    assert main(command) == 2
+    error = capsys.readouterr().err
+    assert name in error
+    assert error.count("\n") == 1

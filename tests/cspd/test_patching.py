@@ -7,12 +7,15 @@ import io
 import logging
 import pickle
 
+import numpy as np
 import pytest
 import torch
 import torch.nn as nn
-from small_models import CSpDDiffLoss, sample, small_mar
+from small_models import CSpDDiffLoss, Manager, sample, small_mar
 
 import cspd
+from cspd.models import DiffLoss, GaussianDiffusion
+from cspd.models.diffloss import TimestepEmbedder
 from cspd_kernels import Schedule
 from cspd_kernels.testing import randomize_, relative_error
 
@@ -223,7 +226,7 @@ def cspd_head() -> CSpDDiffLoss:
 
 
 @pytest.mark.parametrize("cfg", [1.0, 2.5])
-@pytest.mark.parametrize("given", ["all noise", "first noise"])
+@pytest.mark.parametrize("given", ["all noise", "first noise", "no noise"])
 def test_cspd_methods_and_their_manager(cfg, given):
     head = cspd_head()
     rows = 5 if cfg == 1.0 else 10
@@ -233,12 +236,18 @@ def test_cspd_methods_and_their_manager(cfg, given):
     results = []
     for _ in range(2):
         torch.manual_seed(3)
+        manager = head.gen_diffusion.manager = Manager()
         if given == "all noise":
             tokens = head.sample_with_inter_noise(z, noise, inter, 0.8, cfg)
-        else:
+        elif given == "first noise":
             tokens = head.sample_with_noise(z, noise, 0.8, cfg)
-        manager = head.gen_diffusion.manager
-        fields = [tokens, manager.sample, manager.mean, manager.variance, manager.log_var.sum(1, keepdim=True)]
+        else:
+            tokens = head.sample(z, 0.8, cfg)
+        fields = [tokens, manager.sample, manager.mean, manager.variance]
+        if given == "all noise":
+            fields.append(manager.log_var.sum(1, keepdim=True))
+        else:
+            assert manager.log_var is None
         assert all(field.shape[0] == rows for field in fields)
         results.append([field[:5] for field in fields])
         cspd.patch(head)
@@ -312,3 +321,74 @@ def test_non_finite_conditions_raise_on_the_cpu():
     z[1, 2] = float("nan")
     with pytest.raises(ValueError, match="finite values in cond"):
         model.diffloss.sample(z)
+
+
+def test_defaults_are_those_of_the_replaced_method():
+    class Cold(CSpDDiffLoss):
+        def sample(self, z, temperature=0.25, cfg=1.0):
+            return super().sample(z, temperature, cfg)
+
+    torch.manual_seed(0)
+    head, z = randomize_(Cold(4, 32, 2, 32, "12"), 1), torch.randn(3, 32)
+    torch.manual_seed(0)
+    expected = head.sample(z)
+    cspd.patch(head)
+    torch.manual_seed(0)
+    assert relative_error(head.sample(z), expected) < 1e-5
+
+
+def test_swapped_schedules_are_picked_up():
+    model = cspd.patch(small_mar())
+    for steps in range(3, 40):  # a new object may take the place of the old one in memory
+        model.diffloss.gen_diffusion = None
+        model.diffloss.gen_diffusion = GaussianDiffusion(Schedule.linear(steps))
+        assert model.diffloss.sample.__self__.cache.get().num_steps == steps
+    model.diffloss.gen_diffusion.schedule = Schedule.linear(5)
+    assert model.diffloss.sample.__self__.cache.get().num_steps == 5
+
+
+def test_other_arithmetic_is_seen_on_fresh_weights_too():
+    torch.manual_seed(0)
+    head = DiffLoss(4, 32, 2, 32, "12")  # modulations and output layer are zero
+
+    class Swapped(type(head.net.time_embed)):
+        @staticmethod
+        def timestep_embedding(t, dim):
+            cos, sin = TimestepEmbedder.timestep_embedding(t, dim).chunk(2, dim=-1)
+            return torch.cat([sin, cos], dim=-1)
+
+    cspd.patch(head)
+    cspd.unpatch(head)
+    head.net.time_embed.__class__ = Swapped
+    with pytest.raises(ValueError, match="computes something else"):
+        cspd.patch(head)
+
+
+def test_heads_that_cannot_be_served_beside_one_that_can_are_named(caplog):
+    pair = nn.ModuleDict({"good": small_mar(0), "odd": small_mar(1)})
+    pair["odd"].diffloss.net.res_blocks[0].in_ln = nn.Identity()
+    with caplog.at_level(logging.WARNING, "cspd"):
+        cspd.patch(pair)
+    assert "odd.diffloss (DiffLoss): net.res_blocks[0].in_ln is Identity(), not a LayerNorm" in caplog.text
+    assert cspd.is_patched(pair["good"])
+    assert not cspd.is_patched(pair["odd"])
+
+
+def test_wider_model_with_narrower_operands():
+    model = small_mar(schedule="linear").double()
+    z = torch.randn(4, 32, dtype=torch.float64)
+    torch.manual_seed(0)
+    exact = cspd.patch(model).diffloss.sample(z)
+    for dtype, bound in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
+        cspd.patch(model, dtype=dtype)
+        torch.manual_seed(0)
+        assert relative_error(model.diffloss.sample(z), exact) < bound
+
+
+def test_numpy_numbers():
+    model = cspd.patch(small_mar())
+    z = torch.randn(4, 32)
+    torch.manual_seed(0)
+    expected = model.diffloss.sample(z, 0.5, 3.0)
+    torch.manual_seed(0)
+    assert torch.equal(model.diffloss.sample(z, np.float32(0.5), np.float32(3.0)), expected)

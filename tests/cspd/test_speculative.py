@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -258,6 +260,7 @@ def test_released_sigma_turns_the_path_term(pair):
         ({"inner_temperature": 0.0}, "expected a finite inner_temperature > 0, got 0.0"),
         ({"inner_temperature": torch.ones(3)}, r"one number or \(16,\), got shape \(3,\)"),
         ({"backend": "metal"}, "expected backend one of"),
+        ({"max_tries": -1}, "expected max_tries as an int >= 0, got -1"),
     ],
 )
 def test_bad_runner_options(pair, options, match):
@@ -271,11 +274,12 @@ def test_bad_runner_options(pair, options, match):
         ({"img_size": 4}, "same seq_len, got 4 and 16"),
         ({"vae_embed_dim": 2}, "same token_embed_dim, got 8 and 4"),
         ({"num_sampling_steps": "7"}, "same number of denoising steps.*got 7 and 12"),
+        ({"schedule": "cosine"}, "same noise schedule.*got different betas"),
     ],
 )
 def test_models_that_do_not_fit(pair, changes, match):
     with pytest.raises(ValueError, match=match):
-        cspd.SpecDecodeRunner(small_mar(0, **changes), pair[1])
+        cspd.SpecDecodeRunner(small_mar(0, **{"schedule": "linear", **changes}), pair[1])
 
 
 @pytest.mark.parametrize(
@@ -305,3 +309,37 @@ def test_bad_run_arguments(pair, options, match):
 def test_stats_before_a_run(pair):
     with pytest.raises(RuntimeError, match="call run"):
         _ = cspd.SpecDecodeRunner(*pair).stats
+
+
+def test_things_that_are_no_models(pair):
+    with pytest.raises(TypeError, match="expected draft_model as a MAR object, got Linear without seq_len"):
+        cspd.SpecDecodeRunner(torch.nn.Linear(2, 2), pair[1])
+    odd = small_mar(0, schedule="linear")
+    odd.diffloss.net.forward = lambda x, t, c: torch.ones(len(x), 8)
+    with pytest.raises(ValueError, match=r"the target's diffloss .* computes something else"):
+        cspd.SpecDecodeRunner(pair[0], odd)
+
+
+def test_labels_must_suit_both_models(pair):
+    runner = cspd.SpecDecodeRunner(small_mar(0, width=16, schedule="linear", class_num=5), pair[1])
+    with pytest.raises(ValueError, match=r"expected labels in 0\.\.4"):
+        runner.run(1, 4, 2, labels=torch.tensor([7]))
+
+
+def test_seconds_end_with_the_run(pair):
+    runner = cspd.SpecDecodeRunner(*pair)
+    runner.run(1, 4, 2, seed=0)
+    time.sleep(0.3)
+    seconds = runner.stats.seconds
+    phases = seconds["draft"] + seconds["target"] + seconds["verify"]
+    assert phases <= seconds["total"] < phases + 0.25
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_models(pair, dtype):
+    models = [copy.deepcopy(model).to(dtype) for model in pair]
+    runner = cspd.SpecDecodeRunner(*models)
+    images = runner.run(2, 6, 3, labels=torch.tensor([1, 2]), cfg=2.0, seed=0)
+    assert images.dtype == torch.float32
+    assert torch.isfinite(images).all()
+    assert torch.isfinite(models[1].sample_tokens(2, 6, labels=torch.tensor([1, 2]))).all()

@@ -42,8 +42,16 @@ class CSpDDiffLoss(DiffLoss):
         super().__init__(*args, **kwargs)
         self.gen_diffusion.manager = Manager()
 
+    def sample(self, z, temperature=1.0, cfg=1.0):
+        rows = len(z) if cfg == 1.0 else len(z) // 2
+        noise = torch.randn(rows, self.in_channels)
+        return self.sample_with_noise(z, noise if cfg == 1.0 else torch.cat([noise, noise]), temperature, cfg)
+
     def sample_with_noise(self, z, noise, temperature=1.0, cfg=1.0):
-        return self.sample_with_inter_noise(z, noise, None, temperature, cfg)
+        path = self.gen_diffusion.manager.log_var
+        tokens = self.sample_with_inter_noise(z, noise, None, temperature, cfg)
+        self.gen_diffusion.manager.log_var = path  # only the other method records it
+        return tokens
 
     @torch.no_grad()
     def sample_with_inter_noise(self, z, noise, inter_noise, temperature=1.0, cfg=1.0):

@@ -9,8 +9,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from cspd_kernels import DiffusionHead, PhiloxNoise, denoise
 from cspd_kernels.head import stream_dtype
+from cspd_kernels.ops.accept_reject import torch_backend as accept_reject_backend
 from cspd_kernels.ops.denoise import Denoised, reference, torch_backend
-from cspd_kernels.testing import random_inputs, relative_error
+from cspd_kernels.testing import random_chains, random_inputs, relative_error
 
 C, Z, W = 5, 7, 48
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
@@ -387,3 +388,24 @@ def test_workspace_is_a_positive_int(head, size):
 def test_non_finite_scale_tensor_raises_on_the_cpu(head):
     with pytest.raises(ValueError, match="finite values in cfg_scale"):
         denoise(head, *random_inputs(head, 2, 0, guided=True), cfg_scale=torch.tensor([float("nan"), 1.0]))
+
+
+class NoTensorFromHost(TorchDispatchMode):
+    """Fails where a Python number becomes a tensor: on a device that would wait for it."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        assert name not in ("_local_scalar_dense", "nonzero", "lift_fresh"), name
+        return func(*args, **(kwargs or {}))
+
+
+def test_addressed_noise_and_verdicts_make_no_tensor_from_a_number(head):
+    """What runs between the first kernel and the last, with everything checked before it."""
+    cond = torch.randn(4, Z)
+    x, draft, target = random_chains(4, C, 0)
+    rows = torch.arange(4)
+    arguments = (x, draft, target, 5, rows, 1.0, "paper", 12)
+    with torch.no_grad(), NoTensorFromHost():
+        noise = PhiloxNoise(3, rows)
+        torch_backend.denoise(head, cond, noise.x_T(C), noise, 1.0, None, 1 << 20)
+        accept_reject_backend.accept_reject(*arguments, compact=False)

@@ -185,7 +185,7 @@ BAD = {
         lambda a: {"relaxation": torch.ones(4).long()}, ValueError, r"a floating tensor \(4,\) on cpu, got torch.int64",
     ),
     "relaxation values": (
-        lambda a: {"relaxation": torch.tensor([1.0, 0, 1, 1])}, ValueError, "every relaxation > 0",
+        lambda a: {"relaxation": torch.tensor([1.0, 0, 1, 1])}, ValueError, "every relaxation finite and > 0",
     ),
 }  # fmt: skip
 
@@ -206,3 +206,15 @@ def test_samples_are_not_looked_at():
     x, draft, target = random_chains(20, 3, 0)
     bare = [chain._replace(sample=None) for chain in (draft, target)]
     assert torch.equal(log_density_ratio(x, *bare), log_density_ratio(x, draft, target))
+
+
+def test_tiny_scales_and_tiny_relaxation_are_judged():
+    mean = torch.tensor([[0.5, -1.0]])
+    chain = Denoised(mean, mean, torch.full((1, 2), -90.0), torch.zeros(1))  # 1 / sigma exceeds float32
+    assert log_density_ratio(mean, chain, chain).item() == 0.0
+    x, draft, target = random_chains(50, 3, 0)
+    tiny = torch.full((50,), 1e-25)
+    assert torch.equal(log_density_ratio(x, draft, draft, relaxation=tiny), torch.zeros(50))
+    judged = log_density_ratio(x, draft, target, relaxation=tiny)
+    assert not torch.isnan(judged).any()
+    assert (judged > 0).any()

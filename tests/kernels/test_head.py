@@ -241,3 +241,15 @@ def test_time_embedding_of_any_size_is_the_modules_own(make_diffloss, size):
     head = DiffusionHead.from_module(module)
     expected = module.net.time_embed(torch.tensor(head.schedule.timesteps))
     assert torch.allclose(head.time_embedding, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("norm", [nn.Identity(), nn.LayerNorm(7), nn.RMSNorm(W)])
+def test_other_norms_are_named(make_diffloss, norm):
+    module = make_diffloss()
+    module.net.res_blocks[1].in_ln = norm
+    with pytest.raises(TypeError, match=r"res_blocks\[1\].in_ln is .*not a LayerNorm of width 48"):
+        DiffusionHead.from_module(module)
+    module = make_diffloss()
+    module.net.final_layer.norm_final = nn.LayerNorm(W, eps=1e-6)
+    with pytest.raises(TypeError, match="norm_final has affine parameters"):
+        DiffusionHead.from_module(module)

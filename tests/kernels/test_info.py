@@ -1,6 +1,7 @@
 """``python -m cspd_kernels.info``: text, JSON, and no failure whatever the machine answers."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -82,3 +83,13 @@ def test_runs_as_a_module():
     result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     assert set(json.loads(result.stdout)) >= KEYS
     assert result.stderr == ""
+
+
+def test_reports_a_torch_that_does_not_import(tmp_path):
+    (tmp_path / "torch.py").write_text("raise ImportError('broken on purpose')\n")
+    command = [sys.executable, "-m", "cspd_kernels.info", "--json"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    report = json.loads(done.stdout)
+    assert "broken on purpose" in report["torch"]
+    assert report["python"]

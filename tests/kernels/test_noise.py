@@ -171,3 +171,9 @@ def test_channels_must_be_known():
         with pytest.raises(ValueError, match="number of channels, got none"):
             draw()
     assert noise.x_T(3).shape == (2, 3)
+
+
+def test_channels_of_a_call_do_not_stick():
+    noise = PhiloxNoise(0, torch.arange(3), 8)
+    assert noise.step(1, 4).shape == (3, 4)
+    assert noise.step(1).shape == (3, 8)

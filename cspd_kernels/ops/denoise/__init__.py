@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from numbers import Real
 from typing import NamedTuple
 
 import torch
 
 from ...backends import implementation
-from ...head import DiffusionHead, stream_dtype
+from ...head import DiffusionHead, stream_dtype, without_autocast
 from ...noise import PhiloxNoise
 
 WORKSPACE_BYTES = 256 << 20
@@ -60,8 +61,9 @@ def denoise(
         noise: (T, N, C) floating, indexed by step (noise[0] adds nothing), or a PhiloxNoise of N rows.
         temperature: >= 0, scales the noise of every step. At 0 the chain is deterministic and
             log_std is -inf.
-        cfg_scale: guidance. A number; or a tensor of one element or of N (one a token) on the head's
-            device, never read by the host: guidance is then on exactly when cond has 2N rows.
+        cfg_scale: guidance. A number; or a tensor of one element (on the head's device or the CPU) or
+            of N (one a token, on the head's device), for which the host never waits: guidance is then
+            on exactly when cond has 2N rows.
         backend: "torch", "triton", "cuda", or None: ``CSPD_BACKEND``, else automatic.
         workspace_bytes: bound on the memory of the hoisted modulations.
 
@@ -78,9 +80,12 @@ def denoise(
     guided = _check(head, cond, x_T, noise, temperature, cfg_scale, workspace_bytes)
     stream = stream_dtype(head.dtype)
     if isinstance(cfg_scale, torch.Tensor):
-        cfg_scale = cfg_scale.detach().to(stream).reshape(-1, 1)  # [1 or N, 1]
+        if cfg_scale.device != head.device:  # one element on the CPU, see _check
+            cfg_scale = float(cfg_scale)
+        else:
+            cfg_scale = cfg_scale.detach().to(stream).reshape(-1, 1)  # [1 or N, 1]
     noise = noise if isinstance(noise, PhiloxNoise) else noise.to(stream)
-    with torch.autocast(head.device.type, enabled=False):  # the head's dtype decides, not the caller's autocast
+    with without_autocast(head.device):  # the head's dtype decides, not the caller's autocast
         scale = cfg_scale if guided else None
         return Denoised(*run(head, cond, x_T.to(stream), noise, temperature, scale, workspace_bytes))
 
@@ -99,10 +104,12 @@ def _check(head, cond, x_T, noise, temperature, cfg_scale, workspace_bytes) -> b
             )
     else:
         _check_tensor("noise", noise, head, (head.num_steps, rows, head.channels))
-    if not isinstance(temperature, (int, float)) or not 0 <= temperature < math.inf:
+    if not isinstance(temperature, Real) or not 0 <= temperature < math.inf:
         raise ValueError(f"denoise expected a finite temperature >= 0, got {temperature!r}")
     if isinstance(cfg_scale, torch.Tensor):
-        if cfg_scale.device != head.device or not cfg_scale.is_floating_point() or cfg_scale.numel() not in (1, rows):
+        one = cfg_scale.numel() == 1
+        near = cfg_scale.device == head.device or (one and cfg_scale.device.type == "cpu")
+        if not near or not cfg_scale.is_floating_point() or cfg_scale.numel() not in (1, rows):
             raise ValueError(
                 f"denoise expected cfg_scale as a number or a floating tensor of 1 or {rows} elements on "
                 f"{head.device}, got {cfg_scale.dtype} {tuple(cfg_scale.shape)} on {cfg_scale.device}"
@@ -113,7 +120,7 @@ def _check(head, cond, x_T, noise, temperature, cfg_scale, workspace_bytes) -> b
         expected = f"{rows} or {2 * rows}"
         fits = guided or cond.shape[0] == rows
     else:
-        if not isinstance(cfg_scale, (int, float)) or not math.isfinite(cfg_scale):
+        if not isinstance(cfg_scale, Real) or not math.isfinite(cfg_scale):
             raise ValueError(f"denoise expected a finite cfg_scale, got {cfg_scale!r}")
         guided = cfg_scale != 1.0
         expected = f"{2 * rows} (conditional first)" if guided else f"{rows}"

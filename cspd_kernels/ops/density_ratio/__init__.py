@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from numbers import Real
 
 import torch
 
@@ -83,9 +84,9 @@ def check(op: str, x, draft, target, relaxation, sigma) -> float | torch.Tensor:
                 f"{op} expected relaxation as a number or a floating tensor {tuple(x.shape[:1])} on {x.device}, "
                 f"got {relaxation.dtype} {tuple(relaxation.shape)} on {relaxation.device}"
             )
-        if relaxation.device.type == "cpu" and not (relaxation > 0).all():
-            raise ValueError(f"{op} expected every relaxation > 0, got values that are not")
+        if relaxation.device.type == "cpu" and not ((relaxation > 0) & torch.isfinite(relaxation)).all():
+            raise ValueError(f"{op} expected every relaxation finite and > 0, got values that are not")
         return relaxation.float()
-    if not isinstance(relaxation, (int, float)) or not 0 < relaxation < math.inf:
+    if not isinstance(relaxation, Real) or not 0 < relaxation < math.inf:
         raise ValueError(f"{op} expected a finite relaxation > 0, got {relaxation!r}")
     return float(relaxation)

@@ -16,12 +16,14 @@ def log_density_ratio(x, draft, target, relaxation=1.0, sigma="paper", *, dtype=
     # themselves, mu_p - mu_q and sigma_p / sigma_q - 1 = expm1(log_p - log_q), so that close models
     # far from x do not cancel.
     log_scale = log_p - log_q
-    a, b = (x - mu_p) * torch.exp(-log_p), (x - mu_q) * torch.exp(-log_q)
-    close = (mu_p - mu_q) * torch.exp(-log_q) + a * torch.expm1(log_scale)
+    largest = torch.finfo(dtype).max
+    inverse_p, inverse_q = torch.exp(-log_p).clamp(max=largest), torch.exp(-log_q).clamp(max=largest)
+    a, b = (x - mu_p) * inverse_p, (x - mu_q) * inverse_q
+    close = (mu_p - mu_q) * inverse_q + a * torch.expm1(log_scale)
     difference = torch.where(log_scale.abs() < 0.5, close, b - a)
     if isinstance(relaxation, torch.Tensor):
         relaxation = relaxation.to(dtype)[:, None]
-    exponent = 0.5 * difference * (a + b) / relaxation**2
+    exponent = 0.5 * (difference / relaxation) * ((a + b) / relaxation)
     path = path_q - path_p if sigma == "paper" else path_p - path_q
     log_ratio = (exponent - log_scale).sum(dim=1) + path
     return torch.where(torch.isnan(log_ratio), -torch.inf, log_ratio)

@@ -37,8 +37,8 @@ def _figures(stats: list[RunStats], alone: bool) -> dict:
 
     return {
         "seconds": sum(s.seconds["total"] for s in stats),
-        "target_calls": stats[0].target_calls,
-        "draft_calls": stats[0].draft_calls,
+        "target_calls": sum(s.target_calls for s in stats),
+        "draft_calls": sum(s.draft_calls for s in stats),
         "raw_acceptance": mean("raw_acceptance"),
         "acceptance": mean("acceptance"),
     }
@@ -46,6 +46,8 @@ def _figures(stats: list[RunStats], alone: bool) -> dict:
 
 def run_demo(num_images: int, gammas: list[int], seed: int, out: Path, json_file: Path | None, echo=print) -> dict:
     """Generate, measure, print the table, and write the picture (and the figures as JSON)."""
+    if num_images < 2:
+        raise ValueError(f"expected --num-images >= 2 (a distance needs a covariance), got {num_images}")
     if out.suffix.lower() != ".png":
         raise ValueError(f"expected --out with the ending .png, got {out.name}")
     for path in filter(None, (out, json_file)):

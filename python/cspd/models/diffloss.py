@@ -98,7 +98,7 @@ class SimpleMLPAdaLN(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def forward(self, x: torch.Tensor, t: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
-        x = self.input_proj(x)
+        x = self.input_proj(x.to(self.input_proj.weight.dtype))
         y = self.time_embed(t) + self.cond_embed(c)
         for block in self.res_blocks:
             x = checkpoint(block, x, y, use_reentrant=False) if self.grad_checkpointing else block(x, y)
@@ -122,6 +122,8 @@ class DiffLoss(nn.Module):
         num_sampling_steps: T of ``sample`` (an int, or a string as in LTH14/mar).
         schedule: ``"cosine"`` (MAR) or ``"linear"``.
         num_train_steps: steps of the schedule it is trained on, of which T are kept for sampling.
+        learn_sigma: whether the network puts out a variance besides the noise (MAR), or the
+            posterior's is used (as in MotionStreamer and MARDM).
     """
 
     def __init__(
@@ -134,13 +136,16 @@ class DiffLoss(nn.Module):
         grad_checkpointing=False,
         schedule="cosine",
         num_train_steps=1000,
+        learn_sigma=True,
     ):
         super().__init__()
         if schedule not in ("cosine", "linear"):
             raise ValueError(f"DiffLoss expected schedule 'cosine' or 'linear', got {schedule!r}")
-        make = partial(getattr(Schedule, schedule), train_steps=num_train_steps)
+        variance = "learned" if learn_sigma else "fixed_small"
+        make = partial(getattr(Schedule, schedule), train_steps=num_train_steps, variance=variance)
         self.in_channels = target_channels
-        self.net = SimpleMLPAdaLN(target_channels, width, 2 * target_channels, z_channels, depth, grad_checkpointing)
+        out_channels = target_channels * (2 if learn_sigma else 1)
+        self.net = SimpleMLPAdaLN(target_channels, width, out_channels, z_channels, depth, grad_checkpointing)
         self.train_diffusion = GaussianDiffusion(make(num_train_steps))
         self.gen_diffusion = GaussianDiffusion(make(int(num_sampling_steps)))
 

@@ -26,7 +26,8 @@ class MAR(nn.Module):
     Args:
         img_size, vae_stride, patch_size, vae_embed_dim: an image has
             L = (img_size / vae_stride / patch_size)^2 tokens of C = vae_embed_dim patch_size^2 channels.
-        diffloss_d, diffloss_w, num_sampling_steps, schedule, num_train_steps: the head (see :class:`DiffLoss`).
+        diffloss_d, diffloss_w, num_sampling_steps, schedule, num_train_steps, learn_sigma:
+            the head (see :class:`DiffLoss`).
         buffer_size: how many class tokens stand before the sequence.
     """
 
@@ -56,6 +57,7 @@ class MAR(nn.Module):
         grad_checkpointing=False,
         schedule="cosine",
         num_train_steps=1000,
+        learn_sigma=True,
     ):
         super().__init__()
         self.vae_embed_dim = vae_embed_dim
@@ -103,6 +105,7 @@ class MAR(nn.Module):
             grad_checkpointing=grad_checkpointing,
             schedule=schedule,
             num_train_steps=num_train_steps,
+            learn_sigma=learn_sigma,
         )
 
     def patchify(self, x: torch.Tensor) -> torch.Tensor:
@@ -142,7 +145,7 @@ class MAR(nn.Module):
 
         Every image must have the same number of known tokens.
         """
-        x = self.z_proj(x)
+        x = self.z_proj(x.to(self.z_proj.weight.dtype))
         batch, _, dim = x.shape
         if self.training:
             drop = (torch.rand(batch, 1) < self.label_drop_prob).to(x.device, x.dtype)
