@@ -36,7 +36,7 @@ def load_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
     try:
         with _namespaces_allowed():
             loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # noqa: BLE001  (a damaged file fails in any way)
+    except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"expected a checkpoint of plain tensors, could not read {path}: {reason}") from error
     for key in ("model_ema", "model", "state_dict"):

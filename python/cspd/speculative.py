@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from cspd_kernels import Denoised, PhiloxNoise, accept_reject, denoise, log_density_ratio
+from cspd_kernels import Denoised, PhiloxNoise, Schedule, accept_reject, denoise, log_density_ratio
 from cspd_kernels.backends import implementation
 from cspd_kernels.head import why_not_a_head
 from cspd_kernels.noise import check_seed
@@ -105,7 +105,9 @@ class SpecDecodeRunner:
                 raise ValueError(f"expected the {role}'s diffloss as a diffusion head: {problem}")
             verify_network(f"the {role}'s diffloss", model.diffloss)
             self._heads[role] = HeadCache(model.diffloss)
-        draft_schedule, target_schedule = (self._heads[role].get(dtype).schedule for role in ("draft", "target"))
+        draft_schedule, target_schedule = (
+            Schedule.from_diffusion(model.diffloss.gen_diffusion) for model in (draft_model, target_model)
+        )
         if draft_schedule.num_steps != target_schedule.num_steps:
             raise ValueError(
                 "expected draft and target with the same number of denoising steps (their trajectories are aligned "
