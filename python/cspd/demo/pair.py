@@ -16,7 +16,10 @@ from ..models import MAR
 DATA = Path(__file__).parent / "data"
 
 # Both models share the tokens, the classes and the reverse diffusion: a drafted token's noises are
-# run through the target's head step by step, so the schedules must be the same.
+# run through the target's head step by step, so the schedules must be the same. The variance is
+# fixed and the last step's wide (sigma 0.03): with learned variances the trajectory term of the
+# density ratio, and with a narrow last step the distance of the two means, would reject tokens whose
+# difference cannot be seen, and a redrawn token does not know the others of its window.
 COMMON = dict(
     img_size=8,
     vae_stride=1,
@@ -26,6 +29,8 @@ COMMON = dict(
     buffer_size=4,
     schedule="linear",
     num_sampling_steps=40,
+    num_train_steps=100,
+    learn_sigma=False,
     attn_dropout=0.0,
     proj_dropout=0.0,
     mask_ratio_min=0.05,
