@@ -46,12 +46,15 @@ class Row:
         return self.baseline_seconds / self.seconds if self.correct else math.nan
 
 
-def measure(contenders: dict[str, Callable], inputs: list, runs: int, device: torch.device) -> dict[str, list[float]]:
+def measure(
+    contenders: dict[str, Callable], inputs: list, runs: int, device: torch.device, warm_up: bool = True
+) -> dict[str, list[float]]:
     """Seconds of every run of every contender; they take turns, so that drift of the machine hits all alike.
 
-    Every contender is called with ``inputs[run % len(inputs)]`` and warmed up on each of them once.
+    Every contender is called with ``inputs[run % len(inputs)]`` and, unless the caller has seen to it,
+    warmed up on each of them once.
     """
-    for function in contenders.values():
+    for function in contenders.values() if warm_up else ():
         for arguments in inputs:
             function(*arguments)
     seconds: dict[str, list[float]] = {name: [] for name in contenders}

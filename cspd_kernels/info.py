@@ -61,7 +61,7 @@ def collect() -> dict:
     return {
         "cspd-kernels": _guarded(lambda: _version("cspd-kernels")),
         "python": platform.python_version(),
-        "platform": _guarded(platform.platform),
+        "platform": _guarded(lambda: f"{platform.system()} {platform.machine()}"),
         "torch": _guarded(_torch(lambda torch: torch.__version__)),
         "triton": _guarded(lambda: _version("triton")),
         "numpy": _guarded(lambda: _version("numpy")),

@@ -55,7 +55,7 @@ class SpecDecodeRunner:
     Raises:
         TypeError, ValueError: models that do not fit together, or an argument out of range.
 
-    Source: arXiv 2411.11925, algorithm 1; MarkXCloud/CSpD ``spec_decode/spec_decode_runner.py``.
+    Source: arXiv 2411.11925; MarkXCloud/CSpD ``spec_decode/spec_decode_runner.py``.
     """
 
     def __init__(

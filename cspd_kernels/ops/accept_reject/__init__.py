@@ -58,8 +58,8 @@ def accept_reject(
     Raises:
         TypeError, ValueError: an argument does not fit.
 
-    Source: arXiv 2411.11925, section 3.4 and algorithm 1; Leviathan et al. 2023 (arXiv 2211.17192)
-    for the modified distribution.
+    Source: Wang et al. 2024, arXiv 2411.11925 (acceptance-rejection sampling of the modified
+    distribution); Leviathan et al. 2023, arXiv 2211.17192 for the modified distribution itself.
     """
     run = implementation("accept_reject", backend)
     relaxation = check("accept_reject", x, draft, target, relaxation, sigma)

@@ -18,7 +18,7 @@ WORKSPACE_BYTES = 256 << 20
 class Denoised(NamedTuple):
     """What a chain leaves behind, in the residual stream's type (float32; float64 for a float64 head).
 
-    The last step adds no noise, so ``sample == mean``. With mean, log_std and path_log_std the
+    The last step adds no noise, so ``sample`` and ``mean`` are one tensor. With mean, log_std and path_log_std the
     density of a chain against another one is known (:func:`cspd_kernels.log_density_ratio`).
     """
 

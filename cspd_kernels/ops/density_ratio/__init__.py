@@ -49,7 +49,7 @@ def log_density_ratio(
     Raises:
         TypeError, ValueError: an argument does not fit.
 
-    Source: arXiv 2411.11925, eq. 8-11.
+    Source: Wang et al. 2024, arXiv 2411.11925 (denoising trajectory alignment).
     """
     run = implementation("log_density_ratio", backend)
     relaxation = check("log_density_ratio", x, draft, target, relaxation, sigma)
