@@ -54,7 +54,7 @@ def test_devices_are_listed(capsys, monkeypatch):
     [
         (info, "_devices"),
         (info, "_version"),
-        (info.platform, "platform"),
+        (info.platform, "machine"),
         (backends, "available_backends"),
         (torch.cuda, "device_count"),
         (torch, "get_num_threads"),
