@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from cspd.models import DiffLoss, GaussianDiffusion
-from cspd_kernels import Schedule
+from cspd_kernels import DiffusionHead, Schedule
 from cspd_kernels.testing import randomize_
 
 # The models here are small: more threads only get in each other's way, above all on a busy machine.
@@ -61,3 +61,9 @@ def python_philox():
         return c0, c1, c2, c3
 
     return philox
+
+
+@pytest.fixture
+def head(make_diffloss):
+    """The packed head of a small mild DiffLoss."""
+    return DiffusionHead.from_module(make_diffloss("mild", 2))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+from itertools import pairwise
 
 import pytest
 import torch
 from small_models import sample, small_mar
 
 from cspd.models import GaussianDiffusion, mar_base, mar_huge, mar_large
+from cspd.order import guidance_scale, mask_lengths
 from cspd_kernels import Schedule
 
 # SHA-256 of the sorted (name, shape) list of LTH14/mar's state dicts with the published heads.
@@ -89,3 +91,34 @@ def test_encoder_ignores_the_content_of_masked_tokens():
     with torch.no_grad():
         a, b = (model.forward_mae_decoder(model.forward_mae_encoder(x, mask, embedding), mask) for x in (tokens, other))
     assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("cfg", [1.0, 3.0])
+def test_every_token_is_drawn_from_the_condition_of_its_own_place(monkeypatch, cfg):
+    model = small_mar()
+    halves = 1 if cfg == 1.0 else 2
+
+    def decoder(encoded, mask):
+        z = torch.zeros(len(mask), 16, 32)
+        z[..., 0], z[..., 1] = torch.arange(16), torch.arange(len(mask))[:, None]
+        z[..., 2] = mask.sum(1, keepdim=True)
+        return z
+
+    def draw(z, temperature, scale):
+        conditional, rest = z[: len(z) // halves], z[len(z) // halves :]
+        assert (conditional[:, 1] < 3).all()
+        if halves == 2:  # the same places of the unconditional half
+            assert torch.equal(rest[:, 0], conditional[:, 0])
+            assert torch.equal(rest[:, 1], conditional[:, 1] + 3)
+        assert scale == pytest.approx(guidance_scale(cfg, "linear", max(after[int(z[0, 2])], 1), 16))
+        return z[:, :4]
+
+    lengths = mask_lengths(16, 6)
+    after = dict(pairwise(lengths))
+    monkeypatch.setattr(model, "forward_mae_decoder", decoder)
+    monkeypatch.setattr(model.diffloss, "sample", draw)
+    tokens = model.patchify(sample(model, cfg=cfg))
+    assert torch.equal(tokens[..., 0], torch.arange(16.0).expand(3, -1))
+    assert torch.equal(tokens[..., 1], torch.arange(3.0)[:, None].expand(-1, 16))
+    for image in tokens[..., 2]:
+        assert sorted(image.tolist(), reverse=True) == [float(b) for b, a in pairwise(lengths) for _ in range(b - a)]

@@ -1,0 +1,67 @@
+"""The ops never wait for the device: no tensor is read on the host, none is made from a Python number."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from cspd_kernels import PhiloxNoise, denoise
+from cspd_kernels.ops.accept_reject import torch_backend as accept_reject_backend
+from cspd_kernels.ops.denoise import torch_backend
+from cspd_kernels.testing import random_chains, random_inputs, relative_error
+
+C, Z = 5, 7  # of make_diffloss
+
+
+class NoHostRead(TorchDispatchMode):
+    """Fails where a tensor's value, or a shape that depends on one, is read by the host."""
+
+    FORBIDDEN = ("_local_scalar_dense", "item", "is_nonzero", "nonzero", "equal", "masked_select", "_unique2", "unique")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        assert name not in self.FORBIDDEN, f"the host waits for {name}"
+        indexed_by_mask = name == "index" and any(v is not None and v.dtype == torch.bool for v in args[1])
+        assert not indexed_by_mask, "the host waits for a boolean index"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "read", [torch.Tensor.item, bool, torch.nonzero, lambda v: v[v > 0], lambda v: torch.arange(int(v[0]))]
+)
+def test_the_check_for_host_reads_can_fail(read):
+    with NoHostRead(), pytest.raises(AssertionError, match="the host waits"):
+        read(torch.ones(1))
+
+
+@pytest.mark.parametrize("workspace", [1, 1 << 28])
+@pytest.mark.parametrize("scale", [None, 2.0, torch.tensor([[2.0]]), torch.linspace(1, 2, 5)[:, None]])
+@pytest.mark.parametrize("addressed", [False, True])
+def test_torch_backend_never_reads_a_tensor_on_the_host(head, addressed, scale, workspace):
+    cond, x, noise = random_inputs(head, 5, 16, guided=scale is not None)
+    if addressed:
+        noise = PhiloxNoise(0, torch.arange(5), C)
+    with torch.no_grad(), NoHostRead():
+        out = torch_backend.denoise(head, cond, x, noise, 0.9, scale, workspace)
+    expected = denoise(head, cond, x, noise, temperature=0.9, cfg_scale=1.0 if scale is None else scale)
+    assert all(relative_error(a, b) <= 1e-5 for a, b in zip(out, expected, strict=True))
+
+
+class NoTensorFromHost(TorchDispatchMode):
+    """Fails where a Python number becomes a tensor: on a device that would wait for it."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        assert name not in ("_local_scalar_dense", "nonzero", "lift_fresh"), name
+        return func(*args, **(kwargs or {}))
+
+
+def test_addressed_noise_and_verdicts_make_no_tensor_from_a_number(head):
+    """What runs between the first kernel and the last, with everything checked before it."""
+    cond = torch.randn(4, Z)
+    x, draft, target = random_chains(4, C, 0)
+    rows = torch.arange(4)
+    arguments = (x, draft, target, 5, rows, 1.0, "paper", 12)
+    with torch.no_grad(), NoTensorFromHost():
+        noise = PhiloxNoise(3, rows)
+        torch_backend.denoise(head, cond, noise.x_T(C), noise, 1.0, None, 1 << 20)
+        accept_reject_backend.accept_reject(*arguments, compact=False)
