@@ -1,4 +1,5 @@
-"""Small helpers that tests and benchmarks share: non-trivial weights, aligned chains, errors."""
+"""Small helpers that tests, benchmarks and the check of an unknown head share: non-trivial weights,
+aligned chains, errors."""
 
 from __future__ import annotations
 

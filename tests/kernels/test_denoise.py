@@ -1,6 +1,7 @@
 """denoise: the torch backend and its definition against the eager sampling loop, and every property documented."""
 
 import math
+import weakref
 
 import pytest
 import torch
@@ -275,3 +276,18 @@ def test_narrow_operands_hold_under_a_badly_conditioned_schedule(make_diffloss, 
     expected = reference.denoise(head, *inputs, 1.0, None, dtype=torch.float64)
     assert expected[0].abs().max() > 65504
     assert_close(denoise(head, *inputs), expected, 2e-2)
+
+
+def test_one_group_of_modulations_is_alive_at_a_time(head, monkeypatch):
+    alive = []
+
+    def modulations(*arguments):
+        assert all(reference() is None for reference in alive)
+        block_mods, final_mods = original(*arguments)
+        alive[:] = [weakref.ref(value) for value in (*block_mods, final_mods)]
+        return block_mods, final_mods
+
+    original = torch_backend._modulations
+    monkeypatch.setattr(torch_backend, "_modulations", modulations)
+    denoise(head, *random_inputs(head, 3, 0), workspace_bytes=20_000)
+    assert len(alive) == head.depth + 1

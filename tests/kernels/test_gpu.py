@@ -57,3 +57,11 @@ def test_ops_and_patched_heads_do_not_wait_for_the_host(make_diffloss):
         accept_reject(x, draft, target, seed=1, rows=rows)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_guidance_scale_may_lie_on_the_cpu(make_diffloss):
+    head = DiffusionHead.from_module(make_diffloss().cuda())
+    inputs = random_inputs(head, 5, 0, guided=True)
+    expected = denoise(head, *inputs, cfg_scale=3.0).sample
+    for scale in (torch.tensor([3.0]), torch.tensor(3.0).cuda()):
+        assert relative_error(denoise(head, *inputs, cfg_scale=scale).sample, expected) <= 1e-6

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 def denoise(head, cond, x_T, noise, temperature, cfg_scale, workspace_bytes):  # noqa: N803
     """As :func:`cspd_kernels.denoise`; ``cfg_scale`` None means no guidance. Never waits for the device."""
     rows, halves = x_T.shape[0], 1 if cfg_scale is None else 2
-    # Shift, scale and gate of every block, shift and scale of the last layer, and silu(y) itself.
-    bytes_per_row = halves * head.width * (3 * head.depth + 3) * head.dtype.itemsize
+    # Shift, scale and gate of every block, shift and scale of the last layer, silu(y), and y before it is rounded.
+    bytes_per_row = halves * head.width * ((3 * head.depth + 3) * head.dtype.itemsize + 2 * x_T.dtype.itemsize)
     block = max(1, workspace_bytes // bytes_per_row)
     cond = cond.reshape(halves, rows, cond.shape[-1])
     if rows <= block:
@@ -60,6 +60,7 @@ def _chain(head, cond, x, noise, temperature, cfg_scale, steps_at_once):
             if i > 0:
                 x = torch.addcmul(mean, torch.exp(log_std), noises[k], value=temperature)
                 path_log_std += log_std.sum(dim=1)
+        del block_mods, final_mods  # before the next ones are made: the workspace holds one group of steps
     log_temperature = math.log(temperature) if temperature > 0 else -math.inf
     return mean, mean, log_std + log_temperature, path_log_std
 
