@@ -8,31 +8,61 @@ import importlib.util
 import logging
 import os
 from collections.abc import Callable
+from importlib import metadata
+
+import torch
 
 BACKENDS = ("torch", "triton", "cuda")
 ENVIRONMENT_VARIABLE = "CSPD_BACKEND"
+OLDEST_TRITON = (3, 6)  # what the kernels are tested with
 _logger = logging.getLogger("cspd_kernels")
 
 
 def available_backends() -> dict[str, str]:
-    """``{"torch": "ok", "triton": "ok" or why not, "cuda": "ok" or why not}``."""
+    """``{"torch": "ok", "triton": "ok" or why not, "cuda": "ok" or why not}``.
+
+    "ok" means that ``denoise`` can be served on some device of this machine; the other ops may have fewer backends.
+    """
     return {name: why_unavailable(name) or "ok" for name in BACKENDS}
 
 
-def why_unavailable(backend: str) -> str | None:
-    """None when the backend can serve, else the reason."""
+def why_unavailable(backend: str, op: str = "denoise") -> str | None:
+    """None when the backend can serve the op on some device of this machine, else the reason."""
     if backend == "torch":
         return None
-    if importlib.util.find_spec(f"cspd_kernels.ops.denoise.{backend}") is None:
-        return f"this release has no {backend} kernels yet; use backend='torch'"
-    return None
+    if not _exists(_module(op, backend)):
+        return f"this release has no {backend} kernels for {op} yet; use backend='torch'"
+    return _why_not_triton() if backend == "triton" else None
 
 
-def implementation(op: str, backend: str | None) -> Callable:
+def interpreting() -> bool:
+    """Whether Triton kernels run in Triton's interpreter, on the CPU: its switch was on when they were imported."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on")
+
+
+def _why_not_triton() -> str | None:
+    if not _exists("triton"):
+        return "Triton is not installed: pip install triton"
+    version = metadata.version("triton")
+    if tuple(map(int, version.split(".")[:2])) < OLDEST_TRITON:
+        return (
+            f"Triton {version} is older than {'.'.join(map(str, OLDEST_TRITON))}: upgrade PyTorch, which brings its own"
+        )
+    if interpreting() or torch.cuda.is_available():
+        return None
+    return "no CUDA device (TRITON_INTERPRET=1 before the first import runs the kernels on the CPU, slowly)"
+
+
+def implementation(op: str, backend: str | None, device: torch.device | None = None, subject=None) -> Callable:
     """The function that computes ``op``: the attribute of that name in ``ops/<op>/<backend>.py``.
 
     An explicit choice (argument or environment) that cannot be served raises; the automatic one
-    takes the torch backend and logs the reason once.
+    takes Triton on CUDA devices where it can serve, else torch, and logs each reason once.
+
+    Args:
+        device: where the tensors are; None asks whether any device can be served.
+        subject: what the op is about to work on (the head of ``denoise``); a backend module may refuse
+            it with ``why_unsupported(subject)``.
 
     Raises:
         ValueError: no such backend. RuntimeError: the backend cannot serve; the message says why.
@@ -41,22 +71,54 @@ def implementation(op: str, backend: str | None) -> Callable:
     if backend is None and os.environ.get(ENVIRONMENT_VARIABLE):
         backend, source = os.environ[ENVIRONMENT_VARIABLE], ENVIRONMENT_VARIABLE
     if backend is None:
-        backend = _automatic()
-    elif backend not in BACKENDS:
+        if device is None or device.type != "cuda":
+            return _load(op, "torch")
+        reason = _why_not(op, "triton", device, subject)
+        if reason is not None:
+            log_once(f"automatic backend of {op}: torch ({reason})")
+        return _load(op, "triton" if reason is None else "torch")
+    if backend not in BACKENDS:
         raise ValueError(f"expected {source} one of {', '.join(BACKENDS)}, got {backend!r}")
-    elif reason := why_unavailable(backend):
+    if reason := _why_not(op, backend, device, subject):
         raise RuntimeError(f"{source}={backend!r} cannot serve {op}: {reason}")
     return _load(op, backend)
 
 
+def _why_not(op: str, backend: str, device: torch.device | None, subject) -> str | None:
+    """None when the backend can serve this call, else the reason."""
+    if reason := why_unavailable(backend, op):
+        return reason
+    if backend == "torch" or device is None:
+        return None
+    if interpreting() and backend == "triton":
+        if device.type != "cpu":
+            return f"TRITON_INTERPRET is set, so the kernels run on CPU tensors, and these are on {device}"
+    elif device.type != "cuda":
+        return (
+            f"its kernels run on CUDA tensors, and these are on {device}: move them, use backend='torch', "
+            "or set TRITON_INTERPRET=1 before the first import to run the kernels on the CPU, slowly"
+        )
+    why_unsupported = getattr(importlib.import_module(_module(op, backend)), "why_unsupported", None)
+    return why_unsupported(subject) if why_unsupported is not None and subject is not None else None
+
+
 @functools.cache
-def _automatic() -> str:
-    _logger.info("automatic backend: torch (%s)", why_unavailable("triton"))
-    return "torch"
+def _exists(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
+
+
+@functools.cache
+def log_once(message: str) -> None:
+    """Log a reason that holds for every later call, too."""
+    _logger.info(message)
+
+
+def _module(op: str, backend: str) -> str:
+    # A submodule named torch would take the place of the library's name in the op's package.
+    name = "torch_backend" if backend == "torch" else backend
+    return f"cspd_kernels.ops.{op.removeprefix('log_')}.{name}"
 
 
 @functools.cache
 def _load(op: str, backend: str) -> Callable:
-    # A submodule named torch would take the place of the library's name in the op's package.
-    module = "torch_backend" if backend == "torch" else backend
-    return getattr(importlib.import_module(f"cspd_kernels.ops.{op.removeprefix('log_')}.{module}"), op)
+    return getattr(importlib.import_module(_module(op, backend)), op)

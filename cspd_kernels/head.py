@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
+import weakref
 from dataclasses import dataclass, fields
 
 import torch
@@ -15,6 +17,8 @@ _STREAM_FIELDS = (
     "norm_weight", "norm_bias", "time_embedding", "input_weight", "input_bias", "final_weight", "final_bias",
 )  # fmt: skip
 OPERAND_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_handles = itertools.count(1)
+_heads: weakref.WeakValueDictionary[int, DiffusionHead] = weakref.WeakValueDictionary()
 
 
 def stream_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -68,6 +72,7 @@ class DiffusionHead:
         schedule: the :class:`Schedule` of T steps.
         time_embedding: (T, W), ``time_embed(schedule.timesteps)``: it does not depend on the data.
         norm_eps: the epsilon of every LayerNorm.
+        handle: the int that stands for this head, and for no other, in the arguments of an op.
     """
 
     schedule: Schedule
@@ -83,6 +88,25 @@ class DiffusionHead:
     final_mod_bias: torch.Tensor
     final_weight: torch.Tensor  # (2C, W): eps, v; (C, W) with a fixed variance
     final_bias: torch.Tensor
+
+    def __post_init__(self):
+        object.__setattr__(self, "handle", next(_handles))
+        _heads[self.handle] = self
+
+    def __reduce__(self):
+        """Copies and pickles are built like any other head, and so get a handle of their own."""
+        return type(self), tuple(getattr(self, f.name) for f in fields(self))
+
+    @staticmethod
+    def of_handle(handle: int) -> DiffusionHead:
+        """The head with this handle; a handle does not keep its head alive."""
+        head = _heads.get(handle)
+        if head is None:
+            raise RuntimeError(
+                f"expected the handle of a living DiffusionHead, got {handle}, whose head is gone (or of another "
+                "process): keep the head as long as what was compiled with it"
+            )
+        return head
 
     @property
     def channels(self) -> int:
@@ -175,13 +199,13 @@ class DiffusionHead:
         def gemm(layer: nn.Linear, dtype: torch.dtype = dtype) -> tuple[torch.Tensor, torch.Tensor]:
             weight = layer.weight.detach()
             bias = layer.bias.detach() if layer.bias is not None else weight.new_zeros(weight.shape[0])
-            return weight.to(device, dtype), bias.to(device, dtype)
+            return weight.to(device, dtype).contiguous(), bias.to(device, dtype).contiguous()
 
         def norm(layer: nn.LayerNorm) -> tuple[torch.Tensor, torch.Tensor]:
             width = net.input_proj.out_features
             weight = layer.weight if layer.weight is not None else torch.ones(width)
             bias = layer.bias if layer.bias is not None else torch.zeros(width)
-            return weight.detach().to(device, stream), bias.detach().to(device, stream)
+            return weight.detach().to(device, stream).contiguous(), bias.detach().to(device, stream).contiguous()
 
         blocks = tuple(
             Block(*norm(b.in_ln), *gemm(b.mlp[0]), *gemm(b.mlp[2]), *gemm(b.adaLN_modulation[-1]))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import logging
+import operator
+from itertools import chain
 
 import torch
 import torch.nn as nn
@@ -47,10 +49,10 @@ def find_heads(model: nn.Module) -> dict[str, nn.Module]:
 class HeadCache:
     """The packed head of one module, packed again exactly when its weights or schedule changed.
 
-    A change is seen by the parameters' storage, type, device and version counter. Writes through
-    ``parameter.data`` bypass the counter and are not seen where the packed values are not the
-    parameters themselves (operands of another type, the time embedding): call ``cspd.patch`` again
-    after such writes.
+    A change is seen by the modules and parameters themselves and by the parameters' storage, type,
+    shape and version counter. Writes through ``parameter.data`` bypass the counter and are not seen
+    where the packed values are not the parameters themselves (operands of another type, the time
+    embedding): call ``cspd.patch`` again after such writes.
     """
 
     def __init__(self, module: nn.Module):
@@ -62,8 +64,9 @@ class HeadCache:
 
     def get(self, dtype: torch.dtype | None = None) -> DiffusionHead:
         """The head with operands of ``dtype``; None follows autocast, else the weights' type."""
-        weight = self.module.net.input_proj.weight
-        dtype = dtype or call_dtype(weight.device, weight.dtype)
+        if dtype is None:
+            weight = self.module.net.input_proj.weight
+            dtype = call_dtype(weight.device, weight.dtype)
         if dtype not in self._packed or not self._packed[dtype][0].is_current(self.module):
             self._packed = {k: v for k, v in self._packed.items() if v[0].is_current(self.module)}
             self._packed[dtype] = (_Source(self.module), DiffusionHead.from_module(self.module, dtype=dtype))
@@ -71,29 +74,33 @@ class HeadCache:
 
 
 class _Source:
-    """What a head was packed from. It holds the tensors and the schedule, so that no new one can take
-    the place of an old one in memory and be mistaken for it."""
+    """What a head was packed from.
+
+    It is asked at every call, and walking the module tree would take longer than everything else the
+    host does there: the tables that the modules keep their children in are remembered and compared
+    instead. It holds the members, the tensors and the schedule, so that no new one can take the place
+    of an old one in memory and be mistaken for it; an address then tells the device, too.
+    """
 
     def __init__(self, module: nn.Module):
-        parameters = list(module.net.parameters())
-        self.schedule = _schedule(module)
+        self.net, self.schedule = module.net, _schedule(module)
+        self.tables = [table for m in self.net.modules() for table in (m._modules, m._parameters) if table]
+        self.members = list(chain.from_iterable(map(dict.values, self.tables)))
+        self.parameters = list(self.net.parameters())
+        self.tensors = [p.detach() for p in self.parameters]
         # Inference tensors keep no version counter: their changes cannot be told.
-        self.trackable = not any(p.is_inference() for p in parameters)
-        self.tensors = [p.detach() for p in parameters]
-        self.versions = [p._version for p in parameters] if self.trackable else []
+        self.trackable = not any(p.is_inference() for p in self.parameters)
+        self.state = self._state() if self.trackable else None
 
     def is_current(self, module: nn.Module) -> bool:
-        parameters = list(module.net.parameters())
-        if not self.trackable or self.schedule is not _schedule(module) or len(parameters) != len(self.tensors):
+        if not self.trackable or module.net is not self.net or _schedule(module) is not self.schedule:
             return False
-        return all(
-            not p.is_inference() and p._version == version and _same_storage(p, tensor)
-            for p, tensor, version in zip(parameters, self.tensors, self.versions)
-        )
+        members = list(chain.from_iterable(map(dict.values, self.tables)))
+        same = len(members) == len(self.members) and all(map(operator.is_, members, self.members))
+        return same and self._state() == self.state
 
-
-def _same_storage(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a.data_ptr() == b.data_ptr() and a.dtype == b.dtype and a.device == b.device and a.shape == b.shape
+    def _state(self) -> list[tuple]:
+        return [(p.data_ptr(), p._version, p.dtype, p.shape) for p in self.parameters]
 
 
 def _schedule(module: nn.Module):

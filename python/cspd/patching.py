@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import logging
 from collections.abc import Iterator
@@ -34,6 +35,11 @@ def patch(model: nn.Module, *, backend: str | None = None, dtype: torch.dtype | 
     know run the replaced code, with one warning. Under guidance 2N rows come back as before; the
     last N, which callers drop, repeat the first. The network's weights are read, its ``forward`` is
     not called: hooks on it do not run while patched.
+
+    On a GPU the host waits nowhere that the replaced code does not: as there, a guidance scale that
+    lies on the device is read once, because the number of rows depends on it. A temperature there is
+    read, too. Python numbers cost no wait. ``torch.compile`` of a model around it breaks its graph at
+    these methods.
 
     Args:
         model: any module tree that holds one or more heads.
@@ -93,6 +99,20 @@ def patched(model: nn.Module, **options) -> Iterator[nn.Module]:
             head_patch.install()
 
 
+def _untraced(method):
+    """``torch.compile`` breaks its graph here and runs the method as it is: with torch's own random numbers, and
+    with HeadCache looking at the parameters themselves. Importing the compiler takes a second, so it is told only
+    where it is at work."""
+
+    @functools.wraps(method)
+    def call(self, *args, **kwargs):
+        if torch.compiler.is_compiling():
+            return torch.compiler.disable(method)(self, *args, **kwargs)
+        return method(self, *args, **kwargs)
+
+    return call
+
+
 def _installed(module: nn.Module) -> _HeadPatch | None:
     owner = getattr(module.__dict__.get("sample"), "__self__", None)
     return owner if isinstance(owner, _HeadPatch) else None
@@ -130,6 +150,7 @@ class _HeadPatch:
     def _original(self, name: str):
         return self.replaced.get(name) or getattr(type(self.module), name).__get__(self.module)
 
+    @_untraced
     def sample(self, z, *args, **kwargs):
         """Tokens for conditions z; see :func:`patch`. Arguments and defaults are those of the replaced method."""
         call = self.signature.bind(z, *args, **kwargs)
@@ -137,30 +158,33 @@ class _HeadPatch:
             return self._delegate(z, *args, **kwargs)
         call.apply_defaults()
         temperature, cfg = call.arguments.get("temperature", 1.0), call.arguments.get("cfg", 1.0)
-        head, guided, rows = self._call(z, cfg)
+        head, cfg, rows = self._call(z, cfg)
         if self.noise == "philox":
-            seed = int(torch.randint(2**63 - 1, ()))
+            seed = int(torch.randint(2**63 - 1, (), device="cpu"))
             noise = PhiloxNoise(seed, torch.arange(rows, device=head.device))
             x_T = noise.x_T(head.channels)  # noqa: N806
         else:
-            x_T = torch.randn(rows, head.channels).to(head.device)  # noqa: N806  (from the CPU generator)
+            x_T = _draw_first(head, rows)  # noqa: N806
             noise = _draw(head, len(z), rows)
-        return self._finish(self._denoise(head, z, x_T, noise, temperature, cfg), guided, path=False)
+        return self._finish(self._denoise(head, z, x_T, noise, temperature, cfg), cfg, path=False)
 
+    @_untraced
     def sample_with_noise(self, z, noise, temperature=1.0, cfg=1.0):
         """As ``sample`` from a given first noise (N or, under guidance, 2N rows)."""
-        head, guided, rows = self._call(z, cfg)
+        head, cfg, rows = self._call(z, cfg)
         out = self._denoise(head, z, noise[:rows], _draw(head, len(z), rows), temperature, cfg)
-        return self._finish(out, guided, path=False)
+        return self._finish(out, cfg, path=False)
 
+    @_untraced
     def sample_with_inter_noise(self, z, noise, inter_noise, temperature=1.0, cfg=1.0):
         """As ``sample`` from given noises: x_T, and (T, N or 2N, C) of the steps or None to draw it."""
-        head, guided, rows = self._call(z, cfg)
+        head, cfg, rows = self._call(z, cfg)
         steps = inter_noise[:, :rows] if inter_noise is not None else _draw(head, len(z), rows)
-        return self._finish(self._denoise(head, z, noise[:rows], steps, temperature, cfg), guided, path=True)
+        return self._finish(self._denoise(head, z, noise[:rows], steps, temperature, cfg), cfg, path=True)
 
-    def _finish(self, out: Denoised, guided: bool, path: bool) -> torch.Tensor:
+    def _finish(self, out: Denoised, cfg: float, path: bool) -> torch.Tensor:
         """The tokens of a chain; the distribution of its last step goes to CSpD's manager where there is one."""
+        guided = cfg != 1.0
         tokens = torch.cat([out.sample, out.sample]) if guided else out.sample
         manager = getattr(self.module.gen_diffusion, "manager", None)
         if manager is not None:
@@ -172,16 +196,14 @@ class _HeadPatch:
         return tokens
 
     def _call(self, z, cfg):
-        """(head, guided, rows) of a call. A guidance scale on a device is read, as the replaced code reads it."""
-        guided = bool(cfg != 1.0)
+        """(head, cfg as a number, rows) of a call. A scale on a device is read, as the replaced code reads it."""
+        cfg = float(cfg)
+        guided = cfg != 1.0
         if guided and len(z) % 2:
             raise ValueError(f"sample expected 2N rows of z, conditional first, for cfg {cfg}, got {len(z)}")
-        return self.cache.get(self.dtype), guided, len(z) // 2 if guided else len(z)
+        return self.cache.get(self.dtype), cfg, len(z) // 2 if guided else len(z)
 
     def _denoise(self, head, z, x_T, noise, temperature, cfg) -> Denoised:  # noqa: N803
-        if isinstance(cfg, torch.Tensor):
-            # A scale of one means no guidance here, whatever its type.
-            cfg = cfg.detach().to(head.device, torch.float32) if len(z) == 2 * len(x_T) else 1.0
         # The type of the arithmetic is the head's, also where the model around it is wider.
         stream = stream_dtype(head.dtype)
         z, x_T = (v.to(stream) if v.dtype == torch.float64 else v for v in (z, x_T))  # noqa: N806
@@ -199,6 +221,15 @@ class _HeadPatch:
             )
             self.warned = True
         return self._original("sample")(*args, **kwargs)
+
+
+def _draw_first(head, rows: int) -> torch.Tensor:
+    """x_T (rows, C), drawn as the replaced code does, by the default generator: the CPU's."""
+    x_T = torch.randn(rows, head.channels)  # noqa: N806
+    pinned = x_T.device.type == "cpu" and head.device.type == "cuda"
+    if pinned:  # from other memory the copy would wait for all that the device has yet to do
+        x_T = x_T.pin_memory()  # noqa: N806
+    return x_T.to(head.device, non_blocking=pinned)
 
 
 def _draw(head, drawn_rows: int, rows: int) -> torch.Tensor:

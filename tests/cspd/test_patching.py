@@ -12,11 +12,14 @@ import pytest
 import torch
 import torch.nn as nn
 from small_models import CSpDDiffLoss, Manager, sample, small_mar
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import cspd
+from cspd.heads import HeadCache
 from cspd.models import DiffLoss, GaussianDiffusion
 from cspd.models.diffloss import TimestepEmbedder
-from cspd_kernels import Schedule
+from cspd_kernels import DiffusionHead, Schedule
 from cspd_kernels.testing import randomize_, relative_error
 
 SETTINGS = [
@@ -155,16 +158,142 @@ def test_changed_weights_are_picked_up():
     assert relative_error(sample(model), expected) > 1e-3
 
 
-def test_reduced_precision_copies_are_packed_again_only_when_weights_change():
+def replace_data(values):
+    def change(module):
+        weight = module.net.cond_embed.weight
+        weight.data = values(weight.data)
+
+    return change
+
+
+def replace_parameter(values):
+    def change(module):
+        layer = module.net.cond_embed
+        layer.weight = nn.Parameter(values(layer.weight.detach()))
+
+    return change
+
+
+def replace_module(path, values):
+    def change(module):
+        parent, _, name = path.rpartition(".")
+        setattr(module.get_submodule(parent), name, values(module.get_submodule(path)))
+
+    return change
+
+
+def parametrize(path):
+    def change(module):
+        nn.utils.parametrize.register_parametrization(module.net.get_submodule(path), "bias", nn.Hardtanh(-1, 0.5))
+
+    return change
+
+
+def changed(module):
+    module = copy.deepcopy(module)
+    for parameter in module.parameters():
+        parameter.add_(1.0)
+    return module
+
+
+def load(**options):
+    def change(module):
+        module.load_state_dict({k: v + 1 for k, v in module.state_dict().items()}, **options)
+
+    return change
+
+
+CHANGES = {
+    "in place": lambda module: module.net.cond_embed.weight.add_(1.0),
+    "in place, a bias": lambda module: module.net.res_blocks[1].adaLN_modulation[1].bias.add_(1.0),
+    "other data": replace_data(torch.randn_like),
+    "data of another type": replace_data(lambda data: data.double() + 1),
+    "data of another type in the same memory": replace_data(lambda data: data.view(torch.bfloat16)),
+    "data of another shape in the same memory": replace_data(lambda data: data[:, :16]),
+    "another parameter": replace_parameter(torch.randn_like),
+    "an equal parameter": replace_parameter(torch.clone),
+    "a parameter on the same memory": replace_parameter(lambda data: data),
+    "a parameter that was None": lambda module: module.net.input_proj.register_parameter(
+        "bias", nn.Parameter(torch.ones(32))
+    ),
+    "a parameter that becomes None": lambda module: module.net.cond_embed.register_parameter("bias", None),
+    "a parametrization": parametrize("res_blocks.0.mlp.0"),
+    "a parameter more, at the very end": lambda module: module.net.final_layer.adaLN_modulation[1].register_parameter(
+        "gain", nn.Parameter(torch.ones(()))
+    ),
+    "another layer": replace_module("net.res_blocks.0.mlp.2", changed),
+    "an equal layer": replace_module("net.res_blocks.0.mlp.2", copy.deepcopy),
+    "another block": replace_module("net.res_blocks.1", changed),
+    "a block less": replace_module("net.res_blocks", lambda blocks: blocks[:1]),
+    "a block less, in place": lambda module: module.net.res_blocks.__delitem__(0),
+    "a block more, in place": lambda module: module.net.res_blocks.append(changed(module.net.res_blocks[0])),
+    "blocks in another order": replace_module("net.res_blocks", lambda blocks: nn.ModuleList(list(blocks)[::-1])),
+    "another network": replace_module("net", changed),
+    "loaded weights": load(),
+    "loaded and assigned weights": load(assign=True),
+    "another type": lambda module: module.double(),
+    "half precision": lambda module: module.bfloat16(),
+}
+
+
+@pytest.mark.parametrize("how", CHANGES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_every_change_of_the_weights_is_seen_at_the_next_call(how, dtype):
+    module = small_mar().diffloss
+    module.net.input_proj.bias = None
+    if "same memory" in how and "type" in how:
+        module.half()
+    cache = HeadCache(module)
+    before = cache.get(dtype)
+    assert cache.get(dtype) is before
+    CHANGES[how](module)
+    after = cache.get(dtype)
+    assert after is not before
+    assert cache.get(dtype) is after
+    expected = DiffusionHead.from_module(module, dtype=dtype)
+    assert (after.depth, after.cond_channels) == (expected.depth, expected.cond_channels)
+    for a, b in zip([after, *after.blocks], [expected, *expected.blocks], strict=True):
+        tensors = {name: value for name, value in vars(a).items() if torch.is_tensor(value)}
+        assert tensors
+        assert all(torch.equal(value, getattr(b, name)) for name, value in tensors.items())
+    # What stands there now is what is watched from here on.
+    module.net.res_blocks[-1].mlp[2].weight.mul_(0.5)
+    assert cache.get(dtype) is not after
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_new_values_in_memory_that_was_given_back_are_seen(dtype):
+    module = small_mar().diffloss
+    cache, weight = HeadCache(module), module.net.cond_embed.weight
+    for _ in range(30):
+        before = cache.get(dtype)
+        weight.data = torch.randn_like(weight)  # the old values' memory is free now
+        weight.data = torch.randn_like(weight)
+        assert torch.equal(cache.get(dtype).cond_weight, weight.to(dtype))
+        assert cache.get(dtype) is not before
+
+
+def test_a_layer_that_does_not_fit_any_more_is_refused_at_the_next_call():
+    model = cspd.patch(small_mar())
+    sample(model)
+    model.diffloss.net.res_blocks[0].mlp[1] = nn.GELU()
+    with pytest.raises(TypeError, match=r"res_blocks\[0\].mlp is not Linear, SiLU, Linear"):
+        sample(model)
+
+
+def test_what_leaves_the_weights_alone_packs_nothing():
     model = cspd.patch(small_mar(), dtype=torch.bfloat16)
     cache = model.diffloss.sample.__self__.cache
     first = cache.get(torch.bfloat16)
+    sample(model)
+    model.train().eval().requires_grad_(False).to("cpu").zero_grad()
+    model.state_dict(), list(model.named_modules()), copy.deepcopy(model)
+    model.diffloss.net(torch.randn(2, 4), torch.tensor([1, 2]), torch.randn(2, 32))
+    with cspd.patched(model, dtype=torch.float32):
+        sample(model)
     assert cache.get(torch.bfloat16) is first
-    with torch.no_grad():
-        model.diffloss.net.cond_embed.weight.add_(1.0)
-    second = cache.get(torch.bfloat16)
-    assert second is not first
-    assert torch.equal(second.cond_weight, model.diffloss.net.cond_embed.weight.bfloat16())
 
 
 def test_weights_made_under_inference_mode():
@@ -392,3 +521,93 @@ def test_numpy_numbers():
     expected = model.diffloss.sample(z, 0.5, 3.0)
     torch.manual_seed(0)
     assert torch.equal(model.diffloss.sample(z, np.float32(0.5), np.float32(3.0)), expected)
+
+
+class HostReads(TorchDispatchMode):
+    """Counts the tensors read by the host; what the op does inside is its own matter."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func.overloadpacket.__name__ in ("_local_scalar_dense", "nonzero", "equal")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("method", ["sample", "sample_with_noise", "sample_with_inter_noise"])
+@pytest.mark.parametrize(
+    ("cfg", "reads"), [(1.0, 0), (3, 0), (np.float32(3.0), 0), (torch.tensor([1.0]), 1), (torch.tensor(3.0), 1)]
+)
+def test_a_guidance_scale_is_read_once_and_nothing_else_is(method, cfg, reads):
+    head = cspd.patch(cspd_head())
+    noises = {"sample": (), "sample_with_noise": (8,), "sample_with_inter_noise": (8, 12)}[method]
+    noise = [torch.randn(n, 4) if n == 8 else torch.randn(n, 8, 4) for n in noises]
+    for _ in range(2):  # the first call packs the head
+        with HostReads() as host:
+            getattr(head, method)(torch.randn(8, 32), *noise, 1.0, cfg)
+    assert host.count == reads
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("noise", ["upstream", "philox"])
+@pytest.mark.parametrize("cfg", [1.0, 3.0])
+def test_on_a_gpu_the_host_waits_for_nothing_but_a_scale_that_lies_there(noise, cfg):
+    head = cspd_head().cuda()
+    z = torch.randn(8, 32).cuda()
+    torch.manual_seed(0)
+    expected = head.sample(z, 1.0, cfg)
+    cspd.patch(head, noise=noise)
+    torch.manual_seed(0)
+    actual = head.sample(z, 1.0, cfg)
+    if noise == "upstream":
+        assert relative_error(actual, expected) < 1e-5
+    scale = torch.tensor(cfg, device="cuda")
+    torch.cuda.synchronize()
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        head.sample(z, 1.0, cfg)
+        head.sample(z, 1.0, torch.tensor(cfg))
+        torch.cuda.set_sync_debug_mode("warn")
+        with pytest.warns(UserWarning, match="synchronizing") as waits:
+            head.sample(z, 1.0, scale)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(waits) == 1
+
+
+class Model(nn.Module):
+    """A sampler between two layers."""
+
+    def __init__(self, **options):
+        super().__init__()
+        self.diffloss = cspd.patch(small_mar(schedule="linear").diffloss, **options)
+        self.before, self.after = nn.Linear(32, 32), nn.Linear(4, 4)
+
+    def forward(self, z, temperature, cfg):
+        return self.after(self.diffloss.sample(self.before(z).tanh(), temperature, cfg))
+
+
+@pytest.mark.parametrize("noise", ["upstream", "philox"])
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@torch.no_grad()
+def test_a_compiled_model_samples_the_same_and_sees_changed_weights(noise, backend):
+    torch._dynamo.reset()
+    model, z = Model(noise=noise), torch.randn(8, 32)
+    counter = CompileCounterWithBackend(backend)
+    compiled = torch.compile(model, backend=counter)
+    assert torch.isfinite(compiled(z, 1.0, 1.5)).all()
+    assert counter.frame_count == 2  # what stands before the sampler, and what stands after it
+    weight = model.diffloss.net.final_layer.linear.weight
+
+    def change(_):
+        weight.data = torch.randn_like(weight)
+
+    results = []
+    for prepare in (lambda _: None, lambda _: weight.mul_(0.5), change, lambda m: m.diffloss.bfloat16()):
+        prepare(model)
+        for cfg in (3.0, 2.0, 1.0, 4.0, torch.tensor(3.0)):
+            torch.manual_seed(1)
+            expected = model(z, 1.0, cfg)
+            torch.manual_seed(1)
+            results.append(compiled(z, 1.0, cfg))
+            assert relative_error(results[-1], expected) < 1e-5
+    assert len({r.sum().item() for r in results}) == len(results) - 4  # the tensor of 3 equals the number

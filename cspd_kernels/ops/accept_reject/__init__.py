@@ -61,7 +61,6 @@ def accept_reject(
     Source: Wang et al. 2024, arXiv 2411.11925 (acceptance-rejection sampling of the modified
     distribution); Leviathan et al. 2023, arXiv 2211.17192 for the modified distribution itself.
     """
-    run = implementation("accept_reject", backend)
     relaxation = check("accept_reject", x, draft, target, relaxation, sigma)
     check_seed(seed)
     if rows is None:
@@ -71,4 +70,5 @@ def accept_reject(
         raise ValueError(f"accept_reject expected rows of shape ({len(x)},) to match x, got ({len(rows)},)")
     if isinstance(max_tries, bool) or not isinstance(max_tries, int) or max_tries < 0:
         raise ValueError(f"accept_reject expected max_tries as an int >= 0, got {max_tries!r}")
+    run = implementation("accept_reject", backend, x.device)
     return Verdict(*run(x.float(), draft, target, seed, rows, relaxation, sigma, max_tries))

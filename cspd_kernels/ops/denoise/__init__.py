@@ -14,6 +14,17 @@ from ...noise import PhiloxNoise
 
 WORKSPACE_BYTES = 256 << 20
 
+# One coarse op for the whole chain: torch.compile, fake tensors and dispatch modes see a single opaque call. A
+# Library, not custom_op, which costs several times as much a call. The head travels as its handle: passing its
+# tensors, up to a hundred, would take longer than the rest of the call, they never change, and what backends derive
+# from a head hangs on the object.
+_library = torch.library.Library("cspd_kernels", "FRAGMENT")
+_library.define(
+    "denoise(int head, Tensor cond, Tensor x_T, Tensor? noise, Tensor? rows, SymInt seed, float temperature, "
+    "Tensor? cfg_scale, str? backend, int workspace_bytes) -> (Tensor mean, Tensor log_std, Tensor path_log_std)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+
 
 class Denoised(NamedTuple):
     """What a chain leaves behind, in the residual stream's type (float32; float64 for a float64 head).
@@ -52,7 +63,8 @@ def denoise(
 
     Inference only: nothing is recorded for autograd. Rows are independent. Non-finite inputs raise
     on the CPU; on other devices they are not looked for (that would synchronise) and spoil only
-    their own row.
+    their own row. ``torch.compile`` sees one operator (``fullgraph`` too); it compiles the caller
+    again for another head or temperature, not for another seed, scale or N.
 
     Args:
         head: the packed network; its dtype is the GEMM operand type.
@@ -76,29 +88,67 @@ def denoise(
 
     Source: LTH14/mar ``diffusion/gaussian_diffusion.py`` (p_sample), arXiv 2406.11838 section 3.2.
     """
-    run = implementation("denoise", backend)
-    guided = _check(head, cond, x_T, noise, temperature, cfg_scale, workspace_bytes)
+    _check(head, cond, x_T, noise, temperature, cfg_scale, workspace_bytes)
+    # The ints of an op are signed, of 64 bits.
+    workspace_bytes = min(workspace_bytes, 2**63 - 1)
+    stored, rows, seed = noise, None, 0
+    if isinstance(noise, PhiloxNoise):
+        stored, rows, seed = None, noise.rows, noise.seed
+        seed = seed - 2**64 if seed >= 2**63 else seed
+    if not isinstance(cfg_scale, torch.Tensor):
+        # A product, as torch.compile would compile the caller again for every new float that enters otherwise.
+        cfg_scale = None if cfg_scale == 1.0 else torch.ones((), dtype=torch.float64, device="cpu") * float(cfg_scale)
+    mean, log_std, path_log_std = torch.ops.cspd_kernels.denoise.default(
+        head.handle, cond, x_T, stored, rows, seed, float(temperature), cfg_scale, backend, workspace_bytes
+    )
+    return Denoised(mean, mean, log_std, path_log_std)  # two fields, one tensor: an op must not return it twice
+
+
+def run(head, cond, x_T, noise, rows, seed, temperature, cfg_scale, backend, workspace_bytes):  # noqa: N803
+    """The op: everything that looks at values or at this machine, which a compiler must not see, then a backend.
+
+    Noise is ``noise`` (T, N, C) or, where that is None, addressed by ``rows`` and the seed modulo 2**64. Guidance is
+    on exactly when cond has 2N rows.
+    """
+    head = DiffusionHead.of_handle(head)
+    if cfg_scale is not None and cfg_scale.numel() == 1 and cfg_scale.device.type == "cpu":
+        cfg_scale = float(cfg_scale)
+    _check_values(x_T=x_T, cond=cond, noise=noise, cfg_scale=cfg_scale)
+    function = implementation("denoise", backend, head.device, head)
     stream = stream_dtype(head.dtype)
-    if isinstance(cfg_scale, torch.Tensor):
-        if cfg_scale.device != head.device:  # one element on the CPU, see _check
-            cfg_scale = float(cfg_scale)
-        else:
-            cfg_scale = cfg_scale.detach().to(stream).reshape(-1, 1)  # [1 or N, 1]
-    noise = noise if isinstance(noise, PhiloxNoise) else noise.to(stream)
+    noise = PhiloxNoise(seed % 2**64, rows) if noise is None else noise.to(stream)
+    if len(cond) == len(x_T):
+        cfg_scale = None
+    elif isinstance(cfg_scale, torch.Tensor):
+        cfg_scale = cfg_scale.to(stream).reshape(-1, 1)  # [1 or N, 1]
     with without_autocast(head.device):  # the head's dtype decides, not the caller's autocast
-        scale = cfg_scale if guided else None
-        return Denoised(*run(head, cond, x_T.to(stream), noise, temperature, scale, workspace_bytes))
+        _, *out = function(head, cond, x_T.to(stream), noise, temperature, cfg_scale, workspace_bytes)
+    return tuple(value.contiguous() for value in out)  # as fake tensors have it
 
 
-def _check(head, cond, x_T, noise, temperature, cfg_scale, workspace_bytes) -> bool:  # noqa: N803
-    """Raise on arguments that do not fit; otherwise say whether the call is guided."""
+def _fake(head, cond, x_T, *_):  # noqa: N803
+    mean = x_T.new_empty(x_T.shape, dtype=stream_dtype(DiffusionHead.of_handle(head).dtype))
+    return mean, torch.empty_like(mean), mean.new_empty(mean.shape[:1])
+
+
+_library.impl("denoise", run, "CompositeExplicitAutograd")
+torch.library.register_fake("cspd_kernels::denoise", _fake, lib=_library)
+
+
+def _check(head, cond, x_T, noise, temperature, cfg_scale, workspace_bytes) -> None:  # noqa: N803
+    """Raise on arguments that do not fit, by all that is known without looking at a tensor's values.
+
+    Numbers are compared one by one, and nothing else is done with them until an error is certain: a number that is
+    formatted or given to the math module is a constant for torch.compile, which compiles its caller again for the
+    next one, and `in` does not find a size that it holds as a symbol.
+    """
     if not isinstance(head, DiffusionHead):
         raise TypeError(f"denoise expected a DiffusionHead, got {type(head).__name__}: use DiffusionHead.from_module")
     _check_tensor("x_T", x_T, head, ("N", head.channels))
     rows = x_T.shape[0]
     _check_tensor("cond", cond, head, ("N or 2N", head.cond_channels))
     if isinstance(noise, PhiloxNoise):
-        if len(noise) != rows or noise.rows.device != head.device:
+        if noise.rows.shape[0] != rows or noise.rows.device != head.device:
             raise ValueError(
                 f"denoise expected PhiloxNoise of {rows} rows on {head.device}, got {len(noise)} on {noise.rows.device}"
             )
@@ -109,39 +159,40 @@ def _check(head, cond, x_T, noise, temperature, cfg_scale, workspace_bytes) -> b
     if isinstance(cfg_scale, torch.Tensor):
         one = cfg_scale.numel() == 1
         near = cfg_scale.device == head.device or (one and cfg_scale.device.type == "cpu")
-        if not near or not cfg_scale.is_floating_point() or cfg_scale.numel() not in (1, rows):
+        if not near or not cfg_scale.is_floating_point() or not (one or cfg_scale.numel() == rows):
             raise ValueError(
                 f"denoise expected cfg_scale as a number or a floating tensor of 1 or {rows} elements on "
                 f"{head.device}, got {cfg_scale.dtype} {tuple(cfg_scale.shape)} on {cfg_scale.device}"
             )
-        if cfg_scale.device.type == "cpu" and not torch.isfinite(cfg_scale).all():
-            raise ValueError("denoise expected finite values in cfg_scale, got NaN or infinity")
-        guided = cond.shape[0] == 2 * rows
-        expected = f"{rows} or {2 * rows}"
-        fits = guided or cond.shape[0] == rows
+        fits = cond.shape[0] == rows or cond.shape[0] == 2 * rows
     else:
-        if not isinstance(cfg_scale, Real) or not math.isfinite(cfg_scale):
+        if not isinstance(cfg_scale, Real) or not -math.inf < cfg_scale < math.inf:
             raise ValueError(f"denoise expected a finite cfg_scale, got {cfg_scale!r}")
-        guided = cfg_scale != 1.0
-        expected = f"{2 * rows} (conditional first)" if guided else f"{rows}"
-        fits = cond.shape[0] == (2 * rows if guided else rows)
+        fits = cond.shape[0] == (rows if cfg_scale == 1.0 else 2 * rows)
     if not fits:
+        if isinstance(cfg_scale, torch.Tensor):
+            expected = f"{rows} or {2 * rows}"
+        else:
+            expected = f"{rows}" if cfg_scale == 1.0 else f"{2 * rows} (conditional first)"
         raise ValueError(
             f"denoise expected cond to have {expected} rows for cfg_scale {cfg_scale} and the {rows} rows of x_T, "
             f"got {cond.shape[0]}"
         )
     if not isinstance(workspace_bytes, int) or workspace_bytes <= 0:
         raise ValueError(f"denoise expected workspace_bytes as an int > 0, got {workspace_bytes!r}")
-    return guided and rows > 0
 
 
 def _check_tensor(name: str, tensor, head: DiffusionHead, shape: tuple) -> None:
-    wanted = f"({', '.join(map(str, shape))})"
+    """``shape`` holds a size or, as text, what may stand there."""
+
+    def wanted() -> str:
+        return f"({', '.join(map(str, shape))})"
+
     if not isinstance(tensor, torch.Tensor):
-        raise TypeError(f"denoise expected {name} as a tensor {wanted}, got {type(tensor).__name__}")
-    fixed = [(i, size) for i, size in enumerate(shape) if isinstance(size, int)]
-    if tensor.dim() != len(shape) or any(tensor.shape[i] != size for i, size in fixed):
-        raise ValueError(f"denoise expected {name} of shape {wanted}, got {tuple(tensor.shape)}")
+        raise TypeError(f"denoise expected {name} as a tensor {wanted()}, got {type(tensor).__name__}")
+    fits = all(isinstance(size, str) or size == got for size, got in zip(shape, tensor.shape))
+    if tensor.dim() != len(shape) or not fits:
+        raise ValueError(f"denoise expected {name} of shape {wanted()}, got {tuple(tensor.shape)}")
     if tensor.device != head.device:
         raise ValueError(f"denoise expected {name} on the head's device {head.device}, got {tensor.device}")
     if not tensor.is_floating_point() or (tensor.dtype == torch.float64 and head.dtype != torch.float64):
@@ -149,5 +200,14 @@ def _check_tensor(name: str, tensor, head: DiffusionHead, shape: tuple) -> None:
             f"denoise expected {name} floating and no wider than the head's arithmetic ({stream_dtype(head.dtype)}), "
             f"got {tensor.dtype}: convert it with {name}.to({stream_dtype(head.dtype)})"
         )
-    if tensor.device.type == "cpu" and not torch.isfinite(tensor).all():
-        raise ValueError(f"denoise expected finite values in {name}, got NaN or infinity")
+
+
+def _check_values(**values) -> None:
+    """Raise on NaN and infinity where the host can see them; on a device, looking would wait for it."""
+    for name, value in values.items():
+        if isinstance(value, torch.Tensor):
+            finite = value.device.type != "cpu" or bool(torch.isfinite(value).all())
+        else:
+            finite = value is None or math.isfinite(value)
+        if not finite:
+            raise ValueError(f"denoise expected finite values in {name}, got NaN or infinity")

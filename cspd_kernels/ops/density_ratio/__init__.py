@@ -51,8 +51,8 @@ def log_density_ratio(
 
     Source: Wang et al. 2024, arXiv 2411.11925 (denoising trajectory alignment).
     """
-    run = implementation("log_density_ratio", backend)
     relaxation = check("log_density_ratio", x, draft, target, relaxation, sigma)
+    run = implementation("log_density_ratio", backend, x.device)
     return run(x.float(), draft, target, relaxation, sigma)
 
 
