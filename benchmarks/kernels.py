@@ -1,4 +1,5 @@
-"""Microbenchmarks of the kernels: ``python benchmarks/kernels.py [--quick] [--json FILE] [--device cuda]``.
+"""Microbenchmarks of the kernels: ``python benchmarks/kernels.py [--quick] [--json FILE] [--device cuda]``;
+``--compile-report`` prints registers, spills and shared memory of the Triton kernels instead, without a GPU.
 
 Every row is a ratio against a named baseline, measured in the same run on the same inputs, with the
 error beside it; a row whose error exceeds its bound shows no speed.
@@ -7,6 +8,7 @@ error beside it; a row whose error exceeds its bound shows no speed.
 from __future__ import annotations
 
 import argparse
+import os
 from functools import partial
 from pathlib import Path
 
@@ -94,7 +96,12 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one size per op, few runs: a check, not a measurement")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--compile-report", action="store_true", help="compile the Triton kernels, needs no GPU")
     args = parser.parse_args()
+    if args.compile_report:
+        import compile_report  # needs Triton
+
+        return compile_report.print_report(compile_report.report(HEADS, args.quick, os.cpu_count() or 1), args.json)
     device = torch.device(args.device)
     status = available_backends()
     backends = [name for name, state in status.items() if state == "ok"]

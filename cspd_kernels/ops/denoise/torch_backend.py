@@ -13,23 +13,20 @@ import math
 import torch
 import torch.nn.functional as F
 
+from .workspace import in_blocks_of_rows
+
 
 def denoise(head, cond, x_T, noise, temperature, cfg_scale, workspace_bytes):  # noqa: N803
     """As :func:`cspd_kernels.denoise`; ``cfg_scale`` None means no guidance. Never waits for the device."""
     rows, halves = x_T.shape[0], 1 if cfg_scale is None else 2
     # Shift, scale and gate of every block, shift and scale of the last layer, silu(y), and y before it is rounded.
     bytes_per_row = halves * head.width * ((3 * head.depth + 3) * head.dtype.itemsize + 2 * x_T.dtype.itemsize)
-    block = max(1, workspace_bytes // bytes_per_row)
     cond = cond.reshape(halves, rows, cond.shape[-1])
-    if rows <= block:
-        return _chain(head, cond, x_T, noise, temperature, cfg_scale, max(1, block // max(rows, 1)))
-    parts = []
-    for start in range(0, rows, block):  # one step of all rows would already exceed the workspace
-        part = slice(start, start + block)
-        scale = cfg_scale[part] if isinstance(cfg_scale, torch.Tensor) and len(cfg_scale) > 1 else cfg_scale
-        part_noise = noise[:, part] if isinstance(noise, torch.Tensor) else noise[part]
-        parts.append(_chain(head, cond[:, part], x_T[part], part_noise, temperature, scale, 1))
-    return tuple(map(torch.cat, zip(*parts)))
+
+    def chain(cond, x, noise, cfg_scale, steps):
+        return _chain(head, cond, x, noise, temperature, cfg_scale, steps)
+
+    return in_blocks_of_rows(chain, cond, x_T, noise, cfg_scale, bytes_per_row, workspace_bytes)
 
 
 def _chain(head, cond, x, noise, temperature, cfg_scale, steps_at_once):

@@ -1,0 +1,136 @@
+"""CUDA graphs of repeated launch sequences: captured on second use, bounded in memory, freed with their owner."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+
+import torch
+
+from .backends import log_once
+
+
+def why_not_here(device: torch.device) -> str | None:
+    """None where a graph of our own can be captured and replayed now, else the reason."""
+    if device.type != "cuda":
+        return f"no CUDA graphs on {device.type}"
+    if torch.cuda.is_current_stream_capturing():
+        return "the caller is capturing a graph of its own"
+    return None
+
+
+@functools.cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """One side stream per device: the default stream cannot be captured, and library workspaces belong to streams."""
+    return torch.cuda.Stream(device)
+
+
+class CudaGraph:
+    """Launches that a CUDA graph stands in for: plain the first time, captured the second, replayed from then on.
+
+    One-off sizes never pay for a capture, and whatever the first call compiles or loads is done
+    before one starts. Capturing neither waits for the device nor empties the allocator's cache. The
+    launches must use the same pointers every time and allocate nothing that outlives them.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.uses = 0
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    def run(self, launch: Callable[[], None], warm_up: Callable[[], None]) -> None:
+        """``warm_up``: the part of ``launch`` that uses library workspaces."""
+        self.uses += 1
+        if self.uses == 2:
+            try:
+                self.graph = self._capture(launch, warm_up)
+            except RuntimeError as error:
+                log_once(f"kernels are launched one by one, their CUDA graph could not be captured: {error}")
+        if self.graph is not None:
+            self.graph.replay()
+        else:
+            launch()
+
+    def _capture(self, launch: Callable[[], None], warm_up: Callable[[], None]) -> torch.cuda.CUDAGraph:
+        graph, stream, current = torch.cuda.CUDAGraph(), _capture_stream(self.device), torch.cuda.current_stream()
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
+            warm_up()
+            # Other threads may allocate meanwhile.
+            graph.capture_begin(capture_error_mode="thread_local")
+            try:
+                launch()
+            finally:
+                graph.capture_end()
+        current.wait_stream(stream)
+        return graph
+
+
+class Plan:
+    """What one key of a :class:`PlanCache` holds: buffers, their graph, and who used them last."""
+
+    def __init__(self, value, buffers: list[torch.Tensor], device: torch.device):
+        self.value = value
+        self.buffers = buffers
+        self.graph = CudaGraph(device)
+        self.done = torch.cuda.Event()
+        self.stream: torch.cuda.Stream | None = None
+
+    @property
+    def bytes(self) -> int:
+        return sum(b.untyped_storage().nbytes() for b in self.buffers)
+
+    @contextlib.contextmanager
+    def in_turn(self):
+        """The current stream waits for the last one that used the buffers; the host does not."""
+        stream = torch.cuda.current_stream()
+        if self.stream is not None and self.stream != stream:
+            stream.wait_event(self.done)
+        self.stream = stream
+        try:
+            yield
+        finally:
+            self.done.record(stream)
+
+    def close(self) -> None:
+        """Wait until the device no longer uses the buffers or the graph."""
+        if self.stream is not None:
+            self.done.synchronize()
+            self.stream = None
+
+    def __del__(self):
+        with contextlib.suppress(Exception):  # the driver may already be shutting down
+            self.close()
+
+
+class PlanCache:
+    """Plans by key, the least recently used dropped where their buffers exceed ``max_bytes`` together."""
+
+    def __init__(self, max_bytes: int, make_plan: Callable[..., Plan] = Plan):
+        self.max_bytes = max_bytes
+        self.lock = threading.RLock()
+        self._make_plan = make_plan
+        self._plans: OrderedDict[Hashable, Plan] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._plans)
+
+    @property
+    def bytes(self) -> int:
+        return sum(plan.bytes for plan in self._plans.values())
+
+    def get(self, key: Hashable, make: Callable[[], tuple], device: torch.device) -> Plan:
+        """The plan of a key; ``make`` returns what it is to hold and the buffers of that."""
+        if key in self._plans:
+            self._plans.move_to_end(key)
+            return self._plans[key]
+        # Buffers outlive the call: they must not be inference tensors, which later calls could not write to.
+        with torch.inference_mode(False), torch.no_grad():
+            value, buffers = make()
+        plan = self._plans[key] = self._make_plan(value, buffers, device)
+        while self.bytes > self.max_bytes and len(self._plans) > 1:
+            self._plans.popitem(last=False)[1].close()
+        return plan

@@ -1,0 +1,116 @@
+"""``denoise`` in Triton: modulations hoisted into library products, then one fused kernel a layer.
+
+On a CUDA device the whole chain is captured once per (head, bucket of token counts) and replayed as
+a CUDA graph. Buckets and graphs belong to the head and end with it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+
+import torch
+
+from ...backends import interpreting, log_once
+from ...graphs import Plan, PlanCache, why_not_here
+from ...head import DiffusionHead
+from ...noise import PhiloxNoise
+from .triton_chain import INTERPRETED, Chain, coefficients
+from .triton_config import persistent_max_tokens
+from .triton_persistent import PersistentChain
+from .workspace import in_blocks_of_rows
+
+GRAPH_BYTES = 1 << 30  # of the buffers of a head's graphs together
+_MAX_CHANNELS, _MAX_WIDTH, _WIDTH_MULTIPLE = 64, 2048, 16
+
+
+class _HeadPlans:
+    """What a head's calls share. It does not hold the head."""
+
+    def __init__(self, head: DiffusionHead):
+        self.table = coefficients(head)
+        self.plans = PlanCache(GRAPH_BYTES)
+
+
+_HEADS: weakref.WeakKeyDictionary[DiffusionHead, _HeadPlans] = weakref.WeakKeyDictionary()
+
+
+def why_unsupported(head: DiffusionHead) -> str | None:
+    """None when the kernels cover this head, else the limit it exceeds."""
+    if interpreting() != INTERPRETED:
+        return "TRITON_INTERPRET was changed after the kernels had been imported: set it before, in a new process"
+    if head.dtype == torch.float64:
+        return "its kernels compute in float32, float16 or bfloat16, and this head is float64"
+    if head.channels > _MAX_CHANNELS:
+        return f"its kernels cover up to {_MAX_CHANNELS} channels, and this head has {head.channels}"
+    if head.width > _MAX_WIDTH or head.width % _WIDTH_MULTIPLE:
+        return (
+            f"its kernels cover widths that are multiples of {_WIDTH_MULTIPLE} up to {_MAX_WIDTH}, and this head's "
+            f"is {head.width}"
+        )
+    return None
+
+
+def bucket(tokens: int) -> int:
+    """The number of tokens a graph is captured for: at most an eighth more than asked for, beyond 128."""
+    if tokens <= 16:
+        return 1 << max(tokens - 1, 0).bit_length()
+    multiple = max(16, (1 << tokens.bit_length() - 1) // 8)
+    return -(-tokens // multiple) * multiple
+
+
+def denoise(head, cond, x_T, noise, temperature, cfg_scale, workspace_bytes):
+    """As :func:`cspd_kernels.denoise`; ``cfg_scale`` None means no guidance. Never waits for the device."""
+    rows, halves = x_T.shape[0], 1 if cfg_scale is None else 2
+    if rows == 0:
+        return (*(x_T.new_empty(0, head.channels) for _ in range(3)), x_T.new_empty(0))
+    # Shift, scale and gate of every block, shift and scale of the last layer, silu(y).
+    bytes_per_row = halves * head.width * (3 * head.depth + 3) * head.dtype.itemsize
+    limit = max(1, workspace_bytes // bytes_per_row)
+
+    def chain(cond, x, noise, cfg_scale, steps):
+        return _chain(head, cond, x, noise, temperature, cfg_scale, limit)
+
+    cond = cond.reshape(halves, rows, cond.shape[-1])
+    device = torch.cuda.device(head.device) if head.device.type == "cuda" else contextlib.nullcontext()
+    # Buffers and graphs are for every later call, inference mode or not.
+    with device, torch.inference_mode(False), torch.no_grad():
+        return in_blocks_of_rows(chain, cond, x_T, noise, cfg_scale, bytes_per_row, workspace_bytes)
+
+
+def _chain(head, cond, x, noise, temperature, cfg_scale, limit):
+    """One block of rows; ``limit``: rows times steps whose modulations fit the workspace."""
+    rows, guided = len(x), cfg_scale is not None
+    if head not in _HEADS:
+        _HEADS[head] = _HeadPlans(head)
+    shared = _HEADS[head]
+    persistent = rows <= persistent_max_tokens(head.device) and PersistentChain.serves(head)
+    kind = PersistentChain if persistent else Chain
+    reason = why_not_here(head.device)
+    tokens = min(bucket(rows), limit)
+    steps = min(head.num_steps, max(1, limit // tokens))
+    philox = isinstance(noise, PhiloxNoise)
+    if reason is None and (0 if philox else 4 * noise[:, :1].numel() * tokens) > GRAPH_BYTES // 2:
+        reason = "the noise is too large to copy"
+    if reason is not None:
+        if head.device.type == "cuda":
+            log_once(f"denoise launches its kernels one by one: {reason}")
+        chain = kind(head, rows, guided, noise, min(head.num_steps, max(1, limit // rows)), static=False)
+        chain.load(cond, x, noise, temperature, cfg_scale)
+        chain.launch(head, shared.table)
+        return chain.results(rows, temperature)
+
+    def make() -> tuple[Chain, list[torch.Tensor]]:
+        chain = kind(head, tokens, guided, noise, steps, static=True)
+        return chain, chain.buffers()
+
+    with shared.plans.lock:
+        plan: Plan = shared.plans.get((kind, tokens, guided, philox, steps), make, head.device)
+        chain = plan.value
+        with plan.in_turn():
+            chain.load(cond, x, noise, temperature, cfg_scale)
+            plan.graph.run(
+                lambda: chain.launch(head, shared.table),
+                lambda: chain.hoist(head, head.num_steps - steps, head.num_steps),
+            )
+            return chain.results(rows, temperature)
