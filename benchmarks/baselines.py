@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 
@@ -18,6 +19,59 @@ def eager_denoise(diffloss, cond, x_t, noise, dtype=None):
             mean, log_variance = diffusion.posterior(diffloss.net(x, t, cond), x, i)
             x = mean if i == 0 else mean + torch.exp(0.5 * log_variance) * noise[i]
     return x
+
+
+def compiled_denoise(diffloss, dtype, mode="reduce-overhead"):
+    """The same loop with its step under ``torch.compile`` (CUDA graphs inside): a function of (cond, x_t, noise).
+
+    The step's number enters as tensors, so that one compilation serves all steps.
+    """
+    diffusion, schedule = diffloss.gen_diffusion, diffloss.gen_diffusion.schedule
+    device = next(diffloss.parameters()).device
+    names = ("sqrt_recip_acp", "sqrt_recipm1_acp", "coef1", "coef2", "log_beta", "log_posterior")
+    table = torch.tensor(np.stack([getattr(schedule, n) for n in names], 1), dtype=torch.float32, device=device)
+    timesteps = torch.tensor(schedule.timesteps, device=device)
+
+    def step(x, cond, noise, t, row):
+        out, channels = diffloss.net(x, t.expand(len(x)), cond), x.shape[1]
+        mean = row[2] * (row[0] * x - row[1] * out[:, :channels]) + row[3] * x
+        frac = (out[:, channels:] + 1) / 2
+        return mean, mean + torch.exp(0.5 * (frac * row[4] + (1 - frac) * row[5])) * noise
+
+    compiled = torch.compile(step, mode=mode)
+
+    def denoise(cond, x_t, noise):
+        x = x_t
+        with torch.no_grad(), torch.autocast(device.type, dtype=dtype):
+            for i in reversed(range(diffusion.num_timesteps)):
+                torch.compiler.cudagraph_mark_step_begin()
+                mean, moved = compiled(x, cond, noise[i], timesteps[i], table[i])
+                x = (mean if i == 0 else moved).clone()  # the graph's own memory is used again
+        return x
+
+    return denoise
+
+
+def library_products(head, rows):
+    """Nothing but the matrix products of a chain, by the library, on operands of the same shapes: a function of no
+    arguments. Its time over a chain's is the share of the library's rate that the chain reaches.
+    """
+
+    def operand(*shape):
+        return torch.randn(shape, device=head.device).to(head.dtype)
+
+    a, s = operand(rows, head.width), operand(head.num_steps * rows, head.width)
+    hidden, mods = torch.empty_like(a), s.new_empty(len(s), 3 * head.width)
+
+    def run(*_):
+        for block in head.blocks:
+            torch.mm(s, block.mod_weight.t(), out=mods)
+        for _step in range(head.num_steps):
+            for block in head.blocks:
+                torch.mm(a, block.weight0.t(), out=hidden)
+                torch.mm(a, block.weight1.t(), out=hidden)
+
+    return run
 
 
 def looped_accept_reject(x, draft, target, max_tries=100):

@@ -11,21 +11,33 @@ import argparse
 import os
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import torch
 
 from cspd.models import DiffLoss
-from cspd_kernels import DiffusionHead, accept_reject, available_backends, denoise
+from cspd_kernels import DiffusionHead, accept_reject, denoise
+from cspd_kernels.backends import BACKENDS, why_unavailable
 from cspd_kernels.ops.accept_reject.reference import accept_reject as accept_reject_definition
 from cspd_kernels.ops.denoise import reference
 from cspd_kernels.testing import random_chains, random_inputs, randomize_, relative_error
 
-from baselines import eager_denoise, looped_accept_reject
+from baselines import compiled_denoise, eager_denoise, library_products, looped_accept_reject
 from common import Row, measure, print_rows, spread, write_json
 
 HEADS = {"MAR-B": (6, 1024, 768), "MAR-L": (8, 1280, 1024), "MAR-H": (12, 1536, 1280)}  # D, W, Z
 BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-2}
+CASES = {
+    "cpu": [("MAR-B", 2), ("MAR-B", 8), ("MAR-B", 64)],
+    "cuda": [("MAR-B", 2), ("MAR-B", 8), ("MAR-B", 64), ("MAR-L", 2), ("MAR-H", 2), ("MAR-H", 512)],
+}
 STEPS, CHANNELS = 100, 16
+PERSISTENT_VARIABLE, PERSISTENT_LIMIT = "CSPD_PERSISTENT_MAX_TOKENS", 16
+
+
+def serving(op: str, device: torch.device) -> list[str]:
+    """The backends to measure; what runs in Triton's interpreter is no speed."""
+    return [name for name in BACKENDS if not why_unavailable(name, op) and (name == "torch" or device.type == "cuda")]
 
 
 def denoise_rows(model: str, rows: int, backends: list[str], runs: int, device: torch.device) -> list[Row]:
@@ -36,28 +48,56 @@ def denoise_rows(model: str, rows: int, backends: list[str], runs: int, device: 
     dtypes = (torch.float32, torch.bfloat16)
     heads = {dtype: DiffusionHead.from_module(diffloss, dtype=dtype) for dtype in dtypes}
     inputs = [random_inputs(heads[torch.float32], rows, seed) for seed in range(2)]
-    contenders = {
-        "eager float32": partial(eager_denoise, diffloss),
-        "eager autocast bfloat16": partial(eager_denoise, diffloss, dtype=torch.bfloat16),
+    narrow = heads[torch.bfloat16]
+    baselines = {
+        "eager float32": (partial(eager_denoise, diffloss), dtypes),
+        "eager autocast bfloat16": (partial(eager_denoise, diffloss, dtype=torch.bfloat16), (torch.bfloat16,)),
     }
-    for backend in backends:
+    if device.type == "cuda":
+        compiled = compiled_denoise(diffloss, torch.bfloat16)
+        baselines["torch.compile reduce-overhead bfloat16"] = (compiled, (torch.bfloat16,))
+        baselines["library products alone bfloat16"] = (_captured(library_products(narrow, rows)), (torch.bfloat16,))
+    contenders = {
+        f"{backend} {_name(dtype)}": (dtype, partial(denoise, head, backend=backend))
+        for backend in backends
+        for dtype, head in heads.items()
+    }
+    if device.type == "cuda" and "triton" in backends and rows <= PERSISTENT_LIMIT:
         for dtype, head in heads.items():
-            contenders[f"{backend} {_name(dtype)}"] = partial(denoise, head, backend=backend)
-    seconds = measure(contenders, inputs, runs, device)
+            contenders[f"triton persistent {_name(dtype)}"] = (dtype, partial(_persistent, head))
+    functions = {name: function for name, (function, _) in baselines.items()}
+    functions |= {name: function for name, (_, function) in contenders.items()}
+    seconds = measure(functions, inputs, runs, device)
+    exact = {
+        dtype: reference.denoise(head, *inputs[0], 1.0, None, dtype=torch.float64)[0] for dtype, head in heads.items()
+    }
     results = []
-    for dtype, head in heads.items():
-        exact = reference.denoise(head, *inputs[0], 1.0, None, dtype=torch.float64)[0]
-        for backend in backends:
-            name = f"{backend} {_name(dtype)}"
-            error = relative_error(contenders[name](*inputs[0]).sample, exact)
-            baselines = ["eager float32"] if dtype == torch.float32 else ["eager float32", "eager autocast bfloat16"]
-            for baseline in baselines:
+    for name, (dtype, function) in contenders.items():
+        error = relative_error(function(*inputs[0]).sample, exact[dtype])
+        for baseline, (_, fair_to) in baselines.items():
+            if dtype in fair_to:
                 size = f"{model} N={rows} T={STEPS}"
                 timed = (*spread(seconds[name]), *spread(seconds[baseline]))
                 results.append(
                     Row("denoise", size, name, baseline, *timed, runs, error, BOUNDS[dtype], "of max, float64")
                 )
     return results
+
+
+def _persistent(head: DiffusionHead, *inputs):
+    """The chain with the persistent kernel switched on."""
+    with mock.patch.dict(os.environ, {PERSISTENT_VARIABLE: str(PERSISTENT_LIMIT)}):
+        return denoise(head, *inputs, backend="triton")
+
+
+def _captured(function):
+    """Replays of a CUDA graph of ``function``: library calls without their launch gaps."""
+    function()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function()
+    return lambda *_: graph.replay()
 
 
 def accept_reject_rows(rows: int, backends: list[str], runs: int, device: torch.device) -> list[Row]:
@@ -103,20 +143,17 @@ def main() -> None:
 
         return compile_report.print_report(compile_report.report(HEADS, args.quick, os.cpu_count() or 1), args.json)
     device = torch.device(args.device)
-    status = available_backends()
-    backends = [name for name, state in status.items() if state == "ok"]
-    for name, state in status.items():
-        if state != "ok":
-            print(f"{name}: not measured, {state}")
+    for name in BACKENDS:
+        for op in ("denoise", "accept_reject"):
+            if name not in serving(op, device):
+                print(f"{op}, {name}: not measured, {why_unavailable(name, op) or 'it runs on GPUs'}")
     threads = "" if device.type == "cuda" else f", {torch.get_num_threads()} threads"
     print(f"device: {torch.cuda.get_device_name() if device.type == 'cuda' else 'cpu'}{threads}")
-    models = ["MAR-B"] if device.type == "cpu" else list(HEADS)
     rows = []
-    for model in models[:1] if args.quick else models:
-        for n in (2,) if args.quick else (2, 8, 64):
-            rows += denoise_rows(model, n, backends, 3 if args.quick else 7 if n == 64 else 15, device)
+    for model, n in CASES[device.type][: 1 if args.quick else None]:
+        rows += denoise_rows(model, n, serving("denoise", device), 3 if args.quick else 7 if n == 64 else 15, device)
     for n in (1024,) if args.quick else (64, 1024, 8192):
-        rows += accept_reject_rows(n, backends, 5 if args.quick else 31, device)
+        rows += accept_reject_rows(n, serving("accept_reject", device), 5 if args.quick else 31, device)
     print_rows(rows)
     if args.json:
         write_json(args.json, rows)

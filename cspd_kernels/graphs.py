@@ -13,12 +13,15 @@ import torch
 from .backends import log_once
 
 
+CALLER_CAPTURES = "the caller is capturing a graph of its own"
+
+
 def why_not_here(device: torch.device) -> str | None:
     """None where a graph of our own can be captured and replayed now, else the reason."""
     if device.type != "cuda":
         return f"no CUDA graphs on {device.type}"
     if torch.cuda.is_current_stream_capturing():
-        return "the caller is capturing a graph of its own"
+        return CALLER_CAPTURES
     return None
 
 

@@ -6,6 +6,8 @@ import argparse
 import json
 import os
 import platform
+import shutil
+import subprocess
 from importlib import metadata
 
 
@@ -41,6 +43,14 @@ def _devices() -> list[dict]:
     return devices
 
 
+def _driver() -> str:
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return "none"
+    command = [tool, "--query-gpu=driver_version", "--format=csv,noheader"]
+    return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.split("\n")[0]
+
+
 def _torch(read):
     def probe():
         import torch
@@ -67,9 +77,11 @@ def collect() -> dict:
         "numpy": _guarded(lambda: _version("numpy")),
         "cuda (torch built for)": _guarded(_torch(lambda torch: torch.version.cuda or "none")),
         "gpus": _guarded(_devices),
+        "nvidia driver": _guarded(_driver),
         "cpu threads": _guarded(_torch(lambda torch: torch.get_num_threads())),
         "cpu capability": _guarded(_torch(lambda torch: torch.backends.cpu.get_cpu_capability())),
         "backends": _guarded(_backends),
+        "CSPD_PERSISTENT_MAX_TOKENS": os.environ.get("CSPD_PERSISTENT_MAX_TOKENS", "not set (as measured per device)"),
         "CSPD_BACKEND": os.environ.get("CSPD_BACKEND", "not set (automatic)"),
     }
 

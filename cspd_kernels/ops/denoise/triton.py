@@ -7,12 +7,13 @@ a CUDA graph. Buckets and graphs belong to the head and end with it.
 from __future__ import annotations
 
 import contextlib
+import functools
 import weakref
 
 import torch
 
 from ...backends import interpreting, log_once
-from ...graphs import Plan, PlanCache, why_not_here
+from ...graphs import CALLER_CAPTURES, Plan, PlanCache, why_not_here
 from ...head import DiffusionHead
 from ...noise import PhiloxNoise
 from .triton_chain import INTERPRETED, Chain, coefficients
@@ -21,6 +22,7 @@ from .triton_persistent import PersistentChain
 from .workspace import in_blocks_of_rows
 
 GRAPH_BYTES = 1 << 30  # of the buffers of a head's graphs together
+_OLDEST_CAPABILITY = (8, 0)
 _MAX_CHANNELS, _MAX_WIDTH, _WIDTH_MULTIPLE = 64, 2048, 16
 
 
@@ -33,6 +35,19 @@ class _HeadPlans:
 
 
 _HEADS: weakref.WeakKeyDictionary[DiffusionHead, _HeadPlans] = weakref.WeakKeyDictionary()
+
+
+@functools.cache
+def _why_unsupported_device(device: torch.device) -> str | None:
+    if device.type != "cuda":
+        return None
+    if torch.version.hip is not None:
+        return "its kernels are written for NVIDIA devices"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < _OLDEST_CAPABILITY:
+        needed, got = (".".join(map(str, c)) for c in (_OLDEST_CAPABILITY, capability))
+        return f"its kernels need compute capability {needed}, and this device has {got}"
+    return None
 
 
 def why_unsupported(head: DiffusionHead) -> str | None:
@@ -48,7 +63,7 @@ def why_unsupported(head: DiffusionHead) -> str | None:
             f"its kernels cover widths that are multiples of {_WIDTH_MULTIPLE} up to {_MAX_WIDTH}, and this head's "
             f"is {head.width}"
         )
-    return None
+    return _why_unsupported_device(head.device)
 
 
 def bucket(tokens: int) -> int:
@@ -81,12 +96,18 @@ def denoise(head, cond, x_T, noise, temperature, cfg_scale, workspace_bytes):
 def _chain(head, cond, x, noise, temperature, cfg_scale, limit):
     """One block of rows; ``limit``: rows times steps whose modulations fit the workspace."""
     rows, guided = len(x), cfg_scale is not None
-    if head not in _HEADS:
-        _HEADS[head] = _HeadPlans(head)
-    shared = _HEADS[head]
-    persistent = rows <= persistent_max_tokens(head.device) and PersistentChain.serves(head)
-    kind = PersistentChain if persistent else Chain
     reason = why_not_here(head.device)
+    if head not in _HEADS:
+        if reason == CALLER_CAPTURES:
+            raise RuntimeError(
+                "denoise expected a first call with this head before a CUDA graph of the caller's is captured, which "
+                "cannot hold the upload of its tables: call it once with these sizes, then capture"
+            )
+        _HEADS.setdefault(head, _HeadPlans(head))
+    shared = _HEADS[head]
+    # A persistent chain uploads addresses when it is made, which a caller's capture cannot hold either.
+    persistent = rows <= persistent_max_tokens(head.device) and reason != CALLER_CAPTURES
+    kind = PersistentChain if persistent and PersistentChain.serves(head) else Chain
     tokens = min(bucket(rows), limit)
     steps = min(head.num_steps, max(1, limit // tokens))
     philox = isinstance(noise, PhiloxNoise)
