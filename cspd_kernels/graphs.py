@@ -12,7 +12,6 @@ import torch
 
 from .backends import log_once
 
-
 CALLER_CAPTURES = "the caller is capturing a graph of its own"
 
 
@@ -60,15 +59,17 @@ class CudaGraph:
     def _capture(self, launch: Callable[[], None], warm_up: Callable[[], None]) -> torch.cuda.CUDAGraph:
         graph, stream, current = torch.cuda.CUDAGraph(), _capture_stream(self.device), torch.cuda.current_stream()
         stream.wait_stream(current)
-        with torch.cuda.stream(stream):
-            warm_up()
-            # Other threads may allocate meanwhile.
-            graph.capture_begin(capture_error_mode="thread_local")
-            try:
-                launch()
-            finally:
-                graph.capture_end()
-        current.wait_stream(stream)
+        try:
+            with torch.cuda.stream(stream):
+                warm_up()
+                # Other threads may allocate meanwhile.
+                graph.capture_begin(capture_error_mode="thread_local")
+                try:
+                    launch()
+                finally:
+                    graph.capture_end()
+        finally:  # a capture that failed has warmed up on the buffers, too
+            current.wait_stream(stream)
         return graph
 
 

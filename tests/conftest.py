@@ -1,15 +1,23 @@
 """Fixtures that every test directory shares."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
 
 from cspd.models import DiffLoss, GaussianDiffusion
 from cspd_kernels import DiffusionHead, Schedule
+from cspd_kernels.backends import interpreting, why_unavailable
 from cspd_kernels.testing import randomize_
 
 # The models here are small: more threads only get in each other's way, above all on a busy machine.
 torch.set_num_threads(1)
+
+# Without a device the Triton kernels run in Triton's interpreter. It is chosen once and for all when a kernel is
+# defined, so before the first test module imports Triton. Processes that tests start inherit the choice.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def pytest_collection_modifyitems(items):
@@ -22,8 +30,17 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True)
 def automatic_backend(monkeypatch):
-    """No test depends on the caller's CSPD_BACKEND."""
+    """No test depends on the caller's choices of a backend and of a kernel."""
     monkeypatch.delenv("CSPD_BACKEND", raising=False)
+    monkeypatch.delenv("CSPD_PERSISTENT_MAX_TOKENS", raising=False)
+
+
+@pytest.fixture
+def triton_device():
+    """Where the Triton kernels run here: on the GPU, or in the interpreter on the CPU."""
+    if reason := why_unavailable("triton"):
+        pytest.skip(reason)
+    return torch.device("cpu" if interpreting() else "cuda")
 
 
 @pytest.fixture
@@ -31,18 +48,32 @@ def make_diffloss():
     """Build a small DiffLoss with non-trivial weights; ``schedule`` is one of cosine, linear, mild.
 
     An untrained head under cosine or linear blows x up by 1/sqrt(acp), which hides the noise of the
-    last steps; under ``mild`` x stays near 1, so that every step counts.
+    last steps; under ``mild`` x stays near 1, so that every step counts. ``scale`` is that of the
+    parameters that start as constants, among them the modulations and the last layer.
     """
 
-    def make(schedule="mild", depth=2, *, channels=5, cond_channels=7, width=48, seed=0):
-        steps = {"cosine": 100, "linear": 7, "mild": 12}[schedule]
+    def make(
+        schedule="mild", depth=2, *, channels=5, cond_channels=7, width=48, steps=None, seed=0, scale=0.02, **options
+    ):
+        steps = steps or {"cosine": 100, "linear": 7, "mild": 12}[schedule]
         kind = "linear" if schedule == "mild" else schedule
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            module = DiffLoss(channels, cond_channels, depth, width, steps, schedule=kind)
+            module = DiffLoss(channels, cond_channels, depth, width, steps, schedule=kind, **options)
         if schedule == "mild":
             module.gen_diffusion = GaussianDiffusion(Schedule(np.linspace(0.01, 0.1, steps), 3 * np.arange(steps)))
-        return randomize_(module, seed)
+        return randomize_(module, seed, scale)
+
+    return make
+
+
+@pytest.fixture
+def make_head(make_diffloss, triton_device):
+    """Build a small head for the Triton kernels, whose every layer has its share in the result."""
+
+    def make(dtype=torch.float32, schedule="mild", *, depth=1, width=48, steps=2, **options):
+        module = make_diffloss(schedule, depth, width=width, steps=steps, scale=width**-0.5, **options)
+        return DiffusionHead.from_module(module.to(triton_device), dtype=dtype)
 
     return make
 

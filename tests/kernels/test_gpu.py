@@ -1,28 +1,35 @@
-"""The torch backend on a GPU: the same numbers as on the CPU, and no wait for the host."""
+"""The backends on a GPU: the numbers of the definition, no wait for the host, and graphs that nothing spoils."""
+
+import contextlib
+import gc
 
 import pytest
 import torch
+from chains import assert_agrees, assert_close, definition
+from small_models import sample, small_mar
 
 import cspd
 from cspd_kernels import DiffusionHead, PhiloxNoise, accept_reject, denoise, log_density_ratio
-from cspd_kernels.ops.denoise import reference
+from cspd_kernels.backends import implementation
 from cspd_kernels.testing import random_chains, random_inputs, relative_error
 
 pytestmark = pytest.mark.gpu
+
+BACKENDS = [None, "torch", "triton"]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+HEADS = {"MAR-B": (6, 1024, 768), "MAR-L": (8, 1280, 1024), "MAR-H": (12, 1536, 1280)}  # D, W, Z
 
 
 def on_gpu(chain):
     return type(chain)(*(field.cuda() for field in chain))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", [1, 33])
-def test_denoise_agrees_with_float64(make_diffloss, dtype, rows):
+def test_denoise_agrees_with_float64(make_diffloss, backend, dtype, rows):
     head = DiffusionHead.from_module(make_diffloss().cuda(), dtype=dtype)
-    inputs = random_inputs(head, rows, 0)
-    expected = reference.denoise(head, *inputs, 1.0, None, dtype=torch.float64)
-    bound = 1e-5 if dtype == torch.float32 else 2e-2
-    assert relative_error(denoise(head, *inputs).sample, expected[0]) <= bound
+    assert_agrees(head, *random_inputs(head, rows, 0), backend=backend)
 
 
 def test_noise_is_that_of_the_cpu():
@@ -40,23 +47,41 @@ def test_verdicts_are_those_of_the_cpu():
     assert (here.tries != there.tries.cpu()).float().mean() < 1e-3  # within rounding of a threshold
 
 
-def test_ops_and_patched_heads_do_not_wait_for_the_host(make_diffloss):
-    module = cspd.patch(make_diffloss().cuda(), noise="philox")
-    head = DiffusionHead.from_module(module)
-    x, draft, target = random_chains(64, head.channels, 0)
-    x, draft, target = x.cuda(), on_gpu(draft), on_gpu(target)
-    inputs = random_inputs(head, 8, 0)
-    noise = PhiloxNoise(0, torch.arange(8, device="cuda"))
-    rows = torch.arange(64, device="cuda")
+@contextlib.contextmanager
+def no_wait():
+    """Fails where the host waits for the device."""
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        denoise(head, *inputs)
-        denoise(head, inputs[0], noise.x_T(head.channels), noise)
-        log_density_ratio(x, draft, target)
-        accept_reject(x, draft, target, seed=1, rows=rows)
+        yield
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_ops_and_patched_heads_do_not_wait_for_the_host(make_diffloss, backend):
+    module = cspd.patch(make_diffloss().cuda(), noise="philox", backend=backend)
+    head = DiffusionHead.from_module(module)
+    x, draft, target = random_chains(64, head.channels, 0)
+    x, draft, target = x.cuda(), on_gpu(draft), on_gpu(target)
+    inputs, guided = random_inputs(head, 8, 0), random_inputs(head, 8, 0, guided=True)
+    noise = PhiloxNoise(0, torch.arange(8, device="cuda"))
+    scale = torch.linspace(1, 3, 8, device="cuda")
+    rows = torch.arange(64, device="cuda")
+
+    def everything():
+        denoise(head, *inputs, backend=backend)
+        denoise(head, inputs[0], noise.x_T(head.channels), noise, backend=backend)
+        denoise(head, *guided, cfg_scale=2.0, backend=backend)
+        denoise(head, *guided, cfg_scale=scale, temperature=0.5, backend=backend)
+        module.sample(inputs[0])
+        log_density_ratio(x, draft, target)
+        accept_reject(x, draft, target, seed=1, rows=rows)
+
+    everything()  # compiles, and uploads the tables of the heads
+    for _ in range(3):  # captures, then replays
+        with no_wait():
+            everything()
 
 
 def test_guidance_scale_may_lie_on_the_cpu(make_diffloss):
@@ -65,3 +90,246 @@ def test_guidance_scale_may_lie_on_the_cpu(make_diffloss):
     expected = denoise(head, *inputs, cfg_scale=3.0).sample
     for scale in (torch.tensor([3.0]), torch.tensor(3.0).cuda()):
         assert relative_error(denoise(head, *inputs, cfg_scale=scale).sample, expected) <= 1e-6
+
+
+# --- the Triton backend ---
+
+
+@pytest.fixture
+def module(make_diffloss):
+    return make_diffloss(channels=16, width=64, scale=0.125).cuda()
+
+
+@pytest.fixture
+def small(module):
+    return DiffusionHead.from_module(module)
+
+
+_MODULES = {}
+
+
+@pytest.fixture
+def mar_head(make_diffloss):
+    """``mar_head(name, dtype)``: a head of a released size with random weights and 10 steps."""
+
+    def make(name, dtype=torch.float32):
+        if name not in _MODULES:
+            depth, width, cond = HEADS[name]
+            size = dict(channels=16, cond_channels=cond, width=width, steps=10, scale=width**-0.5)
+            _MODULES[name] = make_diffloss("mild", depth, **size).cuda()
+        return DiffusionHead.from_module(_MODULES[name], dtype=dtype)
+
+    return make
+
+
+def triton(head, rows, seed=0, guided=False):
+    """A call on inputs of its own."""
+    return denoise(head, *random_inputs(head, rows, seed, guided), cfg_scale=2.5 if guided else 1.0, backend="triton")
+
+
+def assert_equal(actual, expected):
+    assert all(map(torch.equal, actual, expected))
+
+
+def test_triton_is_the_automatic_backend(small):
+    assert implementation("denoise", None, small.device, small) is implementation("denoise", "triton")
+    inputs = random_inputs(small, 3, 0)
+    assert_equal(denoise(small, *inputs), denoise(small, *inputs, backend="triton"))
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 16, 64, 100, 512, 4096])
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda v: str(v).removeprefix("torch."))
+@pytest.mark.parametrize("name", HEADS)
+def test_heads_of_the_released_sizes(mar_head, name, dtype, rows):
+    head = mar_head(name, dtype)
+    for seed in range(3):  # plain, captured, replayed
+        assert_agrees(head, *random_inputs(head, rows, seed), backend="triton")
+        assert_agrees(head, *random_inputs(head, rows, seed, guided=True), cfg_scale=2.5, backend="triton")
+
+
+@pytest.mark.parametrize("rows", [1, 2, 7, 16])
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda v: str(v).removeprefix("torch."))
+@pytest.mark.parametrize("guided", [False, True])
+def test_persistent_kernel_agrees_with_the_layered_ones_and_float64(mar_head, monkeypatch, dtype, rows, guided):
+    head = mar_head("MAR-B", dtype)
+    layered = triton(head, rows, 2, guided)
+    monkeypatch.setenv("CSPD_PERSISTENT_MAX_TOKENS", "16")
+    for seed in range(3):
+        inputs = random_inputs(head, rows, seed, guided)
+        assert_agrees(head, *inputs, cfg_scale=2.5 if guided else 1.0, backend="triton")
+    assert_close(triton(head, rows, 2, guided), layered, 1e-5 if dtype == torch.float32 else 2e-2)
+
+
+@pytest.mark.parametrize("busy", [False, True])
+def test_persistent_kernel_many_times(mar_head, monkeypatch, busy):
+    """Its barriers hold, also where another stream keeps the device busy."""
+    monkeypatch.setenv("CSPD_PERSISTENT_MAX_TOKENS", "16")
+    head, other = mar_head("MAR-B", torch.bfloat16), torch.cuda.Stream()
+    inputs, a = random_inputs(head, 2, 0), torch.randn(2048, 2048, device="cuda")
+    expected = denoise(head, *inputs, backend="triton")
+    wrong = torch.zeros((), dtype=torch.int64, device="cuda")
+    torch.cuda.synchronize()
+    for _ in range(300):
+        if busy:
+            with torch.cuda.stream(other):
+                a @ a
+        out = denoise(head, *inputs, backend="triton")
+        wrong += sum((a != b).any() for a, b in zip(out, expected))
+    assert int(wrong) == 0
+
+
+@pytest.mark.parametrize("persistent", ["0", "16"])
+def test_replays_see_what_changes_between_calls(small, monkeypatch, persistent):
+    monkeypatch.setenv("CSPD_PERSISTENT_MAX_TOKENS", persistent)
+    for seed, rows in enumerate((8, 5, 7, 8, 6)):
+        cond, x, stored = random_inputs(small, rows, seed, guided=True)
+        addressed = PhiloxNoise(2**63 + seed, torch.arange(rows, device="cuda") * 2**33 + seed)
+        scale = torch.linspace(seed, 4, rows, device="cuda") if seed % 2 else 1.5 + seed
+        for noise in (stored, addressed):
+            options = {"temperature": 0.5 + seed, "cfg_scale": scale}
+            assert_agrees(small, cond, x, noise, **options, backend="triton")
+
+
+def test_replays_read_the_inputs_that_earlier_work_on_the_stream_writes(small):
+    inputs = random_inputs(small, 8, 0)
+    expected = denoise(small, *(2 * v for v in inputs), backend="triton")
+    for _ in range(3):
+        late = [v.clone() for v in inputs]
+        torch.cuda._sleep(10**8)
+        for v in late:
+            v.mul_(2)
+        assert_equal(denoise(small, *late, backend="triton"), expected)
+
+
+def test_a_patched_module_follows_its_weights(make_diffloss, module):
+    other = make_diffloss(channels=16, width=64, scale=0.125, seed=1).cuda()
+    z = torch.randn(8, 7, device="cuda")
+
+    def samples(module):
+        torch.manual_seed(0)
+        return [module.sample(z) for _ in range(4)]
+
+    expected = samples(cspd.patch(other, backend="triton"))
+    cspd.patch(module, backend="triton")
+    before = samples(module)
+    module.load_state_dict(other.state_dict())
+    assert_equal(samples(module), expected)
+    assert relative_error(before[0], expected[0]) > 1e-2
+
+
+def test_two_heads_in_turn(make_diffloss):
+    heads = [DiffusionHead.from_module(make_diffloss(seed=seed).cuda()) for seed in range(2)]
+    for seed in range(4):
+        for head in heads:
+            assert_agrees(head, *random_inputs(head, 5, seed), backend="triton")
+
+
+def test_two_streams_in_turn(small):
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    inputs = [random_inputs(small, 5, seed) for seed in range(20)]
+    torch.cuda.synchronize()
+    out = []
+    for i, one in enumerate(inputs):
+        with torch.cuda.stream(streams[i % 2]):
+            out.append(denoise(small, *one, backend="triton"))
+    torch.cuda.synchronize()
+    for one, result in zip(inputs, out):
+        assert_close(result, definition(small, *one), 1e-5)
+
+
+def test_memory_is_stable(small):
+    inputs = random_inputs(small, 5, 0)
+
+    def calls(count):
+        for _ in range(count):
+            denoise(small, *inputs, backend="triton")
+        torch.cuda.synchronize()
+        return torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+
+    before = calls(5)
+    assert calls(1000) == before
+
+
+@pytest.mark.parametrize(
+    "context",
+    [
+        torch.inference_mode,
+        lambda: torch.autocast("cuda", dtype=torch.bfloat16),
+        lambda: torch.autocast("cuda", dtype=torch.float16),
+        lambda: torch.cuda.stream(torch.cuda.Stream()),
+    ],
+    ids=["inference_mode", "autocast bfloat16", "autocast float16", "side stream"],
+)
+@pytest.mark.parametrize("calls_inside", [1, 2, 3])
+def test_captured_or_not_in_a_context_of_the_caller(small, context, calls_inside):
+    inputs = random_inputs(small, 5, 0)
+    torch.cuda.synchronize()
+    with context():
+        out = [denoise(small, *inputs, backend="triton") for _ in range(calls_inside)]
+    torch.cuda.synchronize()
+    out += [denoise(small, *inputs, backend="triton") for _ in range(3)]
+    for result in out:
+        assert_close(result, definition(small, *inputs), 1e-5)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("rows", [1, 5, 100, 250])
+@pytest.mark.parametrize("persistent", ["0", "16"])
+def test_inside_a_graph_of_the_caller(small, monkeypatch, backend, rows, persistent):
+    monkeypatch.setenv("CSPD_PERSISTENT_MAX_TOKENS", persistent)
+    static = random_inputs(small, rows, 0)
+    denoise(small, *static, backend=backend)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = denoise(small, *static, backend=backend)
+    for seed in range(1, 4):
+        inputs = random_inputs(small, rows, seed)
+        for to, value in zip(static, inputs):
+            to.copy_(value)
+        graph.replay()
+        assert_close(out, definition(small, *inputs), 1e-5)
+        assert_agrees(small, *inputs, backend=backend)  # calls in between do not disturb it
+
+
+def test_an_image_is_reproducible_bit_by_bit():
+    model = cspd.patch(small_mar().cuda(), backend="triton")
+    options = {"labels": torch.tensor([1, 4, 9], device="cuda"), "cfg": 2.0}
+    one, two, three = (sample(model, seed, **options) for seed in (0, 0, 1))
+    assert torch.equal(one, two)
+    assert not torch.equal(one, three)
+    eager = sample(cspd.unpatch(model), 0, **options)
+    assert relative_error(one, eager) < 1e-3
+
+
+@pytest.mark.timeout(300)
+def test_a_compiled_caller(small):
+    def function(cond, x, noise):
+        out = denoise(small, cond.tanh(), x * 2, noise, backend="triton")
+        return out.sample * 3 + out.log_std, out.path_log_std.exp()
+
+    torch._dynamo.reset()
+    compiled = torch.compile(function, fullgraph=True)
+    for seed, rows in enumerate((5, 5, 8, 8, 8)):
+        inputs = random_inputs(small, rows, seed)
+        for a, b in zip(compiled(*inputs), function(*inputs), strict=True):
+            assert relative_error(a, b) <= 1e-5
+
+
+def test_graphs_go_with_their_head(make_diffloss):
+    def life(seed):
+        head = DiffusionHead.from_module(make_diffloss(seed=seed).cuda())
+        for rows in (1, 5, 100):
+            for _ in range(3):
+                triton(head, rows, guided=True)
+        assert torch.cuda.memory_allocated() > 0
+
+    def allocated():
+        gc.collect()
+        torch.cuda.synchronize()
+        return torch.cuda.memory_allocated()
+
+    life(0)  # the workspaces of the library stay with their stream
+    before = allocated()
+    life(1)
+    assert allocated() == before

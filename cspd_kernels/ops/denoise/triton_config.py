@@ -85,7 +85,7 @@ def persistent_tile(rows: int, width: int, multiprocessors: int = _MULTIPROCESSO
 def persistent_max_tokens(device: torch.device) -> int:
     """The crossover of this device: ``CSPD_PERSISTENT_MAX_TOKENS``, else the table, else 0."""
     if value := os.environ.get(PERSISTENT_VARIABLE):
-        if not value.isdigit() or int(value) > PERSISTENT_LIMIT:
+        if not value.isdecimal() or int(value) > PERSISTENT_LIMIT:
             raise ValueError(f"expected {PERSISTENT_VARIABLE} as a number from 0 to {PERSISTENT_LIMIT}, got {value!r}")
         return int(value)
     return PERSISTENT_MAX_TOKENS.get(torch.cuda.get_device_name(device), 0) if device.type == "cuda" else 0

@@ -1,0 +1,426 @@
+"""CUDA graphs on a device that only writes down what it is told: who waits for whom, what is kept, what is freed."""
+
+import contextlib
+import functools
+import gc
+import importlib.util
+import logging
+import weakref
+
+import pytest
+import torch
+from chains import assert_agrees, workspace_of
+
+from cspd_kernels import PhiloxNoise, denoise, graphs
+from cspd_kernels.backends import log_once
+from cspd_kernels.graphs import CudaGraph, PlanCache, why_not_here
+from cspd_kernels.testing import random_inputs
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+class FakeCuda:
+    """Streams, events and graphs that leave a line in ``log`` for everything they do."""
+
+    def __init__(self):
+        self.log: list[str] = []
+        self.main, self.other, self.side = (FakeStream(self, name) for name in ("main", "other", "side"))
+        self.current = self.main
+        self.capturing: FakeGraph | None = None
+        self.captured_by_caller = self.refuses_capture = False
+
+    def launch(self, name, function=lambda: None):
+        """Run a function, or write it into the graph that is being captured."""
+        if self.capturing is None:
+            self.log.append(f"{self.current}: {name}")
+            function()
+        elif self.refuses_capture:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        else:
+            self.capturing.launches.append((name, function))
+
+    @contextlib.contextmanager
+    def stream(self, stream):
+        before, self.current = self.current, stream
+        try:
+            yield
+        finally:
+            self.current = before
+
+    def told(self) -> list[str]:
+        """The log since the last call."""
+        log, self.log = self.log, []
+        return log
+
+
+class FakeStream:
+    def __init__(self, cuda, name):
+        self.cuda, self.name = cuda, name
+
+    def __str__(self):
+        return self.name
+
+    def wait_stream(self, stream):
+        self.cuda.log.append(f"{self} waits for {stream}")
+
+    def wait_event(self, event):
+        self.cuda.log.append(f"{self} waits for the event of {event.stream}")
+
+
+class FakeEvent:
+    def __init__(self, cuda):
+        self.cuda, self.stream = cuda, None
+
+    def record(self, stream):
+        self.stream = stream
+
+    def synchronize(self):
+        self.cuda.log.append(f"the host waits for the event of {self.stream}")
+
+
+class FakeGraph:
+    def __init__(self, cuda):
+        self.cuda, self.launches = cuda, []
+
+    def capture_begin(self, capture_error_mode):
+        assert capture_error_mode == "thread_local"
+        self.cuda.capturing = self
+        self.cuda.log.append(f"{self.cuda.current}: capture")
+
+    def capture_end(self):
+        self.cuda.capturing = None
+
+    def replay(self):
+        for name, function in self.launches:
+            self.cuda.log.append(f"{self.cuda.current}: {name} replayed")
+            function()
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    cuda = FakeCuda()
+    monkeypatch.setattr(torch.cuda, "Event", functools.partial(FakeEvent, cuda))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", functools.partial(FakeGraph, cuda))
+    monkeypatch.setattr(torch.cuda, "stream", cuda.stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: cuda.current)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: cuda.captured_by_caller)
+    monkeypatch.setattr(graphs, "_capture_stream", lambda device: cuda.side)
+    log_once.cache_clear()
+    return cuda
+
+
+PLAIN = ["main: kernel"]
+REPLAYED = ["main: kernel replayed"]
+
+
+def run(graph, cuda):
+    graph.run(lambda: cuda.launch("kernel"), lambda: cuda.launch("warm-up"))
+    return cuda.told()
+
+
+def test_plain_first_captured_on_second_use_and_replayed_from_then_on(cuda):
+    graph = CudaGraph(CUDA)
+    assert run(graph, cuda) == PLAIN
+    captured = ["side waits for main", "side: warm-up", "side: capture", "main waits for side"]
+    assert run(graph, cuda) == captured + REPLAYED
+    assert [run(graph, cuda) for _ in range(3)] == [REPLAYED] * 3
+
+
+@pytest.mark.parametrize("where", ["launch", "capture_begin", "capture_end"])
+def test_a_capture_that_fails_is_logged_once_and_never_tried_again(cuda, monkeypatch, caplog, where):
+    def fail(graph, **_):
+        cuda.capturing = None
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    if where == "launch":
+        cuda.refuses_capture = True
+    else:
+        monkeypatch.setattr(FakeGraph, where, fail)
+    with caplog.at_level(logging.INFO, "cspd_kernels"):
+        for graph in (CudaGraph(CUDA), CudaGraph(CUDA)):
+            assert run(graph, cuda) == PLAIN
+            told = run(graph, cuda)
+            assert told[-1:] == PLAIN
+            # The warm-up has written to the buffers that the plain launch writes to.
+            assert told.index("side: warm-up") < told.index("main waits for side")
+            assert run(graph, cuda) == PLAIN
+            assert cuda.capturing is None
+    assert len(caplog.messages) == 1
+    assert "could not be captured: operation not permitted" in caplog.text
+
+
+def test_where_a_graph_can_be_captured(cuda):
+    assert why_not_here(CUDA) is None
+    assert why_not_here(CPU) == "no CUDA graphs on cpu"
+    cuda.captured_by_caller = True
+    assert why_not_here(CUDA) == "the caller is capturing a graph of its own"
+
+
+def buffers(size):
+    """What a plan of ``size`` bytes holds."""
+    buffer = torch.zeros(size, dtype=torch.uint8)
+    return lambda: (object(), [buffer])
+
+
+def test_least_recently_used_plans_go_when_the_buffers_exceed_the_limit(cuda):
+    cache = PlanCache(100)
+    plans = {key: cache.get(key, buffers(40), CUDA) for key in "ab"}
+    assert cache.get("a", buffers(40), CUDA) is plans["a"]
+    cache.get("c", buffers(40), CUDA)
+    assert (len(cache), cache.bytes) == (2, 80)
+    assert cache.get("a", buffers(40), CUDA) is plans["a"]
+    assert cache.get("b", buffers(40), CUDA) is not plans["b"]
+
+
+def test_a_plan_beyond_the_limit_is_kept_alone(cuda):
+    cache = PlanCache(100)
+    cache.get("small", buffers(10), CUDA)
+    large = cache.get("large", buffers(1000), CUDA)
+    assert len(cache) == 1
+    assert cache.get("large", buffers(1000), CUDA) is large
+
+
+def test_a_dropped_plan_waits_for_the_device_and_only_where_it_was_used(cuda):
+    cache = PlanCache(10)
+    used = cache.get("used", buffers(10), CUDA)
+    with used.in_turn():
+        pass
+    cache.get("unused", buffers(10), CUDA)
+    assert cuda.told() == ["the host waits for the event of main"]
+    cache.get("another", buffers(10), CUDA)
+    assert cuda.told() == []
+
+
+def test_a_forgotten_plan_waits_for_the_device(cuda):
+    cache = PlanCache(10)
+    with cache.get("used", buffers(10), CUDA).in_turn():
+        pass
+    del cache
+    gc.collect()
+    assert cuda.told() == ["the host waits for the event of main"]
+
+
+def test_another_stream_waits_for_the_last_user_and_the_same_one_does_not(cuda):
+    plan = PlanCache(10).get("key", buffers(10), CUDA)
+
+    def use(stream):
+        with cuda.stream(stream), plan.in_turn():
+            cuda.launch("kernel")
+        return cuda.told()
+
+    assert use(cuda.main) == ["main: kernel"]
+    assert use(cuda.main) == ["main: kernel"]
+    assert use(cuda.other) == ["other waits for the event of main", "other: kernel"]
+    assert use(cuda.main) == ["main waits for the event of other", "main: kernel"]
+
+
+def test_a_use_that_fails_is_waited_for_like_any_other(cuda):
+    plan = PlanCache(10).get("key", buffers(10), CUDA)
+    with pytest.raises(ValueError, match="odd"), plan.in_turn():
+        raise ValueError("odd")
+    with cuda.stream(cuda.other), plan.in_turn():
+        pass
+    assert cuda.told() == ["other waits for the event of main"]
+
+
+def test_buffers_made_in_inference_mode_can_be_written_to_outside(cuda):
+    def make():
+        buffer = torch.zeros(3)
+        return buffer, [buffer]
+
+    with torch.inference_mode():
+        plan = PlanCache(100).get("key", make, CUDA)
+    plan.value.fill_(1)
+    assert not plan.value.is_inference()
+
+
+# --- what the Triton backend does with them ---
+
+if importlib.util.find_spec("triton"):
+    from cspd_kernels.ops.denoise import triton as triton_backend
+    from cspd_kernels.ops.denoise import triton_persistent
+    from cspd_kernels.ops.denoise.triton import bucket
+    from cspd_kernels.ops.denoise.triton_chain import INTERPRETED, Chain
+
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+
+
+@pytest.fixture
+def device(cuda, monkeypatch, triton_device):
+    """The fake device, whose graphs hold chains that the interpreter runs on the CPU."""
+    if not INTERPRETED:
+        pytest.skip("the kernels are compiled here; tests/kernels/test_gpu.py has the real graphs")
+    launch = Chain.launch
+
+    def launched(chain, head, table):
+        addresses = dict(vars(chain))
+        chain, head = weakref.ref(chain), weakref.ref(head)  # a graph holds neither
+
+        def kernels():
+            vars(chain()).update(addresses)  # a graph reads and writes where it did when it was captured
+            launch(chain(), head(), table)
+
+        cuda.launch("chain", kernels)
+
+    monkeypatch.setattr(Chain, "launch", launched)
+    monkeypatch.setattr(triton_backend, "why_not_here", lambda device: why_not_here(CUDA))
+    monkeypatch.setattr(triton_persistent, "multiprocessors", lambda device: 1)
+    return cuda
+
+
+def call(head, rows, seed=0, *, guided=False, noise="stored", **options):
+    """One call on inputs of its own, which must be right."""
+    cond, x, stored = random_inputs(head, rows, seed, guided)
+    noise = stored if noise == "stored" else PhiloxNoise(seed, torch.arange(rows) + seed)
+    assert_agrees(head, cond, x, noise, cfg_scale=2.0 + seed if guided else 1.0, backend="triton", **options)
+
+
+def plans(head):
+    return triton_backend._HEADS[head].plans
+
+
+@needs_triton
+@pytest.mark.parametrize("persistent", [0, 16])
+@pytest.mark.parametrize("noise", ["stored", "addressed"])
+def test_calls_of_one_bucket_share_a_graph_and_each_gets_its_own_inputs(
+    make_head, device, monkeypatch, persistent, noise
+):
+    monkeypatch.setenv("CSPD_PERSISTENT_MAX_TOKENS", str(persistent))
+    head = make_head()
+    for seed, rows in enumerate((4, 3, 4, 3)):
+        call(head, rows, seed, guided=True, noise=noise, temperature=0.5 + seed)
+    assert len(plans(head)) == 1
+    assert [line for line in device.told() if "main: " in line] == ["main: chain"] + ["main: chain replayed"] * 3
+
+
+@needs_triton
+def test_every_kind_of_call_has_a_plan_of_its_own(make_head, device, monkeypatch):
+    head = make_head()
+    kinds = [{}, {"guided": True}, {"noise": "addressed"}, {"workspace_bytes": 3 * 48 * 6 * 4}]
+    for _ in range(2):
+        for i, options in enumerate(kinds):
+            call(head, 2, i, **options)
+    call(head, 1)
+    monkeypatch.setenv("CSPD_PERSISTENT_MAX_TOKENS", "16")
+    call(head, 1)
+    assert len(plans(head)) == len(kinds) + 2
+
+
+@needs_triton
+def test_two_heads_in_turn_keep_apart(make_head, device):
+    heads = make_head(seed=0), make_head(seed=1)
+    for seed in range(3):
+        for head in heads:
+            call(head, 2, seed)
+    assert plans(heads[0]) is not plans(heads[1])
+
+
+@needs_triton
+@pytest.mark.parametrize("workspace", [1, 2 * 2 * 48 * 6 * 4, 5 * 2 * 48 * 6 * 4])  # a row, two rows, five rows a step
+def test_blocks_of_rows_and_steps_from_graphs(make_head, device, workspace):
+    head = make_head(steps=3)
+    for seed in range(3):
+        call(head, 5, seed, guided=True, workspace_bytes=workspace)
+    assert any("replayed" in line for line in device.told())
+    used = [workspace_of(plan.value) for plan in plans(head)._plans.values()]
+    assert workspace == 1 or max(used) <= workspace
+
+
+@needs_triton
+def test_a_call_in_inference_mode_leaves_a_plan_for_calls_outside(make_head, device):
+    head = make_head()
+    with torch.inference_mode():
+        inputs = random_inputs(head, 2, 0)
+        denoise(head, *inputs, backend="triton")
+    for seed in range(2):
+        call(head, 2, seed)
+    assert len(plans(head)) == 1
+
+
+@needs_triton
+def test_a_capture_that_fails_costs_no_result(make_head, device):
+    device.refuses_capture = True
+    head = make_head()
+    for seed in range(3):
+        call(head, 2, seed)
+    assert [line for line in device.told() if "main: " in line] == ["main: chain"] * 3
+
+
+@needs_triton
+def test_inside_a_capture_of_the_caller_the_buffers_are_the_calls_own(make_head, device):
+    head = make_head()
+    call(head, 2)
+    device.told()
+    device.captured_by_caller = True
+    for seed in range(2):
+        call(head, 3, seed)
+    assert len(plans(head)) == 1
+    assert device.told() == ["main: chain"] * 2
+
+
+@needs_triton
+def test_a_first_call_inside_a_capture_of_the_caller_is_refused(make_head, device):
+    head = make_head()
+    device.captured_by_caller = True
+    with pytest.raises(RuntimeError, match="expected a first call with this head before a CUDA graph"):
+        call(head, 2)
+
+
+@needs_triton
+def test_a_capture_of_the_caller_holds_no_persistent_chain(make_head, device, monkeypatch):
+    monkeypatch.setenv("CSPD_PERSISTENT_MAX_TOKENS", "16")
+    head = make_head()
+    call(head, 2)
+    device.captured_by_caller = True
+    monkeypatch.setattr(triton_persistent.PersistentChain, "__init__", None)
+    call(head, 2)
+
+
+@needs_triton
+def test_noise_too_large_to_copy_is_read_where_it_is(make_head, device, monkeypatch):
+    head = make_head()
+    monkeypatch.setattr(triton_backend, "GRAPH_BYTES", 2 * 4 * 2 * 2 * 5 - 2)  # half of it is a byte less than T N C
+    call(head, 2)
+    assert len(plans(head)) == 0
+    call(head, 1)
+    assert len(plans(head)) == 1
+
+
+@needs_triton
+def test_the_graphs_of_a_head_stay_within_their_bytes(make_head, device):
+    head = make_head()
+    call(head, 1)
+    plans(head).max_bytes = plans(head).bytes
+    for rows in (2, 1, 2):
+        call(head, rows)
+        assert len(plans(head)) == 1
+
+
+@needs_triton
+def test_plans_live_and_die_with_their_head(make_head, device):
+    head, other = make_head(), make_head()
+    for _ in range(2):
+        call(head, 2)
+    call(other, 2)
+    (plan,) = plans(head)._plans.values()
+    kept = [weakref.ref(v) for v in (plan, plan.value, plan.graph.graph, plans(head))]
+    del plan
+    gc.collect()
+    assert all(reference() is not None for reference in kept)
+    device.told()
+    del head
+    gc.collect()
+    assert [reference() for reference in kept] == [None] * 4
+    assert device.told() == ["the host waits for the event of main"]
+    assert len(plans(other)) == 1
+
+
+@needs_triton
+def test_buckets_hold_their_tokens_waste_little_and_are_their_own_bucket():
+    buckets = [bucket(n) for n in range(1, 5000)]
+    assert buckets == sorted(buckets)
+    for n, size in enumerate(buckets, 1):
+        assert size >= n
+        assert bucket(size) == size
+        assert size - n <= max(15, n / 8) if n > 16 else size < 2 * n
+    assert len(set(buckets)) < 70

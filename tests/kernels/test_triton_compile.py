@@ -1,0 +1,154 @@
+"""What the compiler makes of the Triton kernels for the released heads; needs no GPU, but takes a minute or two."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
+
+import triton.language as tl
+from triton._C.libtriton import native_specialize_impl
+from triton.backends.nvidia.compiler import CUDABackend
+from triton.runtime.jit import JITFunction
+
+from cspd_kernels.triton_report import ARCHITECTURES, SHARED_LIMITS, Resources, recorded_launches
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+LAYERED = {"_condition_kernel", "_input_kernel", "_mlp0_kernel", "_mlp1_kernel", "_update_kernel"}
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    """The quick report, in a process of its own: what the interpreter runs cannot be compiled."""
+    path = tmp_path_factory.mktemp("report") / "report.json"
+    command = [sys.executable, BENCHMARKS / "kernels.py", "--compile-report", "--quick", "--json", path]
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return json.loads(path.read_text())
+
+
+@pytest.mark.timeout(600)
+def test_every_kernel_fits_every_architecture(rows):
+    misfits = [row for row in rows if row["stack_bytes"] or row["shared_bytes"] > SHARED_LIMITS[row["architecture"]]]
+    assert misfits == []
+    assert all(row["fits"] and 0 < row["registers"] <= 255 for row in rows)
+
+
+@pytest.mark.timeout(600)
+def test_the_report_leaves_nothing_out(rows):
+    def case(row):
+        return row["model"], row["architecture"], row["dtype"]
+
+    everything = {
+        (m, a, d) for m in ("MAR-B", "MAR-L", "MAR-H") for a in ARCHITECTURES for d in ("float32", "bfloat16")
+    }
+    assert ARCHITECTURES == (80, 90, 100)
+    for kernel in LAYERED:
+        for tokens in (1, 64, 512):
+            assert {case(r) for r in rows if (r["kernel"], r["tokens"]) == (kernel, tokens)} == everything
+    assert {case(r) for r in rows if r["kernel"] == "_persistent_kernel"} == everything
+    assert {row["kernel"] for row in rows} == LAYERED | {"_persistent_kernel"}
+
+
+@pytest.fixture
+def compile_report(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import compile_report
+
+    yield compile_report
+    sys.modules.pop("compile_report")
+
+
+def row(**changes):
+    fitting = {
+        "kernel": "k", "dtype": "float32", "tokens": 1, "model": "MAR-B", "architecture": 80, "registers": 99,
+        "stack_bytes": 0, "shared_bytes": 1, "warps": 4, "fits": True,
+    }  # fmt: skip
+    return fitting | changes
+
+
+def test_a_kernel_that_does_not_fit_fails_the_report(compile_report, capsys, tmp_path):
+    compile_report.print_report([row()], None)
+    assert "1 compiled, 0 with spills" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stop:
+        compile_report.print_report([row(), row(stack_bytes=8, fits=False)], tmp_path / "report.json")
+    assert stop.value.code == 1
+    assert "2 compiled, 1 with spills" in capsys.readouterr().out
+    assert [r["fits"] for r in json.loads((tmp_path / "report.json").read_text())] == [True, False]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_spills_or_too_much_shared_memory_do_not_fit(architecture):
+    limit = SHARED_LIMITS[architecture]
+    for stack, shared, fits in ((0, limit, True), (8, 0, False), (0, limit + 1, False)):
+        assert Resources("k", architecture, 255, stack, shared, 4).fits is fits
+
+
+# --- the launches that the report compiles ---
+
+
+def _specialised(x, n, flag, SIZE: tl.constexpr):  # noqa: N803
+    raise AssertionError("nothing runs")
+
+
+@pytest.fixture
+def kernel():
+    """Compiled, never interpreted, whatever the environment says."""
+    return JITFunction(_specialised, do_not_specialize=["flag"])
+
+
+def test_launches_are_recorded_once_each_in_order_and_none_runs(kernel):
+    x = torch.empty(8)
+    with recorded_launches() as launches:
+        for size in (2, 3, 2):
+            kernel[(1,)](x, 5, 7, SIZE=size, num_warps=4)
+    assert [dict(launch.constants) for launch in launches] == [{"SIZE": 2}, {"SIZE": 3}]
+    assert [launch.kernel for launch in launches] == [kernel] * 2
+    assert [dict(launch.options) for launch in launches] == [{"num_warps": 4}] * 2
+
+
+def test_the_launcher_is_itself_again_afterwards(kernel):
+    run = JITFunction.run
+    with pytest.raises(ValueError, match="odd"), recorded_launches():
+        assert JITFunction.run is not run
+        raise ValueError("odd")
+    assert JITFunction.run is run
+
+
+POINTERS = [torch.zeros(64, dtype=t) for t in (torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32)]
+POINTERS += [torch.zeros(64)[1:], torch.zeros(64)[4:], torch.zeros(64).half()[4:], torch.zeros(64).half()[8:]]
+
+
+@pytest.mark.parametrize("x", [*POINTERS, None])
+@pytest.mark.parametrize("flag", [1, 16, 2**31, -(2**31)])
+def test_arguments_are_specialised_as_triton_does(kernel, x, flag):
+    for n in (0, 1, 2, 16, 2**31 - 1, 2**31, 2**40):
+        with recorded_launches() as launches:
+            kernel[(1,)](x, n, flag, SIZE=16)
+        (launch,) = launches
+        signature, constants, aligned = {"SIZE": "constexpr"}, {"SIZE": 16}, []
+        for i, (name, value) in enumerate({"x": x, "n": n, "flag": flag}.items()):
+            signature[name], key = native_specialize_impl(CUDABackend, value, False, name != "flag", True)
+            if signature[name] == "constexpr":
+                constants[name] = key
+            elif key:
+                assert key == "D"  # divisible by 16
+                aligned.append(i)
+        assert dict(launch.signature) == signature
+        assert dict(launch.constants) == constants
+        assert list(launch.attributes) == aligned
+
+
+def test_tensors_without_storage_are_specialised_as_real_ones(kernel):
+    for start in (0, 1, 4):
+        with recorded_launches() as launches:
+            for device in ("meta", "cpu"):
+                kernel[(1,)](torch.zeros(64, device=device)[start:], 2, 2, SIZE=16)
+        assert len(launches) == 1
