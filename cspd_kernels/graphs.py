@@ -12,7 +12,6 @@ import torch
 
 from .backends import log_once
 
-
 CALLER_CAPTURES = "the caller is capturing a graph of its own"
 
 
