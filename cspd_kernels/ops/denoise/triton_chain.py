@@ -11,13 +11,12 @@ from triton.runtime.jit import JITFunction
 
 from ...head import DiffusionHead
 from ...noise import PhiloxNoise
-from .triton_config import Tile, block_tile, multiprocessors, power_of_two, update_tile
+from .triton_config import Tile, block_tile, input_columns, multiprocessors, power_of_two, update_tile
 from .triton_layered import _condition_kernel, _input_kernel, _mlp0_kernel, _mlp1_kernel, _update_kernel
 
 TL_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 OPTIONS = {"enable_fp_fusion": True}  # explicit: the default differs between versions of Triton
 INTERPRETED = not isinstance(_update_kernel, JITFunction)  # decided when the kernels were imported
-INPUT_COLUMNS = 64  # columns of h a program projects at a time
 
 
 def dot_dtype(dtype: torch.dtype):
@@ -65,8 +64,8 @@ class Chain:
         self.tokens, self.halves, self.steps = tokens, 2 if guided else 1, steps
         self.rows = rows = tokens * self.halves
         self.philox, self.static = isinstance(noise, PhiloxNoise), static
-        self.tile, self.input_columns = self.tiles(head)
         self.update = update_tile(tokens, head.channels)
+        self.tile, self.input_columns = self.tiles(head)
 
         def empty(*shape, dtype=torch.float32):
             return torch.empty(shape, device=device, dtype=dtype)
@@ -97,8 +96,9 @@ class Chain:
         self.result = self.x
 
     def tiles(self, head: DiffusionHead) -> tuple[Tile, int]:
-        """The tile of a block's products, and the columns of h that the input projection makes at a time."""
-        return block_tile(self.rows, head.width, head.dtype, multiprocessors(head.device)), INPUT_COLUMNS
+        """The tile of a block's products, and the columns of h that an input projection makes at a time."""
+        tile = block_tile(self.rows, head.width, head.dtype, multiprocessors(head.device))
+        return tile, input_columns(self.update, head.width)
 
     def buffers(self) -> list[torch.Tensor]:
         return [value for value in vars(self).values() if isinstance(value, torch.Tensor)]

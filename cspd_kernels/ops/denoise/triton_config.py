@@ -37,7 +37,10 @@ class Tile:
 
 
 # Largest first. Each compiles without spills for MAR-B, -L and -H on sm_80, sm_90 and sm_100; many neighbours do not.
-_FLOAT32 = (Tile(32, 64, 32, 4, 2), Tile(32, 32, 32, 4, 3), Tile(16, 32, 64, 4, 3), Tile(16, 16, 64, 4, 3))
+_FLOAT32 = (
+    Tile(32, 64, 32, 4, 2, registers=128), Tile(32, 32, 32, 4, 3, registers=128),
+    Tile(16, 32, 64, 4, 3, registers=128), Tile(16, 16, 64, 4, 3, registers=128),
+)  # fmt: skip
 _HALF = (
     Tile(128, 128, 64, 8, 2, registers=255), Tile(64, 128, 64, 4, 3), Tile(64, 64, 64, 4, 3), Tile(32, 64, 128, 4, 2),
     Tile(32, 32, 128, 4, 3), Tile(16, 32, 128, 4, 3), Tile(16, 16, 128, 4, 4),
@@ -54,8 +57,8 @@ def power_of_two(n: int) -> int:
 def block_tile(rows: int, width: int, dtype: torch.dtype, multiprocessors: int = _MULTIPROCESSORS) -> Tile:
     """Tile of the two products of a block: the largest one that still keeps about half the device busy."""
     if rows <= BY_SUM_ROWS:
-        bm, bn = power_of_two(rows), 8
-        return Tile(bm, bn, min(8192 // (bm * bn), 512, power_of_two(width)), 4, 2, True)
+        bm, bn, whole = power_of_two(rows), 8, power_of_two(width)
+        return Tile(bm, bn, whole if bm * bn * whole <= 32768 else 512, 8, 2, True, 255)
     candidates = [t for t in (_HALF if dtype.itemsize == 2 else _FLOAT32) if t.bm <= max(16, power_of_two(rows))]
     for tile in candidates:
         if -(-rows // tile.bm) * -(-width // tile.bn) >= 0.45 * multiprocessors:
@@ -68,8 +71,13 @@ def update_tile(tokens: int, channels: int) -> Tile:
     """Tile of the final layer and of the update: BM tokens, all channels (BN), BK of the sum at a time."""
     bn = max(16, power_of_two(channels))
     if tokens < 256:
-        return Tile(1, bn, max(32, 4096 // bn), 8, 2, True)
-    return Tile(4, bn, max(16, 1024 // bn), 8, 2, True)
+        return Tile(1, bn, max(16, 2048 // bn), 8, 4, True, 255)
+    return Tile(4, bn, max(16, 1024 // bn), 8, 2, True, 255)
+
+
+def input_columns(update: Tile, width: int) -> int:
+    """Columns of h that an input projection of the same tokens makes at a time."""
+    return max(16, min(power_of_two(width), (16384 if update.bm == 1 else 8192) // (update.bm * update.bn)))
 
 
 @functools.cache
@@ -78,8 +86,10 @@ def persistent_tile(rows: int, width: int, multiprocessors: int = _MULTIPROCESSO
     bn = 8
     while -(-width // bn) > multiprocessors:
         bn *= 2
-    bm = power_of_two(rows)
-    return Tile(bm, bn, max(16, min(4096 // (bm * bn), 256, power_of_two(width))), 8, 2, True, 255)
+    bm, bk = power_of_two(rows), power_of_two(width)
+    if bm * bn * bk > 8192:  # products, 32 a thread
+        bk = max(16, min((4096 if bm <= 8 else 2048) // (bm * bn), 256))
+    return Tile(bm, bn, bk, 8, 2, True, 255)
 
 
 def persistent_max_tokens(device: torch.device) -> int:

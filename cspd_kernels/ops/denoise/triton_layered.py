@@ -10,7 +10,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_tiles import input_tile, mlp0_tile, mlp1_tile, output_tile, reverse_step
+from .triton_tiles import (
+    input_tile,
+    input_weights,
+    mlp0_tile,
+    mlp1_tile,
+    output_tile,
+    reverse_step,
+    step_noise,
+    step_table,
+    weight_tile,
+)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -36,7 +46,8 @@ def _input_kernel(
     mask = tokens < N
     valid = mask[:, None] & (channels < C)[None, :]
     value = tl.load(x + tokens[:, None].to(tl.int64) * C + channels[None, :], valid, 0.0)
-    input_tile(value, tl.program_id(1), tokens, mask, channels, weight, bias, h, stats, N, M, C, W, GUIDED, BN)
+    w, added = input_weights(weight, bias, tl.program_id(1), channels, C, W, BN)
+    input_tile(value, w, added, tl.program_id(1), tokens, mask, h, stats, N, M, W, GUIDED, BN)
 
 
 @triton.jit(do_not_specialize=["M", "first_row"])
@@ -46,9 +57,12 @@ def _mlp0_kernel(
     BY_SUM: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """First layer of a block. Grid: (column tiles, row tiles); ``first_row`` is the step's first row of mods."""
+    w = None
+    if BK >= W:
+        w = weight_tile(weight, tl.program_id(0) * BN + tl.arange(0, BN), 0, W, BK)
     mlp0_tile(
         tl.program_id(1), tl.program_id(0), h, stats, mods + first_row.to(tl.int64) * (3 * W), norm_weight, norm_bias,
-        weight, bias, out, None, M, W, EPS, TILE, TILES_P2, DOT, BY_SUM, BM, BN, BK, STAGES, False,
+        weight, bias, out, w, M, W, EPS, TILE, TILES_P2, DOT, BY_SUM, BM, BN, BK, STAGES, BK >= W,
     )  # fmt: skip
 
 
@@ -59,9 +73,12 @@ def _mlp1_kernel(
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Second layer of a block. Grid as above."""
+    w = None
+    if BK >= W:
+        w = weight_tile(weight, tl.program_id(0) * BN + tl.arange(0, BN), 0, W, BK)
     mlp1_tile(
-        tl.program_id(1), tl.program_id(0), a, mods + first_row.to(tl.int64) * (3 * W), weight, bias, h, stats, None,
-        M, W, DOT, BY_SUM, BM, BN, BK, STAGES, False,
+        tl.program_id(1), tl.program_id(0), a, mods + first_row.to(tl.int64) * (3 * W), weight, bias, h, stats, w,
+        M, W, DOT, BY_SUM, BM, BN, BK, STAGES, BK >= W,
     )  # fmt: skip
 
 
@@ -81,23 +98,27 @@ def _update_kernel(
     channels = tl.arange(0, CP)
     mask = tokens < N
     valid = mask[:, None] & (channels < C)[None, :]
+    at = tokens[:, None].to(tl.int64) * C + channels[None, :]
+    # What does not wait for the final layer comes first.
+    now = tl.load(x + at, valid, 0.0)
+    z = step_noise(noise, noise_step, seed, addresses, step, tokens, mask, channels, valid, C, PHILOX)
+    table = step_table(coefficients, step)
+    strength = tl.load(temperature)
+    guidance = tl.load(scale + tokens, mask, 0.0) if GUIDED else None
+    before = tl.load(path + tokens, mask, 0.0)
+    w, added = input_weights(input_weight, input_bias, 0, channels, C, W, BN)
     eps, v, eps_u = output_tile(
         0, tokens, mask, h, stats, mods + first_row.to(tl.int64) * (2 * W), weight, bias, N, M,
         C, W, EPS, TILE, TILES_P2, GUIDED, LEARNED, BY_SUM, R, CP, BK, STAGES,
     )  # fmt: skip
-    at = tokens[:, None].to(tl.int64) * C + channels[None, :]
-    value, log_std = reverse_step(
-        tl.load(x + at, valid, 0.0), eps, v, eps_u, step, tokens, mask, channels, valid, coefficients, temperature,
-        scale, noise, noise_step, seed, addresses, C, GUIDED, PHILOX,
-    )  # fmt: skip
+    value, log_std = reverse_step(now, eps, v, eps_u, z, table, step, guidance, strength, GUIDED)
     value = tl.where(valid, value, 0.0)
     tl.store(x + at, value, valid)
     if step > 0:
-        total = tl.sum(tl.where(valid, log_std, 0.0), 1)
-        tl.store(path + tokens, tl.load(path + tokens, mask, 0.0) + total, mask)
-        for tile in tl.range(0, (W + BN - 1) // BN):
-            input_tile(
-                value, tile, tokens, mask, channels, input_weight, input_bias, h, input_stats, N, M, C, W, GUIDED, BN
-            )
+        tl.store(path + tokens, before + tl.sum(tl.where(valid, log_std, 0.0), 1), mask)
+        input_tile(value, w, added, 0, tokens, mask, h, input_stats, N, M, W, GUIDED, BN)
+        for tile in tl.range(1, (W + BN - 1) // BN):
+            w, added = input_weights(input_weight, input_bias, tile, channels, C, W, BN)
+            input_tile(value, w, added, tile, tokens, mask, h, input_stats, N, M, W, GUIDED, BN)
     else:
         tl.store(log_std_out + at, log_std, valid)

@@ -16,7 +16,17 @@ from triton.language.extra.cuda import globaltimer
 from ...head import DiffusionHead
 from .triton_chain import INTERPRETED, OPTIONS, TL_DTYPES, Chain, to_device
 from .triton_config import PERSISTENT_VARIABLE, Tile, multiprocessors, persistent_tile, power_of_two
-from .triton_tiles import input_tile, mlp0_tile, mlp1_tile, output_tile, reverse_step, weight_tile
+from .triton_tiles import (
+    input_tile,
+    input_weights,
+    mlp0_tile,
+    mlp1_tile,
+    output_tile,
+    reverse_step,
+    step_noise,
+    step_table,
+    weight_tile,
+)  # fmt: skip
 
 ALL, MLP0, MLP1, OUTPUT, UPDATE = (tl.constexpr(i) for i in range(-1, 4))
 WATCHDOG_NANOSECONDS = 2_000_000_000  # a barrier takes about a microsecond
@@ -77,6 +87,9 @@ def _persistent_kernel(
     channels = tl.arange(0, CP)
     valid = mask[:, None] & (channels < C)[None, :]
     at = tokens[:, None] * C + channels[None, :]
+    strength = tl.load(temperature)
+    guidance = tl.load(scale + tokens, mask, 0.0) if GUIDED else None
+    input_w, input_b = input_weights(input_weight, input_bias, pid, channels, C, W, BN)
     w = weight_tile(block_pointer(pointers, 0, 2, DTYPE), cols, 0, W, BK)
     for back in range(0, stop - start):
         step = stop - 1 - back
@@ -122,6 +135,9 @@ def _persistent_kernel(
                 tl.store(to, eps, there[:, None])
                 tl.store(to + N * C, v, there[:, None])
                 tl.store(to + 2 * N * C, eps_u, there[:, None])
+        # Noise and coefficients do not wait for anybody either.
+        z = step_noise(noise, noise_step, seed, addresses, step, tokens, mask, channels, valid, C, PHILOX)
+        table = step_table(coefficients, step)
         if WAIT:
             grid_barrier(counter, error, PROGRAMS, TIMEOUT)
         if WAIT or PHASE == UPDATE:
@@ -129,10 +145,7 @@ def _persistent_kernel(
             v = tl.load(outputs + N * C + at, valid, 0.0, cache_modifier=".cg")
             eps_u = tl.load(outputs + 2 * N * C + at, valid, 0.0, cache_modifier=".cg")
             now = tl.load(x + (step % 2) * N * C + at, valid, 0.0, cache_modifier=".cg")
-            value, log_std = reverse_step(
-                now, eps, v, eps_u, step, tokens, mask, channels, valid, coefficients, temperature, scale, noise,
-                noise_step, seed, addresses, C, GUIDED, PHILOX,
-            )  # fmt: skip
+            value, log_std = reverse_step(now, eps, v, eps_u, z, table, step, guidance, strength, GUIDED)
             value = tl.where(valid, value, 0.0)
             if pid == 0:
                 # A chain that stopped waiting has computed nothing: its tokens must not look like any.
@@ -145,9 +158,7 @@ def _persistent_kernel(
                 else:
                     tl.store(log_std_out + at, log_std, valid)
             if step > 0:
-                input_tile(
-                    value, pid, tokens, mask, channels, input_weight, input_bias, h, stats, N, M, C, W, GUIDED, BN
-                )
+                input_tile(value, input_w, input_b, pid, tokens, mask, h, stats, N, M, W, GUIDED, BN)
         if WAIT:
             grid_barrier(counter, error, PROGRAMS, TIMEOUT)
 
@@ -221,7 +232,7 @@ class PersistentChain(Chain):
             DTYPE=TL_DTYPES[head.dtype], GUIDED=self.halves == 2,
             LEARNED=head.learned_variance, PHILOX=self.philox, BM=tile.bm, BN=tile.bn, BK=tile.bk,
             STAGES=tile.stages, R=power_of_two(tokens), OUTPUT_R=min(4, power_of_two(tokens)),
-            OUTPUT_BK=min(256, power_of_two(head.width)),
+            OUTPUT_BK=min(128, power_of_two(head.width)),
             TILES_P2=power_of_two(programs), PROGRAMS=programs, TIMEOUT=WATCHDOG_NANOSECONDS, PHASE=phase,
             **tile.options, **OPTIONS, **cooperative,
         )  # fmt: skip

@@ -91,25 +91,40 @@ def store_statistics(stats, tile, rows, mask, cols, h, M, W: tl.constexpr, TILE:
 
 
 @triton.jit
-def modulated(h, mods, mod_stride, rows, mask, k, mean, rstd, W: tl.constexpr):
-    """(normalised h, 1 + scale, shift), each [BM, BK] float32; 0, 1, 0 beyond W where mean is 0."""
+def own_statistics(value, inside, EPS: tl.constexpr, W: tl.constexpr):
+    """(mean, 1 / std) [BM] of whole rows [BM, BK] of h, BK >= W, 0 beyond W."""
+    mean = tl.sum(value, 1) / W
+    deviation = tl.where(inside[None, :], value - mean[:, None], 0.0)
+    return mean, 1.0 / tl.sqrt(tl.sum(deviation * deviation, 1) / W + EPS)
+
+
+@triton.jit
+def modulation_inputs(h, mods, mod_stride, rows, mask, k, W: tl.constexpr):
+    """(h, scale, shift), each [BM, BK] float32, 0 outside."""
     valid = mask[:, None] & (k < W)[None, :]
     row = rows[:, None].to(tl.int64)
     value = tl.load(h + row * W + k[None, :], valid, 0.0, cache_modifier=".cg")
     at = mods + row * mod_stride + k[None, :]
     shift = tl.load(at, valid, 0.0).to(tl.float32)
-    scale = tl.load(at + W, valid, 0.0).to(tl.float32)
-    return (value - mean[:, None]) * rstd[:, None], 1.0 + scale, shift
+    return value, tl.load(at + W, valid, 0.0).to(tl.float32), shift
 
 
 @triton.jit
-def mlp0_operand(h, mods, norm_weight, norm_bias, rows, mask, start, mean, rstd, W: tl.constexpr, BK: tl.constexpr):
-    """LN(h) (1 + scale) + shift, [BM, BK] float32, 0 beyond W: there gain, offset and shift are."""
+def mlp0_operand(
+    h, mods, norm_weight, norm_bias, rows, mask, start, mean, rstd,
+    W: tl.constexpr, EPS: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """LN(h) (1 + scale) + shift, [BM, BK] float32, 0 beyond W: there gain, offset and shift are.
+
+    Where BK covers a whole row, its statistics are its own, and mean and rstd are not looked at.
+    """
     k = start + tl.arange(0, BK)
-    normed, scale, shift = modulated(h, mods, 3 * W, rows, mask, k, mean, rstd, W)
+    value, scale, shift = modulation_inputs(h, mods, 3 * W, rows, mask, k, W)
     gain = tl.load(norm_weight + k, k < W, 0.0)[None, :]
     offset = tl.load(norm_bias + k, k < W, 0.0)[None, :]
-    return (normed * gain + offset) * scale + shift
+    if BK >= W:
+        mean, rstd = own_statistics(value, k < W, EPS, W)
+    return ((value - mean[:, None]) * rstd[:, None] * gain + offset) * (1.0 + scale) + shift
 
 
 @triton.jit
@@ -121,22 +136,26 @@ def mlp0_tile(
 ):  # fmt: skip
     """out [M, W] = silu((LN(h) (1 + scale) + shift) @ weight^T + bias), one tile BM x BN.
 
-    PRELOADED: ``w`` is the tile's first :func:`weight_tile`, loaded before h was ready.
+    PRELOADED: ``w`` is the tile's first :func:`weight_tile`, loaded before h was ready. Where BK
+    covers a whole row, that is all of it: every load is on its way before the first is needed.
     """
     rows = row_tile * BM + tl.arange(0, BM)
     cols = col_tile * BN + tl.arange(0, BN)
     mask = rows < M
-    mean, rstd = row_statistics(stats, rows, mask, M, EPS, W, TILE, TILES_P2)
+    added = tl.load(bias + cols, cols < W, 0.0)[None, :].to(tl.float32)
+    mean, rstd = None, None
+    if BK < W:
+        mean, rstd = row_statistics(stats, rows, mask, M, EPS, W, TILE, TILES_P2)
     acc = accumulator(BM, BN, BK, BY_SUM)
     FIRST: tl.constexpr = BK if PRELOADED else 0
     if PRELOADED:
-        a = mlp0_operand(h, mods, norm_weight, norm_bias, rows, mask, 0, mean, rstd, W, BK)
+        a = mlp0_operand(h, mods, norm_weight, norm_bias, rows, mask, 0, mean, rstd, W, EPS, BK)
         acc = multiply(a.to(weight.dtype.element_ty), w, acc, DOT, BY_SUM)
     for start in tl.range(FIRST, W, BK, num_stages=STAGES):
         tile = weight_tile(weight, cols, start, W, BK)
-        a = mlp0_operand(h, mods, norm_weight, norm_bias, rows, mask, start, mean, rstd, W, BK)
+        a = mlp0_operand(h, mods, norm_weight, norm_bias, rows, mask, start, mean, rstd, W, EPS, BK)
         acc = multiply(a.to(weight.dtype.element_ty), tile, acc, DOT, BY_SUM)
-    value = product(acc, BY_SUM) + tl.load(bias + cols, cols < W, 0.0)[None, :].to(tl.float32)
+    value = product(acc, BY_SUM) + added
     value = value * tl.sigmoid(value)
     at = out + rows[:, None].to(tl.int64) * W + cols[None, :]
     tl.store(at, value.to(out.dtype.element_ty), mask[:, None] & (cols < W)[None, :])
@@ -151,6 +170,15 @@ def mlp1_operand(a, rows, mask, start, W: tl.constexpr, BK: tl.constexpr):
 
 
 @triton.jit
+def gate_and_residual(mods, h, rows, cols, mask, W: tl.constexpr):
+    """(gate, h) of one tile, [BM, BN] float32."""
+    valid = mask[:, None] & (cols < W)[None, :]
+    row = rows[:, None].to(tl.int64)
+    gate = tl.load(mods + row * (3 * W) + 2 * W + cols[None, :], valid, 0.0).to(tl.float32)
+    return gate, tl.load(h + row * W + cols[None, :], valid, 0.0, cache_modifier=".cg")
+
+
+@triton.jit
 def mlp1_tile(
     row_tile, col_tile, a, mods, weight, bias, h, stats, w, M,
     W: tl.constexpr, DOT: tl.constexpr, BY_SUM: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
@@ -160,6 +188,9 @@ def mlp1_tile(
     rows = row_tile * BM + tl.arange(0, BM)
     cols = col_tile * BN + tl.arange(0, BN)
     mask = rows < M
+    added = tl.load(bias + cols, cols < W, 0.0)[None, :].to(tl.float32)
+    if BY_SUM:  # few rows wait for memory, so everything is asked for first; many would fill the registers
+        gate, residual = gate_and_residual(mods, h, rows, cols, mask, W)
     acc = accumulator(BM, BN, BK, BY_SUM)
     FIRST: tl.constexpr = BK if PRELOADED else 0
     if PRELOADED:
@@ -167,25 +198,30 @@ def mlp1_tile(
     for start in tl.range(FIRST, W, BK, num_stages=STAGES):
         tile = weight_tile(weight, cols, start, W, BK)
         acc = multiply(mlp1_operand(a, rows, mask, start, W, BK), tile, acc, DOT, BY_SUM)
+    if not BY_SUM:
+        gate, residual = gate_and_residual(mods, h, rows, cols, mask, W)
+    value = residual + gate * (product(acc, BY_SUM) + added)
     valid = mask[:, None] & (cols < W)[None, :]
-    row = rows[:, None].to(tl.int64)
-    gate = tl.load(mods + row * (3 * W) + 2 * W + cols[None, :], valid, 0.0).to(tl.float32)
-    value = product(acc, BY_SUM) + tl.load(bias + cols, cols < W, 0.0)[None, :].to(tl.float32)
-    at = h + row * W + cols[None, :]
-    value = tl.load(at, valid, 0.0, cache_modifier=".cg") + gate * value
-    tl.store(at, value, valid)
+    tl.store(h + rows[:, None].to(tl.int64) * W + cols[None, :], value, valid)
     store_statistics(stats, col_tile, rows, mask, cols, value, M, W, BN)
 
 
 @triton.jit
-def input_tile(
-    x, col_tile, tokens, mask, channels, weight, bias, h, stats, N, M,
-    C: tl.constexpr, W: tl.constexpr, GUIDED: tl.constexpr, BN: tl.constexpr,
-):  # fmt: skip
-    """h = x @ weight^T + bias for x [R, CP], one column tile, written for both halves under guidance."""
+def input_weights(weight, bias, col_tile, channels, C: tl.constexpr, W: tl.constexpr, BN: tl.constexpr):
+    """(weight [BN, CP], bias [BN]) of one column tile of the input projection."""
     cols = col_tile * BN + tl.arange(0, BN)
-    w = tl.load(weight + cols[:, None] * C + channels[None, :], (cols < W)[:, None] & (channels < C)[None, :], 0.0)
-    value = tl.sum(x[:, None, :] * w[None, :, :], 2) + tl.load(bias + cols, cols < W, 0.0)[None, :]
+    valid = (cols < W)[:, None] & (channels < C)[None, :]
+    w = tl.load(weight + cols[:, None] * C + channels[None, :], valid, 0.0)
+    return w, tl.load(bias + cols, cols < W, 0.0)
+
+
+@triton.jit
+def input_tile(
+    x, w, bias, col_tile, tokens, mask, h, stats, N, M, W: tl.constexpr, GUIDED: tl.constexpr, BN: tl.constexpr
+):
+    """h = x @ w^T + bias for x [R, CP], one column tile, written for both halves under guidance."""
+    cols = col_tile * BN + tl.arange(0, BN)
+    value = tl.sum(x[:, None, :] * w[None, :, :], 2) + bias[None, :]
     valid = mask[:, None] & (cols < W)[None, :]
     at = h + tokens[:, None].to(tl.int64) * W + cols[None, :]
     tl.store(at, value, valid)
@@ -219,14 +255,15 @@ def output_tile(
         valid = inside[:, None] & (k < W)[None, :]
         at = weight + channels[:, None] * W + k[None, :]
         w = tl.load(at, valid, 0.0)
-        normed, scale, shift = modulated(h, mods, 2 * W, tokens, mask, k, mean, rstd, W)
-        a = tl.where((k < W)[None, :], normed * scale + shift, 0.0)
+        value, scale, shift = modulation_inputs(h, mods, 2 * W, tokens, mask, k, W)
+        # Beyond W the weights are 0.
+        a = (value - mean[:, None]) * rstd[:, None] * (1.0 + scale) + shift
         eps = multiply(a, w, eps, tl.float32, BY_SUM)
         if LEARNED:
             v = multiply(a, tl.load(at + C * W, valid, 0.0), v, tl.float32, BY_SUM)
         if GUIDED:
-            normed, scale, shift = modulated(h, mods, 2 * W, N + tokens, mask, k, mean_u, rstd_u, W)
-            a = tl.where((k < W)[None, :], normed * scale + shift, 0.0)
+            value, scale, shift = modulation_inputs(h, mods, 2 * W, N + tokens, mask, k, W)
+            a = (value - mean_u[:, None]) * rstd_u[:, None] * (1.0 + scale) + shift
             eps_u = multiply(a, w, eps_u, tl.float32, BY_SUM)
     offset = tl.load(bias + channels, inside, 0.0)[None, :]
     eps = product(eps, BY_SUM) + offset
@@ -238,27 +275,34 @@ def output_tile(
 
 
 @triton.jit
-def reverse_step(
-    x, eps, v, eps_u, step, tokens, mask, channels, valid, coefficients, temperature, scale, noise, noise_step,
-    seed, addresses, C: tl.constexpr, GUIDED: tl.constexpr, PHILOX: tl.constexpr,
-):  # fmt: skip
-    """(x after reverse step ``step``, log std of that step without the temperature), each [R, CP].
-
-    A row of ``coefficients`` holds sqrt_recip_acp, sqrt_recipm1_acp, coef1, coef2, and the log std
-    at v = 1 and at v = -1 (equal where the variance is fixed).
-    """
-    if GUIDED:
-        eps = eps_u + tl.load(scale + tokens, mask, 0.0)[:, None] * (eps - eps_u)
-    table = coefficients + step * 8
-    x0 = tl.load(table) * x - tl.load(table + 1) * eps
-    mean = tl.load(table + 2) * x0 + tl.load(table + 3) * x
-    f = (v + 1.0) * 0.5
-    log_std = f * tl.load(table + 4) + (1.0 - f) * tl.load(table + 5)
+def step_noise(
+    noise, noise_step, seed, addresses, step, tokens, mask, channels, valid, C: tl.constexpr, PHILOX: tl.constexpr
+):
+    """The noise of reverse step ``step``, [R, CP], stored or addressed."""
     if PHILOX:
         row = tl.load(addresses + tokens, mask, 0)
         z = normal(tl.load(seed), row[:, None], step, channels[None, :], STREAM_STEP)
     else:
         at = noise + step.to(tl.int64) * noise_step + tokens[:, None].to(tl.int64) * C + channels[None, :]
         z = tl.load(at, valid, 0.0)
-    moved = mean + tl.load(temperature) * tl.exp(log_std) * z
-    return tl.where(step > 0, moved, mean), log_std
+    return z
+
+
+@triton.jit
+def step_table(coefficients, step):
+    """Of reverse step ``step``: sqrt_recip_acp, sqrt_recipm1_acp, coef1, coef2, and the log std at v = 1 and at
+    v = -1 (equal where the variance is fixed)."""
+    at = coefficients + step * 8
+    return tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3), tl.load(at + 4), tl.load(at + 5)
+
+
+@triton.jit
+def reverse_step(x, eps, v, eps_u, z, table, step, scale, temperature, GUIDED: tl.constexpr):
+    """(x after reverse step ``step``, log std of that step without the temperature), each [R, CP]."""
+    recip, recipm1, coef1, coef2, upper, lower = table
+    if GUIDED:
+        eps = eps_u + scale[:, None] * (eps - eps_u)
+    mean = coef1 * (recip * x - recipm1 * eps) + coef2 * x
+    f = (v + 1.0) * 0.5
+    log_std = f * upper + (1.0 - f) * lower
+    return tl.where(step > 0, mean + temperature * tl.exp(log_std) * z, mean), log_std
