@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import torch
 
@@ -24,8 +26,11 @@ def eager_denoise(diffloss, cond, x_t, noise, dtype=None):
 def compiled_denoise(diffloss, dtype, mode="reduce-overhead"):
     """The same loop with its step under ``torch.compile`` (CUDA graphs inside): a function of (cond, x_t, noise).
 
-    The step's number enters as tensors, so that one compilation serves all steps.
+    The step's number enters as tensors, so that one compilation serves all steps; weights are of the operands' type
+    beforehand, which autocast would convert at every step of a compiled loop.
     """
+    torch._dynamo.reset()  # or the second size compiles to code for any size
+    net = copy.deepcopy(diffloss.net).to(dtype)
     diffusion, schedule = diffloss.gen_diffusion, diffloss.gen_diffusion.schedule
     device = next(diffloss.parameters()).device
     names = ("sqrt_recip_acp", "sqrt_recipm1_acp", "coef1", "coef2", "log_beta", "log_posterior")
@@ -33,12 +38,12 @@ def compiled_denoise(diffloss, dtype, mode="reduce-overhead"):
     timesteps = torch.tensor(schedule.timesteps, device=device)
 
     def step(x, cond, noise, t, row):
-        out, channels = diffloss.net(x, t.expand(len(x)), cond), x.shape[1]
+        out, channels = net(x, t.expand(len(x)), cond).float(), x.shape[1]
         mean = row[2] * (row[0] * x - row[1] * out[:, :channels]) + row[3] * x
         frac = (out[:, channels:] + 1) / 2
         return mean, mean + torch.exp(0.5 * (frac * row[4] + (1 - frac) * row[5])) * noise
 
-    compiled = torch.compile(step, mode=mode)
+    compiled = torch.compile(step, mode=mode, dynamic=False)
 
     def denoise(cond, x_t, noise):
         x = x_t

@@ -14,7 +14,7 @@ import torch
 
 from cspd.models import DiffLoss
 from cspd_kernels import DiffusionHead, PhiloxNoise
-from cspd_kernels.ops.denoise.triton_chain import Chain, coefficients
+from cspd_kernels.ops.denoise.triton_chain import Chain, Tables
 from cspd_kernels.ops.denoise.triton_config import PERSISTENT_LIMIT
 from cspd_kernels.ops.denoise.triton_persistent import PersistentChain
 from cspd_kernels.triton_report import ARCHITECTURES, Launch, compiled, recorded_launches
@@ -39,7 +39,7 @@ def launches_of(
     with recorded_launches() as launches:
         chain = kind(head, tokens, guided, noise, head.num_steps, static=False)
         chain.load(condition, x, noise, 1.0, 2.0 if guided else None)
-        chain.launch(head, coefficients(head))
+        chain.launch(head, Tables(head))
     return list(launches)
 
 

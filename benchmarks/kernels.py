@@ -11,7 +11,6 @@ import argparse
 import os
 from functools import partial
 from pathlib import Path
-from unittest import mock
 
 import torch
 
@@ -20,6 +19,7 @@ from cspd_kernels import DiffusionHead, accept_reject, denoise
 from cspd_kernels.backends import BACKENDS, why_unavailable
 from cspd_kernels.ops.accept_reject.reference import accept_reject as accept_reject_definition
 from cspd_kernels.ops.denoise import reference
+from cspd_kernels.ops.denoise.triton_config import PERSISTENT_LIMIT, PERSISTENT_VARIABLE
 from cspd_kernels.testing import random_chains, random_inputs, randomize_, relative_error
 
 from baselines import compiled_denoise, eager_denoise, library_products, looped_accept_reject
@@ -32,7 +32,6 @@ CASES = {
     "cuda": [("MAR-B", 2), ("MAR-B", 8), ("MAR-B", 64), ("MAR-L", 2), ("MAR-H", 2), ("MAR-H", 512)],
 }
 STEPS, CHANNELS = 100, 16
-PERSISTENT_VARIABLE, PERSISTENT_LIMIT = "CSPD_PERSISTENT_MAX_TOKENS", 16
 
 
 def serving(op: str, device: torch.device) -> list[str]:
@@ -86,8 +85,11 @@ def denoise_rows(model: str, rows: int, backends: list[str], runs: int, device: 
 
 def _persistent(head: DiffusionHead, *inputs):
     """The chain with the persistent kernel switched on."""
-    with mock.patch.dict(os.environ, {PERSISTENT_VARIABLE: str(PERSISTENT_LIMIT)}):
+    os.environ[PERSISTENT_VARIABLE] = str(PERSISTENT_LIMIT)
+    try:
         return denoise(head, *inputs, backend="triton")
+    finally:
+        del os.environ[PERSISTENT_VARIABLE]
 
 
 def _captured(function):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
@@ -22,6 +23,9 @@ def why_not_here(device: torch.device) -> str | None:
     if torch.cuda.is_current_stream_capturing():
         return CALLER_CAPTURES
     return None
+
+
+_capturing = threading.Lock()  # heads have locks of their own, and all captures of a device one stream
 
 
 @functools.cache
@@ -48,7 +52,8 @@ class CudaGraph:
         self.uses += 1
         if self.uses == 2:
             try:
-                self.graph = self._capture(launch, warm_up)
+                with _capturing:
+                    self.graph = self._capture(launch, warm_up)
             except RuntimeError as error:
                 log_once(f"kernels are launched one by one, their CUDA graph could not be captured: {error}")
         if self.graph is not None:
@@ -59,6 +64,8 @@ class CudaGraph:
     def _capture(self, launch: Callable[[], None], warm_up: Callable[[], None]) -> torch.cuda.CUDAGraph:
         graph, stream, current = torch.cuda.CUDAGraph(), _capture_stream(self.device), torch.cuda.current_stream()
         stream.wait_stream(current)
+        collecting = gc.isenabled()
+        gc.disable()  # what a collection would free may wait for the device, which ends a capture
         try:
             with torch.cuda.stream(stream):
                 warm_up()
@@ -68,8 +75,10 @@ class CudaGraph:
                     launch()
                 finally:
                     graph.capture_end()
-        finally:  # a capture that failed has warmed up on the buffers, too
-            current.wait_stream(stream)
+        finally:
+            if collecting:
+                gc.enable()
+            current.wait_stream(stream)  # also after a failure: it has warmed up on the buffers
         return graph
 
 
@@ -85,7 +94,8 @@ class Plan:
 
     @property
     def bytes(self) -> int:
-        return sum(b.untyped_storage().nbytes() for b in self.buffers)
+        storages = {b.untyped_storage().data_ptr(): b.untyped_storage().nbytes() for b in self.buffers}
+        return sum(storages.values())
 
     @contextlib.contextmanager
     def in_turn(self):

@@ -226,8 +226,10 @@ class _HeadPatch:
 def _draw_first(head, rows: int) -> torch.Tensor:
     """x_T (rows, C), drawn as the replaced code does, by the default generator: the CPU's."""
     x_T = torch.randn(rows, head.channels)  # noqa: N806
-    pinned = x_T.device.type == "cpu" and head.device.type == "cuda"
-    if pinned:  # from other memory the copy would wait for all that the device has yet to do
+    # From other memory the copy would wait for all that the device has yet to do. While the caller captures a graph it
+    # must fail, as before: replays would read memory that is long somebody else's.
+    pinned = x_T.device.type == "cpu" and head.device.type == "cuda" and not torch.cuda.is_current_stream_capturing()
+    if pinned:
         x_T = x_T.pin_memory()  # noqa: N806
     return x_T.to(head.device, non_blocking=pinned)
 

@@ -367,13 +367,24 @@ def test_a_first_call_inside_a_capture_of_the_caller_is_refused(make_head, devic
 
 
 @needs_triton
-def test_a_capture_of_the_caller_holds_no_persistent_chain(make_head, device, monkeypatch):
-    monkeypatch.setenv("CSPD_PERSISTENT_MAX_TOKENS", "16")
+@pytest.mark.parametrize("persistent_tokens", [0, 16])
+def test_a_capture_of_the_caller_runs_what_an_earlier_call_has_compiled(
+    make_head, device, monkeypatch, persistent_tokens
+):
+    monkeypatch.setenv("CSPD_PERSISTENT_MAX_TOKENS", str(persistent_tokens))
+    chains, build = [], Chain.__init__
+
+    def built(chain, head, tokens, *arguments, **options):
+        chains.append((type(chain), tokens))
+        build(chain, head, tokens, *arguments, **options)
+
+    monkeypatch.setattr(Chain, "__init__", built)
     head = make_head()
-    call(head, 2)
+    call(head, 3)
     device.captured_by_caller = True
-    monkeypatch.setattr(triton_persistent.PersistentChain, "__init__", None)
-    call(head, 2)
+    call(head, 3)
+    kind = triton_persistent.PersistentChain if persistent_tokens else Chain
+    assert chains == [(kind, 4)] * 2
 
 
 @needs_triton

@@ -26,7 +26,7 @@ from cspd_kernels.triton_noise import cos_of_quarters, normal
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-Chain, PersistentChain = triton_chain.Chain, triton_persistent.PersistentChain
+Chain, PersistentChain, Tables = triton_chain.Chain, triton_persistent.PersistentChain, triton_chain.Tables
 
 
 @pytest.fixture(autouse=True)
@@ -331,8 +331,9 @@ def test_nothing_is_read_before_it_is_written(make_head, shape, poisoned, steps)
 def run_chain(chain, head, inputs, temperature=0.9, cfg_scale=None):
     """What a chain puts out for inputs of at most its number of tokens."""
     chain.load(*inputs, temperature, cfg_scale)
-    chain.launch(head, triton_chain.coefficients(head))
-    return chain.results(len(inputs[1]), temperature)
+    tables = Tables(head)
+    chain.launch(head, tables)
+    return chain.results(len(inputs[1]), temperature, tables)
 
 
 @pytest.mark.parametrize("kind", [Chain, PersistentChain])
@@ -371,24 +372,26 @@ def test_a_chain_that_stopped_waiting_gives_nan_and_the_next_call_says_so(make_h
     chain = PersistentChain(head, 3, False, inputs[2], 3, static=True)
     chain.load(*inputs, 0.9, None)
     chain.error.fill_(1)
-    chain.launch(head, triton_chain.coefficients(head))
-    sample, mean, *_ = chain.results(3, 0.9)
+    tables = Tables(head)
+    chain.launch(head, tables)
+    sample, mean, *_ = chain.results(3, 0.9, tables)
     assert sample.isnan().all()
     assert mean.isnan().all()
     if head.device.type == "cuda":
         torch.cuda.synchronize()  # the next call may come before the host knows
     with pytest.raises(RuntimeError, match=r"gave up waiting .* Set CSPD_PERSISTENT_MAX_TOKENS=0"):
-        chain.load(*inputs, 0.9, None)
+        tables.check()
+    tables.check()  # said once
     assert_close(run_chain(chain, head, inputs), definition(head, *inputs, 0.9), 1e-5)
 
 
 def test_persistent_leaves_unaligned_weights_to_the_layered_chain(make_diffloss, triton_device):
     module = make_diffloss(steps=2).to(triton_device)
-    assert PersistentChain.serves(DiffusionHead.from_module(module))
+    assert Tables(DiffusionHead.from_module(module)).serves_persistent
     bias = module.net.res_blocks[0].mlp[0].bias
     bias.data = torch.cat([bias.data, bias.data])[1 : 1 + len(bias)]
-    assert not PersistentChain.serves(DiffusionHead.from_module(module))
-    assert not PersistentChain.serves(DiffusionHead.from_module(make_diffloss(depth=0, steps=2)))
+    assert not Tables(DiffusionHead.from_module(module)).serves_persistent
+    assert not Tables(DiffusionHead.from_module(make_diffloss(depth=0, steps=2))).serves_persistent
 
 
 class Before:

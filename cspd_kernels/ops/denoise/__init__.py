@@ -18,11 +18,14 @@ WORKSPACE_BYTES = 256 << 20
 # Library, not custom_op, which costs several times as much a call. The head travels as its handle: passing its
 # tensors, up to a hundred, would take longer than the rest of the call, they never change, and what backends derive
 # from a head hangs on the object.
+#
+# It captures and replays CUDA graphs of its own, in memory that outlives the call: not for torch.compile's graphs.
+_TAGS = (torch.Tag.pt2_compliant_tag, *([torch.Tag.cudagraph_unsafe] if hasattr(torch.Tag, "cudagraph_unsafe") else []))
 _library = torch.library.Library("cspd_kernels", "FRAGMENT")
 _library.define(
     "denoise(int head, Tensor cond, Tensor x_T, Tensor? noise, Tensor? rows, SymInt seed, float temperature, "
     "Tensor? cfg_scale, str? backend, int workspace_bytes) -> (Tensor mean, Tensor log_std, Tensor path_log_std)",
-    tags=torch.Tag.pt2_compliant_tag,
+    tags=_TAGS,
 )
 
 

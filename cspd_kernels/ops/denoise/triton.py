@@ -16,12 +16,14 @@ from ...backends import interpreting, log_once
 from ...graphs import CALLER_CAPTURES, Plan, PlanCache, why_not_here
 from ...head import DiffusionHead
 from ...noise import PhiloxNoise
-from .triton_chain import INTERPRETED, Chain, coefficients
+from .triton_chain import INTERPRETED, Chain, Tables
 from .triton_config import persistent_max_tokens
 from .triton_persistent import PersistentChain
 from .workspace import in_blocks_of_rows
 
 GRAPH_BYTES = 1 << 30  # of the buffers of a head's graphs together
+# Of the modulations of one graph: sampling meets about a dozen buckets over and over, which must all fit the above.
+GRAPH_WORKSPACE_BYTES = 64 << 20
 _OLDEST_CAPABILITY = (8, 0)
 _MAX_CHANNELS, _MAX_WIDTH, _WIDTH_MULTIPLE = 64, 2048, 16
 
@@ -30,7 +32,11 @@ class _HeadPlans:
     """What a head's calls share. It does not hold the head."""
 
     def __init__(self, head: DiffusionHead):
-        self.table = coefficients(head)
+        self.tables = Tables(head)
+        self.uploaded = None
+        if head.device.type == "cuda":
+            self.uploaded = torch.cuda.Event()
+            self.uploaded.record()
         self.plans = PlanCache(GRAPH_BYTES)
 
 
@@ -84,7 +90,7 @@ def denoise(head, cond, x_T, noise, temperature, cfg_scale, workspace_bytes):
     limit = max(1, workspace_bytes // bytes_per_row)
 
     def chain(cond, x, noise, cfg_scale, steps):
-        return _chain(head, cond, x, noise, temperature, cfg_scale, limit)
+        return _chain(head, cond, x, noise, temperature, cfg_scale, limit, GRAPH_WORKSPACE_BYTES // bytes_per_row)
 
     cond = cond.reshape(halves, rows, cond.shape[-1])
     device = torch.cuda.device(head.device) if head.device.type == "cuda" else contextlib.nullcontext()
@@ -93,8 +99,8 @@ def denoise(head, cond, x_T, noise, temperature, cfg_scale, workspace_bytes):
         return in_blocks_of_rows(chain, cond, x_T, noise, cfg_scale, bytes_per_row, workspace_bytes)
 
 
-def _chain(head, cond, x, noise, temperature, cfg_scale, limit):
-    """One block of rows; ``limit``: rows times steps whose modulations fit the workspace."""
+def _chain(head, cond, x, noise, temperature, cfg_scale, limit, graph_limit):
+    """One block of rows; the limits are rows times steps whose modulations fit the workspace, or a graph's."""
     rows, guided = len(x), cfg_scale is not None
     reason = why_not_here(head.device)
     if head not in _HEADS:
@@ -105,21 +111,25 @@ def _chain(head, cond, x, noise, temperature, cfg_scale, limit):
             )
         _HEADS.setdefault(head, _HeadPlans(head))
     shared = _HEADS[head]
-    # A persistent chain uploads addresses when it is made, which a caller's capture cannot hold either.
-    persistent = rows <= persistent_max_tokens(head.device) and reason != CALLER_CAPTURES
-    kind = PersistentChain if persistent and PersistentChain.serves(head) else Chain
+    if shared.uploaded is not None and reason != CALLER_CAPTURES:
+        torch.cuda.current_stream().wait_event(shared.uploaded)
+    shared.tables.check()
+    persistent = rows <= persistent_max_tokens(head.device) and shared.tables.serves_persistent
+    kind = PersistentChain if persistent else Chain
     tokens = min(bucket(rows), limit)
-    steps = min(head.num_steps, max(1, limit // tokens))
+    steps = min(head.num_steps, max(1, min(limit, graph_limit) // tokens))
     philox = isinstance(noise, PhiloxNoise)
     if reason is None and (0 if philox else 4 * noise[:, :1].numel() * tokens) > GRAPH_BYTES // 2:
         reason = "the noise is too large to copy"
     if reason is not None:
         if head.device.type == "cuda":
             log_once(f"denoise launches its kernels one by one: {reason}")
-        chain = kind(head, rows, guided, noise, min(head.num_steps, max(1, limit // rows)), static=False)
+        if reason != CALLER_CAPTURES:  # there, the bucket, whose kernels an earlier call has compiled
+            tokens, steps = rows, min(head.num_steps, max(1, limit // rows))
+        chain = kind(head, tokens, guided, noise, steps, static=reason == CALLER_CAPTURES)
         chain.load(cond, x, noise, temperature, cfg_scale)
-        chain.launch(head, shared.table)
-        return chain.results(rows, temperature)
+        chain.launch(head, shared.tables)
+        return chain.results(rows, temperature, shared.tables)
 
     def make() -> tuple[Chain, list[torch.Tensor]]:
         chain = kind(head, tokens, guided, noise, steps, static=True)
@@ -131,7 +141,7 @@ def _chain(head, cond, x, noise, temperature, cfg_scale, limit):
         with plan.in_turn():
             chain.load(cond, x, noise, temperature, cfg_scale)
             plan.graph.run(
-                lambda: chain.launch(head, shared.table),
+                lambda: chain.launch(head, shared.tables),
                 lambda: chain.hoist(head, head.num_steps - steps, head.num_steps),
             )
-            return chain.results(rows, temperature)
+            return chain.results(rows, temperature, shared.tables)

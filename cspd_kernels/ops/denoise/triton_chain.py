@@ -11,7 +11,15 @@ from triton.runtime.jit import JITFunction
 
 from ...head import DiffusionHead
 from ...noise import PhiloxNoise
-from .triton_config import Tile, block_tile, input_columns, multiprocessors, power_of_two, update_tile
+from .triton_config import (
+    PERSISTENT_VARIABLE,
+    Tile,
+    block_tile,
+    input_columns,
+    multiprocessors,
+    power_of_two,
+    update_tile,
+)
 from .triton_layered import _condition_kernel, _input_kernel, _mlp0_kernel, _mlp1_kernel, _update_kernel
 
 TL_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
@@ -24,15 +32,34 @@ def dot_dtype(dtype: torch.dtype):
     return tl.float32 if INTERPRETED and dtype == torch.bfloat16 else TL_DTYPES[dtype]
 
 
-def coefficients(head: DiffusionHead) -> torch.Tensor:
-    """(T, 8) float32: what ``reverse_step`` reads, in its order."""
-    s = head.schedule
-    upper, lower = (s.log_beta, s.log_posterior) if head.learned_variance else (s.fixed_log_variance,) * 2
-    columns = [s.sqrt_recip_acp, s.sqrt_recipm1_acp, s.coef1, s.coef2, 0.5 * upper, 0.5 * lower]
-    table = torch.zeros(s.num_steps, 8)
-    for i, column in enumerate(columns):
-        table[:, i] = torch.from_numpy(column.copy())
-    return to_device(table, head.device)
+class Tables:
+    """What the kernels read of a head besides its weights, uploaded once; and what they report to the host."""
+
+    def __init__(self, head: DiffusionHead):
+        s = head.schedule
+        upper, lower = (s.log_beta, s.log_posterior) if head.learned_variance else (s.fixed_log_variance,) * 2
+        columns = [s.sqrt_recip_acp, s.sqrt_recipm1_acp, s.coef1, s.coef2, 0.5 * upper, 0.5 * lower]
+        table = torch.zeros(s.num_steps, 8, device="cpu")
+        for i, column in enumerate(columns):
+            table[:, i] = torch.from_numpy(column.copy())
+        self.coefficients = to_device(table, head.device)  # (T, 8), as step_table reads them
+        fields = ("norm_weight", "norm_bias", "weight0", "bias0", "weight1", "bias1")
+        addresses = [[getattr(block, field).data_ptr() for field in fields] for block in head.blocks]
+        # Wide loads through a table of addresses need multiples of 16 bytes.
+        self.serves_persistent = head.depth > 0 and all(a % 16 == 0 for block in addresses for a in block)
+        self.addresses = to_device(torch.tensor(addresses, dtype=torch.int64, device="cpu"), head.device)  # (D, 6)
+        # Of an earlier call, in host memory: the device writes it, and nobody waits for that.
+        pinned = head.device.type == "cuda"
+        self.gave_up = torch.zeros(1, dtype=torch.int32, device="cpu", pin_memory=pinned)
+
+    def check(self) -> None:
+        """Raise where an earlier call is known to have failed."""
+        if int(self.gave_up):
+            self.gave_up.zero_()
+            raise RuntimeError(
+                "the persistent denoising kernel of an earlier call gave up waiting at a grid barrier, and that call's "
+                f"tokens are NaN: another stream may have held the device. Set {PERSISTENT_VARIABLE}=0"
+            )
 
 
 def to_device(value: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -71,7 +98,7 @@ class Chain:
             return torch.empty(shape, device=device, dtype=dtype)
 
         width, channels = head.width, head.channels
-        # Zeroed, since rows beyond a call's own are computed from it: they must be finite.
+        # Zeroed: the rows beyond a call's own are computed, too, from whatever lies there.
         self.cond = empty(self.halves, tokens, head.cond_channels, dtype=dtype).zero_()
         self.x = empty(tokens, channels).zero_()
         self.scale = empty(tokens).zero_()
@@ -121,15 +148,15 @@ class Chain:
         else:
             self.noise = noise.contiguous()
 
-    def launch(self, head: DiffusionHead, table: torch.Tensor) -> None:
+    def launch(self, head: DiffusionHead, tables: Tables) -> None:
         """Every kernel of the chain, from the inputs in the buffers to the results in them."""
         self.start(head)
         for stop in range(head.num_steps, 0, -self.steps):
             begin = max(0, stop - self.steps)
             self.hoist(head, begin, stop)
-            self.run_steps(head, table, begin, stop)
+            self.run_steps(head, tables, begin, stop)
 
-    def results(self, n: int, temperature: float) -> tuple[torch.Tensor, ...]:
+    def results(self, n: int, temperature: float, tables: Tables) -> tuple[torch.Tensor, ...]:
         """Copies of (sample, mean, log_std, path_log_std) of the first n tokens; sample and mean are one tensor."""
         log_temperature = math.log(temperature) if temperature > 0 else -math.inf
         mean = self.result[:n].clone()
@@ -166,7 +193,7 @@ class Chain:
             torch.addmm(b.mod_bias, embedded, b.mod_weight.t(), out=mods[:count])
         torch.addmm(head.final_mod_bias, embedded, head.final_mod_weight.t(), out=self.final_mods[:count])
 
-    def run_steps(self, head: DiffusionHead, table: torch.Tensor, start: int, stop: int) -> None:
+    def run_steps(self, head: DiffusionHead, tables: Tables, start: int, stop: int) -> None:
         """Reverse steps stop-1..start."""
         tile, update, rows, width = self.tile, self.update, self.rows, head.width
         grid = (triton.cdiv(width, tile.bn), triton.cdiv(rows, tile.bm))
@@ -189,8 +216,9 @@ class Chain:
                 stats, columns = self.stats, tile.bn
             _update_kernel[(triton.cdiv(self.tokens, update.bm),)](
                 self.h, stats, self.final_mods, head.final_weight, head.final_bias, head.input_weight, head.input_bias,
-                self.input_stats, table, self.temperature, self.scale, self.x, self.noise, self.noise.stride(0),
-                self.seed, self.addresses, self.log_std, self.path, self.tokens, rows, step, first_row,
+                self.input_stats, tables.coefficients, self.temperature, self.scale, self.x, self.noise,
+                self.noise.stride(0), self.seed, self.addresses, self.log_std, self.path, self.tokens, rows, step,
+                first_row,
                 C=head.channels, CP=update.bn, W=width, EPS=head.norm_eps, TILE=columns,
                 TILES_P2=power_of_two(stats.shape[2]), GUIDED=self.halves == 2, LEARNED=head.learned_variance,
                 PHILOX=self.philox, BY_SUM=update.by_sum, R=update.bm, BK=update.bk, STAGES=update.stages,

@@ -14,8 +14,8 @@ import triton.language as tl
 from triton.language.extra.cuda import globaltimer
 
 from ...head import DiffusionHead
-from .triton_chain import INTERPRETED, OPTIONS, TL_DTYPES, Chain, to_device
-from .triton_config import PERSISTENT_VARIABLE, Tile, multiprocessors, persistent_tile, power_of_two
+from .triton_chain import INTERPRETED, OPTIONS, TL_DTYPES, Chain, Tables
+from .triton_config import Tile, multiprocessors, persistent_tile, power_of_two
 from .triton_tiles import (
     input_tile,
     input_weights,
@@ -163,69 +163,50 @@ def _persistent_kernel(
             grid_barrier(counter, error, PROGRAMS, TIMEOUT)
 
 
-def _addresses(head: DiffusionHead) -> list[list[int]]:
-    """Of each block's weights, in the order of ``block_pointer``."""
-    fields = ("norm_weight", "norm_bias", "weight0", "bias0", "weight1", "bias1")
-    return [[getattr(block, field).data_ptr() for field in fields] for block in head.blocks]
-
-
 class PersistentChain(Chain):
-    """A chain whose steps are one launch a workspace of modulations."""
-
-    @staticmethod
-    def serves(head: DiffusionHead) -> bool:
-        """Whether the weights lie at multiples of 16 bytes, as wide loads through a table of addresses need them."""
-        return head.depth > 0 and all(address % 16 == 0 for block in _addresses(head) for address in block)
+    """A chain whose steps are one launch a workspace of modulations; see ``Tables.serves_persistent``."""
 
     def __init__(self, head, tokens, guided, noise, steps, static):
         super().__init__(head, tokens, guided, noise, steps, static)
         device = head.device
-        self.pointers = to_device(torch.tensor(_addresses(head), dtype=torch.int64), device)
         self.outputs = torch.zeros(3, tokens, head.channels, device=device)
         self.both_x = torch.zeros(2, tokens, head.channels, device=device)
         # Step i reads half i % 2 and writes the other; the result is that of step 0.
         self.x, self.result = self.both_x[(head.num_steps - 1) % 2], self.both_x[1]
         self.counter = torch.zeros(1, dtype=torch.int64, device=device)
         self.error = torch.zeros(1, dtype=torch.int32, device=device)
-        self.seen_error = torch.zeros(1, dtype=torch.int32, pin_memory=device.type == "cuda")
 
     def tiles(self, head: DiffusionHead) -> tuple[Tile, int]:
         tile = persistent_tile(self.rows, head.width, multiprocessors(head.device))
         return tile, tile.bn
 
     def load(self, cond, x_T, noise, temperature, cfg_scale) -> None:
-        if int(self.seen_error):  # host memory
-            self.seen_error.zero_()
-            raise RuntimeError(
-                "the persistent denoising kernel of an earlier call gave up waiting at a grid barrier, and that call's "
-                f"tokens are NaN: another stream may have held the device. Set {PERSISTENT_VARIABLE}=0"
-            )
         super().load(cond, x_T, noise, temperature, cfg_scale)
         self.error.zero_()
 
-    def results(self, n: int, temperature: float) -> tuple[torch.Tensor, ...]:
-        self.seen_error.copy_(self.error, non_blocking=True)
-        return super().results(n, temperature)
+    def results(self, n: int, temperature: float, tables: Tables) -> tuple[torch.Tensor, ...]:
+        tables.gave_up.copy_(self.error, non_blocking=True)
+        return super().results(n, temperature, tables)
 
-    def run_steps(self, head, table, start, stop) -> None:
+    def run_steps(self, head, tables, start, stop) -> None:
         if INTERPRETED and triton.cdiv(head.width, self.tile.bn) > 1:  # one program waits for nobody
             for step in reversed(range(start, stop)):
                 for block in range(head.depth):
-                    self._phase(head, table, start, step, step + 1, MLP0, block, block + 1)
-                    self._phase(head, table, start, step, step + 1, MLP1, block, block + 1)
-                self._phase(head, table, start, step, step + 1, OUTPUT, 0, 0)
-                self._phase(head, table, start, step, step + 1, UPDATE, 0, 0)
+                    self._phase(head, tables, start, step, step + 1, MLP0, block, block + 1)
+                    self._phase(head, tables, start, step, step + 1, MLP1, block, block + 1)
+                self._phase(head, tables, start, step, step + 1, OUTPUT, 0, 0)
+                self._phase(head, tables, start, step, step + 1, UPDATE, 0, 0)
         else:
-            self._phase(head, table, start, start, stop, ALL, 0, head.depth)
+            self._phase(head, tables, start, start, stop, ALL, 0, head.depth)
 
-    def _phase(self, head, table, first, start, stop, phase, first_block, last_block) -> None:
+    def _phase(self, head, tables, first, start, stop, phase, first_block, last_block) -> None:
         """Steps stop-1..start with modulations that begin at step ``first``."""
         tile, tokens = self.tile, self.tokens
         programs = triton.cdiv(head.width, tile.bn)
         cooperative = {} if INTERPRETED else {"launch_cooperative_grid": True}
         _persistent_kernel[(programs,)](
-            self.pointers, self.mods, self.mods.stride(0), self.final_mods, head.final_weight, head.final_bias,
-            head.input_weight, head.input_bias, self.h, self.stats, self.activations, self.outputs, table,
+            tables.addresses, self.mods, self.mods.stride(0), self.final_mods, head.final_weight, head.final_bias,
+            head.input_weight, head.input_bias, self.h, self.stats, self.activations, self.outputs, tables.coefficients,
             self.temperature, self.scale, self.both_x, self.noise, self.noise.stride(0), self.seed, self.addresses,
             self.log_std, self.path, self.counter, self.error, tokens, self.rows, first, start, stop, first_block,
             last_block, C=head.channels, CP=self.update.bn, D=head.depth, W=head.width, EPS=head.norm_eps,

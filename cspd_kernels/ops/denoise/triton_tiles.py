@@ -2,8 +2,8 @@
 
 The layered kernels run one of them a launch, the persistent kernel all of them in turn. A residual
 stream h is float32 [M, W]; M counts the rows of both halves under guidance, conditional first. The
-LayerNorm never holds a whole row: who writes h leaves, per row and column tile, the tile's mean and
-its sum of squared deviations, [2, M, TILES]; who reads h merges them.
+LayerNorm of many rows never holds a whole one: who writes h leaves, per row and column tile, its mean and
+sum of squared deviations, [2, M, TILES]; who reads h merges them.
 """
 
 from __future__ import annotations
