@@ -25,9 +25,6 @@ def why_not_here(device: torch.device) -> str | None:
     return None
 
 
-_capturing = threading.Lock()  # heads have locks of their own, and all captures of a device one stream
-
-
 @functools.cache
 def _capture_stream(device: torch.device) -> torch.cuda.Stream:
     """One side stream per device: the default stream cannot be captured, and library workspaces belong to streams."""
@@ -52,8 +49,7 @@ class CudaGraph:
         self.uses += 1
         if self.uses == 2:
             try:
-                with _capturing:
-                    self.graph = self._capture(launch, warm_up)
+                self.graph = self._capture(launch, warm_up)
             except RuntimeError as error:
                 log_once(f"kernels are launched one by one, their CUDA graph could not be captured: {error}")
         if self.graph is not None:
@@ -82,15 +78,30 @@ class CudaGraph:
         return graph
 
 
+class _Turn:
+    """Who ran a plan of a device last. All of its graphs hold the workspaces that libraries keep for the one capture
+    stream: two of them, of two heads even, must not run at a time."""
+
+    def __init__(self):
+        self.lock = threading.RLock()
+        self.done = torch.cuda.Event()
+        self.stream: torch.cuda.Stream | None = None
+
+
+@functools.cache
+def _turn(device: torch.device) -> _Turn:
+    return _Turn()
+
+
 class Plan:
-    """What one key of a :class:`PlanCache` holds: buffers, their graph, and who used them last."""
+    """What one key of a :class:`PlanCache` holds: buffers and their graph."""
 
     def __init__(self, value, buffers: list[torch.Tensor], device: torch.device):
         self.value = value
         self.buffers = buffers
         self.graph = CudaGraph(device)
-        self.done = torch.cuda.Event()
-        self.stream: torch.cuda.Stream | None = None
+        self.turn = _turn(device)
+        self.used = False
 
     @property
     def bytes(self) -> int:
@@ -99,21 +110,23 @@ class Plan:
 
     @contextlib.contextmanager
     def in_turn(self):
-        """The current stream waits for the last one that used the buffers; the host does not."""
-        stream = torch.cuda.current_stream()
-        if self.stream is not None and self.stream != stream:
-            stream.wait_event(self.done)
-        self.stream = stream
-        try:
-            yield
-        finally:
-            self.done.record(stream)
+        """The current stream waits for the last one that ran a plan of this device; the host does not."""
+        turn = self.turn
+        with turn.lock:
+            stream = torch.cuda.current_stream()
+            if turn.stream is not None and turn.stream != stream:
+                stream.wait_event(turn.done)
+            turn.stream, self.used = stream, True
+            try:
+                yield
+            finally:
+                turn.done.record(stream)
 
     def close(self) -> None:
         """Wait until the device no longer uses the buffers or the graph."""
-        if self.stream is not None:
-            self.done.synchronize()
-            self.stream = None
+        if self.used:
+            self.turn.done.synchronize()
+            self.used = False
 
     def __del__(self):
         with contextlib.suppress(Exception):  # the driver may already be shutting down

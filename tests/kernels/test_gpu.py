@@ -237,6 +237,21 @@ def test_two_streams_in_turn(small):
         assert_close(result, definition(small, *one), 1e-5)
 
 
+def test_two_heads_and_two_sizes_on_two_streams(make_diffloss):
+    heads = [DiffusionHead.from_module(make_diffloss(seed=seed).cuda()) for seed in range(2)]
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    cases = [(i % 2, 5 + 100 * (i // 2 % 2), i) for i in range(24)]
+    inputs = [random_inputs(heads[which], rows, seed) for which, rows, seed in cases]
+    torch.cuda.synchronize()
+    out = []
+    for (which, _, _), one in zip(cases, inputs):
+        with torch.cuda.stream(streams[which]):
+            out.append(denoise(heads[which], *one, backend="triton"))
+    torch.cuda.synchronize()
+    for (which, _, _), one, result in zip(cases, inputs, out):
+        assert_close(result, definition(heads[which], *one), 1e-5)
+
+
 def test_memory_is_stable(small):
     inputs = random_inputs(small, 5, 0)
 
@@ -303,13 +318,14 @@ def test_an_image_is_reproducible_bit_by_bit():
 
 
 @pytest.mark.timeout(300)
-def test_a_compiled_caller(small):
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_a_compiled_caller(small, mode):
     def function(cond, x, noise):
         out = denoise(small, cond.tanh(), x * 2, noise, backend="triton")
         return out.sample * 3 + out.log_std, out.path_log_std.exp()
 
     torch._dynamo.reset()
-    compiled = torch.compile(function, fullgraph=True)
+    compiled = torch.compile(function, fullgraph=True, mode=mode)
     for seed, rows in enumerate((5, 5, 8, 8, 8)):
         inputs = random_inputs(small, rows, seed)
         for a, b in zip(compiled(*inputs), function(*inputs), strict=True):

@@ -106,7 +106,9 @@ def cuda(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: cuda.captured_by_caller)
     monkeypatch.setattr(graphs, "_capture_stream", lambda device: cuda.side)
     log_once.cache_clear()
-    return cuda
+    graphs._turn.cache_clear()
+    yield cuda
+    graphs._turn.cache_clear()
 
 
 PLAIN = ["main: kernel"]
@@ -212,6 +214,16 @@ def test_another_stream_waits_for_the_last_user_and_the_same_one_does_not(cuda):
     assert use(cuda.main) == ["main: kernel"]
     assert use(cuda.other) == ["other waits for the event of main", "other: kernel"]
     assert use(cuda.main) == ["main waits for the event of other", "main: kernel"]
+
+
+def test_plans_of_two_heads_on_two_streams_run_one_after_the_other(cuda):
+    """Their graphs share the library workspaces of the stream they were captured on."""
+    one, two = (PlanCache(10).get("key", buffers(10), CUDA) for _ in range(2))
+    with one.in_turn():
+        pass
+    with cuda.stream(cuda.other), two.in_turn():
+        pass
+    assert cuda.told() == ["other waits for the event of main"]
 
 
 def test_a_use_that_fails_is_waited_for_like_any_other(cuda):

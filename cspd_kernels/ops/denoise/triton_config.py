@@ -89,7 +89,7 @@ def persistent_tile(rows: int, width: int, multiprocessors: int = _MULTIPROCESSO
     bm, bk = power_of_two(rows), power_of_two(width)
     if bm * bn * bk > 8192:  # products, 32 a thread
         bk = max(16, min((4096 if bm <= 8 else 2048) // (bm * bn), 128))
-    return Tile(bm, bn, bk, 8, 2, True, 255)
+    return Tile(bm, bn, bk, 8, 2 if bm <= 8 else 1, True, 255)
 
 
 def persistent_max_tokens(device: torch.device) -> int:
