@@ -214,6 +214,6 @@ class PersistentChain(Chain):
             LEARNED=head.learned_variance, PHILOX=self.philox, BM=tile.bm, BN=tile.bn, BK=tile.bk,
             STAGES=tile.stages, R=power_of_two(tokens), OUTPUT_R=min(4, power_of_two(tokens)),
             OUTPUT_BK=min(128, power_of_two(head.width)),
-            TILES_P2=power_of_two(programs), PROGRAMS=programs, TIMEOUT=WATCHDOG_NANOSECONDS, PHASE=phase,
+            TILES_P2=power_of_two(programs), PROGRAMS=programs, TIMEOUT=WATCHDOG_NANOSECONDS, PHASE=phase.value,
             **tile.options, **OPTIONS, **cooperative,
         )  # fmt: skip
