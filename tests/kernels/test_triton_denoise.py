@@ -1,28 +1,20 @@
 """The Triton chains against their definition in float64: on a GPU, or in Triton's interpreter on the CPU."""
 
-import logging
 import multiprocessing
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 from chains import assert_agrees, assert_close, definition, workspace_of
 
-from cspd_kernels import DiffusionHead, PhiloxNoise, backends, denoise
-from cspd_kernels.backends import implementation
+from cspd_kernels import DiffusionHead, PhiloxNoise, denoise
 from cspd_kernels.testing import random_inputs, relative_error
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
 
 import triton
-import triton.language as tl
 
-from cspd_kernels.ops.denoise import triton as triton_backend
 from cspd_kernels.ops.denoise import triton_chain, triton_config, triton_persistent
-from cspd_kernels.ops.denoise.triton_config import Tile, block_tile, persistent_max_tokens, update_tile
-from cspd_kernels.triton_noise import cos_of_quarters, normal
+from cspd_kernels.ops.denoise.triton_config import Tile, block_tile, update_tile
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -443,124 +435,6 @@ def test_modulations_beyond_two_to_the_31(make_head, monkeypatch, triton_device)
     process.start()
     process.join()
     assert process.exitcode == 0
-
-
-# --- random numbers ---
-
-
-@triton.jit(do_not_specialize=["index"])
-def _normal_kernel(out, seed, rows, index, C: tl.constexpr, CP: tl.constexpr, R: tl.constexpr):  # noqa: N803
-    at = tl.program_id(0) * R + tl.arange(0, R)
-    channels = tl.arange(0, CP)
-    value = normal(tl.load(seed), tl.load(rows + at)[:, None], index, channels[None, :], 0)
-    tl.store(out + at[:, None] * C + channels[None, :], value, (channels < C)[None, :])
-
-
-@triton.jit
-def _cosine_kernel(out, t, quarters, BLOCK: tl.constexpr):  # noqa: N803
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    tl.store(out + at, cos_of_quarters(tl.load(t + at), tl.load(quarters + at)))
-
-
-@pytest.mark.parametrize("seed", [0, 2**63 - 1, 2**63 + 5, 2**64 - 1])
-@pytest.mark.parametrize("index", [0, 1, 99])
-def test_normals_are_those_of_the_definition(triton_device, seed, index):
-    rows = torch.randint(0, 2**63 - 1, (512,), generator=torch.Generator().manual_seed(0))
-    rows[:8] = torch.tensor([0, 1, 2**31, 2**32 - 1, 2**32, 2**33 + 1, 2**62, 2**63 - 1])
-    rows = rows.to(triton_device)
-    out = torch.empty(512, 33, device=triton_device)
-    signed = torch.tensor([seed - 2**64 if seed >= 2**63 else seed], device=triton_device)
-    _normal_kernel[(8,)](out, signed, rows, index, C=33, CP=64, R=64)
-    torch.testing.assert_close(out, PhiloxNoise(seed, rows).step(index, 33), rtol=0, atol=1e-5)
-
-
-def test_cosine_of_quarter_turns(triton_device):
-    t = torch.linspace(0, 4, 4 * 4096, device=triton_device)
-    for quarters in (0, 1):
-        out = torch.empty_like(t)
-        _cosine_kernel[(4,)](out, t, torch.full_like(t, quarters, dtype=torch.int32), BLOCK=4096)
-        exact = torch.cos(torch.pi / 2 * (t.double() - quarters))
-        assert (out - exact).abs().max() < 3e-7
-
-
-# --- what the kernels do not cover ---
-
-UNSUPPORTED = [
-    ({"dtype": torch.float64}, "this head is float64"),
-    ({"channels": 65}, "up to 64 channels, and this head has 65"),
-    ({"width": 50}, "multiples of 16 up to 2048, and this head's is 50"),
-    ({"width": 2064}, "multiples of 16 up to 2048, and this head's is 2064"),
-]
-
-
-def unsupported_head(make_diffloss, device, *, dtype=torch.float32, **options):
-    return DiffusionHead.from_module(make_diffloss(depth=0, steps=2, **options).to(device), dtype=dtype)
-
-
-@pytest.mark.parametrize(("options", "limit"), UNSUPPORTED)
-def test_heads_beyond_a_limit_are_refused_by_its_name(make_diffloss, triton_device, options, limit):
-    head = unsupported_head(make_diffloss, triton_device, **options)
-    with pytest.raises(RuntimeError, match=f"backend='triton' cannot serve denoise: .*{limit}"):
-        denoise(head, *random_inputs(head, 2, 0), backend="triton")
-
-
-@pytest.mark.parametrize(("options", "limit"), UNSUPPORTED)
-def test_the_automatic_choice_leaves_them_to_torch_and_says_so_once(make_diffloss, monkeypatch, caplog, options, limit):
-    head = unsupported_head(make_diffloss, "cpu", **options)
-    monkeypatch.setattr(backends, "interpreting", lambda: False)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    backends.log_once.cache_clear()
-    with caplog.at_level(logging.INFO, "cspd_kernels"):
-        for _ in range(2):
-            assert implementation("denoise", None, CUDA, head) is implementation("denoise", "torch")
-    assert [limit in message for message in caplog.messages] == [True]
-
-
-def test_the_automatic_choice_on_a_gpu_takes_these_kernels(head, monkeypatch):
-    monkeypatch.setattr(backends, "interpreting", lambda: False)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert implementation("denoise", None, CUDA, head) is triton_backend.denoise
-
-
-def test_the_interpreter_must_be_chosen_before_the_import(head, monkeypatch):
-    monkeypatch.setattr(triton_backend, "interpreting", lambda: not triton_chain.INTERPRETED)
-    assert "TRITON_INTERPRET was changed" in triton_backend.why_unsupported(head)
-
-
-def test_cpu_tensors_without_the_interpreter():
-    code = (
-        "import torch, cspd_kernels as k\n"
-        "from cspd.models import DiffLoss\n"
-        "head = k.DiffusionHead.from_module(DiffLoss(5, 7, 1, 48, '2'))\n"
-        "k.denoise(head, torch.ones(1, 7), torch.ones(1, 5), torch.ones(2, 1, 5), backend='triton')\n"
-    )
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode != 0
-    assert "backend='triton' cannot serve denoise" in done.stderr.splitlines()[-1]
-    assert "TRITON_INTERPRET=1" in done.stderr.splitlines()[-1]
-
-
-@pytest.mark.parametrize("value", ["17", "-1", "1.5", "all", "²"])
-def test_the_persistent_switch_takes_a_small_number(make_head, monkeypatch, value):
-    monkeypatch.setenv("CSPD_PERSISTENT_MAX_TOKENS", value)
-    head = make_head()
-    message = f"expected CSPD_PERSISTENT_MAX_TOKENS as a number from 0 to 16, got '{value}'"
-    with pytest.raises(ValueError, match=message):
-        denoise(head, *random_inputs(head, 1, 0), backend="triton")
-
-
-def test_the_persistent_switch_goes_before_the_table(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Card A")
-    monkeypatch.setitem(triton_config.PERSISTENT_MAX_TOKENS, "Card A", 4)
-    assert persistent_max_tokens(CUDA) == 4
-    assert persistent_max_tokens(CPU) == 0
-    monkeypatch.setenv("CSPD_PERSISTENT_MAX_TOKENS", "0")
-    assert persistent_max_tokens(CUDA) == 0
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Card B")
-    monkeypatch.delenv("CSPD_PERSISTENT_MAX_TOKENS")
-    assert persistent_max_tokens(CUDA) == 0
 
 
 def test_persistent_takes_up_to_the_given_number_of_tokens(make_head, monkeypatch, multiprocessors):

@@ -1,0 +1,105 @@
+"""When the Triton kernels serve, and what they say when they do not."""
+
+import logging
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from cspd_kernels import DiffusionHead, backends, denoise
+from cspd_kernels.backends import implementation
+from cspd_kernels.testing import random_inputs
+
+pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
+
+
+from cspd_kernels.ops.denoise import triton as triton_backend
+from cspd_kernels.ops.denoise import triton_chain, triton_config
+from cspd_kernels.ops.denoise.triton_config import persistent_max_tokens
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.fixture(autouse=True)
+def here(triton_device):
+    """Every test needs a place where the kernels run."""
+
+
+UNSUPPORTED = [
+    ({"dtype": torch.float64}, "this head is float64"),
+    ({"channels": 65}, "up to 64 channels, and this head has 65"),
+    ({"width": 50}, "multiples of 16 up to 2048, and this head's is 50"),
+    ({"width": 2064}, "multiples of 16 up to 2048, and this head's is 2064"),
+]
+
+
+def unsupported_head(make_diffloss, device, *, dtype=torch.float32, **options):
+    return DiffusionHead.from_module(make_diffloss(depth=0, steps=2, **options).to(device), dtype=dtype)
+
+
+@pytest.mark.parametrize(("options", "limit"), UNSUPPORTED)
+def test_heads_beyond_a_limit_are_refused_by_its_name(make_diffloss, triton_device, options, limit):
+    head = unsupported_head(make_diffloss, triton_device, **options)
+    with pytest.raises(RuntimeError, match=f"backend='triton' cannot serve denoise: .*{limit}"):
+        denoise(head, *random_inputs(head, 2, 0), backend="triton")
+
+
+@pytest.mark.parametrize(("options", "limit"), UNSUPPORTED)
+def test_the_automatic_choice_leaves_them_to_torch_and_says_so_once(make_diffloss, monkeypatch, caplog, options, limit):
+    head = unsupported_head(make_diffloss, "cpu", **options)
+    monkeypatch.setattr(backends, "interpreting", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    backends.log_once.cache_clear()
+    with caplog.at_level(logging.INFO, "cspd_kernels"):
+        for _ in range(2):
+            assert implementation("denoise", None, CUDA, head) is implementation("denoise", "torch")
+    assert [limit in message for message in caplog.messages] == [True]
+
+
+def test_the_automatic_choice_on_a_gpu_takes_these_kernels(head, monkeypatch):
+    monkeypatch.setattr(backends, "interpreting", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert implementation("denoise", None, CUDA, head) is triton_backend.denoise
+
+
+def test_the_interpreter_must_be_chosen_before_the_import(head, monkeypatch):
+    monkeypatch.setattr(triton_backend, "interpreting", lambda: not triton_chain.INTERPRETED)
+    assert "TRITON_INTERPRET was changed" in triton_backend.why_unsupported(head)
+
+
+def test_cpu_tensors_without_the_interpreter():
+    code = (
+        "import torch, cspd_kernels as k\n"
+        "from cspd.models import DiffLoss\n"
+        "head = k.DiffusionHead.from_module(DiffLoss(5, 7, 1, 48, '2'))\n"
+        "k.denoise(head, torch.ones(1, 7), torch.ones(1, 5), torch.ones(2, 1, 5), backend='triton')\n"
+    )
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode != 0
+    assert "backend='triton' cannot serve denoise" in done.stderr.splitlines()[-1]
+    assert "TRITON_INTERPRET=1" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("value", ["17", "-1", "1.5", "all", "²"])
+def test_the_persistent_switch_takes_a_small_number(make_head, monkeypatch, value):
+    monkeypatch.setenv("CSPD_PERSISTENT_MAX_TOKENS", value)
+    head = make_head()
+    message = f"expected CSPD_PERSISTENT_MAX_TOKENS as a number from 0 to 16, got '{value}'"
+    with pytest.raises(ValueError, match=message):
+        denoise(head, *random_inputs(head, 1, 0), backend="triton")
+
+
+def test_the_persistent_switch_goes_before_the_table(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Card A")
+    monkeypatch.setitem(triton_config.PERSISTENT_MAX_TOKENS, "Card A", 4)
+    assert persistent_max_tokens(CUDA) == 4
+    assert persistent_max_tokens(CPU) == 0
+    monkeypatch.setenv("CSPD_PERSISTENT_MAX_TOKENS", "0")
+    assert persistent_max_tokens(CUDA) == 0
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Card B")
+    monkeypatch.delenv("CSPD_PERSISTENT_MAX_TOKENS")
+    assert persistent_max_tokens(CUDA) == 0
