@@ -8,7 +8,6 @@ import importlib.util
 import logging
 import os
 from collections.abc import Callable
-from importlib import metadata
 
 import torch
 
@@ -36,21 +35,32 @@ def why_unavailable(backend: str, op: str = "denoise") -> str | None:
 
 
 def interpreting() -> bool:
-    """Whether Triton kernels run in Triton's interpreter, on the CPU: its switch was on when they were imported."""
+    """Whether Triton kernels imported now run in Triton's interpreter, on the CPU."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on")
 
 
 def _why_not_triton() -> str | None:
     if not _exists("triton"):
         return "Triton is not installed: pip install triton"
-    version = metadata.version("triton")
-    if tuple(map(int, version.split(".")[:2])) < OLDEST_TRITON:
-        return (
-            f"Triton {version} is older than {'.'.join(map(str, OLDEST_TRITON))}: upgrade PyTorch, which brings its own"
-        )
+    if reason := _why_not_this_triton():
+        return reason
     if interpreting() or torch.cuda.is_available():
         return None
     return "no CUDA device (TRITON_INTERPRET=1 before the first import runs the kernels on the CPU, slowly)"
+
+
+@functools.cache
+def _why_not_this_triton() -> str | None:
+    """Asked at every call of an op, and neither the import nor the version changes."""
+    try:
+        # Not the distribution's metadata: it goes by several names.
+        version = importlib.import_module("triton").__version__
+    except Exception as error:  # noqa: BLE001  (whatever a broken installation raises)
+        return f"Triton cannot be imported ({type(error).__name__}: {error}): install it again"
+    if tuple(map(int, version.split(".")[:2])) < OLDEST_TRITON:
+        oldest = ".".join(map(str, OLDEST_TRITON))
+        return f"Triton {version} is older than {oldest}: upgrade PyTorch, which brings its own"
+    return None
 
 
 def implementation(op: str, backend: str | None, device: torch.device | None = None, subject=None) -> Callable:

@@ -136,10 +136,9 @@ class Plan:
 class PlanCache:
     """Plans by key, the least recently used dropped where their buffers exceed ``max_bytes`` together."""
 
-    def __init__(self, max_bytes: int, make_plan: Callable[..., Plan] = Plan):
+    def __init__(self, max_bytes: int):
         self.max_bytes = max_bytes
         self.lock = threading.RLock()
-        self._make_plan = make_plan
         self._plans: OrderedDict[Hashable, Plan] = OrderedDict()
 
     def __len__(self) -> int:
@@ -157,7 +156,7 @@ class PlanCache:
         # Buffers outlive the call: they must not be inference tensors, which later calls could not write to.
         with torch.inference_mode(False), torch.no_grad():
             value, buffers = make()
-        plan = self._plans[key] = self._make_plan(value, buffers, device)
+        plan = self._plans[key] = Plan(value, buffers, device)
         while self.bytes > self.max_bytes and len(self._plans) > 1:
             self._plans.popitem(last=False)[1].close()
         return plan

@@ -206,3 +206,38 @@ def test_import_is_quiet_and_light(tmp_path):
     loaded = set((tmp_path / "modules").read_text().split())
     assert {"cspd_kernels", "cspd"} <= loaded
     assert not {"triton", "sklearn", "scipy", "PIL", "matplotlib"} & loaded
+
+
+@pytest.fixture
+def this_triton():
+    triton = pytest.importorskip("triton")
+    backends._why_not_this_triton.cache_clear()
+    yield triton
+    backends._why_not_this_triton.cache_clear()
+
+
+def test_an_older_triton_is_not_taken(this_triton, monkeypatch):
+    monkeypatch.setattr(this_triton, "__version__", "3.5.1+git")
+    assert "Triton 3.5.1+git is older than 3.6" in available_backends()["triton"]
+
+
+@pytest.mark.parametrize("version", ["3.6.0", "3.10.0+cu130", "4.0.0"])
+def test_a_newer_triton_is_taken(this_triton, monkeypatch, version):
+    monkeypatch.setattr(this_triton, "__version__", version)
+    assert "older" not in available_backends()["triton"]
+
+
+def test_a_triton_that_does_not_import_is_a_reason_and_no_crash(this_triton, monkeypatch):
+    def broken(name):
+        raise ImportError("libcuda.so.1 is of another age")
+
+    monkeypatch.setattr(importlib, "import_module", broken)
+    status = available_backends()["triton"]
+    assert status == "Triton cannot be imported (ImportError: libcuda.so.1 is of another age): install it again"
+
+
+def test_the_installation_is_looked_at_once(this_triton, monkeypatch):
+    first = available_backends()
+    monkeypatch.setattr(importlib, "import_module", lambda name: pytest.fail(f"{name} is imported again"))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: pytest.fail(f"{name} is looked for again"))
+    assert available_backends() == first

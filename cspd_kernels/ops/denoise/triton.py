@@ -81,7 +81,10 @@ def bucket(tokens: int) -> int:
 
 
 def denoise(head, cond, x_T, noise, temperature, cfg_scale, workspace_bytes):
-    """As :func:`cspd_kernels.denoise`; ``cfg_scale`` None means no guidance. Never waits for the device."""
+    """As :func:`cspd_kernels.denoise`; ``cfg_scale`` None means no guidance.
+
+    The host waits for the device only where a head's graphs outgrow their memory and the oldest goes.
+    """
     rows, halves = x_T.shape[0], 1 if cfg_scale is None else 2
     if rows == 0:
         return (*(x_T.new_empty(0, head.channels) for _ in range(3)), x_T.new_empty(0))
