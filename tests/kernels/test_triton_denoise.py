@@ -284,6 +284,15 @@ def test_every_tile_of_the_update(make_head, monkeypatch, tokens, channels):
     assert_agrees(head, *guided_inputs(head, 3, 16), cfg_scale=2.0, backend="triton")
 
 
+@pytest.mark.parametrize("guided", [False, True])
+def test_the_final_layer_by_tensor_cores(make_head, monkeypatch, guided):
+    """No entry of the table does so yet."""
+    monkeypatch.setattr(triton_chain, "update_tile", lambda *_: Tile(16, 16, 32, 4, 2))
+    head = make_head()
+    inputs = guided_inputs(head, 19) if guided else random_inputs(head, 19, 0)
+    assert_agrees(head, *inputs, cfg_scale=2.0 if guided else 1.0, backend="triton")
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_tiles_serve_all_rows_and_few_rows_are_summed(dtype):
     for rows in (1, 2, 3, 4, 5, 16, 17, 100, 1000, 8192):
