@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ...backends import untraced
 from ...triton_support import why_unsupported_here
 from .triton_terms import judged, load, path_term, residuals
 
@@ -83,6 +84,7 @@ def on(device: torch.device):
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
+@untraced
 def log_density_ratio(x, draft, target, relaxation, sigma):
     """As :func:`cspd_kernels.log_density_ratio`."""
     n, channels = x.shape
