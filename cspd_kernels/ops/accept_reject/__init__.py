@@ -11,6 +11,9 @@ from ...noise import check_rows, check_seed
 from ..denoise import Denoised
 from ..density_ratio import check
 
+RESIDUALS = ("rejection", "closed_form")
+_SAME_LOG_STD = 1e-5  # two sigmas nearer than this are one
+
 
 class Verdict(NamedTuple):
     """What became of each token."""
@@ -32,16 +35,28 @@ def accept_reject(
     relaxation: float | torch.Tensor = 1.0,
     sigma: str = "paper",
     max_tries: int = 100,
+    residual: str = "rejection",
+    target_sigma: bool = False,
     backend: str | None = None,
 ) -> Verdict:
     """Accept draft tokens x by the density ratio of aligned chains, or redraw them.
 
     Accepted when ``log u_0 <= log r``, with log r of :func:`cspd_kernels.log_density_ratio` at the
-    given relaxation: always, where log r >= 0. Rejected: for k = 1..max_tries draw
-    ``y ~ N(mu_p, sigma_p^2)`` and keep it with probability ``max(0, 1 - 1 / r_1(y))``, r_1 without
-    relaxation: the modified distribution, proportional to ``max(0, p - q)`` along the chain's last
-    step. A row that keeps none takes ``target.sample``, the target's own aligned draw. There is no
-    zero row and no NaN as long as x and target.sample hold none.
+    given relaxation: always, where log r >= 0. A rejected token is redrawn from the modified
+    distribution, proportional to ``max(0, p - q)`` along the chain's last step, which ``residual``
+    does in one of two ways:
+
+    ``"rejection"``
+        For k = 1..max_tries draw ``y ~ N(mu_p, sigma_p^2)`` and keep it with probability
+        ``max(0, 1 - 1 / r_1(y))``, r_1 without relaxation. The closer the models, the more tries.
+    ``"closed_form"``
+        Where both models have the same sigma (a fixed variance), log r_1 is linear in y, and the
+        modified distribution differs from the target's Gaussian only along ``mu_p - mu_q``: that
+        component is drawn by inverting its distribution function, one try for every row.
+
+    A row that keeps none, or whose closed form lies entirely more than six sigma beyond the target's
+    mean, takes ``target.sample``, the target's own aligned draw. There is no zero row and no NaN as
+    long as x and target.sample hold none.
 
     Random numbers are addressed by (seed; row, try), see :mod:`cspd_kernels.noise`: a token's fate
     depends on neither its batch nor the backend (outside a rounding band of the comparisons).
@@ -50,7 +65,11 @@ def accept_reject(
         x, draft, target, relaxation, sigma, backend: as in :func:`cspd_kernels.log_density_ratio`;
             target.sample (N, C) too.
         seed: int in [0, 2^64). rows: (N,) int64 addresses, default 0..N-1.
-        max_tries: >= 0.
+        max_tries: >= 0; the closed form takes one of them.
+        residual: "rejection" or "closed_form", as above.
+        target_sigma: for the closed form, redraw with the target's sigma in the draft's place, too. Without it the
+            two ``log_std`` must be equal, which is looked at on the CPU only (elsewhere it would wait
+            for the device; the target's is then used).
 
     Returns:
         :class:`Verdict`.
@@ -59,7 +78,8 @@ def accept_reject(
         TypeError, ValueError: an argument does not fit.
 
     Source: Wang et al. 2024, arXiv 2411.11925 (acceptance-rejection sampling of the modified
-    distribution); Leviathan et al. 2023, arXiv 2211.17192 for the modified distribution itself.
+    distribution); Leviathan et al. 2023, arXiv 2211.17192 for the modified distribution itself;
+    arXiv 2606.13426 and 2501.05370 for equal covariances (docs/method.md derives the closed form).
     """
     relaxation = check("accept_reject", x, draft, target, relaxation, sigma)
     check_seed(seed)
@@ -70,5 +90,24 @@ def accept_reject(
         raise ValueError(f"accept_reject expected rows of shape ({len(x)},) to match x, got ({len(rows)},)")
     if isinstance(max_tries, bool) or not isinstance(max_tries, int) or max_tries < 0:
         raise ValueError(f"accept_reject expected max_tries as an int >= 0, got {max_tries!r}")
-    run = implementation("accept_reject", backend, x.device)
-    return Verdict(*run(x.float(), draft, target, seed, rows, relaxation, sigma, max_tries))
+    _check_residual(draft, target, residual, target_sigma)
+    run = implementation("accept_reject", backend, x.device, x)
+    return Verdict(*run(x, draft, target, seed, rows, relaxation, sigma, max_tries, residual))
+
+
+def _check_residual(draft, target, residual, target_sigma) -> None:
+    if residual not in RESIDUALS:
+        raise ValueError(f"accept_reject expected residual one of {RESIDUALS}, got {residual!r}")
+    if not isinstance(target_sigma, bool) or (target_sigma and residual != "closed_form"):
+        raise ValueError(
+            "accept_reject expected target_sigma as a bool, True only with residual='closed_form', "
+            f"got {target_sigma!r} with residual={residual!r}"
+        )
+    if residual == "closed_form" and not target_sigma and target.log_std.device.type == "cpu":
+        difference = (draft.log_std.float() - target.log_std.float()).abs()  # NaN where both are -inf: temperature 0
+        if (difference > _SAME_LOG_STD).any():
+            raise ValueError(
+                "accept_reject expected draft and target with the same log_std for residual='closed_form', got values "
+                f"that differ by up to {float(difference.nan_to_num().max()):.2g}: pass target_sigma=True to redraw "
+                "with the target's, or residual='rejection'"
+            )

@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from ...noise import STREAM_PROPOSAL, normals, uniforms
 from ..density_ratio.reference import log_density_ratio
 
+FARTHEST = 6.0  # a closed-form draw starts at most so many sigma beyond the target's mean
+_SHORTEST = 1e-6  # below this distance of the means, in sigma, the distribution's shape no longer depends on it
 
-def accept_reject(x, draft, target, seed, rows, relaxation=1.0, sigma="paper", max_tries=100, *, dtype=torch.float32):
+
+def accept_reject(
+    x, draft, target, seed, rows, relaxation=1.0, sigma="paper", max_tries=100, residual="rejection",
+    *, dtype=torch.float32,
+):  # fmt: skip
     """As :func:`cspd_kernels.accept_reject`, densities computed in ``dtype`` (float32 or float64)."""
     log_ratio = log_density_ratio(x, draft, target, relaxation, sigma, dtype=dtype)
     accepted = torch.log(uniforms(seed, rows, 0)) <= log_ratio
-    token = torch.where(accepted[:, None], x, target.sample.float())
+    token = torch.where(accepted[:, None], x.float(), target.sample.float())
     tries = torch.where(accepted, 0, -1).to(torch.int32)
+    max_tries = min(max_tries, 1) if residual == "closed_form" else max_tries
     for k in range(1, max_tries + 1):
-        proposal = propose(target, seed, rows, k)
-        kept = keep(proposal, draft, target, sigma, uniforms(seed, rows, k), dtype) & (tries == -1)
+        if residual == "closed_form":
+            proposal, kept = closed_form(draft, target, seed, rows, sigma)
+        else:
+            proposal = propose(target, seed, rows, k)
+            kept = keep(proposal, draft, target, sigma, uniforms(seed, rows, k), dtype)
+        kept &= tries == -1
         token = torch.where(kept[:, None], proposal, token)
         tries = torch.where(kept, k, tries)
     return token, accepted, tries, log_ratio
@@ -32,3 +45,46 @@ def keep(proposal, draft, target, sigma, u, dtype=torch.float32):
     """(N,) bool: u <= 1 - exp(-log r_1(y)), which is never true where log r_1 <= 0 since u > 0."""
     log_ratio = log_density_ratio(proposal, draft, target, 1.0, sigma, dtype=dtype)
     return u <= -torch.expm1(-log_ratio)
+
+
+def closed_form(draft, target, seed, rows, sigma):
+    """One draw of the modified distribution, both models with the target's sigma: ((N, C), (N,) whether it exists).
+
+    With ``d = (mu_p - mu_q) / sigma``, D = |d| and t the component of ``(y - mu_p) / sigma`` along d, the
+    ratio is ``log r_1 = D (t - t_0)``, ``t_0 = -D / 2 - path / D``. So t has a density proportional to
+    ``phi(t) (1 - exp(-D (t - t_0)))`` beyond t_0, that is the survival function
+
+        S(t) proportional to Q(t) - exp(D (t_0 + D / 2)) Q(t + D),        Q the normal's upper tail,
+
+    which is inverted at the uniform of (seed; row, 1); what is orthogonal to d is the first proposal's.
+    In float64: S is a small difference of tails where the models are close.
+    """
+    mean_q, mean_p, log_p, path_q, path_p = (
+        v.double() for v in (draft.mean, target.mean, target.log_std, draft.path_log_std, target.path_log_std)
+    )
+    n = normals(seed, rows, 1, mean_p.shape[-1], STREAM_PROPOSAL).double()
+    d = (mean_p - mean_q) * torch.exp(-log_p)
+    distance = d.square().sum(dim=1).sqrt()
+    t_0 = -0.5 * distance - (path_q - path_p if sigma == "paper" else path_p - path_q) / distance
+    exists = (t_0 <= FARTHEST) & torch.isfinite(distance)
+    along = d / distance.clamp(min=1e-200)[:, None]
+    t = _invert(distance.clamp(min=_SHORTEST), t_0, uniforms(seed, rows, 1).double())
+    n = n + (t - (n * along).sum(dim=1))[:, None] * along
+    return (mean_p + torch.exp(log_p) * n).float(), exists
+
+
+def _invert(distance, t_0, u):
+    """t with ``S(t) = u S(t_0)``, by halving: (N,) float64."""
+
+    def survival(t):
+        log_weight = distance * (t_0 + 0.5 * distance)
+        log_tail, log_other = (torch.special.log_ndtr(-v) for v in (t, t + distance))
+        return torch.exp(log_tail) - torch.exp(log_weight + log_other)
+
+    low, high = t_0.clamp(min=-FARTHEST), torch.full_like(t_0, 2 * FARTHEST)
+    goal = u * survival(low)
+    for _ in range(math.ceil(math.log2(3 * FARTHEST / 1e-10))):
+        middle = 0.5 * (low + high)
+        beyond = survival(middle) > goal
+        low, high = torch.where(beyond, middle, low), torch.where(beyond, high, middle)
+    return low

@@ -11,25 +11,31 @@ import torch
 from ...noise import uniforms
 from ..denoise import Denoised
 from ..density_ratio.reference import log_density_ratio
-from .reference import keep, propose
+from .reference import closed_form, keep, propose
 
 _BLOCK_ELEMENTS = 1 << 24  # of (rows, tries, channels) at once: 64 MiB a temporary
 
 
-def accept_reject(x, draft, target, seed, rows, relaxation, sigma, max_tries, *, compact=None):
+def accept_reject(x, draft, target, seed, rows, relaxation, sigma, max_tries, residual="rejection", *, compact=None):
     """As :func:`cspd_kernels.accept_reject`; ``compact`` says whether to pick out the undecided rows."""
     log_ratio = log_density_ratio(x, draft, target, relaxation, sigma)
     accepted = torch.log(uniforms(seed, rows, 0)) <= log_ratio
-    token = torch.where(accepted[:, None], x, target.sample.float())
+    token = torch.where(accepted[:, None], x.float(), target.sample.float())
     tries = torch.where(accepted, 0, -1).to(torch.int32)
     compact = x.device.type == "cpu" if compact is None else compact
     pending = (~accepted).nonzero()[:, 0] if compact else None
+    max_tries = min(max_tries, 1) if residual == "closed_form" else max_tries
     first, width = 1, 4 if compact else max_tries
     while first <= max_tries and (pending is None or len(pending)):
         count = len(x) if pending is None else len(pending)
         size = min(width, max_tries + 1 - first, max(1, _BLOCK_ELEMENTS // max(1, count * x.shape[1])))
         part = slice(None) if pending is None else pending
-        found, at, proposal = _redraw(_take(draft, part), _take(target, part), seed, rows[part], sigma, first, size)
+        chains = _take(draft, part), _take(target, part)
+        if residual == "closed_form":
+            proposal, found = closed_form(*chains, seed, rows[part], sigma)
+            at = torch.ones_like(tries[part])
+        else:
+            found, at, proposal = _redraw(*chains, seed, rows[part], sigma, first, size)
         found &= tries[part] == -1
         token[part] = torch.where(found[:, None], proposal, token[part])
         tries[part] = torch.where(found, at, tries[part])

@@ -52,8 +52,8 @@ def log_density_ratio(
     Source: Wang et al. 2024, arXiv 2411.11925 (denoising trajectory alignment).
     """
     relaxation = check("log_density_ratio", x, draft, target, relaxation, sigma)
-    run = implementation("log_density_ratio", backend, x.device)
-    return run(x.float(), draft, target, relaxation, sigma)
+    run = implementation("log_density_ratio", backend, x.device, x)
+    return run(x, draft, target, relaxation, sigma)
 
 
 def check(op: str, x, draft, target, relaxation, sigma) -> float | torch.Tensor:
