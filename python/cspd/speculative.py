@@ -4,25 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
 
 import torch
 from tqdm import tqdm
 
-from cspd_kernels import Denoised, DiffusionHead, PhiloxNoise, accept_reject, denoise, log_density_ratio
 from cspd_kernels.backends import implementation
 
 from .checks import check_models, check_num_draft, check_options, check_run
 from .heads import HeadCache
-from .order import Pass, Plan, WindowPlan, plan_steps, random_orders, to_device
-from .policies import Window, draft_length, relaxation_of
-from .stats import ACCEPTED, FELL_BACK, PREFILLED, REDRAWN, Recorder, RunStats, window_sums
-from .transformer import conditions, conditions_by_masks, why_not_by_tables
+from .order import Plan, WindowPlan, plan_steps, random_orders, to_device
+from .policies import Window, draft_length
+from .stats import PREFILLED, Recorder, RunStats
+from .transformer import why_not_by_tables
+from .window import Judged, Model, RunState, prefill, run_window
 
 _logger = logging.getLogger("cspd")
-_ROLES = ("draft", "target")
 
 
 class SpecDecodeRunner:
@@ -85,8 +82,9 @@ class SpecDecodeRunner:
         self._models = {"draft": draft_model, "target": target_model}
         self._heads = {role: HeadCache(model.diffloss) for role, model in self._models.items()}
         self._tables: dict[str, bool] = {}  # whether a model's conditions are computed by tables
-        for role in _ROLES:
-            self._by_tables(role)
+        for role, model in self._models.items():
+            if not getattr(model, "training", False):
+                self._by_tables(role)
         self._recorder: Recorder | None = None
         self._stats: RunStats | None = None
 
@@ -142,6 +140,7 @@ class SpecDecodeRunner:
         windows = None
         if not callable(num_draft):  # all of their tables before the first step
             windows = [plan.window(i, min(i + num_draft, stop)) for i in range(state.prefilled, stop, num_draft)]
+        judged: list[tuple[WindowPlan, Judged]] = []
         recorder = Recorder(state.outcome)
         self._stats, self._recorder = None, None
         with tqdm(total=stop, disable=not progress) as bar:
@@ -154,11 +153,14 @@ class SpecDecodeRunner:
 
             for i in range(state.prefilled):
                 with recorder.phase("target"):
-                    self.prefill(state, plan.step(i))
-                recorder.calls["target"] += 1
+                    prefill(state, plan.step(i))
+                recorder.prefill()
                 bar.update()
-            for window in self._adaptive(state, num_draft, recorder) if windows is None else windows:
-                recorder.window(self.run_window(state, window, phase), window.whole)
+            if windows is None:
+                windows = _adaptive_windows(state, num_draft, judged)
+            for window in windows:
+                judged.append((window, run_window(state, window, phase)))
+                recorder.window(judged[-1][1].sums, window.whole.where.numel(), len(window.drafts))
         images = self.target_model.unpatchify(state.tokens)
         recorder.stop()
         self._recorder = recorder
@@ -180,143 +182,39 @@ class SpecDecodeRunner:
     ) -> RunState:
         """The state of a run before its first step, arguments as in :meth:`run`: for callers with a loop of their own.
 
-        :meth:`run` calls :meth:`prefill` with the first ``state.prefilled`` passes of ``state.plan``, then
-        :meth:`run_window` with windows of the others.
+        :meth:`run` calls :func:`cspd.window.prefill` with ``state.plan.step(i)`` for the first ``state.prefilled``
+        steps, then :func:`cspd.window.run_window` with windows of the others; the tokens are in ``state.tokens``.
         """
         draft, target = self.draft_model, self.target_model
         check_run(draft, target, bsz, labels, temperature, cfg, seed, first_image, orders)
         steps = plan_steps(self.seq_len, num_iter, cfg, cfg_schedule)
         device, guided = target.fake_latent.device, cfg != 1.0
         seed = int(torch.randint(2**63 - 1, ())) if seed is None else seed
-        images = torch.arange(first_image, first_image + bsz, device=device)
-        orders = random_orders(seed, images, self.seq_len) if orders is None else to_device(orders, device)
+        # What may wait for the device, and what comes from the host, before the first kernel.
+        by_tables = {role: self._by_tables(role) for role in self._models}
+        heads = {role: cache.get(self.dtype) for role, cache in self._heads.items()}
         labels = None if labels is None else to_device(labels, device)
         relaxation = self.inner_temperature
         if isinstance(relaxation, torch.Tensor):
             relaxation = to_device(relaxation.float(), device)
-        by_tables = {role: self._by_tables(role) for role in _ROLES}
+        images = torch.arange(first_image, first_image + bsz, device=device)
+        orders = random_orders(seed, images, self.seq_len) if orders is None else to_device(orders, device)
+        models = {
+            role: Model(module, heads[role], by_tables[role], _class_embedding(module, bsz, labels, guided))
+            for role, module in self._models.items()
+        }
         return RunState(
             tokens=torch.zeros(bsz, self.seq_len, self.token_embed_dim, device=device),
             outcome=torch.full(orders.shape, PREFILLED, dtype=torch.int8, device=device),
             plan=Plan(orders, images, steps, guided, masks=not all(by_tables.values())),
             prefilled=sum(step.index < self.ratio * num_iter - 1e-9 for step in steps),
+            **models,
             seed=seed,
             temperature=float(temperature),
             relaxation=relaxation,
-            by_tables=by_tables,
-            heads={role: cache.get(self.dtype) for role, cache in self._heads.items()},
-            embeddings={
-                role: _class_embedding(model, bsz, labels, guided) for role, model in self._models.items()
-            },
-        )
-
-    @torch.no_grad()
-    def prefill(self, state: RunState, plan: Pass) -> None:
-        """One step of the target alone."""
-        drawn = self._draw("target", state, plan)
-        state.write(plan, drawn.chain.sample)
-        self._remember(state, drawn.z)
-
-    @torch.no_grad()
-    def run_window(
-        self, state: RunState, window: WindowPlan, phase: Callable[[str], contextlib.AbstractContextManager] | None = None
-    ) -> Judged:
-        """Draft the steps of a window, judge them against the context before it, write what was kept or redrawn.
-
-        Works on device tensors and on tables made before, reads nothing and writes the state's buffers in place: a
-        caller may capture it in a CUDA graph, after one call with the same sizes, and with ``phase`` left out.
-        Replayed, it reads and writes the same buffers for the same positions.
-
-        Args:
-            state, window: of :meth:`begin` and ``state.plan.window(first, stop)``.
-            phase: gives a context for each of "draft" (once a step), "target" and "verify", to time them.
-        """
-        phase, plan = phase or _untimed, window.whole
-        drafts = []
-        for step in window.drafts:
-            with phase("draft"):
-                drafts.append(self._draw("draft", state, step))
-                state.write(step, drafts[-1].chain.sample)
-        with phase("target"):
-            target = self._draw("target", state, plan)
-        with phase("verify"):
-            drafted = _concatenate([draft.chain for draft in drafts], len(state.tokens))
-            raw = log_density_ratio(drafted.sample, drafted, target.chain, sigma=self.sigma, backend=self.backend)
-            verdict = accept_reject(
-                drafted.sample,
-                drafted,
-                target.chain,
-                seed=state.seed,
-                rows=plan.rows,
-                relaxation=self._relaxation(state, plan, drafts, drafted, target, raw),
-                sigma=self.sigma,
-                max_tries=self.max_tries,
-                backend=self.backend,
-            )
-            state.write(plan, verdict.token)
-            redrawn = torch.where(verdict.tries < 0, FELL_BACK, REDRAWN)
-            outcome = torch.where(verdict.accepted, ACCEPTED, redrawn).to(torch.int8)
-            state.outcome.scatter_(1, plan.where, outcome.view_as(plan.where))
-            self._remember(state, target.z)
-            sums = window_sums(verdict.accepted, raw, verdict.tries)
-        return Judged(sums, verdict.log_ratio.view(plan.where.shape))
-
-    def _draw(self, role: str, state: RunState, plan: Pass) -> _Drawn:
-        """One pass of a model over the known tokens, and its head for all positions of the pass."""
-        batch, n = plan.where.shape
-        compute, known = (conditions, plan.known) if state.by_tables[role] else (conditions_by_masks, plan.mask)
-        tokens = state.tokens.repeat(len(plan.wanted) // batch, 1, 1)
-        z = compute(self._models[role], tokens, known, state.embeddings[role], plan.wanted)
-        head, noise = state.heads[role], PhiloxNoise(state.seed, plan.rows)
-        chain = denoise(
-            head,
-            z.flatten(0, 1),  # conditional rows first
-            noise.x_T(head.channels),
-            noise,
-            temperature=state.temperature,
-            cfg_scale=plan.cfg_scale,
             backend=self.backend,
+            rule={"sigma": self.sigma, "max_tries": self.max_tries},
         )
-        return _Drawn(chain, z[:batch])
-
-    def _relaxation(self, state: RunState, plan: Pass, drafts: list[_Drawn], drafted, target: _Drawn, raw):
-        """The relaxation of each token of a window: a number, or (B n,)."""
-        relaxation, shape = state.relaxation, plan.where.shape
-        if isinstance(relaxation, torch.Tensor):
-            return relaxation[plan.where].flatten()
-        if not callable(relaxation):
-            return relaxation
-        window = Window(
-            positions=plan.where,
-            steps=plan.steps,
-            target_z=target.z,
-            draft_z=torch.cat([draft.z for draft in drafts], dim=1),
-            previous_target_z=state.previous_target_z,
-            log_ratio=raw.view(shape),
-            draft_log_std=drafted.log_std.view(*shape, -1),
-            target_log_std=target.chain.log_std.view(*shape, -1),
-        )
-        return relaxation_of(relaxation, window)
-
-    def _remember(self, state: RunState, z: torch.Tensor) -> None:
-        """Keep the hidden state of the last token that the target looked at, for a policy."""
-        if not callable(self.inner_temperature):
-            return
-        if state.previous_target_z is None:
-            state.previous_target_z = z[:, -1].clone()
-        else:
-            state.previous_target_z.copy_(z[:, -1])
-
-    def _adaptive(self, state: RunState, policy, recorder: Recorder):
-        """Windows as a policy wants them; each asks for the acceptance of the one before, and so waits for it."""
-        seen, first, stop = [], state.prefilled, len(state.plan.steps)
-        while first < stop:
-            window = state.plan.window(first, min(first + draft_length(policy, seen), stop))
-            yield window
-            first += len(window.drafts)
-            if first < stop:
-                probability = recorder.last.log_ratio.clamp(max=0).exp().split(window.whole.counts, dim=1)
-                seen.append(torch.stack([part.mean() for part in probability]).tolist())
 
     def _by_tables(self, role: str) -> bool:
         """Whether a model's conditions are computed by tables; compared once, when it is first in eval mode."""
@@ -339,52 +237,19 @@ class SpecDecodeRunner:
         return self._tables[role]
 
 
-@dataclass
-class RunState:
-    """What the steps of one run share. All tensors are on the models' device; the buffers are written in place."""
-
-    tokens: torch.Tensor  # (B, L, C) float32 buffer: grows step by step
-    outcome: torch.Tensor  # (B, L) int8 buffer: what became of each token, as in RunStats
-    plan: Plan
-    prefilled: int  # how many of the plan's steps are the target's alone
-    seed: int
-    temperature: float
-    relaxation: float | torch.Tensor | Callable[[Window], torch.Tensor]  # a tensor has one per position, (L,)
-    by_tables: dict[str, bool]
-    heads: dict[str, DiffusionHead]
-    embeddings: dict[str, torch.Tensor]  # (B or 2 B, E): of the classes, then, under guidance, of no class
-    previous_target_z: torch.Tensor | None = None  # (B, Z) buffer for policies: of the target's last token
-
-    def write(self, plan: Pass, tokens: torch.Tensor) -> None:
-        """Put (B n, C) tokens at the positions of a pass."""
-        tokens = tokens.to(self.tokens.dtype).view(*plan.where.shape, -1)
-        self.tokens.scatter_(1, plan.where[..., None].expand_as(tokens), tokens)
-
-
-class Judged(NamedTuple):
-    """What is known of a verified window, on the device."""
-
-    sums: torch.Tensor  # (3,) of :func:`cspd.stats.window_sums`
-    log_ratio: torch.Tensor  # (B, n) at the relaxation in use
-
-
-class _Drawn(NamedTuple):
-    chain: Denoised  # of B n tokens
-    z: torch.Tensor  # (B, n, Z) hidden states of the conditional rows
-
-
-def _untimed(_: str) -> contextlib.AbstractContextManager:
-    return contextlib.nullcontext()
-
-
 def _class_embedding(model, bsz: int, labels: torch.Tensor | None, guided: bool) -> torch.Tensor:
     none = model.fake_latent.repeat(bsz, 1)
     embedding = none if labels is None else model.class_emb(labels)
     return torch.cat([embedding, none]) if guided else embedding
 
 
-def _concatenate(chains: list[Denoised], bsz: int) -> Denoised:
-    """Chains of several steps, (B n_k, ...) each, as one of the window, image by image: (B n, ...)."""
-    return Denoised(
-        *(torch.cat([f.view(bsz, -1, *f.shape[1:]) for f in fields], dim=1).flatten(0, 1) for fields in zip(*chains))
-    )
+def _adaptive_windows(state: RunState, policy, judged: list[tuple[WindowPlan, Judged]]) -> Iterator[WindowPlan]:
+    """Windows as long as a policy wants them. It is told of those in ``judged``, which waits for the last of them."""
+    acceptance, first, stop = [], state.prefilled, len(state.plan.steps)
+    while first < stop:
+        for window, verdict in judged[len(acceptance) :]:
+            steps = verdict.log_ratio.clamp(max=0).exp().split(window.whole.counts, dim=1)
+            acceptance.append(torch.stack([step.mean() for step in steps]).tolist())
+        window = state.plan.window(first, min(first + draft_length(policy, acceptance), stop))
+        yield window
+        first += len(window.drafts)

@@ -12,7 +12,7 @@ import torch
 from small_models import small_mar
 
 import cspd
-from cspd import speculative
+from cspd import window
 from cspd.order import mask_lengths
 from cspd_kernels import Denoised
 from cspd_kernels.testing import relative_error
@@ -70,15 +70,15 @@ def stubbed(monkeypatch):
         assert torch.equal(x[:, 1], target.sample[:, 1])  # the same positions in the same places
         kept = keep(x)
         tries = torch.where(kept, 0, 1).int()
-        return SimpleNamespace(token=torch.where(kept[:, None], x, target.sample), accepted=kept, tries=tries)
+        return SimpleNamespace(token=torch.where(kept[:, None], x, target.sample), accepted=kept, tries=tries, log_ratio=x[:, 1])
 
     keep_box = {"keep": lambda x: torch.ones(len(x), dtype=torch.bool)}
 
     def keep(x):
         return keep_box["keep"](x)
 
-    monkeypatch.setattr(speculative, "denoise", denoise)
-    monkeypatch.setattr(speculative, "accept_reject", accept_reject)
+    monkeypatch.setattr(window, "denoise", denoise)
+    monkeypatch.setattr(window, "accept_reject", accept_reject)
     return SimpleNamespace(calls=calls, keep=keep_box, draft=Stub(1.0), target=Stub(2.0))
 
 
