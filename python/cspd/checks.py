@@ -11,6 +11,7 @@ import torch
 from cspd_kernels import Schedule
 from cspd_kernels.head import why_not_a_head
 from cspd_kernels.noise import check_seed
+from cspd_kernels.ops.accept_reject import RESIDUALS
 from cspd_kernels.ops.density_ratio import SIGMAS
 
 from .heads import verify_network
@@ -75,6 +76,31 @@ def check_options(seq_len: int, inner_temperature, ratio, sigma, max_tries) -> N
         )
     if isinstance(max_tries, bool) or not isinstance(max_tries, int) or max_tries < 0:
         raise ValueError(f"expected max_tries as an int >= 0, got {max_tries!r}")
+
+
+def check_residual(draft, target, residual, target_sigma) -> None:
+    """Raise where rejected tokens cannot be redrawn in the way that is asked for."""
+    if residual not in RESIDUALS:
+        raise ValueError(f"expected residual one of {RESIDUALS}, got {residual!r}")
+    if not isinstance(target_sigma, bool) or (target_sigma and residual != "closed_form"):
+        raise ValueError(
+            "expected target_sigma as a bool, True only with residual='closed_form', "
+            f"got {target_sigma!r} with residual={residual!r}"
+        )
+    if residual != "closed_form" or target_sigma:
+        return
+    # With a fixed variance the last step's is the same, whichever kind: it follows from the noise schedule.
+    learned = [role for role, model in (("draft", draft), ("target", target)) if _learned_variance(model.diffloss)]
+    if learned:
+        raise ValueError(
+            "expected heads with a fixed variance for residual='closed_form', got a learned one in the "
+            f"{' and the '.join(learned)}: pass target_sigma=True to redraw with the target's sigma, or "
+            "residual='rejection'"
+        )
+
+
+def _learned_variance(diffloss) -> bool:
+    return diffloss.net.final_layer.linear.out_features == 2 * diffloss.in_channels
 
 
 def check_num_draft(num_draft) -> None:

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from cspd_kernels.backends import implementation
 
-from .checks import check_models, check_num_draft, check_options, check_run
+from .checks import check_models, check_num_draft, check_options, check_residual, check_run
 from .heads import HeadCache
 from .order import Plan, WindowPlan, plan_steps, random_orders, to_device
 from .policies import Window, draft_length
@@ -53,6 +53,8 @@ class SpecDecodeRunner:
         sigma: ``"paper"`` or ``"released"``, see :func:`cspd_kernels.log_density_ratio`.
         backend, dtype: as in :func:`cspd.patch`.
         max_tries: redraws per rejected token before it takes the target's own aligned sample.
+        residual, target_sigma: how a rejected token is redrawn, see :func:`cspd_kernels.accept_reject`.
+            ``"closed_form"`` is for heads with a fixed variance; learned ones need ``target_sigma``.
 
     Raises:
         TypeError, ValueError: models that do not fit together, or an argument out of range.
@@ -71,14 +73,18 @@ class SpecDecodeRunner:
         backend: str | None = None,
         dtype: torch.dtype | None = None,
         max_tries: int = 100,
+        residual: str = "rejection",
+        target_sigma: bool = False,
     ):
         implementation("accept_reject", backend)
         check_models(draft_model, target_model)
         check_options(target_model.seq_len, inner_temperature, ratio, sigma, max_tries)
+        check_residual(draft_model, target_model, residual, target_sigma)
         self.draft_model, self.target_model = draft_model, target_model
         self.seq_len, self.token_embed_dim = target_model.seq_len, target_model.token_embed_dim
         self.inner_temperature, self.ratio, self.sigma = inner_temperature, float(ratio), sigma
         self.backend, self.dtype, self.max_tries = backend, dtype, max_tries
+        self.residual, self.target_sigma = residual, target_sigma
         self._models = {"draft": draft_model, "target": target_model}
         self._heads = {role: HeadCache(model.diffloss) for role, model in self._models.items()}
         self._tables: dict[str, bool] = {}  # whether a model's conditions are computed by tables
@@ -213,7 +219,7 @@ class SpecDecodeRunner:
             temperature=float(temperature),
             relaxation=relaxation,
             backend=self.backend,
-            rule={"sigma": self.sigma, "max_tries": self.max_tries},
+            rule={name: getattr(self, name) for name in ("sigma", "max_tries", "residual", "target_sigma")},
         )
 
     def _by_tables(self, role: str) -> bool:

@@ -41,7 +41,7 @@ class RunState:
     temperature: float
     relaxation: float | torch.Tensor | Callable[[Window], torch.Tensor]  # a tensor has one per position, (L,)
     backend: str | None
-    rule: dict  # options of accept_reject: sigma, max_tries
+    rule: dict  # options of accept_reject: sigma, max_tries, residual, target_sigma
     previous_target_z: torch.Tensor | None = None  # (B, Z) buffer for policies: of the target's last token
 
     def write(self, plan: Pass, tokens: torch.Tensor) -> None:
