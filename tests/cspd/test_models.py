@@ -82,6 +82,20 @@ def test_sampling_follows_its_seeds_and_its_labels():
     assert not torch.equal(first, sample(model, labels=torch.tensor([1, 4, 8])))
 
 
+def test_labels_are_dropped_in_training_mode_only():
+    model = small_mar(schedule="linear", label_drop_prob=1.0, attn_dropout=0.0, proj_dropout=0.0)
+    torch.manual_seed(1)
+    tokens, mask = torch.randn(2, 16, 4), torch.ones(2, 16)
+    mask[:, 5:9] = 0
+    embedding, none = model.class_emb(torch.tensor([1, 2])), model.fake_latent.repeat(2, 1)
+    for training in (True, False):
+        model.train(training)
+        assert torch.equal(sample(model), sample(model, labels=None)) == training
+        with torch.no_grad():
+            encoded = [model.forward_mae_encoder(tokens, mask, v) for v in (embedding, none)]
+        assert torch.equal(*encoded) == training
+
+
 def test_encoder_ignores_the_content_of_masked_tokens():
     model = small_mar()
     tokens, mask = torch.randn(2, 16, 4), torch.zeros(2, 16)

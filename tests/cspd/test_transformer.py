@@ -34,7 +34,7 @@ class Released(MAR):
 
     def forward_mae_decoder(self, x, mask):
         x = self.decoder_embed(x)
-        padded = self.mask_token.repeat(len(mask), self.buffer_size + self.seq_len, 1)
+        padded = self.mask_token.to(x.dtype).repeat(len(mask), self.buffer_size + self.seq_len, 1)
         padded[self.known(mask)] = x.flatten(0, 1)
         x = padded + self.decoder_pos_embed_learned
         for block in self.decoder_blocks:
@@ -56,11 +56,12 @@ def tables(count, seed=0, rows=3):
     return known, orders[:, max(0, count - 2) :], torch.ones(rows, 16).scatter_(1, known, 0.0)
 
 
+@pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("count", [0, 1, 5, 15, 16])
-def test_tables_give_what_masks_give(count):
+def test_tables_give_what_masks_give(count, autocast):
     model, (known, where, mask) = released(), tables(count)
     tokens, embedding = torch.randn(3, 16, 4), model.class_emb(torch.tensor([1, 5, 9]))
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         expected = conditions_by_masks(model, tokens, mask, embedding, where)
         assert torch.equal(conditions(model, tokens, known, embedding, where), expected)
         assert torch.equal(known_of_mask(mask), known)
