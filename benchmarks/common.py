@@ -80,6 +80,16 @@ def _time(function: Callable, arguments: tuple, device: torch.device) -> float:
     return start.elapsed_time(end) / 1e3
 
 
+def captured(function: Callable[[], object]) -> Callable:
+    """Replays of a CUDA graph of ``function``: what the device does, without the gaps between launches."""
+    function()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function()
+    return lambda *_: graph.replay()
+
+
 @functools.cache
 def _l2_flush(device: torch.device) -> torch.Tensor:
     """Larger than any L2."""
@@ -110,6 +120,11 @@ def print_rows(rows: list[Row]) -> None:
 
 def write_json(path: Path, rows: list[Row]) -> None:
     """Every row with its ratio, and where and when it was measured."""
+    write_results(path, [asdict(row) | {"ratio": row.ratio if row.correct else None} for row in rows])
+
+
+def write_results(path: Path, rows: list[dict], **settings) -> None:
+    """Rows and settings as JSON, with the commit, the time and the environment."""
     commit = subprocess.run(
         ["git", "describe", "--always", "--dirty"],
         capture_output=True,
@@ -121,7 +136,8 @@ def write_json(path: Path, rows: list[Row]) -> None:
         "commit": commit.stdout.strip() or "unknown",
         "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "environment": collect(),
-        "rows": [asdict(row) | {"ratio": row.ratio if row.correct else None} for row in rows],
+        **settings,
+        "rows": rows,
     }
     path.write_text(json.dumps(result, indent=2) + "\n")
     print(f"wrote {path}")

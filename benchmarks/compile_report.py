@@ -1,4 +1,4 @@
-"""What the compiler makes of every Triton kernel, at the sizes of MAR's heads: needs no GPU.
+"""What the compiler makes of every Triton kernel, at the sizes of MAR's heads and tokens: needs no GPU.
 
 ``python benchmarks/kernels.py --compile-report [--quick] [--json FILE]``
 """
@@ -13,10 +13,13 @@ from pathlib import Path
 import torch
 
 from cspd.models import DiffLoss
-from cspd_kernels import DiffusionHead, PhiloxNoise
+from cspd_kernels import Denoised, DiffusionHead, PhiloxNoise
+from cspd_kernels.ops.accept_reject import RESIDUALS
+from cspd_kernels.ops.accept_reject.triton import accept_reject
 from cspd_kernels.ops.denoise.triton_chain import Chain, Tables
 from cspd_kernels.ops.denoise.triton_config import PERSISTENT_LIMIT
 from cspd_kernels.ops.denoise.triton_persistent import PersistentChain
+from cspd_kernels.ops.density_ratio.triton import log_density_ratio
 from cspd_kernels.triton_report import ARCHITECTURES, Launch, compiled, recorded_launches
 
 CHANNELS = 16
@@ -24,6 +27,8 @@ TOKENS = (1, 2, 4, 8, 16, 64, 128, 512)  # every tile of the table
 QUICK_TOKENS = (1, 64, 512)
 DTYPES = (torch.bfloat16, torch.float32)  # float16 compiles to what bfloat16 does
 CASES = ((True, True), (False, False))  # guided, Philox noise; the first needs more registers
+VERDICT_CHANNELS = (1, 4, 16, 32, 64, 100, 256)
+QUICK_VERDICT_CHANNELS = (16, 256)
 
 
 def launches_of(
@@ -43,31 +48,68 @@ def launches_of(
     return list(launches)
 
 
-def _rows_of(arguments: tuple) -> list[dict]:
-    """Resources of the kernels of one chain, on every architecture. Launches do not travel between processes."""
-    model, kind, size, dtype, tokens, (guided, philox) = arguments
+def verdict_launches(channels: int, dtype: torch.dtype, residual: str | None, per_token: bool) -> list[Launch]:
+    """The launch of ``accept_reject`` by one of its methods, or of ``log_density_ratio`` where that is None."""
+    with torch.device("meta"):
+        value, per_row = torch.empty(64, channels, dtype=dtype), torch.empty(64)
+        rows = torch.empty(64, dtype=torch.int64)
+    chain = Denoised(value, value, value, per_row)
+    relaxation = per_row if per_token else 42.0
+    with recorded_launches() as launches:
+        if residual is None:
+            log_density_ratio(value, chain, chain, relaxation, "paper")
+        else:
+            accept_reject(value, chain, chain, 0, rows, relaxation, "paper", 100, residual)
+    return list(launches)
+
+
+def _chain_rows(model, kind, size, dtype, tokens, case) -> list[dict]:
+    guided, philox = case
+    described = {"model": model, "tokens": tokens, "guided": guided, "philox": philox}
+    return _rows(launches_of(kind, *size, dtype, tokens, guided, philox), dtype, described)
+
+
+def _verdict_rows(channels, dtype, residual, per_token) -> list[dict]:
+    described = {"model": f"C={channels}" + (f" {residual}" if residual else ""), "tokens": "any"}
+    return _rows(verdict_launches(channels, dtype, residual, per_token), dtype, described | {"per_token": per_token})
+
+
+def _rows(launches: list[Launch], dtype: torch.dtype, described: dict) -> list[dict]:
+    """Their resources on every architecture."""
     rows = []
-    for launch in launches_of(kind, *size, dtype, tokens, guided, philox):
+    for launch in launches:
         for architecture in ARCHITECTURES:
             resources = compiled(launch, architecture)
-            name = str(dtype).removeprefix("torch.")
-            case = {"model": model, "dtype": name, "tokens": tokens, "guided": guided, "philox": philox}
-            rows.append(case | asdict(resources) | {"fits": resources.fits})
+            described = described | {"dtype": str(dtype).removeprefix("torch.")}
+            rows.append(described | asdict(resources) | {"fits": resources.fits})
     return rows
+
+
+def _run(work: tuple) -> list[dict]:
+    """In a process of its own; launches do not travel between processes, so it records them itself."""
+    function, *arguments = work
+    return function(*arguments)
 
 
 def report(heads: dict[str, tuple[int, int, int]], quick: bool, processes: int) -> list[dict]:
     """One row per kernel, size and architecture; compiled by ``processes`` at a time."""
     work = [
-        (model, kind, size, dtype, tokens, case)
+        (_chain_rows, model, kind, size, dtype, tokens, case)
         for model, size in heads.items()
         for dtype in DTYPES
         for tokens in (QUICK_TOKENS if quick else TOKENS)
         for kind in ((Chain, PersistentChain) if tokens <= PERSISTENT_LIMIT else (Chain,))
         for case in CASES[: 1 if quick else None]
     ]
+    work += [
+        (_verdict_rows, channels, dtype, residual, per_token)
+        for channels in (QUICK_VERDICT_CHANNELS if quick else VERDICT_CHANNELS)
+        for dtype in DTYPES
+        for residual in (None, *RESIDUALS)
+        for per_token in ((True,) if quick else (True, False))
+    ]
     with ProcessPoolExecutor(processes) as pool:
-        return [row for rows in pool.map(_rows_of, work) for row in rows]
+        return [row for rows in pool.map(_run, work) for row in rows]
 
 
 def print_report(rows: list[dict], path: Path | None) -> None:
@@ -85,7 +127,7 @@ def print_report(rows: list[dict], path: Path | None) -> None:
     ]
     lines = dict.fromkeys(tuple(str(row[c]) for c in columns) for row in rows)
     for line in [tuple(columns), *lines]:
-        print("  ".join(cell.ljust(18 if i == 0 else 12) for i, cell in enumerate(line)).rstrip())
+        print("  ".join(cell.ljust((26, 10, 8, 20)[i] if i < 4 else 13) for i, cell in enumerate(line)).rstrip())
     misfits = [row for row in rows if not row["fits"]]
     print(f"{len(rows)} compiled, {len(misfits)} with spills or more shared memory than the architecture has")
     if path:

@@ -15,15 +15,15 @@ from pathlib import Path
 import torch
 
 from cspd.models import DiffLoss
-from cspd_kernels import DiffusionHead, accept_reject, denoise
+from cspd_kernels import DiffusionHead, denoise
 from cspd_kernels.backends import BACKENDS, why_unavailable
-from cspd_kernels.ops.accept_reject.reference import accept_reject as accept_reject_definition
 from cspd_kernels.ops.denoise import reference
 from cspd_kernels.ops.denoise.triton_config import PERSISTENT_LIMIT, PERSISTENT_VARIABLE
-from cspd_kernels.testing import random_chains, random_inputs, randomize_, relative_error
+from cspd_kernels.testing import random_inputs, randomize_, relative_error
 
-from baselines import compiled_denoise, eager_denoise, library_products, looped_accept_reject
-from common import Row, measure, print_rows, spread, write_json
+from baselines import compiled_denoise, eager_denoise, library_products
+from common import Row, captured, measure, print_rows, spread, write_json
+from verdicts import TOKENS, accept_reject_rows, density_ratio_rows
 
 HEADS = {"MAR-B": (6, 1024, 768), "MAR-L": (8, 1280, 1024), "MAR-H": (12, 1536, 1280)}  # D, W, Z
 BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-2}
@@ -55,7 +55,7 @@ def denoise_rows(model: str, rows: int, backends: list[str], runs: int, device: 
     if device.type == "cuda":
         compiled = compiled_denoise(diffloss, torch.bfloat16)
         baselines["torch.compile reduce-overhead bfloat16"] = (compiled, (torch.bfloat16,))
-        baselines["library products alone bfloat16"] = (_captured(library_products(narrow, rows)), (torch.bfloat16,))
+        baselines["library products alone bfloat16"] = (captured(library_products(narrow, rows)), (torch.bfloat16,))
     contenders = {
         f"{backend} {_name(dtype)}": (dtype, partial(denoise, head, backend=backend))
         for backend in backends
@@ -92,43 +92,6 @@ def _persistent(head: DiffusionHead, *inputs):
         del os.environ[PERSISTENT_VARIABLE]
 
 
-def _captured(function):
-    """Replays of a CUDA graph of ``function``: library calls without their launch gaps."""
-    function()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        function()
-    return lambda *_: graph.replay()
-
-
-def accept_reject_rows(rows: int, backends: list[str], runs: int, device: torch.device) -> list[Row]:
-    """Accept test and redraw of close models; the error is the share of tokens that differ from the definition's."""
-    inputs = []
-    for seed in range(2):
-        x, *chains = random_chains(rows, CHANNELS, seed)
-        inputs.append((x.to(device), *(type(c)(*(field.to(device) for field in c)) for c in chains)))
-    contenders = {"looped torch": looped_accept_reject}
-    contenders |= {backend: partial(accept_reject, seed=0, backend=backend) for backend in backends}
-    seconds = measure(contenders, inputs, runs, device)
-    x, draft, target = inputs[0]
-    expected = accept_reject_definition(x, draft, target, 0, torch.arange(rows, device=device))[0]
-    results = []
-    for backend in backends:
-        token = contenders[backend](x, draft, target).token
-        error = float(((token - expected).abs().amax(1) > 1e-4).float().mean())
-        if not bool(torch.isfinite(token).all()):
-            error = float("nan")
-        # Decisions within rounding of their threshold may fall either way.
-        bound = 1e-3
-        timed = (*spread(seconds[backend]), *spread(seconds["looped torch"]))
-        size = f"N={rows} C={CHANNELS}"
-        results.append(
-            Row("accept_reject", size, backend, "looped torch", *timed, runs, error, bound, "of tokens differ")
-        )
-    return results
-
-
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
@@ -146,7 +109,7 @@ def main() -> None:
         return compile_report.print_report(compile_report.report(HEADS, args.quick, os.cpu_count() or 1), args.json)
     device = torch.device(args.device)
     for name in BACKENDS:
-        for op in ("denoise", "accept_reject"):
+        for op in ("denoise", "log_density_ratio", "accept_reject"):
             if name not in serving(op, device):
                 print(f"{op}, {name}: not measured, {why_unavailable(name, op) or 'it runs on GPUs'}")
     threads = "" if device.type == "cuda" else f", {torch.get_num_threads()} threads"
@@ -154,8 +117,10 @@ def main() -> None:
     rows = []
     for model, n in CASES[device.type][: 1 if args.quick else None]:
         rows += denoise_rows(model, n, serving("denoise", device), 3 if args.quick else 7 if n == 64 else 15, device)
-    for n in (1024,) if args.quick else (64, 1024, 8192):
-        rows += accept_reject_rows(n, serving("accept_reject", device), 5 if args.quick else 31, device)
+    for n in (1024,) if args.quick else TOKENS:
+        runs = 5 if args.quick or (n > 10_000 and device.type == "cpu") else 31
+        rows += density_ratio_rows(n, serving("log_density_ratio", device), runs, device)
+        rows += accept_reject_rows(n, serving("accept_reject", device), runs, device)
     print_rows(rows)
     if args.json:
         write_json(args.json, rows)

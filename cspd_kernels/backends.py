@@ -132,3 +132,16 @@ def _module(op: str, backend: str) -> str:
 @functools.cache
 def _load(op: str, backend: str) -> Callable:
     return getattr(importlib.import_module(_module(op, backend)), op)
+
+
+def untraced(function: Callable) -> Callable:
+    """``torch.compile`` breaks its graph here and runs the function as it is. Importing the compiler takes a second, so
+    it is told only where it is at work."""
+
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        if torch.compiler.is_compiling():
+            return torch.compiler.disable(function)(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    return call

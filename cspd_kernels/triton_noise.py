@@ -13,8 +13,8 @@ def uniform(word):
 
 
 @triton.jit
-def cos_of_quarters(t, quarters):
-    """cos(pi/2 (t - quarters)) for t in [0, 4], float32, to about 1e-7.
+def cos_sin_of_quarters(t):
+    """(cos, sin) of pi/2 t for t in [0, 4], float32, to about 1e-7.
 
     By Taylor polynomials around the nearest quarter turn, which leaves t exact; the library's cosine
     carries a path for huge arguments that costs registers and a stack.
@@ -24,24 +24,43 @@ def cos_of_quarters(t, quarters):
     s = r * r
     sine = r * (1.0 + s * (-1.0 / 6.0 + s * (1.0 / 120.0 + s * (-1.0 / 5040.0 + s * (1.0 / 362880.0)))))
     cosine = 1.0 + s * (-0.5 + s * (1.0 / 24.0 + s * (-1.0 / 720.0 + s * (1.0 / 40320.0 + s * (-1.0 / 3628800.0)))))
-    turns = nearest.to(tl.int32) + 4 - quarters
-    value = tl.where(turns % 2 == 0, cosine, sine)
-    return tl.where((turns + 1) % 4 >= 2, -value, value)
+    turns = nearest.to(tl.int32)
+    even = turns % 2 == 0
+    x, y = tl.where(even, cosine, sine), tl.where(even, sine, cosine)
+    # A half turn changes both signs, a quarter turn exchanges them and changes the cosine's.
+    return tl.where((turns + 1) % 4 >= 2, -x, x), tl.where(turns % 4 >= 2, -y, y)
+
+
+@triton.jit
+def words(seed, row, index, group, STREAM: tl.constexpr):
+    """As :func:`cspd_kernels.noise.words`: the four words of a Philox call. Row (int64), index and group broadcast."""
+    zero = (row + index + group) * 0  # of the common shape
+    row, index = row + zero, (index + zero).to(tl.uint32)
+    low, high = (row & 0xFFFFFFFF).to(tl.uint32), ((row >> 32) & 0xFFFFFFFF).to(tl.uint32)
+    return tl.philox(seed, low, high, index, ((group + zero) | (STREAM << 24)).to(tl.uint32))
 
 
 @triton.jit
 def normal(seed, row, index, channel, STREAM: tl.constexpr):
-    """Standard normals of (seed; row, index, channel); ``row`` int64 and ``channel`` int32 broadcast.
+    """Standard normals of (seed; row, index, channel), which broadcast; ``row`` int64.
 
     Every channel computes the Philox call of its group of four and takes one of the four normals:
-    more integer arithmetic than one call a group, and no shuffle between threads.
+    more integer arithmetic than one call a group (:func:`normals`), and no shuffle between threads.
     """
-    row, channel = tl.broadcast(row, channel)
-    address = channel // 4 | (STREAM << 24)
-    low, high = (row & 0xFFFFFFFF).to(tl.uint32), ((row >> 32) & 0xFFFFFFFF).to(tl.uint32)
-    index = (tl.zeros_like(channel) + index).to(tl.uint32)
-    w0, w1, w2, w3 = tl.philox(seed, low, high, index, address.to(tl.uint32))
+    w0, w1, w2, w3 = words(seed, row, index, channel // 4, STREAM)
     first = channel % 4 < 2
     radius = tl.sqrt(-2.0 * tl.log(uniform(tl.where(first, w0, w2))))
-    # An odd channel takes the sine: the cosine a quarter turn before.
-    return radius * cos_of_quarters(4.0 * uniform(tl.where(first, w1, w3)), channel % 2)
+    cosine, sine = cos_sin_of_quarters(4.0 * uniform(tl.where(first, w1, w3)))
+    return radius * tl.where(channel % 2 == 0, cosine, sine)
+
+
+@triton.jit
+def normals(seed, row, index, group, STREAM: tl.constexpr):
+    """Standard normals [K, 4 G] of one row (int64) at indices [K, 1], for the groups [1, G] of four channels."""
+    w0, w1, w2, w3 = words(seed, row, index, group, STREAM)
+    first, second = tl.sqrt(-2.0 * tl.log(uniform(w0))), tl.sqrt(-2.0 * tl.log(uniform(w2)))
+    cosine, sine = cos_sin_of_quarters(4.0 * uniform(w1))
+    other_cosine, other_sine = cos_sin_of_quarters(4.0 * uniform(w3))
+    # [K, G, 2, 2]: pair, then cosine or sine.
+    pairs = tl.join(tl.join(first * cosine, second * other_cosine), tl.join(first * sine, second * other_sine))
+    return tl.reshape(pairs, [pairs.shape[0], 4 * pairs.shape[1]])

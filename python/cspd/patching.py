@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import inspect
 import logging
 from collections.abc import Iterator
@@ -12,7 +11,7 @@ import torch
 import torch.nn as nn
 
 from cspd_kernels import Denoised, PhiloxNoise, denoise
-from cspd_kernels.backends import implementation
+from cspd_kernels.backends import implementation, untraced
 from cspd_kernels.head import OPERAND_DTYPES, stream_dtype
 
 from .heads import HeadCache, find_heads, verify_network
@@ -99,20 +98,6 @@ def patched(model: nn.Module, **options) -> Iterator[nn.Module]:
             head_patch.install()
 
 
-def _untraced(method):
-    """``torch.compile`` breaks its graph here and runs the method as it is: with torch's own random numbers, and
-    with HeadCache looking at the parameters themselves. Importing the compiler takes a second, so it is told only
-    where it is at work."""
-
-    @functools.wraps(method)
-    def call(self, *args, **kwargs):
-        if torch.compiler.is_compiling():
-            return torch.compiler.disable(method)(self, *args, **kwargs)
-        return method(self, *args, **kwargs)
-
-    return call
-
-
 def _installed(module: nn.Module) -> _HeadPatch | None:
     owner = getattr(module.__dict__.get("sample"), "__self__", None)
     return owner if isinstance(owner, _HeadPatch) else None
@@ -150,7 +135,8 @@ class _HeadPatch:
     def _original(self, name: str):
         return self.replaced.get(name) or getattr(type(self.module), name).__get__(self.module)
 
-    @_untraced
+    # Untraced: torch's own random numbers, and HeadCache looks at the parameters themselves.
+    @untraced
     def sample(self, z, *args, **kwargs):
         """Tokens for conditions z; see :func:`patch`. Arguments and defaults are those of the replaced method."""
         call = self.signature.bind(z, *args, **kwargs)
@@ -168,14 +154,14 @@ class _HeadPatch:
             noise = _draw(head, len(z), rows)
         return self._finish(self._denoise(head, z, x_T, noise, temperature, cfg), cfg, path=False)
 
-    @_untraced
+    @untraced
     def sample_with_noise(self, z, noise, temperature=1.0, cfg=1.0):
         """As ``sample`` from a given first noise (N or, under guidance, 2N rows)."""
         head, cfg, rows = self._call(z, cfg)
         out = self._denoise(head, z, noise[:rows], _draw(head, len(z), rows), temperature, cfg)
         return self._finish(out, cfg, path=False)
 
-    @_untraced
+    @untraced
     def sample_with_inter_noise(self, z, noise, inter_noise, temperature=1.0, cfg=1.0):
         """As ``sample`` from given noises: x_T, and (T, N or 2N, C) of the steps or None to draw it."""
         head, cfg, rows = self._call(z, cfg)

@@ -252,7 +252,8 @@ if importlib.util.find_spec("triton"):
     from cspd_kernels.ops.denoise import triton as triton_backend
     from cspd_kernels.ops.denoise import triton_persistent
     from cspd_kernels.ops.denoise.triton import bucket
-    from cspd_kernels.ops.denoise.triton_chain import INTERPRETED, Chain
+    from cspd_kernels.ops.denoise.triton_chain import Chain
+    from cspd_kernels.triton_support import INTERPRETED
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 

@@ -15,8 +15,9 @@ from cspd_kernels.testing import random_inputs
 pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
 
 
+from cspd_kernels import triton_support
 from cspd_kernels.ops.denoise import triton as triton_backend
-from cspd_kernels.ops.denoise import triton_chain, triton_config
+from cspd_kernels.ops.denoise import triton_config
 from cspd_kernels.ops.denoise.triton_config import persistent_max_tokens
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -65,7 +66,7 @@ def test_the_automatic_choice_on_a_gpu_takes_these_kernels(head, monkeypatch):
 
 
 def test_the_interpreter_must_be_chosen_before_the_import(head, monkeypatch):
-    monkeypatch.setattr(triton_backend, "interpreting", lambda: not triton_chain.INTERPRETED)
+    monkeypatch.setattr(triton_support, "interpreting", lambda: not triton_support.INTERPRETED)
     assert "TRITON_INTERPRET was changed" in triton_backend.why_unsupported(head)
 
 

@@ -19,6 +19,7 @@ from triton.runtime.jit import JITFunction
 from cspd_kernels.triton_report import ARCHITECTURES, SHARED_LIMITS, Resources, recorded_launches
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+VERDICTS = {"_log_density_ratio_kernel": {""}, "_accept_reject_kernel": {" rejection", " closed_form"}}
 LAYERED = {"_condition_kernel", "_input_kernel", "_mlp0_kernel", "_mlp1_kernel", "_update_kernel"}
 
 
@@ -54,7 +55,11 @@ def test_the_report_leaves_nothing_out(rows):
         for tokens in (1, 64, 512):
             assert {case(r) for r in rows if (r["kernel"], r["tokens"]) == (kernel, tokens)} == everything
     assert {case(r) for r in rows if r["kernel"] == "_persistent_kernel"} == everything
-    assert {row["kernel"] for row in rows} == LAYERED | {"_persistent_kernel"}
+    types = {(a, d) for a in ARCHITECTURES for d in ("float32", "bfloat16")}
+    for kernel, methods in VERDICTS.items():
+        for model in (f"C={channels}{method}" for channels in (16, 256) for method in methods):
+            assert {case(r)[1:] for r in rows if (r["kernel"], r["model"]) == (kernel, model)} == types
+    assert {row["kernel"] for row in rows} == LAYERED | {"_persistent_kernel"} | set(VERDICTS)
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from ...noise import STREAM_PROPOSAL, normals, uniforms
 from ..density_ratio.reference import log_density_ratio
 
 FARTHEST = 6.0  # a closed-form draw starts at most so many sigma beyond the target's mean
-_SHORTEST = 1e-6  # below this distance of the means, in sigma, the distribution's shape no longer depends on it
+SHORTEST = 1e-6  # below this distance of the means, in sigma, the distribution's shape no longer depends on it
 
 
 def accept_reject(
@@ -68,7 +68,7 @@ def closed_form(draft, target, seed, rows, sigma):
     t_0 = -0.5 * distance - (path_q - path_p if sigma == "paper" else path_p - path_q) / distance
     exists = (t_0 <= FARTHEST) & torch.isfinite(distance)
     along = d / distance.clamp(min=1e-200)[:, None]
-    t = _invert(distance.clamp(min=_SHORTEST), t_0, uniforms(seed, rows, 1).double())
+    t = _invert(distance.clamp(min=SHORTEST), t_0, uniforms(seed, rows, 1).double())
     n = n + (t - (n * along).sum(dim=1))[:, None] * along
     return (mean_p + torch.exp(log_p) * n).float(), exists
 

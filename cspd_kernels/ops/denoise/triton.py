@@ -7,16 +7,16 @@ a CUDA graph. Buckets and graphs belong to the head and end with it.
 from __future__ import annotations
 
 import contextlib
-import functools
 import weakref
 
 import torch
 
-from ...backends import interpreting, log_once
+from ...backends import log_once
 from ...graphs import CALLER_CAPTURES, Plan, PlanCache, why_not_here
 from ...head import DiffusionHead
 from ...noise import PhiloxNoise
-from .triton_chain import INTERPRETED, Chain, Tables
+from ...triton_support import why_unsupported_here
+from .triton_chain import Chain, Tables
 from .triton_config import persistent_max_tokens
 from .triton_persistent import PersistentChain
 from .workspace import in_blocks_of_rows
@@ -24,7 +24,6 @@ from .workspace import in_blocks_of_rows
 GRAPH_BYTES = 1 << 30  # of the buffers of a head's graphs together
 # Of the modulations of one graph: sampling meets about a dozen buckets over and over, which must all fit the above.
 GRAPH_WORKSPACE_BYTES = 64 << 20
-_OLDEST_CAPABILITY = (8, 0)
 _MAX_CHANNELS, _MAX_WIDTH, _WIDTH_MULTIPLE = 64, 2048, 16
 
 
@@ -43,23 +42,8 @@ class _HeadPlans:
 _HEADS: weakref.WeakKeyDictionary[DiffusionHead, _HeadPlans] = weakref.WeakKeyDictionary()
 
 
-@functools.cache
-def _why_unsupported_device(device: torch.device) -> str | None:
-    if device.type != "cuda":
-        return None
-    if torch.version.hip is not None:
-        return "its kernels are written for NVIDIA devices"
-    capability = torch.cuda.get_device_capability(device)
-    if capability < _OLDEST_CAPABILITY:
-        needed, got = (".".join(map(str, c)) for c in (_OLDEST_CAPABILITY, capability))
-        return f"its kernels need compute capability {needed}, and this device has {got}"
-    return None
-
-
 def why_unsupported(head: DiffusionHead) -> str | None:
     """None when the kernels cover this head, else the limit it exceeds."""
-    if interpreting() != INTERPRETED:
-        return "TRITON_INTERPRET was changed after the kernels had been imported: set it before, in a new process"
     if head.dtype == torch.float64:
         return "its kernels compute in float32, float16 or bfloat16, and this head is float64"
     if head.channels > _MAX_CHANNELS:
@@ -69,7 +53,7 @@ def why_unsupported(head: DiffusionHead) -> str | None:
             f"its kernels cover widths that are multiples of {_WIDTH_MULTIPLE} up to {_MAX_WIDTH}, and this head's "
             f"is {head.width}"
         )
-    return _why_unsupported_device(head.device)
+    return why_unsupported_here(head.device)
 
 
 def bucket(tokens: int) -> int:

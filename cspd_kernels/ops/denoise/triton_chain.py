@@ -7,10 +7,10 @@ import math
 import torch
 import triton
 import triton.language as tl
-from triton.runtime.jit import JITFunction
 
 from ...head import DiffusionHead
 from ...noise import PhiloxNoise
+from ...triton_support import INTERPRETED
 from .triton_config import (
     PERSISTENT_VARIABLE,
     Tile,
@@ -24,7 +24,6 @@ from .triton_layered import _condition_kernel, _input_kernel, _mlp0_kernel, _mlp
 
 TL_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 OPTIONS = {"enable_fp_fusion": True}  # explicit: the default differs between versions of Triton
-INTERPRETED = not isinstance(_update_kernel, JITFunction)  # decided when the kernels were imported
 
 
 def dot_dtype(dtype: torch.dtype):

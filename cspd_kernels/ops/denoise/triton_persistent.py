@@ -14,7 +14,8 @@ import triton.language as tl
 from triton.language.extra.cuda import globaltimer
 
 from ...head import DiffusionHead
-from .triton_chain import INTERPRETED, OPTIONS, TL_DTYPES, Chain, Tables
+from ...triton_support import INTERPRETED
+from .triton_chain import OPTIONS, TL_DTYPES, Chain, Tables
 from .triton_config import Tile, multiprocessors, persistent_tile, power_of_two
 from .triton_tiles import (
     input_tile,

@@ -14,7 +14,7 @@ from .picture import save_picture
 from .quality import frechet_distance
 
 STEPS = 16
-_BATCH = 512
+BATCH = 512
 
 
 def generate(draft, target, labels: torch.Tensor, num_iter: int, gamma: int | None, seed: int, **options):
@@ -22,8 +22,8 @@ def generate(draft, target, labels: torch.Tensor, num_iter: int, gamma: int | No
     ratio = {} if gamma else {"ratio": 1.0}
     runner = SpecDecodeRunner(draft, target, **ratio, **options)
     images, stats = [], []
-    for first in range(0, len(labels), _BATCH):
-        part = labels[first : first + _BATCH]
+    for first in range(0, len(labels), BATCH):
+        part = labels[first : first + BATCH]
         images.append(runner.run(len(part), num_iter, gamma or 1, labels=part, seed=seed, first_image=first))
         stats.append(runner.stats)
     return torch.cat(images), _figures(stats, alone=gamma is None), torch.cat([s.outcome for s in stats])

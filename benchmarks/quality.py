@@ -1,0 +1,167 @@
+"""Quality against cost on the digits pair: ``python benchmarks/quality.py [--images 2048] [--json FILE] [--docs DIR]``.
+
+Speculative decoding at every relaxation, gamma and way to redraw, beside the target alone with fewer steps, which
+is its honest alternative, and beside the draft alone. ``--docs`` draws quality.png and writes quality.md's table.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+
+import cspd
+from cspd.demo.pair import load_pair
+from cspd.demo.quality import frechet_distance
+from cspd.demo.run import BATCH, STEPS, generate
+
+from common import write_results
+
+RELAXATIONS, GAMMAS, RESIDUALS = (1, 3, 10, 42), (2, 4, 8, 16), ("rejection", "closed_form")
+PLAIN_STEPS = (16, 8, 4, 2)
+START, END = "<!-- TABLE -->\n", "<!-- /TABLE -->"
+
+
+def plan(target, draft, relaxations, gammas, residuals) -> list[tuple]:
+    """(kind, name, model that is not the target, steps, gamma, options of the runner) of every row."""
+    rows = [("target", f"target, {n} steps", target, n, None, {}) for n in PLAIN_STEPS]
+    rows += [("draft", f"draft, {STEPS} steps", draft, STEPS, None, {})]
+    rows += [
+        (residual, f"relaxation {r}, gamma {g}", draft, STEPS, g, {"inner_temperature": float(r), "residual": residual})
+        for residual in residuals
+        for r in relaxations
+        for g in gammas
+    ]
+    policies = {
+        f"relaxation by similarity, gamma {gammas[-2]}": (gammas[-2], {"inner_temperature": SIMILARITY}),
+        f"relaxation {relaxations[-1]}, adaptive gamma": (ADAPTIVE, {"inner_temperature": float(relaxations[-1])}),
+        f"relaxation {relaxations[-2]}, adaptive gamma": (ADAPTIVE, {"inner_temperature": float(relaxations[-2])}),
+    }
+    return rows + [("policy", name, draft, STEPS, gamma, options) for name, (gamma, options) in policies.items()]
+
+
+SIMILARITY = cspd.SimilarityRelaxation(least=1.0, most=42.0)
+ADAPTIVE = cspd.AdaptiveDraft(bound=0.97, most=16)
+
+
+def measure(
+    images: int, seed: int, relaxations=RELAXATIONS, gammas=GAMMAS, residuals=RESIDUALS, echo=print
+) -> list[dict]:
+    """One row of figures for each of :func:`plan`; calls are those of one batch."""
+    target, draft = load_pair()
+    labels = torch.arange(images) % 10
+    batches = -(-images // BATCH)
+    generate(draft, target, labels[:2], STEPS, 4, seed)  # the first row pays no start-up
+    results = []
+    echo(_line(dict.fromkeys(COLUMNS), header=True))
+    for kind, name, model, steps, gamma, options in plan(target, draft, relaxations, gammas, residuals):
+        made, figures, outcome = generate(
+            draft, model if gamma is None else target, labels, steps, gamma, seed, **options
+        )
+        if kind == "draft":
+            figures["target_calls"], figures["draft_calls"] = 0, figures["target_calls"]
+        row = {"kind": kind, "name": name, "steps": steps}
+        row |= {"gamma": gamma if gamma is None or isinstance(gamma, int) else repr(gamma)}
+        row |= {"relaxation": options.get("inner_temperature"), **figures}
+        row |= {calls: figures[calls] / batches for calls in ("target_calls", "draft_calls")}
+        row |= {"frechet_distance": frechet_distance(made), "fell_back": float((outcome == 3).float().mean())}
+        if callable(row["relaxation"]):
+            row["relaxation"] = repr(row["relaxation"])
+        results.append(row)
+        echo(_line(row))
+    return results
+
+
+COLUMNS = {
+    "kind": "", "name": "", "seconds": ".1f", "target_calls": ".1f", "draft_calls": ".1f", "raw_acceptance": ".1%",
+    "acceptance": ".1%", "frechet_distance": ".3f",
+}  # fmt: skip
+
+
+def _cells(row: dict) -> list[str]:
+    return ["-" if row[c] is None else format(row[c], form) for c, form in COLUMNS.items()]
+
+
+def _line(row: dict, header: bool = False) -> str:
+    cells = [c.replace("_", " ") for c in COLUMNS] if header else _cells(row)
+    return "  ".join(cell.ljust(36 if i == 1 else 16) for i, cell in enumerate(cells)).rstrip()
+
+
+def markdown(rows: list[dict]) -> str:
+    """The table of docs/quality.md."""
+    lines = ["| redraw | | seconds | target calls | draft calls | raw acceptance | acceptance | Frechet distance |"]
+    lines.append("|---" * len(COLUMNS) + "|")
+    for row in rows:
+        kind, *cells = _cells(row)
+        redraw = {"target": "", "draft": "", "policy": "rejection", "closed_form": "closed form"}.get(kind, kind)
+        lines.append("| " + " | ".join([redraw, *(c.replace("%", " %") for c in cells)]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def plot(rows: list[dict], path: Path) -> None:
+    """Frechet distance against target calls: the target alone as a line, a line for every relaxation."""
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise SystemExit("--docs draws with matplotlib: pip install matplotlib, or the extra `dev`") from error
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7.5, 4.8), dpi=110)
+    alone = [r for r in rows if r["kind"] == "target"]
+    axes.plot(*_points(alone), "k-o", linewidth=2, label="target alone, 16 / 8 / 4 / 2 steps")
+    colours = dict(
+        zip(sorted({r["relaxation"] for r in rows if r["kind"] in RESIDUALS}), plt.cm.viridis([0, 0.3, 0.6, 0.85]))
+    )
+    for kind, style, word in (("rejection", "-s", "rejection"), ("closed_form", "--^", "closed form")):
+        for relaxation, colour in colours.items():
+            line = [r for r in rows if r["kind"] == kind and r["relaxation"] == relaxation]
+            if line:
+                label = f"relaxation {relaxation:g}, {word}"
+                axes.plot(*_points(line), style, color=colour, markersize=5, linewidth=1, label=label)
+    for row, marker in zip((r for r in rows if r["kind"] == "policy"), "DPX"):
+        axes.plot(*_points([row]), marker, color="tab:red", markersize=8, label=row["name"])
+    draft = next(r for r in rows if r["kind"] == "draft")["frechet_distance"]
+    axes.axhline(draft, color="grey", linestyle=":", label="draft alone, 16 steps")
+    axes.set_xscale("log", base=2)
+    axes.set_xticks([2, 4, 8, 16], ["2", "4", "8", "16"])
+    axes.set_xlabel("target calls per image batch (fewer is cheaper)")
+    axes.set_ylabel("Frechet distance to the real digits (lower is better)")
+    axes.set_title("Digits pair: gamma grows from right to left along each line")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    figure.savefig(path, bbox_inches="tight")
+    plt.close(figure)
+    print(f"wrote {path}")
+
+
+def _points(rows: list[dict]) -> tuple[list, list]:
+    return [r["target_calls"] for r in rows], [r["frechet_distance"] for r in rows]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--images", type=int, default=2048, help="per row (default 2048)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--quick", action="store_true", help="two relaxations and gammas: a check, not a measurement")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--docs", type=Path, metavar="DIR", help="where quality.png and the table of quality.md go")
+    args = parser.parse_args()
+    if args.images < 2:
+        parser.error(f"expected --images >= 2 (a distance needs a covariance), got {args.images}")
+    print(f"{args.images} images, seed {args.seed}, {torch.get_num_threads()} CPU threads, batches of {BATCH}")
+    rows = measure(args.images, args.seed, *([(1, 42), (2, 4, 8)] if args.quick else [RELAXATIONS, GAMMAS]))
+    extra = {"images": args.images, "seed": args.seed, "threads": torch.get_num_threads()}
+    if args.json:
+        write_results(args.json, rows, **extra)
+    if args.docs:
+        plot(rows, args.docs / "quality.png")
+        page = args.docs / "quality.md"
+        before, _, rest = page.read_text().partition(START)
+        page.write_text(before + START + markdown(rows) + END + rest.partition(END)[2])
+        print(f"wrote {page}")
+
+
+if __name__ == "__main__":
+    main()

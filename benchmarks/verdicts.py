@@ -1,0 +1,95 @@
+"""Rows of ``python benchmarks/kernels.py`` for the ops that judge tokens: density ratio and acceptance-rejection."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+
+from cspd_kernels import accept_reject, log_density_ratio
+from cspd_kernels.ops.accept_reject.reference import accept_reject as accept_reject_definition
+from cspd_kernels.ops.density_ratio.reference import log_density_ratio as log_density_ratio_definition
+from cspd_kernels.testing import random_chains
+
+from baselines import looped_accept_reject
+from common import Row, captured, measure, spread
+
+TOKENS, CHANNELS = (64, 1024, 8192, 131072), 16
+_CHECKED = 4096  # tokens compared with the definition, which walks every token through every try
+LOOP = "looped torch"
+
+
+def _inputs(tokens: int, device: torch.device, shared_sigma: bool = False) -> list[tuple]:
+    """Two sets of (x, draft, target) of close models."""
+    inputs = []
+    for seed in range(2):
+        x, draft, target = random_chains(tokens, CHANNELS, seed)
+        if shared_sigma:
+            draft = draft._replace(log_std=target.log_std)
+        inputs.append((x.to(device), *(type(c)(*(field.to(device) for field in c)) for c in (draft, target))))
+    return inputs
+
+
+def _first(inputs: tuple, count: int) -> tuple:
+    x, *chains = inputs
+    return x[:count], *(type(c)(*(field[:count] for field in c)) for c in chains)
+
+
+def _replays(function, inputs: list[tuple]):
+    """One CUDA graph for each set of inputs: a launch without its way through Python, as in a captured window."""
+    graphs = {id(one[0]): captured(partial(function, *one)) for one in inputs}
+    return lambda x, *_: graphs[id(x)]()
+
+
+def density_ratio_rows(tokens: int, backends: list[str], runs: int, device: torch.device) -> list[Row]:
+    """The ratio beside a copy of as many bytes as it reads and writes: ``ratio`` is the share of copy bandwidth."""
+    inputs = _inputs(tokens, device)
+    moved = 4 * tokens * (5 * CHANNELS + 3)
+    source = torch.randn(moved // 8, device=device)  # a copy reads and writes every byte
+    functions = {"copy of as many bytes": partial(_copy, torch.empty_like(source), source)}
+    functions |= {backend: partial(log_density_ratio, backend=backend) for backend in backends}
+    if device.type == "cuda":
+        functions = {name: _replays(function, inputs) for name, function in functions.items()}
+    seconds = measure(functions, inputs, runs, device)
+    (baseline, *contenders), results = functions, []
+    exact = log_density_ratio_definition(*inputs[0], dtype=torch.float64)
+    for backend in contenders:
+        actual = log_density_ratio(*inputs[0], backend=backend)
+        error = float(((actual - exact).abs() / (1 + exact.abs())).max())
+        timed = (*spread(seconds[backend]), *spread(seconds[baseline]))
+        size = f"N={tokens} C={CHANNELS}"
+        results.append(
+            Row("log_density_ratio", size, backend, baseline, *timed, runs, error, 1e-5, "relative, float64")
+        )
+    return results
+
+
+def _copy(to: torch.Tensor, source: torch.Tensor, *_) -> None:
+    to.copy_(source)
+
+
+def accept_reject_rows(tokens: int, backends: list[str], runs: int, device: torch.device) -> list[Row]:
+    """Accept test and redraw; the error is the share of tokens that differ from the definition's."""
+    results = []
+    for residual in ("rejection", "closed_form"):
+        inputs = _inputs(tokens, device, shared_sigma=residual == "closed_form")
+        address = torch.arange(tokens, device=device)
+        functions = {LOOP: looped_accept_reject}
+        for backend in backends:
+            function = partial(accept_reject, seed=0, rows=address, residual=residual, backend=backend)
+            functions[f"{backend} {residual}"] = function
+            if device.type == "cuda":
+                functions[f"{backend} {residual}, replayed"] = _replays(function, inputs)
+        seconds = measure(functions, inputs, runs, device)
+        part = _first(inputs[0], _CHECKED)
+        expected = accept_reject_definition(*part, 0, address[:_CHECKED], residual=residual)[0]
+        for name in list(functions)[1:]:
+            token = accept_reject(*inputs[0], seed=0, rows=address, residual=residual, backend=name.split()[0]).token
+            error = float(((token[:_CHECKED] - expected).abs().amax(1) > 1e-4).float().mean())
+            if not bool(torch.isfinite(token).all()):
+                error = float("nan")
+            timed = (*spread(seconds[name]), *spread(seconds[LOOP]))
+            size = f"N={tokens} C={CHANNELS}"
+            # Decisions within rounding of their threshold may fall either way.
+            results.append(Row("accept_reject", size, name, LOOP, *timed, runs, error, 1e-3, "of tokens differ"))
+    return results

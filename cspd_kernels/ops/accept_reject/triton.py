@@ -1,0 +1,100 @@
+"""``accept_reject`` in Triton: accept test and redraw in one launch, no token waiting for another's tries."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ...backends import untraced
+from ..density_ratio.triton import OPTIONS, on, operands, row_log_ratio, why_unsupported
+from ..density_ratio.triton_terms import load, path_term
+from .triton_redraw import by_rejection, in_closed_form, uniform_of
+
+__all__ = ["accept_reject", "why_unsupported"]
+_MOST_TRIES = 2**31 - 1024  # tries are counted in 32 bits, some beyond the last
+
+
+@triton.jit(do_not_specialize=["N", "seed_low", "seed_high", "max_tries"])
+def _accept_reject_kernel(
+    x, mean_q, log_q, path_q, mean_p, log_p, path_p, relaxation, sample, rows,
+    token, accepted, tries, log_ratio, N, seed_low, seed_high, max_tries,
+    x_row, x_channel, mean_q_row, mean_q_channel, log_q_row, log_q_channel, mean_p_row, mean_p_channel,
+    log_p_row, log_p_channel, path_q_row, path_p_row, relaxation_row, sample_row, sample_channel, rows_row,
+    C: tl.constexpr, BG: tl.constexpr, R: tl.constexpr, K: tl.constexpr,
+    PER_TOKEN: tl.constexpr, RELEASED: tl.constexpr, CLOSED_FORM: tl.constexpr,
+):  # fmt: skip
+    """One warp: judges R rows together, then redraws the rejected ones one after another, K tries at a time."""
+    seed = (seed_high.to(tl.uint32).to(tl.uint64) << 32) | seed_low.to(tl.uint32).to(tl.uint64)
+    start = tl.program_id(0).to(tl.int64) * R
+    row = start + tl.arange(0, R)
+    inside = row < N
+    ratio, value = row_log_ratio(
+        x, mean_q, log_q, path_q, mean_p, log_p, path_p, relaxation, row, inside,
+        x_row, x_channel, mean_q_row, mean_q_channel, log_q_row, log_q_channel, mean_p_row, mean_p_channel,
+        log_p_row, log_p_channel, path_q_row, path_p_row, relaxation_row, C, 4 * BG, PER_TOKEN, RELEASED,
+    )  # fmt: skip
+    address = tl.load(rows + row * rows_row, inside, 0)
+    keep = tl.log(uniform_of(seed, address, 0)) <= ratio
+    channel = tl.arange(0, 4 * BG)[None, :]
+    valid = channel < C
+    tl.store(log_ratio + row, ratio, inside)
+    tl.store(accepted + row, keep, inside)
+    tl.store(tries + row, tl.zeros([R], tl.int32), inside & keep)
+    tl.store(token + row[:, None] * C + channel, value, (inside & keep)[:, None] & valid)
+    rejected = tl.sum(tl.where(inside & ~keep, 1 << tl.arange(0, R), 0), 0)
+    for r in range(R):
+        if (rejected >> r) & 1:
+            at = start + r
+            here = at < N
+            stored = load(mean_q, at, mean_q_row, channel, mean_q_channel, valid)
+            mean = load(mean_p, at, mean_p_row, channel, mean_p_channel, valid)
+            log_std = load(log_p, at, log_p_row, channel, log_p_channel, valid)
+            path = path_term(path_q, path_p, at, path_q_row, path_p_row, here, RELEASED)
+            own = tl.load(rows + at * rows_row)
+            kept = 0
+            if CLOSED_FORM:
+                kept, y, index = in_closed_form(seed, own, max_tries, stored, mean, log_std, path, valid, BG)
+                tl.store(token + at * C + channel, y, valid & (index == kept)[:, None])
+            else:
+                stored_std = load(log_q, at, log_q_row, channel, log_q_channel, valid)
+                first = 1
+                while (kept == 0) & (first <= max_tries):
+                    kept, y, index = by_rejection(
+                        seed, own, first, max_tries, stored, stored_std, mean, log_std, path, valid, BG, K
+                    )
+                    tl.store(token + at * C + channel + 0 * index[:, None], y, valid & (index == kept)[:, None])
+                    first += K
+            if kept == 0:
+                drawn = load(sample, at, sample_row, channel, sample_channel, valid)
+                tl.store(token + at * C + channel, drawn, valid)
+                kept = -1
+            tl.store(tries + at, kept)
+
+
+@untraced
+def accept_reject(x, draft, target, seed, rows, relaxation, sigma, max_tries, residual):
+    """As :func:`cspd_kernels.accept_reject`."""
+    n, channels = x.shape
+    token = torch.empty(n, channels, dtype=torch.float32, device=x.device)
+    accepted = torch.empty(n, dtype=torch.bool, device=x.device)
+    tries, log_ratio = (torch.empty(n, dtype=t, device=x.device) for t in (torch.int32, torch.float32))
+    if n:
+        tensors, strides = operands(x, draft, target, relaxation)
+        groups = triton.next_power_of_2(triton.cdiv(max(channels, 1), 4))
+        # Of rows and tries at a time, whatever n: the order of a sum must not depend on the batch.
+        rows_at_once, tries_at_once = max(1, min(4, 64 // groups)), max(4, 32 // groups)
+        with on(x.device):
+            _accept_reject_kernel[(triton.cdiv(n, rows_at_once),)](
+                *tensors, target.sample, rows, token, accepted, tries, log_ratio, n, _signed(seed), _signed(seed >> 32),
+                min(max_tries, _MOST_TRIES), *strides, *target.sample.stride(), rows.stride(0),
+                C=channels, BG=groups, R=rows_at_once, K=tries_at_once, PER_TOKEN=isinstance(relaxation, torch.Tensor),
+                RELEASED=sigma == "released", CLOSED_FORM=residual == "closed_form", num_warps=1, **OPTIONS,
+            )  # fmt: skip
+    return token, accepted, tries, log_ratio
+
+
+def _signed(word: int) -> int:
+    """The low 32 bits as a signed number: a larger one would be another type, and another compilation."""
+    word &= 0xFFFFFFFF
+    return word - (1 << 32) if word >> 31 else word

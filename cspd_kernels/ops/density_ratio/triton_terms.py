@@ -1,0 +1,52 @@
+"""Device functions of the log density ratio, for all kernels that judge tokens.
+
+A chain's last step is two tensors (mean, log sigma) of its channels, which broadcast with the token's.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ...triton_support import expm1
+
+
+@triton.jit
+def load(base, row, row_stride, channel, channel_stride, valid):
+    """Float32 values at (row, channel), 0 where not valid. Any floating type, any strides."""
+    return tl.load(base + row * row_stride + channel * channel_stride, valid, 0.0).to(tl.float32)
+
+
+@triton.jit
+def inverse_std(log_std):
+    """1 / sigma, finite: where it is not, the largest float."""
+    return tl.minimum(tl.exp(-log_std), 3.4028234663852886e38)
+
+
+@triton.jit
+def residuals(x, mean_q, log_q, mean_p, log_p):
+    """(b - a, a + b, log sigma_p - log sigma_q), a and b the residuals of x in sigmas of the target and the draft.
+
+    The exponents' difference is (b - a) (b + a) / 2. Where the scales are close, b - a is formed from the small
+    differences of the models themselves, as the definition (``reference.py``) explains.
+    """
+    log_scale, inverse_q = log_p - log_q, inverse_std(log_q)
+    a, b = (x - mean_p) * inverse_std(log_p), (x - mean_q) * inverse_q
+    close = (mean_p - mean_q) * inverse_q + a * expm1(log_scale)
+    return tl.where(tl.abs(log_scale) < 0.5, close, b - a), a + b, log_scale
+
+
+@triton.jit
+def path_term(path_q, path_p, row, path_q_stride, path_p_stride, inside, RELEASED: tl.constexpr):
+    """L_q - L_p, or its negative as the released code has it; in the wider type of what is stored."""
+    q, p = tl.load(path_q + row * path_q_stride, inside, 0.0), tl.load(path_p + row * path_p_stride, inside, 0.0)
+    if RELEASED:
+        return p.to(tl.float32) - q.to(tl.float32)
+    else:
+        return q.to(tl.float32) - p.to(tl.float32)
+
+
+@triton.jit
+def judged(log_ratio):
+    """A row that cannot be judged, NaN, is -inf: never accepted."""
+    return tl.where(log_ratio == log_ratio, log_ratio, float("-inf"))

@@ -1,0 +1,46 @@
+"""What the Triton backends of all ops share: where their kernels run, and small device functions."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from triton.runtime.jit import JITFunction
+
+from .backends import interpreting
+
+_OLDEST_CAPABILITY = (8, 0)
+
+
+@triton.jit
+def expm1(z):
+    """exp(z) - 1, float32, to a few rounding errors of itself: a series where exp(z) is near 1."""
+    tail = 1.0 + z * (1.0 / 7.0) * (1.0 + z * (1.0 / 8.0) * (1.0 + z * (1.0 / 9.0)))
+    tail = 1.0 + z * (1.0 / 4.0) * (1.0 + z * (1.0 / 5.0) * (1.0 + z * (1.0 / 6.0) * tail))
+    series = z * (1.0 + z * (1.0 / 2.0) * (1.0 + z * (1.0 / 3.0) * tail))
+    return tl.where(tl.abs(z) < 0.5, series, tl.exp(z) - 1.0)
+
+
+INTERPRETED = not isinstance(expm1, JITFunction)  # decided when the kernels are imported
+
+
+def why_unsupported_here(device: torch.device) -> str | None:
+    """None where the kernels run on tensors of this device, else the reason."""
+    if interpreting() != INTERPRETED:
+        return "TRITON_INTERPRET was changed after the kernels had been imported: set it before, in a new process"
+    return _why_unsupported_device(device)
+
+
+@functools.cache
+def _why_unsupported_device(device: torch.device) -> str | None:
+    if device.type != "cuda":
+        return None
+    if torch.version.hip is not None:
+        return "its kernels are written for NVIDIA devices"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < _OLDEST_CAPABILITY:
+        needed, got = (".".join(map(str, c)) for c in (_OLDEST_CAPABILITY, capability))
+        return f"its kernels need compute capability {needed}, and this device has {got}"
+    return None
