@@ -6,6 +6,17 @@
 
 from . import models
 from .patching import is_patched, patch, patched, unpatch
+from .policies import AdaptiveDraft, SimilarityRelaxation, Window
 from .speculative import SpecDecodeRunner
 
-__all__ = ["SpecDecodeRunner", "is_patched", "models", "patch", "patched", "unpatch"]
+__all__ = [
+    "AdaptiveDraft",
+    "SimilarityRelaxation",
+    "SpecDecodeRunner",
+    "Window",
+    "is_patched",
+    "models",
+    "patch",
+    "patched",
+    "unpatch",
+]

@@ -1,7 +1,7 @@
 """The generation order: which positions are drawn at which autoregressive step.
 
-Everything here follows from the orders and a few numbers known before the first step, so it is
-computed once, on the host, and never depends on what is drawn.
+Everything here follows from the orders and a few numbers known before the first step. It is computed before it,
+as tensors on the models' device, and never depends on what is drawn: nothing is read back.
 """
 
 from __future__ import annotations
@@ -66,35 +66,112 @@ def positions(orders: torch.Tensor, before: int, after: int) -> torch.Tensor:
     return orders[:, after:before].sort(dim=1).values
 
 
+def known_of(orders: torch.Tensor, length: int) -> torch.Tensor:
+    """(B, L - length) positions already drawn where ``length`` tokens are masked, ascending within each image."""
+    return positions(orders, orders.shape[1], length)
+
+
 def mask_of(orders: torch.Tensor, length: int) -> torch.Tensor:
     """(B, L) float32 mask, 1 where a token is still to be drawn."""
     mask = torch.zeros(orders.shape, device=orders.device)
     return mask.scatter_(1, orders[:, :length], 1.0)
 
 
+def to_device(value: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor on a device; from the host it goes through pinned memory, and the host does not wait for the copy."""
+    if device.type == "cuda" and value.device.type == "cpu":
+        return value.pin_memory().to(device, non_blocking=True)
+    return value.to(device)
+
+
 @dataclass(frozen=True)
 class Pass:
     """What one pass of a model over an image needs of the generation order: a step's, or a window's.
 
-    Under guidance the batch is doubled, conditional images first; R is B or 2 B.
+    Under guidance the batch is doubled, conditional images first; R is B or 2 B. n counts the tokens that the pass
+    draws in each image: step by step, ascending within a step.
     """
 
-    mask: torch.Tensor  # (R, L) float32: the tokens still unknown before the first of its steps
-    where: torch.Tensor  # (B, n) int64: the positions it draws, step by step, ascending within a step
-    gather: torch.Tensor  # (R, n, 1) int64: the same for the doubled batch
+    known: torch.Tensor  # (R, K) int64: the positions drawn before the first of its steps, ascending
+    mask: torch.Tensor | None  # (R, L) float32: 1 elsewhere; None where no model asks for masks
+    where: torch.Tensor  # (B, n) int64: the positions it draws
+    wanted: torch.Tensor  # (R, n) int64: the same for the doubled batch
     rows: torch.Tensor  # (B n,) int64: their noise addresses, image number times L plus position
+    steps: torch.Tensor  # (n,) int64: index of the step that draws each of them
     cfg_scale: float | torch.Tensor  # of each token's own step: a number where all are equal, else (B n,)
+    counts: tuple[int, ...]  # how many of the n tokens each of its steps draws
 
 
-def plan_pass(orders: torch.Tensor, images: torch.Tensor, steps: list[Step], guided: bool) -> Pass:
-    """The tables of a pass that draws the tokens of ``steps`` for ``images`` (B,) with ``orders`` (B, L)."""
-    mask = mask_of(orders, steps[0].before)
-    where = torch.cat([positions(orders, step.before, step.after) for step in steps], dim=1)
-    rows = (images[:, None] * orders.shape[1] + where).flatten()
-    scales = [step.cfg for step in steps for _ in range(step.before - step.after)]
-    scale = scales[0] if len(set(scales)) == 1 else torch.tensor(scales, device=orders.device).repeat(len(orders))
-    double = 2 if guided else 1
-    return Pass(mask.repeat(double, 1), where, where.repeat(double, 1)[..., None], rows, scale if guided else 1.0)
+@dataclass(frozen=True)
+class WindowPlan:
+    """The passes of one drafting window: the draft's, step by step, and the target's over all of them."""
+
+    drafts: list[Pass]
+    whole: Pass
+
+
+class Plan:
+    """All tables of a run.
+
+    Args:
+        orders: (B, L) int64 generation orders. images: (B,) int64 image numbers. Both on the models' device.
+        steps: of :func:`plan_steps`. guided: whether the batch is doubled. masks: whether masks are wanted, too.
+    """
+
+    def __init__(
+        self, orders: torch.Tensor, images: torch.Tensor, steps: list[Step], guided: bool, masks: bool = False
+    ):
+        self.steps, self._orders, self._images = steps, orders, images
+        self._guided, self._masks = guided, masks
+        # Of the tokens of an image in the order of drawing, for windows to take slices of; (L,) each.
+        tokens = [step for step in steps for _ in range(step.before - step.after)]
+        self._index, self._scale = (
+            to_device(torch.tensor(values, dtype=dtype, device="cpu"), orders.device)
+            for values, dtype in (
+                ([step.index for step in tokens], torch.int64),
+                ([step.cfg for step in tokens], torch.float32),
+            )
+        )
+        self._drafts = [self._step(i) for i in range(len(steps))]
+
+    def step(self, i: int) -> Pass:
+        """The pass of the i-th step alone."""
+        return self._drafts[i]
+
+    def window(self, first: int, stop: int) -> WindowPlan:
+        """The passes of the steps first..stop-1; the whole is joined from theirs."""
+        drafts, steps = self._drafts[first:stop], self.steps[first:stop]
+        if len(drafts) == 1:
+            return WindowPlan(drafts, drafts[0])
+        where = torch.cat([draft.where for draft in drafts], dim=1)
+        counts = tuple(step.before - step.after for step in steps)
+        scale = steps[0].cfg
+        if self._guided and len({step.cfg for step in steps}) > 1:
+            scale = self._scale[self._drawn(steps)].repeat(len(where))
+        return WindowPlan(drafts, self._pass(drafts[0].known, drafts[0].mask, where, steps, scale, counts))
+
+    def _step(self, i: int) -> Pass:
+        step, double = self.steps[i], 2 if self._guided else 1
+        known = known_of(self._orders, step.before).repeat(double, 1)
+        mask = mask_of(self._orders, step.before).repeat(double, 1) if self._masks else None
+        where = positions(self._orders, step.before, step.after)
+        return self._pass(known, mask, where, [step], step.cfg, (step.before - step.after,))
+
+    def _pass(self, known, mask, where, steps, scale, counts) -> Pass:
+        return Pass(
+            known=known,
+            mask=mask,
+            where=where,
+            wanted=where.repeat(2 if self._guided else 1, 1),
+            rows=(self._images[:, None] * self._orders.shape[1] + where).flatten(),
+            steps=self._index[self._drawn(steps)],
+            cfg_scale=scale if self._guided else 1.0,
+            counts=counts,
+        )
+
+    def _drawn(self, steps: list[Step]) -> slice:
+        length = self._orders.shape[1]
+        return slice(length - steps[0].before, length - steps[-1].after)
 
 
 def random_orders(seed: int, images: torch.Tensor, seq_len: int) -> torch.Tensor:

@@ -21,6 +21,7 @@ class RunStats:
         acceptance_per_window, raw_acceptance_per_window: the same, window by window.
         fallback: fraction of drafted tokens that ran out of tries and took the target's own sample.
         target_calls, draft_calls: passes through each transformer with its head.
+        gammas: steps of each window.
         drafted, prefilled: tokens drawn by the draft first, and by the target alone.
         seconds: by phase: ``"draft"``, ``"target"`` (pre-filling and verification passes), ``"verify"``
             (the acceptance test and redraw), ``"total"``.
@@ -34,6 +35,7 @@ class RunStats:
     fallback: float | None
     target_calls: int
     draft_calls: int
+    gammas: list[int]
     drafted: int
     prefilled: int
     seconds: dict[str, float]
@@ -44,13 +46,21 @@ class RunStats:
         return {name: value for name, value in vars(self).items() if name != "outcome"}
 
 
+def window_sums(accepted: torch.Tensor, raw_log_ratio: torch.Tensor, tries: torch.Tensor) -> torch.Tensor:
+    """(3,) on the device, of a window's tokens (n,): how many were accepted, sum of min(1, r), how many fell back."""
+    raw = torch.exp(raw_log_ratio.clamp(max=0))
+    return torch.stack([accepted.float().sum(), raw.sum(), (tries < 0).float().sum()])
+
+
 class Recorder:
     """Collects during a run, without waiting for the device."""
 
     def __init__(self, outcome: torch.Tensor):
         self.outcome = outcome
-        self.windows: list[tuple[torch.Tensor, int]] = []
-        self.calls = {"target": 0, "draft": 0}
+        self._sums: list[torch.Tensor] = []
+        self._tokens: list[int] = []
+        self._gammas: list[int] = []
+        self._prefills = 0
         self._spans: list[tuple[str, object, object]] = []
         self._cuda = outcome.device.type == "cuda"
         self._start = self._now()
@@ -66,11 +76,15 @@ class Recorder:
         """Context manager that adds its duration to a phase."""
         return _Span(self, name)
 
-    def window(self, accepted: torch.Tensor, raw_log_ratio: torch.Tensor, tries: torch.Tensor) -> None:
-        """Add one verified window, (n,) each."""
-        raw = torch.exp(raw_log_ratio.clamp(max=0))
-        sums = torch.stack([accepted.float().sum(), raw.sum(), (tries < 0).float().sum()])
-        self.windows.append((sums, len(accepted)))
+    def prefill(self) -> None:
+        """Add one step of the target alone."""
+        self._prefills += 1
+
+    def window(self, sums: torch.Tensor, tokens: int, steps: int) -> None:
+        """Add one verified window: its :func:`window_sums`, and how many tokens and steps it has."""
+        self._sums.append(sums)
+        self._tokens.append(tokens)
+        self._gammas.append(steps)
 
     def stop(self) -> None:
         """Mark the end of the run."""
@@ -83,8 +97,8 @@ class Recorder:
         seconds = dict.fromkeys(("draft", "target", "verify", "total"), 0.0)
         for name, start, end in self._spans:
             seconds[name] += start.elapsed_time(end) / 1e3 if self._cuda else end - start
-        sums = torch.stack([s for s, _ in self.windows]).cpu() if self.windows else torch.zeros(0, 3)
-        counts = torch.tensor([n for _, n in self.windows], dtype=torch.float32)
+        sums = torch.stack(self._sums).cpu() if self._sums else torch.zeros(0, 3)
+        counts = torch.tensor(self._tokens, dtype=torch.float32)
         drafted = int(counts.sum())
         means = sums / counts[:, None].clamp(min=1)
         total = (sums.sum(0) / drafted).tolist() if drafted else [None] * 3
@@ -94,8 +108,9 @@ class Recorder:
             acceptance_per_window=means[:, 0].tolist(),
             raw_acceptance_per_window=means[:, 1].tolist(),
             fallback=total[2],
-            target_calls=self.calls["target"],
-            draft_calls=self.calls["draft"],
+            target_calls=self._prefills + len(self._gammas),
+            draft_calls=sum(self._gammas),
+            gammas=self._gammas,
             drafted=drafted,
             prefilled=self.outcome.numel() - drafted,
             seconds=seconds,

@@ -9,7 +9,7 @@ import pytest
 import torch
 from small_models import sample, small_mar
 
-from cspd.models import GaussianDiffusion, mar_base, mar_huge, mar_large
+from cspd.models import GaussianDiffusion, mar, mar_base, mar_huge, mar_large
 from cspd.order import guidance_scale, mask_lengths
 from cspd_kernels import Schedule
 
@@ -82,6 +82,20 @@ def test_sampling_follows_its_seeds_and_its_labels():
     assert not torch.equal(first, sample(model, labels=torch.tensor([1, 4, 8])))
 
 
+def test_labels_are_dropped_in_training_mode_only():
+    model = small_mar(schedule="linear", label_drop_prob=1.0, attn_dropout=0.0, proj_dropout=0.0)
+    torch.manual_seed(1)
+    tokens, mask = torch.randn(2, 16, 4), torch.ones(2, 16)
+    mask[:, 5:9] = 0
+    embedding, none = model.class_emb(torch.tensor([1, 2])), model.fake_latent.repeat(2, 1)
+    for training in (True, False):
+        model.train(training)
+        assert torch.equal(sample(model), sample(model, labels=None)) == training
+        with torch.no_grad():
+            encoded = [model.forward_mae_encoder(tokens, mask, v) for v in (embedding, none)]
+        assert torch.equal(*encoded) == training
+
+
 def test_encoder_ignores_the_content_of_masked_tokens():
     model = small_mar()
     tokens, mask = torch.randn(2, 16, 4), torch.zeros(2, 16)
@@ -98,10 +112,10 @@ def test_every_token_is_drawn_from_the_condition_of_its_own_place(monkeypatch, c
     model = small_mar()
     halves = 1 if cfg == 1.0 else 2
 
-    def decoder(encoded, mask):
-        z = torch.zeros(len(mask), 16, 32)
-        z[..., 0], z[..., 1] = torch.arange(16), torch.arange(len(mask))[:, None]
-        z[..., 2] = mask.sum(1, keepdim=True)
+    def conditions(model, tokens, known, embedding, where):
+        z = torch.zeros(*where.shape, 32)
+        z[..., 0], z[..., 1] = where, torch.arange(len(where))[:, None]
+        z[..., 2] = 16 - known.shape[1]
         return z
 
     def draw(z, temperature, scale):
@@ -115,7 +129,7 @@ def test_every_token_is_drawn_from_the_condition_of_its_own_place(monkeypatch, c
 
     lengths = mask_lengths(16, 6)
     after = dict(pairwise(lengths))
-    monkeypatch.setattr(model, "forward_mae_decoder", decoder)
+    monkeypatch.setattr(mar, "conditions", conditions)
     monkeypatch.setattr(model.diffloss, "sample", draw)
     tokens = model.patchify(sample(model, cfg=cfg))
     assert torch.equal(tokens[..., 0], torch.arange(16.0).expand(3, -1))

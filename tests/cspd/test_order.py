@@ -8,7 +8,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from cspd.order import guidance_scale, mask_lengths, mask_of, plan_steps, positions, random_orders
+from cspd.order import Plan, guidance_scale, known_of, mask_lengths, mask_of, plan_steps, positions, random_orders
 
 
 @pytest.mark.parametrize(("seq_len", "num_iter"), [(256, 64), (256, 256), (16, 16), (16, 5), (16, 1), (16, 40), (1, 3)])
@@ -56,3 +56,30 @@ def test_masks_and_positions_partition_the_sequence():
     assert mask.gather(1, drawn).min() == 1
     assert mask_of(orders, 6).gather(1, drawn).max() == 0
     assert torch.equal(drawn, drawn.sort(1).values)
+    known = known_of(orders, 10)
+    assert torch.equal(known, torch.stack([(row == 0).nonzero()[:, 0] for row in mask]))  # as a mask selects them
+
+
+@pytest.mark.parametrize(("guided", "schedule"), [(False, "linear"), (True, "linear"), (True, "constant")])
+@pytest.mark.parametrize(("first", "stop"), [(0, 1), (0, 4), (3, 5), (2, 6)])
+def test_a_window_is_its_steps_one_after_the_other(guided, schedule, first, stop):
+    steps = plan_steps(16, 6, 3.0 if guided else 1.0, schedule)
+    images = torch.tensor([7, 2**40])
+    orders, double = random_orders(1, images, 16), 2 if guided else 1
+    plan = Plan(orders, images, steps, guided, masks=True)
+    window, taken = plan.window(first, stop), steps[first:stop]
+    whole = window.whole
+    assert window.drafts == [plan.step(i) for i in range(first, stop)]
+    assert whole.counts == tuple(step.before - step.after for step in taken)
+    expected = torch.cat([positions(orders, step.before, step.after) for step in taken], dim=1)
+    assert torch.equal(whole.where, expected)
+    assert torch.equal(whole.wanted, expected.repeat(double, 1))
+    assert torch.equal(whole.known, known_of(orders, taken[0].before).repeat(double, 1))
+    assert torch.equal(whole.mask, mask_of(orders, taken[0].before).repeat(double, 1))
+    assert torch.equal(whole.rows.view(2, -1), images[:, None] * 16 + expected)
+    index = [step.index for step in taken for _ in range(step.before - step.after)]
+    assert whole.steps.tolist() == index
+    scales = [step.cfg for step in taken for _ in range(step.before - step.after)]
+    assert torch.allclose(torch.as_tensor(whole.cfg_scale).expand(2 * len(scales)), torch.tensor(scales * 2))
+    assert isinstance(whole.cfg_scale, float) == (len(set(scales)) == 1)
+    assert Plan(orders, images, steps, guided).window(first, stop).whole.mask is None

@@ -12,7 +12,7 @@ import torch
 from small_models import small_mar
 
 import cspd
-from cspd import speculative
+from cspd import window
 from cspd.order import mask_lengths
 from cspd_kernels import Denoised
 from cspd_kernels.testing import relative_error
@@ -70,15 +70,16 @@ def stubbed(monkeypatch):
         assert torch.equal(x[:, 1], target.sample[:, 1])  # the same positions in the same places
         kept = keep(x)
         tries = torch.where(kept, 0, 1).int()
-        return SimpleNamespace(token=torch.where(kept[:, None], x, target.sample), accepted=kept, tries=tries)
+        token = torch.where(kept[:, None], x, target.sample)
+        return SimpleNamespace(token=token, accepted=kept, tries=tries, log_ratio=torch.zeros(len(x)))
 
     keep_box = {"keep": lambda x: torch.ones(len(x), dtype=torch.bool)}
 
     def keep(x):
         return keep_box["keep"](x)
 
-    monkeypatch.setattr(speculative, "denoise", denoise)
-    monkeypatch.setattr(speculative, "accept_reject", accept_reject)
+    monkeypatch.setattr(window, "denoise", denoise)
+    monkeypatch.setattr(window, "accept_reject", accept_reject)
     return SimpleNamespace(calls=calls, keep=keep_box, draft=Stub(1.0), target=Stub(2.0))
 
 
@@ -105,7 +106,9 @@ def test_every_token_is_drawn_once_by_the_right_model_at_the_right_step(stubbed,
     rest = len(steps) - len(prefill)
     assert stats.draft_calls == rest
     assert stats.target_calls == len(prefill) + math.ceil(rest / gamma)
-    assert len(stats.acceptance_per_window) == math.ceil(rest / gamma)
+    assert len(stats.acceptance_per_window) == len(stats.gammas) == math.ceil(rest / gamma)
+    assert sum(stats.gammas) == rest
+    assert all(steps == gamma for steps in stats.gammas[:-1])
     assert stats.acceptance == (1.0 if rest else None)
     assert stats.drafted == 2 * sum(lengths[k] - lengths[k + 1] for k in steps if k not in prefill)
     assert stats.drafted + stats.prefilled == 32
@@ -261,11 +264,42 @@ def test_released_sigma_turns_the_path_term(pair):
         ({"inner_temperature": torch.ones(3)}, r"one number or \(16,\), got shape \(3,\)"),
         ({"backend": "metal"}, "expected backend one of"),
         ({"max_tries": -1}, "expected max_tries as an int >= 0, got -1"),
+        ({"inner_temperature": torch.tensor([torch.inf] * 16)}, "expected inner_temperature finite and > 0"),
+        ({"residual": "exact"}, "expected residual one of .*, got 'exact'"),
+        ({"target_sigma": True}, "True only with residual='closed_form', got True with residual='rejection'"),
+        ({"residual": "closed_form", "target_sigma": 1}, "expected target_sigma as a bool.*got 1"),
+        ({"residual": "closed_form"}, "a learned one in the draft and the target: pass target_sigma=True"),
     ],
 )
 def test_bad_runner_options(pair, options, match):
     with pytest.raises(ValueError, match=match):
         cspd.SpecDecodeRunner(*pair, **options)
+
+
+def test_an_inner_temperature_of_another_kind(pair):
+    with pytest.raises(TypeError, match=r"a number, a tensor or a policy .*, got str"):
+        cspd.SpecDecodeRunner(*pair, "42")
+
+
+def test_redraws_in_closed_form(pair):
+    fixed = [small_mar(seed, schedule="linear", learn_sigma=False) for seed in (0, 1)]
+    with pytest.raises(ValueError, match="a learned one in the target: pass"):
+        cspd.SpecDecodeRunner(fixed[0], pair[1], residual="closed_form")
+    near = copy.deepcopy(fixed[1])
+    with torch.no_grad():
+        near.diffloss.net.final_layer.linear.bias.add_(2e-5)
+    for models, target_sigma in (((near, fixed[1]), False), (pair, True)):
+        images = {}
+        for residual in ("rejection", "closed_form"):
+            options = {"target_sigma": target_sigma} if residual == "closed_form" else {}
+            runner = cspd.SpecDecodeRunner(*models, 1.0, ratio=0.0, residual=residual, **options)
+            images[residual] = models[1].patchify(runner.run(8, 1, 1, seed=0))
+        outcome = runner.stats.outcome
+        kept = outcome == 1
+        assert torch.equal(images["closed_form"][kept], images["rejection"][kept])
+        different = (images["closed_form"] != images["rejection"]).any(-1)
+        assert (outcome == 2).any()
+        assert different[outcome == 2].all()
 
 
 @pytest.mark.parametrize(
@@ -287,6 +321,7 @@ def test_models_that_do_not_fit(pair, changes, match):
     [
         ({"bsz": 0}, "expected bsz >= 1"),
         ({"num_draft": 0}, "num_draft >= 1"),
+        ({"num_draft": 2.0}, "an int or a function of the windows so far, got 2.0"),
         ({"num_iter": 0}, "expected num_iter >= 1"),
         ({"cfg_schedule": "cubic"}, "expected cfg_schedule"),
         ({"temperature": -1.0}, "temperature >= 0"),

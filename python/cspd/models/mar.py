@@ -12,10 +12,10 @@ import math
 import numpy as np
 import torch
 import torch.nn as nn
-from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from ..order import mask_of, plan_steps, positions
+from ..order import known_of, mask_of, plan_steps, positions, to_device
+from ..transformer import conditions, decode, encode, known_of_mask
 from .diffloss import DiffLoss
 from .vit import Block
 
@@ -126,7 +126,7 @@ class MAR(nn.Module):
         orders = np.tile(np.arange(self.seq_len), (bsz, 1))
         for order in orders:
             np.random.shuffle(order)
-        return torch.as_tensor(orders, device=self.mask_token.device)
+        return to_device(torch.from_numpy(orders), self.mask_token.device)
 
     def random_masking(self, x: torch.Tensor, orders: torch.Tensor) -> torch.Tensor:
         """Training mask (B, L); its ratio is a normal (1, 0.25) truncated to [mask_ratio_min, 1]."""
@@ -135,38 +135,24 @@ class MAR(nn.Module):
         ratio = float(normal.icdf(low + (0.5 - low) * torch.rand(())))
         return mask_of(orders, math.ceil(x.shape[1] * ratio))
 
-    def _run_blocks(self, blocks, x):
-        for block in blocks:
-            x = checkpoint(block, x, use_reentrant=False) if self.grad_checkpointing else block(x)
-        return x
+    def _drop_labels(self, class_embedding: torch.Tensor) -> torch.Tensor:
+        """In training mode some rows of (B, E) become those of no class, by the CPU's generator."""
+        if not self.training:
+            return class_embedding
+        drop = (torch.rand(len(class_embedding), 1) < self.label_drop_prob).to(class_embedding)
+        return drop * self.fake_latent + (1 - drop) * class_embedding
 
     def forward_mae_encoder(self, x: torch.Tensor, mask: torch.Tensor, class_embedding: torch.Tensor) -> torch.Tensor:
         """x (B, L, C), mask (B, L), class_embedding (B, E) -> (B, buffer + known, E).
 
-        Every image must have the same number of known tokens.
+        Every image must have the same number of known tokens. On a device the host waits for that number;
+        :func:`cspd.transformer.encode`, given it, does not.
         """
-        x = self.z_proj(x.to(self.z_proj.weight.dtype))
-        batch, _, dim = x.shape
-        if self.training:
-            drop = (torch.rand(batch, 1) < self.label_drop_prob).to(x.device, x.dtype)
-            class_embedding = drop * self.fake_latent + (1 - drop) * class_embedding
-        buffer = class_embedding.to(x.dtype).unsqueeze(1).expand(-1, self.buffer_size, -1)
-        x = self.z_proj_ln(torch.cat([buffer, x], dim=1) + self.encoder_pos_embed_learned)
-        x = x[self._known(mask)].reshape(batch, -1, dim)
-        return self.encoder_norm(self._run_blocks(self.encoder_blocks, x))
+        return encode(self, x, known_of_mask(mask), self._drop_labels(class_embedding))
 
     def forward_mae_decoder(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Encoder output and mask (B, L) -> the conditions z of all positions (B, L, Z)."""
-        x = self.decoder_embed(x)
-        known = self._known(mask)
-        padded = self.mask_token.to(x.dtype).repeat(*known.shape, 1)
-        padded[known] = x.reshape(-1, x.shape[-1])
-        x = self._run_blocks(self.decoder_blocks, padded + self.decoder_pos_embed_learned)
-        return self.decoder_norm(x)[:, self.buffer_size :] + self.diffusion_pos_embed_learned
-
-    def _known(self, mask: torch.Tensor) -> torch.Tensor:
-        """(B, buffer + L) bool: the class tokens and the tokens already drawn."""
-        return torch.cat([mask.new_ones(mask.shape[0], self.buffer_size, dtype=torch.bool), mask == 0], dim=1)
+        return decode(self, x, known_of_mask(mask))
 
     def forward(self, imgs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Training loss of a batch of images (B, c, h, w) with labels (B,)."""
@@ -191,16 +177,11 @@ class MAR(nn.Module):
         if guided:
             embedding = torch.cat([embedding, self.fake_latent.repeat(bsz, 1)])
         for step in tqdm(plan_steps(self.seq_len, num_iter, cfg, cfg_schedule), disable=not progress):
-            mask = mask_of(orders, step.before)
-            if guided:
-                x, mask = torch.cat([tokens, tokens]), torch.cat([mask, mask])
-            else:
-                x = tokens
-            z = self.forward_mae_decoder(self.forward_mae_encoder(x, mask, embedding), mask)
             index = positions(orders, step.before, step.after)
+            known = known_of(orders, step.before)
+            x, known, both = (torch.cat([v, v]) if guided else v for v in (tokens, known, index))
             # [B or 2B, n, Z] -> rows, image by image, conditional images first
-            both = torch.cat([index, index]) if guided else index
-            z = z.gather(1, both[..., None].expand(-1, -1, z.shape[-1])).flatten(0, 1)
+            z = conditions(self, x, known, self._drop_labels(embedding), both).flatten(0, 1)
             drawn = self.diffloss.sample(z, temperature, step.cfg)[: index.numel()]
             drawn = drawn.reshape(*index.shape, -1)
             tokens = tokens.scatter(1, index[..., None].expand_as(drawn), drawn)

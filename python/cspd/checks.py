@@ -1,0 +1,140 @@
+"""What a speculative runner refuses: one error that says what was expected, before anything is computed."""
+
+from __future__ import annotations
+
+import math
+from numbers import Real
+
+import numpy as np
+import torch
+
+from cspd_kernels import Schedule
+from cspd_kernels.head import why_not_a_head
+from cspd_kernels.noise import check_seed
+from cspd_kernels.ops.accept_reject import RESIDUALS
+from cspd_kernels.ops.density_ratio import SIGMAS
+
+from .heads import verify_network
+
+_MODEL_INTERFACE = (
+    "seq_len", "token_embed_dim", "diffloss", "fake_latent", "class_emb",
+    "forward_mae_encoder", "forward_mae_decoder", "unpatchify",
+)  # fmt: skip
+
+
+def check_models(draft, target) -> None:
+    """Raise where one of the models is no MAR object, or the two do not fit together."""
+    for role, model in (("draft", draft), ("target", target)):
+        missing = [name for name in _MODEL_INTERFACE if not hasattr(model, name)]
+        if missing:
+            raise TypeError(
+                f"expected {role}_model as a MAR object, got {type(model).__name__} without " + ", ".join(missing)
+            )
+    for name in ("seq_len", "token_embed_dim"):
+        ours, theirs = getattr(draft, name), getattr(target, name)
+        if ours != theirs:
+            raise ValueError(f"expected draft and target with the same {name}, got {ours} and {theirs}")
+    for role, model in (("draft", draft), ("target", target)):
+        if (problem := why_not_a_head(model.diffloss)) is not None:
+            raise ValueError(f"expected the {role}'s diffloss as a diffusion head: {problem}")
+        verify_network(f"the {role}'s diffloss", model.diffloss)
+    ours, theirs = (Schedule.from_diffusion(model.diffloss.gen_diffusion) for model in (draft, target))
+    if ours.num_steps != theirs.num_steps:
+        raise ValueError(
+            "expected draft and target with the same number of denoising steps (their trajectories are aligned "
+            f"step by step), got {ours.num_steps} and {theirs.num_steps}"
+        )
+    if not np.allclose(ours.betas, theirs.betas, rtol=1e-6):
+        raise ValueError(
+            "expected draft and target with the same noise schedule (their trajectories are compared step by "
+            "step), got different betas"
+        )
+
+
+def check_options(seq_len: int, inner_temperature, ratio, sigma, max_tries) -> None:
+    """Raise on an option of the runner that is out of range."""
+    if not isinstance(ratio, Real) or not 0.0 <= ratio <= 1.0:
+        raise ValueError(f"expected ratio in [0, 1], got {ratio!r}")
+    if sigma not in SIGMAS:
+        raise ValueError(f"expected sigma one of {SIGMAS}, got {sigma!r}")
+    if isinstance(inner_temperature, torch.Tensor):
+        if (
+            inner_temperature.shape != (seq_len,)
+            or not ((inner_temperature > 0) & torch.isfinite(inner_temperature)).all()
+        ):
+            raise ValueError(
+                f"expected inner_temperature finite and > 0, one number or ({seq_len},), "
+                f"got shape {tuple(inner_temperature.shape)}"
+            )
+    elif isinstance(inner_temperature, Real):
+        if not 0 < inner_temperature < math.inf:
+            raise ValueError(f"expected a finite inner_temperature > 0, got {inner_temperature!r}")
+    elif not callable(inner_temperature):
+        raise TypeError(
+            "expected inner_temperature as a number, a tensor or a policy (a function of a cspd.Window), got "
+            f"{type(inner_temperature).__name__}"
+        )
+    if isinstance(max_tries, bool) or not isinstance(max_tries, int) or max_tries < 0:
+        raise ValueError(f"expected max_tries as an int >= 0, got {max_tries!r}")
+
+
+def check_residual(draft, target, residual, target_sigma) -> None:
+    """Raise where rejected tokens cannot be redrawn in the way that is asked for."""
+    if residual not in RESIDUALS:
+        raise ValueError(f"expected residual one of {RESIDUALS}, got {residual!r}")
+    if not isinstance(target_sigma, bool) or (target_sigma and residual != "closed_form"):
+        raise ValueError(
+            "expected target_sigma as a bool, True only with residual='closed_form', "
+            f"got {target_sigma!r} with residual={residual!r}"
+        )
+    if residual != "closed_form" or target_sigma:
+        return
+    # With a fixed variance the last step's is the same, whichever kind: it follows from the noise schedule.
+    learned = [role for role, model in (("draft", draft), ("target", target)) if _learned_variance(model.diffloss)]
+    if learned:
+        raise ValueError(
+            "expected heads with a fixed variance for residual='closed_form', got a learned one in the "
+            f"{' and the '.join(learned)}: pass target_sigma=True to redraw with the target's sigma, or "
+            "residual='rejection'"
+        )
+
+
+def _learned_variance(diffloss) -> bool:
+    return diffloss.net.final_layer.linear.out_features == 2 * diffloss.in_channels
+
+
+def check_num_draft(num_draft) -> None:
+    """Raise where ``num_draft`` is neither a number of steps nor a policy."""
+    number = isinstance(num_draft, int) and not isinstance(num_draft, bool)
+    if not callable(num_draft) and not (number and num_draft >= 1):
+        raise ValueError(f"expected num_draft >= 1, an int or a function of the windows so far, got {num_draft!r}")
+
+
+def check_run(draft, target, bsz, labels, temperature, cfg, seed, first_image, orders) -> None:
+    """Raise on an argument of a run that does not fit; values of tensors are looked at on the CPU only."""
+    length = target.seq_len
+    if bsz < 1:
+        raise ValueError(f"expected bsz >= 1, got {bsz}")
+    if not 0 <= temperature < math.inf or not math.isfinite(cfg):
+        raise ValueError(f"expected a finite temperature >= 0 and a finite cfg, got {temperature!r} and {cfg!r}")
+    if labels is not None and (
+        not isinstance(labels, torch.Tensor) or labels.shape != (bsz,) or labels.is_floating_point()
+    ):
+        got = tuple(labels.shape) if isinstance(labels, torch.Tensor) else type(labels).__name__
+        raise ValueError(f"expected labels as an integer tensor of shape ({bsz},) or None, got {got}")
+    if labels is not None and labels.device.type == "cpu":
+        classes = [getattr(model, "num_classes", math.inf) for model in (draft, target)]
+        if not ((labels >= 0) & (labels < min(classes))).all():
+            raise ValueError(f"expected labels in 0..{min(classes) - 1}, got {labels.tolist()}")
+    if orders is not None and (orders.shape != (bsz, length) or orders.dtype != torch.int64):
+        raise ValueError(f"expected orders as int64 ({bsz}, {length}), got {orders.dtype} {tuple(orders.shape)}")
+    on_cpu = orders is not None and orders.device.type == "cpu"
+    if on_cpu and not (orders.sort(1).values == torch.arange(length)).all():
+        raise ValueError(f"expected every row of orders to be a permutation of 0..{length - 1}")
+    if seed is not None:
+        check_seed(seed)
+    if first_image < 0:
+        raise ValueError(f"expected first_image >= 0, got {first_image}")
+    devices = {model.fake_latent.device for model in (draft, target)}
+    if len(devices) > 1:
+        raise ValueError(f"expected draft and target on one device, got {sorted(map(str, devices))}")

@@ -1,0 +1,204 @@
+"""A run never waits for the device: nothing is read on the host, and nothing comes from it after the first kernel."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import types
+from unittest import mock
+
+import pytest
+import torch
+from dispatch_modes import Inside
+from small_models import small_mar
+
+import cspd
+from cspd import speculative
+from cspd.order import to_device
+from cspd.window import prefill, run_window
+from cspd_kernels.ops import accept_reject as accept_reject_op
+from cspd_kernels.ops.accept_reject import torch_backend
+
+READS = ("_local_scalar_dense", "item", "is_nonzero", "nonzero", "equal", "masked_select", "_unique2", "unique")
+
+
+COPIES = ("tolist", "numpy", "cpu")  # of which a dispatch mode sees nothing on the CPU
+
+
+class NoWait(Inside):
+    """Fails where a tensor's value, or a shape that depends on one, is read, and, once ``started``, where a tensor is
+    made from numbers of the host."""
+
+    started = False
+
+    def seen(self, func, args):
+        name = func.overloadpacket.__name__
+        # A guidance scale that is a number goes through denoise's operator as a tensor of the CPU on every device.
+        number = name in ("item", "_local_scalar_dense") and args[0].dtype == torch.float64 and args[0].dim() == 0
+        assert number or name not in READS, f"the host waits for {name}"
+        indexed_by_mask = name == "index" and any(v is not None and v.dtype == torch.bool for v in args[1])
+        assert not indexed_by_mask, "the host waits for a boolean index"
+        assert not (self.started and name == "lift_fresh"), "a tensor comes from the host"
+        self.started |= name == "addmm"
+
+
+@contextlib.contextmanager
+def no_wait():
+    """A block in which any wait for the device fails."""
+
+    def copied(name, *_):
+        raise AssertionError(f"the host waits for {name}")
+
+    with contextlib.ExitStack() as patches, NoWait() as mode:
+        for name in COPIES:
+            patches.enter_context(mock.patch.object(torch.Tensor, name, functools.partial(copied, name)))
+        yield mode
+
+
+@pytest.fixture
+def as_on_a_device(monkeypatch):
+    """Without what is done on the CPU alone: checks of values, and picking out the rows that are still undecided."""
+    monkeypatch.setattr(speculative, "check_run", lambda *_: None)
+    monkeypatch.setattr("cspd_kernels.ops.denoise._check_values", lambda **_: None)
+    monkeypatch.setattr(accept_reject_op, "_check_residual", lambda *_: None)
+    monkeypatch.setattr(accept_reject_op, "check", lambda op, x, draft, target, relaxation, sigma: relaxation)
+    backend = functools.partial(torch_backend.accept_reject, compact=False)
+    monkeypatch.setattr(accept_reject_op, "implementation", lambda *_: backend)
+
+
+@pytest.fixture(scope="module")
+def pair():
+    return small_mar(0, width=16, schedule="linear"), small_mar(1, width=32, schedule="linear")
+
+
+def by_entropy(window):
+    return 1.0 + 41.0 * torch.sigmoid(window.target_log_std.mean(dim=-1))
+
+
+LABELS = torch.tensor([3, 1, 4])
+OPTIONS = {
+    "plain": ({}, {}),
+    "guided": ({}, {"cfg": 3.0, "labels": LABELS}),
+    "guided, constant": ({}, {"cfg": 3.0, "cfg_schedule": "constant", "labels": LABELS}),
+    "labels": ({}, {"labels": LABELS}),
+    "no pre-filling": ({"ratio": 0.0, "sigma": "released"}, {"temperature": 0.7}),
+    "tensor": ({"inner_temperature": torch.linspace(1, 40, 16)}, {"cfg": 2.0}),
+    "policy": ({"inner_temperature": cspd.SimilarityRelaxation()}, {"cfg": 2.0, "labels": LABELS}),
+    "entropy": ({"inner_temperature": by_entropy}, {}),
+    "orders": ({}, {"orders": torch.stack([torch.randperm(16) for _ in range(3)])}),
+    "closed form": ({"residual": "closed_form", "target_sigma": True}, {}),
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_a_run_waits_nowhere(pair, as_on_a_device, name):
+    options, arguments = OPTIONS[name]
+    runner = cspd.SpecDecodeRunner(*pair, **options)
+    expected = runner.run(3, 8, 3, seed=5, **arguments)
+    with no_wait() as mode:
+        images = runner.run(3, 8, 3, seed=5, **arguments)
+    assert mode.started
+    assert torch.equal(images, expected)
+    assert 0 <= runner.stats.acceptance <= 1
+
+
+def test_a_length_policy_reads_once_a_window(pair, as_on_a_device):
+    runner, asked = cspd.SpecDecodeRunner(*pair, ratio=0.0), []
+
+    def two(windows):
+        asked.append(len(windows))
+        return 2
+
+    runner.run(3, 8, 2, seed=5)
+    with pytest.raises(AssertionError, match="the host waits for tolist"), no_wait():
+        runner.run(3, 8, two, seed=5)
+    assert asked == [0]
+    with no_wait():
+        runner.run(3, 8, lambda windows: 8, seed=5)  # one window: nothing is to be known of it
+
+
+FAULTS = {
+    "boolean index": lambda window: window.log_ratio[window.log_ratio > 0],
+    "count": lambda window: int(window.positions[0, 0]),
+    "list": lambda window: window.steps.tolist(),
+    "late table": lambda window: torch.tensor([1.0]),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_the_check_can_fail(pair, as_on_a_device, fault):
+    runner = cspd.SpecDecodeRunner(*pair, lambda window: torch.full_like(window.log_ratio, 2.0))
+    runner.run(3, 8, 3, seed=5)
+    runner.inner_temperature = FAULTS[fault]
+    with pytest.raises(AssertionError, match=r"the host waits|comes from the host"), no_wait():
+        runner.run(3, 8, 3, seed=5)
+
+
+def test_masks_would_fail_the_check(pair, as_on_a_device, monkeypatch):
+    monkeypatch.setattr(speculative, "why_not_by_tables", lambda model: "asked for by this test")
+    runner = cspd.SpecDecodeRunner(*pair)
+    runner.run(3, 8, 3, seed=5)
+    with pytest.raises(AssertionError, match="the host waits for tolist"), no_wait():
+        runner.run(3, 8, 3, seed=5)
+
+
+@pytest.mark.parametrize("cfg", [1.0, 3.0])
+def test_eager_sampling_waits_nowhere_in_the_transformer(pair, monkeypatch, cfg):
+    model = pair[1]
+    monkeypatch.setattr(model.diffloss, "sample", lambda z, temperature, scale: z[:, :4])
+    with no_wait():
+        images = model.sample_tokens(3, 6, cfg=cfg, labels=LABELS)
+    assert torch.isfinite(images).all()
+
+
+@pytest.mark.parametrize("relaxation", [42.0, cspd.SimilarityRelaxation()])
+def test_a_window_can_be_run_again_in_the_same_buffers(pair, relaxation):
+    """What a CUDA graph of it needs: the same buffers each time, and nothing kept elsewhere."""
+    runner = cspd.SpecDecodeRunner(*pair, relaxation, ratio=0.25)
+    arguments = {"labels": LABELS, "cfg": 2.0, "seed": 5}
+    images = runner.run(3, 8, 3, **arguments)
+    state = runner.begin(3, 8, **arguments)
+    for i in range(state.prefilled):
+        prefill(state, state.plan.step(i))
+    stop = len(state.plan.steps)
+    windows = [state.plan.window(i, min(i + 3, stop)) for i in range(state.prefilled, stop, 3)]
+    buffers = [state.tokens, state.outcome, *([state.previous_target_z] if callable(relaxation) else [])]
+    for window in windows:
+        before = [buffer.clone() for buffer in buffers]
+        first = run_window(state, window)
+        after = [buffer.clone() for buffer in buffers]
+        for buffer, value in zip(buffers, before):
+            buffer.copy_(value)
+        again = run_window(state, window)
+        assert all(map(torch.equal, buffers, after))
+        assert not any(map(torch.equal, before, after))
+        assert all(map(torch.equal, first, again))
+    now = [state.tokens, state.outcome, *([state.previous_target_z] if callable(relaxation) else [])]
+    assert all(one is other for one, other in zip(now, buffers, strict=True))
+    assert torch.equal(pair[1].unpatchify(state.tokens), images)
+    assert torch.equal(runner.stats.outcome, state.outcome)
+
+
+def test_a_window_reports_its_phases(pair):
+    runner, entered = cspd.SpecDecodeRunner(*pair, ratio=0.0), []
+
+    def phase(name):
+        entered.append(name)
+        return contextlib.nullcontext()
+
+    state = runner.begin(2, 8, seed=1)
+    run_window(state, state.plan.window(0, 3), phase)
+    assert entered == ["draft"] * 3 + ["target", "verify"]
+
+
+def test_what_comes_from_the_host_is_pinned_and_not_waited_for(monkeypatch):
+    copies = []
+
+    class OnTheHost:
+        device = torch.device("cpu")
+
+        def pin_memory(self):
+            return types.SimpleNamespace(to=lambda device, non_blocking: copies.append((device, non_blocking)))
+
+    to_device(OnTheHost(), torch.device("cuda", 0))
+    assert copies == [(torch.device("cuda", 0), True)]
