@@ -7,6 +7,11 @@ import math
 
 import pytest
 import torch
+
+from cspd_kernels import Denoised, accept_reject
+from cspd_kernels.noise import uniforms
+from cspd_kernels.testing import random_chains
+
 from verdicts import (
     CHANNELS,
     DTYPES,
@@ -25,10 +30,6 @@ from verdicts import (
     some_of_each,
     take,
 )  # fmt: skip
-
-from cspd_kernels import Denoised, accept_reject
-from cspd_kernels.noise import uniforms
-from cspd_kernels.testing import random_chains
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
 
