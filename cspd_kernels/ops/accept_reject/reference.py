@@ -60,7 +60,7 @@ def closed_form(draft, target, seed, rows, sigma):
     In float64: S is a small difference of tails where the models are close.
     """
     mean_q, mean_p, log_p, path_q, path_p = (
-        v.double() for v in (draft.mean, target.mean, target.log_std, draft.path_log_std, target.path_log_std)
+        v.float().double() for v in (draft.mean, target.mean, target.log_std, draft.path_log_std, target.path_log_std)
     )
     n = normals(seed, rows, 1, mean_p.shape[-1], STREAM_PROPOSAL).double()
     d = (mean_p - mean_q) * torch.exp(-log_p)

@@ -11,7 +11,7 @@ import triton.language as tl
 
 from ...triton_noise import normals, uniform, words
 from ...triton_support import expm1
-from ..density_ratio.triton_terms import inverse_std, judged, residuals
+from ..density_ratio.triton_terms import judged, residuals
 from .reference import FARTHEST as _FARTHEST
 from .reference import SHORTEST as _SHORTEST
 
@@ -56,7 +56,7 @@ def in_closed_form(seed, row, max_tries, mean_q, mean_p, log_p, path, valid, BG:
     """
     index = tl.full([1], 1, tl.int32)
     n = normals(seed, row, index[:, None], tl.arange(0, BG)[None, :], STREAM_PROPOSAL)
-    d = tl.where(valid, (mean_p - mean_q) * inverse_std(log_p), 0.0)
+    d = tl.where(valid, (mean_p - mean_q) * tl.exp(-log_p), 0.0)  # not finite, nor a draw, at temperature 0
     distance = tl.sqrt(tl.sum(tl.sum(d.to(tl.float64) * d.to(tl.float64), 1), 0))
     t_0 = -0.5 * distance - path.to(tl.float64) / distance
     exists = (t_0 <= FARTHEST) & (distance < float("inf")) & (max_tries > 0)
