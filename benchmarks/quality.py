@@ -20,6 +20,12 @@ from common import write_results
 
 RELAXATIONS, GAMMAS, RESIDUALS = (1, 3, 10, 42), (2, 4, 8, 16), ("rejection", "closed_form")
 PLAIN_STEPS = (16, 8, 4, 2)
+SIMILARITY = cspd.SimilarityRelaxation(least=1.0, most=42.0)
+POLICIES = (
+    ("relaxation by similarity, gamma 8", 8, {"inner_temperature": SIMILARITY}),
+    ("relaxation 10, adaptive gamma", cspd.AdaptiveDraft(bound=0.8, most=16), {"inner_temperature": 10.0}),
+    ("relaxation 42, adaptive gamma", cspd.AdaptiveDraft(bound=0.97, most=16), {"inner_temperature": 42.0}),
+)
 START, END = "<!-- TABLE -->\n", "<!-- /TABLE -->"
 
 
@@ -33,16 +39,7 @@ def plan(target, draft, relaxations, gammas, residuals) -> list[tuple]:
         for r in relaxations
         for g in gammas
     ]
-    policies = {
-        f"relaxation by similarity, gamma {gammas[-2]}": (gammas[-2], {"inner_temperature": SIMILARITY}),
-        f"relaxation {relaxations[-1]}, adaptive gamma": (ADAPTIVE, {"inner_temperature": float(relaxations[-1])}),
-        f"relaxation {relaxations[-2]}, adaptive gamma": (ADAPTIVE, {"inner_temperature": float(relaxations[-2])}),
-    }
-    return rows + [("policy", name, draft, STEPS, gamma, options) for name, (gamma, options) in policies.items()]
-
-
-SIMILARITY = cspd.SimilarityRelaxation(least=1.0, most=42.0)
-ADAPTIVE = cspd.AdaptiveDraft(bound=0.97, most=16)
+    return rows + [("policy", name, draft, STEPS, gamma, options) for name, gamma, options in POLICIES]
 
 
 def measure(
@@ -140,6 +137,15 @@ def _points(rows: list[dict]) -> tuple[list, list]:
     return [r["target_calls"] for r in rows], [r["frechet_distance"] for r in rows]
 
 
+def write_docs(folder: Path, rows: list[dict]) -> None:
+    """The plot, and the table in its place in quality.md."""
+    plot(rows, folder / "quality.png")
+    page = folder / "quality.md"
+    before, _, rest = page.read_text().partition(START)
+    page.write_text(before + START + markdown(rows) + END + rest.partition(END)[2])
+    print(f"wrote {page}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=int, default=2048, help="per row (default 2048)")
@@ -156,11 +162,7 @@ def main() -> None:
     if args.json:
         write_results(args.json, rows, **extra)
     if args.docs:
-        plot(rows, args.docs / "quality.png")
-        page = args.docs / "quality.md"
-        before, _, rest = page.read_text().partition(START)
-        page.write_text(before + START + markdown(rows) + END + rest.partition(END)[2])
-        print(f"wrote {page}")
+        write_docs(args.docs, rows)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,21 +20,26 @@ def benchmarks(monkeypatch):
     import baselines
     import common
     import kernels
+    import quality
+    import verdicts
 
-    yield kernels, common, baselines
-    for name in ("kernels", "common", "baselines"):
+    yield SimpleNamespace(kernels=kernels, common=common, baselines=baselines, verdicts=verdicts, quality=quality)
+    for name in ("kernels", "common", "baselines", "verdicts", "quality"):
         sys.modules.pop(name, None)
 
 
 def test_rows_of_a_small_head(benchmarks, monkeypatch, capsys, tmp_path):
-    kernels, common, _ = benchmarks
+    kernels, verdicts = benchmarks.kernels, benchmarks.verdicts
     monkeypatch.setitem(kernels.HEADS, "small", (2, 64, 32))
     rows = kernels.denoise_rows("small", 3, ["torch"], 3, torch.device("cpu"))
-    rows += kernels.accept_reject_rows(200, ["torch"], 3, torch.device("cpu"))
-    assert [row.correct for row in rows] == [True] * 4
-    common.print_rows(rows)
+    rows += verdicts.density_ratio_rows(200, ["torch"], 3, torch.device("cpu"))
+    rows += verdicts.accept_reject_rows(200, ["torch"], 3, torch.device("cpu"))
+    assert [row.correct for row in rows] == [True] * 6
+    assert {row.op for row in rows} == {"denoise", "log_density_ratio", "accept_reject"}
+    assert {row.backend for row in rows if row.op == "accept_reject"} == {"torch rejection", "torch closed_form"}
+    benchmarks.common.print_rows(rows)
     assert "x  " in capsys.readouterr().out
-    common.write_json(tmp_path / "r.json", rows)
+    benchmarks.common.write_json(tmp_path / "r.json", rows)
     written = json.loads((tmp_path / "r.json").read_text())
     assert written["rows"][0]["ratio"] == pytest.approx(rows[0].baseline_seconds / rows[0].seconds)
     assert written["environment"]["backends"]["torch"] == "ok"
@@ -41,7 +47,7 @@ def test_rows_of_a_small_head(benchmarks, monkeypatch, capsys, tmp_path):
 
 @pytest.mark.parametrize("error", [1.0, float("nan")])
 def test_a_wrong_row_shows_no_speed(benchmarks, capsys, error):
-    _, common, _ = benchmarks
+    common = benchmarks.common
     row = common.Row("op", "n", "b", "base", 1.25, 1.2, 1.3, 9.75, 9.7, 9.8, 3, error, 1e-5, "of max")
     common.print_rows([row])
     out = capsys.readouterr().out
@@ -61,11 +67,46 @@ def test_eager_baseline_is_the_models_own_loop(benchmarks):
     expected = head.sample(z)
     torch.manual_seed(1)
     x, draws = torch.randn(5, 4), [torch.randn(5, 4) for _ in range(9)]
-    actual = benchmarks[2].eager_denoise(head, z, x, torch.stack(draws[::-1]))
+    actual = benchmarks.baselines.eager_denoise(head, z, x, torch.stack(draws[::-1]))
     assert relative_error(actual, expected) < 1e-6
 
 
-@pytest.mark.parametrize("script", ["kernels.py", "end_to_end.py"])
+def test_a_wrong_verdict_is_seen(benchmarks, monkeypatch):
+    verdicts = benchmarks.verdicts
+    verdict = verdicts.accept_reject
+
+    def wrong(*chains, **options):
+        result = verdict(*chains, **options)
+        return result._replace(token=result.token + (torch.arange(len(result.token)) % 50 == 0)[:, None])
+
+    monkeypatch.setattr(verdicts, "accept_reject", wrong)
+    rows = verdicts.accept_reject_rows(200, ["torch"], 2, torch.device("cpu"))
+    assert [row.correct for row in rows] == [False, False]
+
+
+def test_quality_of_a_few_digits(benchmarks, monkeypatch, tmp_path):
+    quality, lines = benchmarks.quality, []
+    rows = quality.measure(6, 1, (42,), (8,), ("closed_form",), echo=lines.append)
+    assert [row["kind"] for row in rows] == ["target"] * 4 + ["draft", "closed_form"] + ["policy"] * 3
+    assert [row["target_calls"] for row in rows[:6]] == [16, 8, 4, 2, 0, 5]
+    assert [row["draft_calls"] for row in rows[:6]] == [0, 0, 0, 0, 16, 13]
+    assert all(row["frechet_distance"] > 0 for row in rows)
+    assert len(lines) == 1 + len(rows)
+    assert json.loads(json.dumps(rows)) == rows
+    page = tmp_path / "quality.md"
+    page.write_text(f"before\n{quality.START}old\n{quality.END}\nafter\n")
+    monkeypatch.setattr(quality, "plot", lambda rows, path: path.touch())
+    for _ in range(2):  # writing again replaces what was written
+        quality.write_docs(tmp_path, rows)
+    text = page.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("\nafter\n")
+    assert "old" not in text
+    assert text.count("target, 16 steps") == 1
+    assert len(quality.markdown(rows).splitlines()) == 2 + len(rows)
+
+
+@pytest.mark.parametrize("script", ["kernels.py", "end_to_end.py", "quality.py"])
 def test_help(script):
     done = subprocess.run([sys.executable, BENCHMARKS / script, "--help"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
