@@ -46,22 +46,23 @@ def _accept_reject_kernel(
     for r in range(R):
         if (rejected >> r) & 1:
             at = start + r
-            here = at < N
-            stored = load(mean_q, at, mean_q_row, channel, mean_q_channel, valid)
-            mean = load(mean_p, at, mean_p_row, channel, mean_p_channel, valid)
-            log_std = load(log_p, at, log_p_row, channel, log_p_channel, valid)
-            path = path_term(path_q, path_p, at, path_q_row, path_p_row, here, RELEASED)
+            draft_mean = load(mean_q, at, mean_q_row, channel, mean_q_channel, valid)
+            target_mean = load(mean_p, at, mean_p_row, channel, mean_p_channel, valid)
+            target_log = load(log_p, at, log_p_row, channel, log_p_channel, valid)
+            path = path_term(path_q, path_p, at, path_q_row, path_p_row, at < N, RELEASED)
             own = tl.load(rows + at * rows_row)
             kept = 0
             if CLOSED_FORM:
-                kept, y, index = in_closed_form(seed, own, max_tries, stored, mean, log_std, path, valid, BG)
+                kept, y, index = in_closed_form(
+                    seed, own, max_tries, draft_mean, target_mean, target_log, path, valid, BG
+                )
                 tl.store(token + at * C + channel, y, valid & (index == kept)[:, None])
             else:
-                stored_std = load(log_q, at, log_q_row, channel, log_q_channel, valid)
+                draft_log = load(log_q, at, log_q_row, channel, log_q_channel, valid)
                 first = 1
                 while (kept == 0) & (first <= max_tries):
                     kept, y, index = by_rejection(
-                        seed, own, first, max_tries, stored, stored_std, mean, log_std, path, valid, BG, K
+                        seed, own, first, max_tries, draft_mean, draft_log, target_mean, target_log, path, valid, BG, K
                     )
                     tl.store(token + at * C + channel + 0 * index[:, None], y, valid & (index == kept)[:, None])
                     first += K
