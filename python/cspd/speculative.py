@@ -87,7 +87,7 @@ class SpecDecodeRunner:
         self.residual, self.target_sigma = residual, target_sigma
         self._models = {"draft": draft_model, "target": target_model}
         self._heads = {role: HeadCache(model.diffloss) for role, model in self._models.items()}
-        self._tables: dict[str, bool] = {}  # whether a model's conditions are computed by tables
+        self._tables: dict[int, bool] = {}  # by id: whether a model's conditions are computed by tables
         for role, model in self._models.items():
             if not getattr(model, "training", False):
                 self._by_tables(role)
@@ -228,9 +228,9 @@ class SpecDecodeRunner:
         if getattr(model, "training", False):
             _logger.warning("the %s is in training mode: dropout and label dropping are on; call .eval() first", role)
             return False
-        if role not in self._tables:
+        if id(model) not in self._tables:
             reason = why_not_by_tables(model)
-            self._tables[role] = reason is None
+            self._tables[id(model)] = reason is None
             if reason is not None:
                 _logger.log(
                     logging.WARNING if model.fake_latent.device.type == "cuda" else logging.INFO,
@@ -240,7 +240,7 @@ class SpecDecodeRunner:
                     type(model).__name__,
                     reason,
                 )
-        return self._tables[role]
+        return self._tables[id(model)]
 
 
 def _class_embedding(model, bsz: int, labels: torch.Tensor | None, guided: bool) -> torch.Tensor:

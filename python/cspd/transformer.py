@@ -70,6 +70,12 @@ def conditions(model, tokens, known, class_embedding, where) -> torch.Tensor:
     return decode(model, encode(model, tokens, known, class_embedding), known, where)
 
 
+def masked_form(method):
+    """Mark a method that only turns its mask into a table for :func:`encode` or :func:`decode`: nothing to compare."""
+    method.over_tables = True
+    return method
+
+
 def conditions_by_masks(model, tokens, mask, class_embedding, where) -> torch.Tensor:
     """As :func:`conditions`, by the model's own methods and a mask (R, L): the host waits at each of them."""
     z = model.forward_mae_decoder(model.forward_mae_encoder(tokens, mask, class_embedding), mask)
@@ -86,6 +92,9 @@ def why_not_by_tables(model) -> str | None:
     missing = [name for name in PARTS if not hasattr(model, name)]
     if missing:
         return "it lacks " + ", ".join(missing)
+    own = (model.forward_mae_encoder, model.forward_mae_decoder)
+    if all(getattr(method, "over_tables", False) for method in own):
+        return None
     weight = model.fake_latent
     device, length = weight.device, model.seq_len
     if device.type == "meta":

@@ -130,6 +130,21 @@ def test_forks_with_other_arithmetic_are_told_apart(name, method, match):
     assert match.split(".")[-1] in why_not_by_tables(model)
 
 
+@pytest.mark.parametrize("name", ["forward_mae_encoder", "forward_mae_decoder"])
+def test_what_is_put_in_place_of_an_own_method_is_compared(name):
+    model = small_mar()
+    own = getattr(model, name)
+    setattr(model, name, lambda *args: 1.1 * own(*args))
+    assert "differ by" in why_not_by_tables(model)
+
+
+def test_a_model_is_compared_once(monkeypatch):
+    model = released()
+    calls = calls_of(model, monkeypatch)
+    cspd.SpecDecodeRunner(model, model).run(1, 3, 2, seed=0)
+    assert len(calls) == 3  # with three counts of known tokens
+
+
 def test_a_model_without_the_parts():
     model = released()
     del model.mask_token, model.encoder_norm

@@ -15,7 +15,7 @@ import torch.nn as nn
 from tqdm import tqdm
 
 from ..order import known_of, mask_of, plan_steps, positions, to_device
-from ..transformer import conditions, decode, encode, known_of_mask
+from ..transformer import conditions, decode, encode, known_of_mask, masked_form
 from .diffloss import DiffLoss
 from .vit import Block
 
@@ -142,6 +142,7 @@ class MAR(nn.Module):
         drop = (torch.rand(len(class_embedding), 1) < self.label_drop_prob).to(class_embedding)
         return drop * self.fake_latent + (1 - drop) * class_embedding
 
+    @masked_form
     def forward_mae_encoder(self, x: torch.Tensor, mask: torch.Tensor, class_embedding: torch.Tensor) -> torch.Tensor:
         """x (B, L, C), mask (B, L), class_embedding (B, E) -> (B, buffer + known, E).
 
@@ -150,6 +151,7 @@ class MAR(nn.Module):
         """
         return encode(self, x, known_of_mask(mask), self._drop_labels(class_embedding))
 
+    @masked_form
     def forward_mae_decoder(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Encoder output and mask (B, L) -> the conditions z of all positions (B, L, Z)."""
         return decode(self, x, known_of_mask(mask))
