@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -16,9 +17,9 @@ from cspd.demo import train
 from cspd.demo.pair import DATA, load_model, load_pair
 from cspd.demo.picture import COLOURS
 from cspd.demo.quality import frechet_distance, reference_statistics
-from cspd.demo.run import STEPS, generate, run_demo
+from cspd.demo.run import BATCH, STEPS, generate, run_demo
 
-IMAGES = 512
+IMAGES = 2048
 
 
 @pytest.fixture(scope="module")
@@ -34,36 +35,50 @@ def classifier(digits):
     return SVC(gamma=0.01).fit(images.flatten(1).numpy(), labels.numpy())
 
 
+SPECULATIVE = [(gamma, residual) for gamma in (4, 8) for residual in ("rejection", "closed_form")]
+
+
 @pytest.fixture(scope="module")
 def generated():
     """Images and figures of every row that the quality promise speaks of, as the demo makes them."""
     target, draft = load_pair()
     labels = torch.arange(IMAGES) % 10
-    rows = {None: generate(draft, target, labels, STEPS, None, 0)}
-    rows |= {gamma: generate(draft, target, labels, STEPS, gamma, 0) for gamma in (4, 8)}
-    return {gamma: (images, figures, frechet_distance(images)) for gamma, (images, figures, _) in rows.items()}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count() or 1)
+    try:
+        rows = {None: generate(draft, target, labels, STEPS, None, 0)}
+        rows |= {(g, r): generate(draft, target, labels, STEPS, g, 0, residual=r) for g, r in SPECULATIVE}
+    finally:
+        torch.set_num_threads(threads)
+    return {key: (images, figures, frechet_distance(images)) for key, (images, figures, _) in rows.items()}
 
 
+@pytest.mark.timeout(900)  # whichever test comes first makes the images
 def test_target_alone_is_close_to_the_real_digits(generated):
-    assert generated[None][2] <= 1.0
+    assert generated[None][2] <= 0.75
 
 
-@pytest.mark.parametrize("gamma", [4, 8])
-def test_speculation_keeps_the_quality(generated, gamma):
-    assert generated[gamma][2] <= 1.15 * generated[None][2]
+@pytest.mark.parametrize("key", SPECULATIVE)
+@pytest.mark.timeout(900)
+def test_speculation_keeps_the_quality(generated, key):
+    assert generated[key][2] <= 1.10 * generated[None][2]
 
 
-@pytest.mark.parametrize("gamma", [None, 4, 8])
-def test_a_classifier_of_real_digits_reads_the_labels(generated, classifier, gamma):
-    pixels = generated[gamma][0].flatten(1).clamp(-1, 1).numpy()
+@pytest.mark.parametrize("key", [None, *SPECULATIVE])
+@pytest.mark.timeout(900)
+def test_a_classifier_of_real_digits_reads_the_labels(generated, classifier, key):
+    pixels = generated[key][0].flatten(1).clamp(-1, 1).numpy()
     assert (classifier.predict(pixels) == np.arange(IMAGES) % 10).mean() >= 0.95
 
 
 @pytest.mark.parametrize(("gamma", "target_calls"), [(4, 7), (8, 5)])
-def test_speculation_accepts_and_saves_target_calls(generated, gamma, target_calls):
-    figures = generated[gamma][1]
-    assert figures["target_calls"] == target_calls
-    assert figures["draft_calls"] == 13
+@pytest.mark.parametrize("residual", ["rejection", "closed_form"])
+@pytest.mark.timeout(900)
+def test_speculation_accepts_and_saves_target_calls(generated, gamma, residual, target_calls):
+    figures = generated[gamma, residual][1]
+    batches = IMAGES // BATCH
+    assert figures["target_calls"] == batches * target_calls
+    assert figures["draft_calls"] == batches * 13
     assert 0.05 < figures["raw_acceptance"] < figures["acceptance"] < 1.0
 
 
