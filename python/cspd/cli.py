@@ -36,6 +36,12 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--num-iter", type=_positive, help="autoregressive steps (default 64; digits 16)")
     generate.add_argument("--gamma", type=_positive, default=8, help="draft steps per window (default 8)")
     generate.add_argument("--relaxation", type=float, default=42.0, help="of the accept test (default 42)")
+    generate.add_argument(
+        "--residual",
+        choices=("rejection", "closed_form"),
+        default="rejection",
+        help="how a rejected token is redrawn; closed_form is for heads with a fixed variance (the digits pair's)",
+    )
     generate.add_argument("--prefill", type=float, default=0.15, help="fraction of the steps that is the target's")
     generate.add_argument("--num-sampling-steps", type=_positive, help="denoising steps (default 100; digits 40)")
     generate.add_argument("--cfg", type=float, default=1.0, help="guidance scale (default 1, none)")
@@ -105,6 +111,7 @@ def _generate(args) -> int:
         args.relaxation,
         args.prefill if draft else 1.0,
         dtype=getattr(torch, args.dtype) if args.dtype else None,
+        residual=args.residual,
     )
     images = runner.run(
         len(labels),

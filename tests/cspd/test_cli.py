@@ -22,10 +22,23 @@ def test_info(capsys):
 
 
 def test_generate_digits(tmp_path, capsys):
-    out = tmp_path / "digits.png"
-    assert main(["generate", "--labels", "3", "7", "--num-iter", "8", "--gamma", "4", "--out", str(out)]) == 0
-    assert Image.open(out).width > 100
-    assert "of the drafted tokens kept" in capsys.readouterr().out
+    pictures = []
+    for residual in ("rejection", "closed_form"):
+        pictures.append(tmp_path / f"{residual}.png")
+        command = ["generate", "--labels", "3", "7", "--num-iter", "8", "--gamma", "4", "--relaxation", "1"]
+        assert main([*command, "--residual", residual, "--out", str(pictures[-1])]) == 0
+        assert Image.open(pictures[-1]).width > 100
+        assert "of the drafted tokens kept" in capsys.readouterr().out
+    assert pictures[0].read_bytes() != pictures[1].read_bytes()
+
+
+def test_the_closed_form_is_not_for_learned_variances(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("cspd.checkpoints._HEADS", {32: 2})
+    save_file(small_mar(patch_size=1, img_size=4, vae_embed_dim=4).state_dict(), tmp_path / "t.safetensors")
+    model = ["--target", str(tmp_path / "t.safetensors"), "--draft", str(tmp_path / "t.safetensors")]
+    out = str(tmp_path / "x.safetensors")
+    assert main(["generate", *model, "--labels", "1", "--residual", "closed_form", "--out", out]) == 2
+    assert "expected heads with a fixed variance" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("with_draft", [False, True])
