@@ -27,6 +27,7 @@ from verdicts import (
     check_verdict,
     equal,
     judged_chains,
+    laid_out_there,
     take,
 )  # fmt: skip
 
