@@ -228,6 +228,15 @@ def laid_out(x, draft, target, matrix, line=None):
     return matrix(x), *chains
 
 
+def laid_out_there(v, layout, device):
+    """A tensor on the device with the strides, and the gaps, that a layout gives it here."""
+    here = layout(v)
+    size = max(1, here.untyped_storage().nbytes() // here.element_size())
+    whole = torch.empty(size, dtype=v.dtype, device=device)
+    whole.copy_(torch.empty(0, dtype=v.dtype).set_(here.untyped_storage(), 0, (size,), (1,)))
+    return whole.as_strided(here.size(), here.stride(), here.storage_offset())
+
+
 # --- what a backend does beside computing ---
 
 

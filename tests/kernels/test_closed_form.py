@@ -9,10 +9,10 @@ from scipy import stats
 
 from cspd_kernels import Denoised, accept_reject
 from cspd_kernels.noise import STREAM_PROPOSAL, normals
-from cspd_kernels.ops.accept_reject import reference, torch_backend
+from cspd_kernels.ops.accept_reject import Verdict, reference, torch_backend
 from cspd_kernels.testing import random_chains, relative_error
 
-from verdicts import cast, check_verdict, equal, judged_chains, take
+from verdicts import assert_verdict, cast, check_verdict, equal, judged_chains, take
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # of the interpreter's numpy
 
@@ -127,10 +127,16 @@ def start(distance, t_0):
 
 
 @pytest.fixture(params=["torch", "triton"])
-def backend(request):
-    if request.param == "triton" and request.getfixturevalue("triton_device").type != "cpu":
-        pytest.skip("these tensors are on the CPU; the GPU's tests have them there")
-    return request.param
+def judge(request):
+    """accept_reject by a backend where it runs here, the verdict on the CPU."""
+    device = request.getfixturevalue("triton_device") if request.param == "triton" else "cpu"
+
+    def judge(x, draft, target, **options):
+        chains = x.to(device), cast(draft, device), cast(target, device)
+        options = {"seed": 0, "residual": "closed_form"} | options
+        return Verdict(*(v.cpu() for v in accept_reject(*chains, backend=request.param, **options)))
+
+    return judge
 
 
 @pytest.mark.parametrize(
@@ -138,9 +144,9 @@ def backend(request):
     [(1.0, 5.999, 1), (1.0, 6.001, -1), (1e-3, 5.999, 1), (1e-3, 6.001, -1), (1.0, 100.0, -1), (1.0, -1e6, 1),
      (20.0, 5.99, 1), (20.0, 6.01, -1), (1e-6, -1e6, 1), (1e-18, 1e18, -1), (1e-10, 0.0, 1), (1e4, 0.0, 1)],
 )  # fmt: skip
-def test_where_a_draw_exists(backend, distance, t_0, tries):
+def test_where_a_draw_exists(judge, distance, t_0, tries):
     x, draft, target = edge(distance, start(distance, t_0))
-    verdict = accept_reject(x, draft, target, seed=0, residual="closed_form", backend=backend)
+    verdict = judge(x, draft, target)
     assert verdict.tries.tolist() == [tries] * 2
     if tries == -1:
         assert torch.equal(verdict.token, target.sample)
@@ -153,24 +159,22 @@ def test_where_a_draw_exists(backend, distance, t_0, tries):
 
 
 @pytest.mark.parametrize(("path", "tries"), [(0.5, 1), (1e-30, 1), (0.0, -1), (-0.5, -1)])
-def test_identical_means_leave_the_target_itself_or_nothing(backend, path, tries):
+def test_identical_means_leave_the_target_itself_or_nothing(judge, path, tries):
     x, draft, target = edge(0.0, path, channels=5)
     for sigma, sign in (("paper", 1), ("released", -1)):
         signed = draft._replace(path_log_std=sign * draft.path_log_std)
-        verdict = accept_reject(
-            x * math.nan, signed, target, seed=0, sigma=sigma, residual="closed_form", backend=backend
-        )  # fmt: skip
+        verdict = judge(x * math.nan, signed, target, sigma=sigma)  # fmt: skip
         assert verdict.tries.tolist() == [tries] * 2
         plain = normals(0, torch.arange(2), 1, 5, STREAM_PROPOSAL) if tries == 1 else target.sample
         torch.testing.assert_close(verdict.token, plain, rtol=1e-5, atol=1e-5)
 
 
-def test_a_temperature_of_0_takes_the_targets_own_draw(backend):
+def test_a_temperature_of_0_takes_the_targets_own_draw(judge):
     x, draft, target = judged_chains(4, 3, 1)
     target = target._replace(log_std=torch.full_like(x, -math.inf))
     for mean in (draft.mean, target.mean, target.mean + 1e-3):
         cold = Denoised(x, mean, target.log_std, draft.path_log_std)
-        verdict = accept_reject(x, cold, target, seed=0, residual="closed_form", backend=backend)
+        verdict = judge(x, cold, target)
         assert torch.equal(verdict.token, target.sample)
         assert verdict.tries.tolist() == [-1] * 4
         assert (verdict.log_ratio == -math.inf).all()
@@ -178,17 +182,16 @@ def test_a_temperature_of_0_takes_the_targets_own_draw(backend):
 
 @pytest.mark.parametrize("field", ["mean", "log_std", "path_log_std"])
 @pytest.mark.parametrize("chain", ["draft", "target"])
-def test_a_row_of_nan_takes_the_targets_own_draw_and_spoils_no_other(backend, chain, field):
+def test_a_row_of_nan_takes_the_targets_own_draw_and_spoils_no_other(judge, chain, field):
     x, draft, target = judged_chains(5, 3, 12, same_sigma=True)
     x = x - 100 * (target.mean - draft.mean)
     chains = {"draft": draft, "target": target}
-    options = {"seed": 0, "residual": "closed_form", "target_sigma": True, "backend": backend}
-    clean = accept_reject(x, **chains, **options)
+    clean = judge(x, **chains, target_sigma=True)
     assert (clean.tries == 1).all()
     spoiled = getattr(chains[chain], field).clone()
     spoiled.view(5, -1)[2, 0] = math.nan
     chains[chain] = chains[chain]._replace(**{field: spoiled})
-    verdict = accept_reject(x, **chains, **options)
+    verdict = judge(x, **chains, target_sigma=True)
     others = torch.arange(5) != 2
     equal([v[others] for v in verdict], [v[others] for v in clean])
     assert verdict.log_ratio[2] == -math.inf
@@ -201,16 +204,17 @@ def test_a_row_of_nan_takes_the_targets_own_draw_and_spoils_no_other(backend, ch
 
 
 @pytest.mark.parametrize("sigma", ["paper", "released"])
-def test_target_sigma_judges_with_both_and_redraws_with_the_targets(backend, sigma):
+def test_target_sigma_judges_with_both_and_redraws_with_the_targets(judge, sigma):
     x, draft, target = judged_chains(12, 4, 2)
-    options = {"sigma": sigma, "residual": "closed_form", "target_sigma": True}
-    verdict = check_verdict(x, draft, target, backend=backend, **options)
-    looped = accept_reject(x, draft, target, seed=0, sigma=sigma, max_tries=0, backend=backend)
+    verdict = judge(x, draft, target, sigma=sigma, target_sigma=True)
+    options = {"seed": 0, "rows": torch.arange(12), "sigma": sigma}
+    assert_verdict(verdict, x, draft, target, residual="closed_form", **options)
+    looped = judge(x, draft, target, sigma=sigma, max_tries=0, residual="rejection")
     assert torch.equal(verdict.accepted, looped.accepted)
     assert torch.equal(verdict.log_ratio, looped.log_ratio)
     same = draft._replace(log_std=target.log_std)
     far = x - 1e3 * (target.mean - draft.mean)
-    expected = accept_reject(far, same, target, seed=0, sigma=sigma, residual="closed_form", backend=backend)
+    expected = judge(far, same, target, sigma=sigma)
     redrawn = ~verdict.accepted & ~expected.accepted
     assert redrawn.sum() > 1
     assert torch.equal(verdict.tries[redrawn], expected.tries[redrawn])
@@ -253,13 +257,13 @@ def test_options_are_checked_before_anything_is_computed(monkeypatch, bad, messa
         accept_reject(x, draft, target, seed=0, **bad)
 
 
-def test_wider_inputs_are_redrawn_as_their_float32(backend):
+def test_wider_inputs_are_redrawn_as_their_float32(judge):
     x, draft, target = judged_chains(8, 4, 4, same_sigma=True)
     draft = draft._replace(path_log_std=target.path_log_std, mean=torch.cat([target.mean[:4], draft.mean[4:]]))
     x = x * math.nan
-    expected = accept_reject(x, draft, target, seed=0, residual="closed_form", backend=backend)
+    expected = judge(x, draft, target)
     assert expected.tries.tolist() == [-1] * 4 + [1] * 4
     wide = [cast(chain, torch.float64) for chain in (draft, target)]
     off = wide[1]._replace(mean=wide[1].mean * (1 + 1e-12), path_log_std=wide[1].path_log_std - 1e-12)
     for one in (wide[1], off):
-        equal(accept_reject(x.double(), wide[0], one, seed=0, residual="closed_form", backend=backend), expected)
+        equal(judge(x.double(), wide[0], one), expected)

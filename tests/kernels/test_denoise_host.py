@@ -5,6 +5,7 @@ import torch
 from dispatch_modes import Inside
 
 from cspd_kernels import PhiloxNoise, denoise
+from cspd_kernels.ops.accept_reject import reference
 from cspd_kernels.ops.accept_reject import torch_backend as accept_reject_backend
 from cspd_kernels.ops.denoise import torch_backend
 from cspd_kernels.testing import random_chains, random_inputs, relative_error
@@ -63,6 +64,19 @@ def test_torch_backend_never_reads_a_tensor_on_the_host(head, addressed, scale, 
     assert all(relative_error(a, b) <= 1e-5 for a, b in zip(out, expected, strict=True))
 
 
+@pytest.mark.parametrize("residual", ["rejection", "closed_form"])
+@pytest.mark.parametrize("max_tries", [0, 12])
+def test_verdicts_of_devices_read_no_tensor_on_the_host(residual, max_tries):
+    x, draft, target = random_chains(9, C, 0)
+    arguments = (x, draft, target, 5, torch.arange(9), torch.ones(9), "released", max_tries, residual)
+    with torch.no_grad(), NoHostRead():
+        verdict = accept_reject_backend.accept_reject(*arguments, compact=False)
+    expected = reference.accept_reject(*arguments)
+    assert all(map(torch.equal, verdict[1:3], expected[1:3]))
+    with torch.no_grad(), NoHostRead(), pytest.raises(AssertionError, match="the host waits"):
+        accept_reject_backend.accept_reject(*arguments, compact=True)
+
+
 class NoTensorFromHost(Inside):
     """Fails where a Python number becomes a tensor: on a device that would wait for it."""
 
@@ -80,4 +94,5 @@ def test_addressed_noise_and_verdicts_make_no_tensor_from_a_number(head):
     with torch.no_grad(), NoTensorFromHost():
         noise = PhiloxNoise(3, rows)
         torch_backend.denoise(head, cond, noise.x_T(C), noise, 1.0, None, 1 << 20)
-        accept_reject_backend.accept_reject(*arguments, compact=False)
+        for residual in ("rejection", "closed_form"):
+            accept_reject_backend.accept_reject(*arguments, residual, compact=False)

@@ -223,8 +223,9 @@ def test_flips_within_rounding_are_balanced(triton_device):
     accepted = reference.accept_reject(x, draft, target, 0, rows, max_tries=0)[1]
     more, fewer = ((verdict.accepted.cpu() & ~accepted).sum(), (~verdict.accepted.cpu() & accepted).sum())
     assert more + fewer <= 300
-    assert abs(int(more) - int(fewer)) <= 3.9 * math.sqrt(int(more) + int(fewer) + 1)  # p = 1e-4
-    assert 200 < verdict.accepted.sum() < 400
+    library = 0 if triton_device.type == "cpu" else 60  # a device's logarithm may err to one side in the last bit
+    assert abs(int(more) - int(fewer)) <= 3.9 * math.sqrt(int(more) + int(fewer) + 1) + library  # p = 1e-4
+    assert 200 - library < verdict.accepted.sum() < 400 + library
 
 
 def test_flips_of_the_redraw_within_rounding_are_balanced(triton_device):
@@ -253,6 +254,10 @@ def test_the_largest_uniform_accepts_identical_models_and_draws_the_nearest_toke
     assert verdict.accepted.all()
     x = draft.mean + 100 * (draft.mean - target.mean)
     verdict = check_verdict(x, draft, target, rows=rows, residual="closed_form")
+    assert verdict.tries.tolist() == [1, 1]
+    certain = draft._replace(path_log_std=target.path_log_std + 40)  # float32's 1 - exp(-log r_1) is 1
+    x = draft.mean + 1e4 * (draft.mean - target.mean)
+    verdict = accept_reject(x, certain, target, seed=0, rows=rows, max_tries=1, backend="triton")
     assert verdict.tries.tolist() == [1, 1]
 
 

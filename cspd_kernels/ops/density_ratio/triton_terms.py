@@ -14,7 +14,7 @@ from ...triton_support import expm1
 @triton.jit
 def load(base, row, row_stride, channel, channel_stride, valid):
     """Float32 values at (row, channel), 0 where not valid. Any floating type, any strides."""
-    return tl.load(base + row * row_stride + channel * channel_stride, valid, 0.0).to(tl.float32)
+    return tl.load(base + row * row_stride + channel.to(tl.int64) * channel_stride, valid, 0.0).to(tl.float32)
 
 
 @triton.jit

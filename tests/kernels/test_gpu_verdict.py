@@ -1,0 +1,345 @@
+"""The verdict on a GPU: float64's decisions at any size and type, one launch, no wait, graphs, streams, distributions.
+
+What the other Triton tests check with the fixture ``triton_device`` runs on the GPU as well and is not repeated here:
+layouts, seeds, tries, comparisons within rounding, extreme inputs, walls around the outputs.
+"""
+
+import contextlib
+
+import pytest
+import torch
+from modified import CASES, P, acceptance_rate, assert_modified, components, pair
+from scipy import stats
+
+from cspd_kernels import Denoised, accept_reject, log_density_ratio
+from cspd_kernels.backends import implementation
+from cspd_kernels.testing import random_chains
+
+from verdicts import (
+    CHANNELS,
+    DTYPES,
+    LAYOUTS,
+    LINES,
+    assert_ratio,
+    assert_verdict,
+    cast,
+    check_ratio,
+    check_verdict,
+    equal,
+    judged_chains,
+    laid_out_there,
+    take,
+)  # fmt: skip
+
+pytestmark = pytest.mark.gpu
+
+RESIDUALS = ["rejection", "closed_form"]
+MANY = (1 << 17) + 3
+DEVICE = "cuda"
+
+
+def on(x, draft, target):
+    return x.to(DEVICE), cast(draft, DEVICE), cast(target, DEVICE)
+
+
+def chains_of(rows, channels, seed, residual="rejection"):
+    return on(*judged_chains(rows, channels, seed, residual == "closed_form"))
+
+
+def addresses(rows):
+    return torch.arange(rows, device=DEVICE) * 2**33 + 7
+
+
+@contextlib.contextmanager
+def no_wait():
+    """Fails where the host waits for the device."""
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("op", ["log_density_ratio", "accept_reject"])
+def test_triton_is_the_automatic_backend(op):
+    x, draft, target = chains_of(5, 16, 0)
+    assert implementation(op, None, x.device, x) is implementation(op, "triton")
+    equal(accept_reject(x, draft, target, seed=0), accept_reject(x, draft, target, seed=0, backend="triton"))
+    wide = chains_of(5, 257, 0)
+    equal(accept_reject(*wide, seed=0), accept_reject(*wide, seed=0, backend="torch"))
+
+
+@pytest.mark.parametrize("rows", [1, 1000])
+@pytest.mark.parametrize("channels", CHANNELS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_ratios_of_every_width_and_type(dtype, channels, rows):
+    x, draft, target = on(*random_chains(rows, channels, channels, shift=1.0, scale=0.6))
+    narrow = x.to(dtype), cast(draft, dtype), cast(target, dtype)
+    relaxation = torch.linspace(0.3, 5, rows, device=DEVICE)
+    check_ratio(*narrow)
+    check_ratio(*narrow, relaxation=relaxation, sigma="released")
+    check_ratio(*narrow, relaxation=relaxation.to(dtype))
+
+
+@pytest.mark.parametrize("channels", CHANNELS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("residual", RESIDUALS)
+def test_verdicts_of_every_width_and_type(dtype, channels, residual):
+    x, draft, target = chains_of(999, channels, channels, residual)
+    narrow = x.to(dtype), cast(draft, dtype), cast(target, dtype)
+    relaxation = torch.linspace(0.3, 5, 999, device=DEVICE)
+    check_verdict(*narrow, seed=1, max_tries=21, residual=residual)
+    check_verdict(
+        *narrow, seed=2**64 - 1, rows=addresses(999), relaxation=relaxation, sigma="released", residual=residual
+    )
+
+
+@pytest.mark.parametrize("channels", [3, 16])
+@pytest.mark.parametrize("residual", RESIDUALS)
+def test_many_tokens(channels, residual):
+    chains = chains_of(MANY, channels, 1, residual)
+    assert len(check_ratio(*chains)) == MANY
+    verdict = check_verdict(*chains, seed=2**63 + 5, rows=addresses(MANY), max_tries=30, residual=residual, unsure=1e-3)
+    assert MANY // 4 < verdict.accepted.sum() < MANY * 3 // 4
+
+
+@pytest.mark.parametrize("residual", RESIDUALS)
+def test_close_models_take_many_tries(residual):
+    x, draft, target = random_chains(MANY, 16, 2, shift=0.02, scale=0.0)
+    chains = on(x, draft, target)
+    check_verdict(*chains, seed=3, residual=residual, unsure=1e-3)
+
+
+@pytest.mark.parametrize("residual", RESIDUALS)
+def test_backends_differ_within_rounding_alone(residual):
+    x, draft, target = chains_of(MANY, 16, 3, residual)
+    one, other = (
+        accept_reject(x, draft, target, seed=4, residual=residual, backend=backend) for backend in ("torch", "triton")
+    )
+    same = one.tries == other.tries
+    assert (~same).float().mean() < 1e-4
+    std = target.log_std.exp()
+    assert ((one.token - other.token).abs() <= 2e-5 * (std + one.token.abs()))[same].all()
+
+
+@pytest.mark.parametrize("matrix", LAYOUTS)
+@pytest.mark.parametrize("line", LINES)
+@pytest.mark.parametrize("residual", RESIDUALS)
+def test_any_strides(matrix, line, residual):
+    x, draft, target = judged_chains(203, 17, 4, residual == "closed_form")
+    matrix, line = LAYOUTS[matrix], LINES[line]
+    there = laid_out_there(x, matrix, DEVICE), *(
+        Denoised(*(laid_out_there(v, matrix, DEVICE) for v in c[:3]), laid_out_there(c.path_log_std, line, DEVICE))
+        for c in (draft, target)
+    )  # fmt: skip
+    rows = laid_out_there(torch.arange(203), line, DEVICE)
+    relaxation = laid_out_there(torch.linspace(0.3, 5, 203), line, DEVICE)
+    check_ratio(*there, relaxation=relaxation)
+    check_verdict(*there, rows=rows, relaxation=relaxation, residual=residual)
+
+
+@pytest.mark.parametrize("channels", [1, 16, 100, 256])
+@pytest.mark.parametrize("residual", RESIDUALS)
+def test_a_token_depends_on_neither_its_batch_nor_its_place(channels, residual):
+    x, draft, target = chains_of(5003, channels, 5, residual)
+    rows = addresses(5003)
+    verdict = accept_reject(x, draft, target, seed=9, rows=rows, residual=residual, backend="triton")
+    ratio = log_density_ratio(x, draft, target, backend="triton")
+    shuffled = torch.randperm(5003, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    for part in (slice(None), shuffled, shuffled[:77], *shuffled[:20, None], slice(3, 4096)):
+        few = (x[part], take(draft, part), take(target, part))
+        again = accept_reject(*few, seed=9, rows=rows[part], residual=residual, backend="triton")
+        equal([v[part] for v in verdict], again)
+        assert torch.equal(log_density_ratio(*few, backend="triton"), ratio[part])
+
+
+def test_many_runs_agree_bit_by_bit():
+    x, draft, target = chains_of(4096, 16, 6)
+    first = accept_reject(x, draft, target, seed=1, backend="triton")
+    wrong = torch.zeros((), dtype=torch.int64, device=DEVICE)
+    for _ in range(200):
+        again = accept_reject(x, draft, target, seed=1, backend="triton")
+        wrong += sum((a != b).any() for a, b in zip(again, first))
+    assert int(wrong) == 0
+
+
+def launched(function) -> list[str]:
+    """Names of what the device executes: kernels, copies, fills."""
+    function()  # compiles
+    torch.cuda.synchronize()
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        function()
+        torch.cuda.synchronize()
+    return [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+
+
+def test_the_count_of_launches_sees_every_kernel():
+    x = torch.ones(1000, device=DEVICE)
+    assert len(launched(lambda: (x + 1, x.cos()))) == 2
+
+
+@pytest.mark.parametrize("rows", [1, 64, 5000])
+@pytest.mark.parametrize("per_token", [False, True])
+def test_one_launch(rows, per_token):
+    x, draft, target = chains_of(rows, 16, 7, "closed_form")
+    address, relaxation = addresses(rows), torch.ones(rows, device=DEVICE) if per_token else 1.0
+    assert launched(lambda: log_density_ratio(x, draft, target, relaxation=relaxation)) == ["_log_density_ratio_kernel"]
+    for residual in RESIDUALS:
+        options = {"seed": 1, "rows": address, "relaxation": relaxation, "residual": residual}
+        assert launched(lambda: accept_reject(x, draft, target, **options)) == ["_accept_reject_kernel"]  # noqa: B023
+
+
+@pytest.mark.parametrize("backend", [None, "torch", "triton"])
+@pytest.mark.parametrize("residual", RESIDUALS)
+def test_no_wait_for_the_host(backend, residual):
+    x, draft, target = chains_of(100, 16, 8, residual)
+    rows, relaxation = addresses(100), torch.ones(100, device=DEVICE)
+
+    def everything():
+        for value in (2.0, relaxation):
+            log_density_ratio(x, draft, target, relaxation=value, backend=backend)
+            options = {"residual": residual, "target_sigma": residual == "closed_form", "backend": backend}
+            accept_reject(x, draft, target, seed=2**64 - 1, rows=rows, relaxation=value, **options)
+
+    everything()  # compiles
+    with no_wait():
+        everything()
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("residual", RESIDUALS)
+@pytest.mark.parametrize("rows", [1, 203, 5000])
+def test_inside_a_graph_of_the_caller(backend, residual, rows):
+    x, draft, target = chains_of(rows, 16, 9, residual)
+    address, relaxation = addresses(rows), torch.ones(rows, device=DEVICE)
+    options = {"seed": 5, "rows": address, "relaxation": relaxation, "residual": residual, "max_tries": 9}
+
+    def both():
+        ratio = log_density_ratio(x, draft, target, relaxation=relaxation, backend=backend)
+        return ratio, accept_reject(x, draft, target, **options, backend=backend)
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        both()  # compiles
+    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        ratio, verdict = both()
+    for seed in range(10, 13):
+        x_new, draft_new, target_new = chains_of(rows, 16, seed, residual)
+        for to, value in zip((x, *draft, *target), (x_new, *draft_new, *target_new), strict=True):
+            to.copy_(value)
+        address.add_(2**40 + seed)
+        relaxation.fill_(seed / 10)
+        torch.cuda.synchronize()
+        graph.replay()
+        torch.cuda.synchronize()
+        assert_ratio(ratio, x, draft, target, relaxation)
+        known = {name: value for name, value in options.items() if name not in ("seed", "rows")}
+        assert_verdict(verdict, x, draft, target, seed=5, rows=address, **known)
+        again_ratio, again = both()
+        assert torch.equal(ratio, again_ratio)
+        equal(verdict, again)
+
+
+@pytest.mark.parametrize("residual", RESIDUALS)
+def test_two_streams_in_turn(residual):
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    inputs = [chains_of((100, 3000)[seed // 2 % 2], 16, seed, residual) for seed in range(20)]
+    expected = [accept_reject(*one, seed=1, residual=residual, backend="triton") for one in inputs]
+    torch.cuda.synchronize()
+    out = []
+    for i, one in enumerate(inputs):
+        with torch.cuda.stream(streams[i % 2]):
+            out.append(accept_reject(*one, seed=1, residual=residual, backend="triton"))
+    torch.cuda.synchronize()
+    for result, same in zip(out, expected, strict=True):
+        equal(result, same)
+    check_verdict(*inputs[0], seed=1, residual=residual)
+
+
+def test_work_already_on_the_stream_comes_first():
+    x, draft, target = chains_of(500, 16, 10)
+    expected = accept_reject(2 * x, draft, target, seed=1, backend="triton")
+    late = x.clone()
+    torch.cuda._sleep(10**8)
+    late.mul_(2)
+    equal(accept_reject(late, draft, target, seed=1, backend="triton"), expected)
+
+
+@pytest.mark.parametrize("context", [torch.inference_mode, lambda: torch.autocast("cuda", dtype=torch.bfloat16)])
+def test_contexts_of_the_caller_change_nothing(context):
+    x, draft, target = chains_of(500, 16, 11)
+    expected = accept_reject(x, draft, target, seed=1, backend="triton")
+    with context():
+        equal(accept_reject(x, draft, target, seed=1, backend="triton"), expected)
+
+
+def test_memory_is_stable():
+    x, draft, target = chains_of(500, 16, 12)
+
+    def calls(count):
+        for _ in range(count):
+            accept_reject(x, draft, target, seed=1, backend="triton")
+        torch.cuda.synchronize()
+        return torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+
+    before = calls(5)
+    assert calls(500) == before
+
+
+@pytest.mark.parametrize(("distance", "path", "channels"), CASES)
+@pytest.mark.parametrize("sigma", ["paper", "released"])
+def test_closed_form_follows_the_modified_distribution(distance, path, channels, sigma):
+    x, draft, target = pair(distance, path, channels, MANY, sigma)
+    verdict = accept_reject(*on(x, draft, target), seed=5, sigma=sigma, residual="closed_form", backend="triton")
+    assert (verdict.tries == 1).all()
+    assert_modified(verdict.token, draft, target, sigma)
+
+
+@pytest.mark.parametrize(("distance", "path", "channels"), CASES[:3])
+def test_both_residuals_have_one_distribution(distance, path, channels):
+    x, draft, target = pair(distance, path, channels, MANY)
+    there = on(x, draft, target)
+    looped = accept_reject(*there, seed=6, max_tries=1000, backend="triton")
+    drawn = accept_reject(*there, seed=7, residual="closed_form", backend="triton")
+    assert (looped.tries > 0).all()
+    assert_modified(looped.token, draft, target)
+    (t, across), (u, other) = (components(v.token.cpu(), draft, target) for v in (looped, drawn))
+    for a, b in ((t, u), *zip(across.T, other.T)):
+        assert stats.ks_2samp(a.numpy(), b.numpy()).pvalue > P
+
+
+@pytest.mark.parametrize("residual", RESIDUALS)
+def test_accepted_and_redrawn_tokens_together_are_the_targets(residual):
+    _, draft, target = pair(1.0, 0.0, 3, MANY)
+    noise = torch.randn(MANY, 3, generator=torch.Generator().manual_seed(0))
+    x = draft.mean + draft.log_std.exp() * noise
+    verdict = accept_reject(*on(x, draft, target), seed=8, max_tries=1000, residual=residual, backend="triton")
+    assert stats.binomtest(int(verdict.accepted.sum()), MANY, acceptance_rate(1.0)).pvalue > P
+    z = ((verdict.token.cpu() - target.mean) / target.log_std.exp()).double()
+    for c in range(3):
+        assert stats.kstest(z[:, c].numpy(), "norm").pvalue > P
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("layout", ["rows", "transposed"])
+def test_offsets_beyond_32_bits(layout):
+    """A tensor of more than 2^31 elements, whose rows or channels lie that far apart."""
+    rows, channels = (1 << 27) + 5, 17
+    if torch.cuda.mem_get_info()[0] < 40 << 30:
+        pytest.skip("needs 40 GiB of free device memory")
+    x, draft, target = chains_of(1, channels, 13)
+    whole = torch.zeros(rows * channels, dtype=torch.bfloat16, device=DEVICE)
+    wide = whole.view(rows, channels) if layout == "rows" else whole.view(channels, rows).t()
+    wide[-3:] = x.to(torch.bfloat16)
+    one = (Denoised(*(v.expand(rows, *v.shape[1:]) for v in c)) for c in (draft, target))
+    address = torch.zeros(1, dtype=torch.int64, device=DEVICE).expand(rows)
+    verdict = accept_reject(wide, *one, seed=1, rows=address, backend="triton")
+    expected = accept_reject(wide[-1:].contiguous(), draft, target, seed=1, backend="triton")
+    for a, b in zip(verdict, expected):
+        assert torch.equal(a[-3:], b.expand(3, *b.shape[1:]))
