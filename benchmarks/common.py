@@ -72,7 +72,10 @@ def _time(function: Callable, arguments: tuple, device: torch.device) -> float:
         return time.perf_counter() - start
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     stream = torch.cuda.current_stream(device)
-    _l2_flush(device).zero_()  # between two calls of a head a whole transformer passes through the cache
+    # Between two calls of a head a whole transformer passes through the cache. Read, not written: nothing is left to
+    # write back; and waited for, or a launch would hide behind it.
+    _l2_flush(device).sum()
+    torch.cuda.synchronize(device)
     start.record(stream)
     function(*arguments)
     end.record(stream)
@@ -80,20 +83,21 @@ def _time(function: Callable, arguments: tuple, device: torch.device) -> float:
     return start.elapsed_time(end) / 1e3
 
 
-def captured(function: Callable[[], object]) -> Callable:
+def captured(function: Callable[[], object], device: torch.device) -> Callable:
     """Replays of a CUDA graph of ``function``: what the device does, without the gaps between launches."""
-    function()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.device(device):
         function()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            function()
     return lambda *_: graph.replay()
 
 
 @functools.cache
 def _l2_flush(device: torch.device) -> torch.Tensor:
     """Larger than any L2."""
-    return torch.empty(256 << 20, dtype=torch.uint8, device=device)
+    return torch.zeros(64 << 20, dtype=torch.int32, device=device)
 
 
 def spread(seconds: list[float]) -> tuple[float, float, float]:

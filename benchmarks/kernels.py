@@ -55,7 +55,8 @@ def denoise_rows(model: str, rows: int, backends: list[str], runs: int, device: 
     if device.type == "cuda":
         compiled = compiled_denoise(diffloss, torch.bfloat16)
         baselines["torch.compile reduce-overhead bfloat16"] = (compiled, (torch.bfloat16,))
-        baselines["library products alone bfloat16"] = (captured(library_products(narrow, rows)), (torch.bfloat16,))
+        products = captured(library_products(narrow, rows), device)
+        baselines["library products alone bfloat16"] = (products, (torch.bfloat16,))
     contenders = {
         f"{backend} {_name(dtype)}": (dtype, partial(denoise, head, backend=backend))
         for backend in backends

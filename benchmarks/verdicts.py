@@ -16,7 +16,7 @@ from common import Row, captured, measure, spread
 
 TOKENS, CHANNELS = (64, 1024, 8192, 131072), 16
 _CHECKED = 4096  # tokens compared with the definition, which walks every token through every try
-LOOP = "looped torch"
+LOOP = "looped torch"  # eager: it waits for the host every round, and no graph can hold it
 
 
 def _inputs(tokens: int, device: torch.device, shared_sigma: bool = False) -> list[tuple]:
@@ -35,9 +35,9 @@ def _first(inputs: tuple, count: int) -> tuple:
     return x[:count], *(type(c)(*(field[:count] for field in c)) for c in chains)
 
 
-def _replays(function, inputs: list[tuple]):
+def _replays(function, inputs: list[tuple], device: torch.device):
     """One CUDA graph for each set of inputs: a launch without its way through Python, as in a captured window."""
-    graphs = {id(one[0]): captured(partial(function, *one)) for one in inputs}
+    graphs = {id(one[0]): captured(partial(function, *one), device) for one in inputs}
     return lambda x, *_: graphs[id(x)]()
 
 
@@ -49,7 +49,7 @@ def density_ratio_rows(tokens: int, backends: list[str], runs: int, device: torc
     functions = {"copy of as many bytes": partial(_copy, torch.empty_like(source), source)}
     functions |= {backend: partial(log_density_ratio, backend=backend) for backend in backends}
     if device.type == "cuda":
-        functions = {name: _replays(function, inputs) for name, function in functions.items()}
+        functions = {name: _replays(function, inputs, device) for name, function in functions.items()}
     seconds = measure(functions, inputs, runs, device)
     (baseline, *contenders), results = functions, []
     exact = log_density_ratio_definition(*inputs[0], dtype=torch.float64)
@@ -79,7 +79,7 @@ def accept_reject_rows(tokens: int, backends: list[str], runs: int, device: torc
             function = partial(accept_reject, seed=0, rows=address, residual=residual, backend=backend)
             functions[f"{backend} {residual}"] = function
             if device.type == "cuda":
-                functions[f"{backend} {residual}, replayed"] = _replays(function, inputs)
+                functions[f"{backend} {residual}, replayed"] = _replays(function, inputs, device)
         seconds = measure(functions, inputs, runs, device)
         part = _first(inputs[0], _CHECKED)
         expected = accept_reject_definition(*part, 0, address[:_CHECKED], residual=residual)[0]

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -104,6 +105,16 @@ def test_quality_of_a_few_digits(benchmarks, monkeypatch, tmp_path):
     assert "old" not in text
     assert text.count("target, 16 steps") == 1
     assert len(quality.markdown(rows).splitlines()) == 2 + len(rows)
+
+
+@pytest.mark.parametrize("page", [None, "no marks\n", "<!-- TABLE -->\nno end\n"])
+def test_a_page_without_marks_stops_before_measuring(benchmarks, tmp_path, monkeypatch, page):
+    monkeypatch.setitem(sys.modules, "matplotlib", ModuleType("matplotlib"))
+    sys.modules["matplotlib"].__spec__ = ModuleSpec("matplotlib", None)
+    if page is not None:
+        (tmp_path / "quality.md").write_text(page)
+    with pytest.raises(SystemExit, match="to hold the marks <!-- TABLE --> and <!-- /TABLE --> once each"):
+        benchmarks.quality.check_docs(tmp_path)
 
 
 @pytest.mark.parametrize("script", ["kernels.py", "end_to_end.py", "quality.py"])

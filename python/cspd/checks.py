@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from numbers import Real
+from numbers import Integral, Real
 
 import numpy as np
 import torch
@@ -105,7 +105,7 @@ def _learned_variance(diffloss) -> bool:
 
 def check_num_draft(num_draft) -> None:
     """Raise where ``num_draft`` is neither a number of steps nor a policy."""
-    number = isinstance(num_draft, int) and not isinstance(num_draft, bool)
+    number = isinstance(num_draft, Integral) and not isinstance(num_draft, bool)
     if not callable(num_draft) and not (number and num_draft >= 1):
         raise ValueError(f"expected num_draft >= 1, an int or a function of the windows so far, got {num_draft!r}")
 

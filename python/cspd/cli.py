@@ -42,6 +42,9 @@ def _parser() -> argparse.ArgumentParser:
         default="rejection",
         help="how a rejected token is redrawn; closed_form is for heads with a fixed variance (the digits pair's)",
     )
+    generate.add_argument(
+        "--target-sigma", action="store_true", help="closed_form with learned variances: the target's sigma for both"
+    )
     generate.add_argument("--prefill", type=float, default=0.15, help="fraction of the steps that is the target's")
     generate.add_argument("--num-sampling-steps", type=_positive, help="denoising steps (default 100; digits 40)")
     generate.add_argument("--cfg", type=float, default=1.0, help="guidance scale (default 1, none)")
@@ -111,7 +114,8 @@ def _generate(args) -> int:
         args.relaxation,
         args.prefill if draft else 1.0,
         dtype=getattr(torch, args.dtype) if args.dtype else None,
-        residual=args.residual,
+        residual=args.residual if draft else "rejection",  # the target alone redraws nothing
+        target_sigma=args.target_sigma and draft is not None,
     )
     images = runner.run(
         len(labels),

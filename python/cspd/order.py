@@ -84,6 +84,14 @@ def to_device(value: torch.Tensor, device: torch.device) -> torch.Tensor:
     return value.to(device)
 
 
+def by_token(steps: list[Step], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """(L,) int64 and (L,) float32: step index and guidance of an image's tokens in the order of drawing."""
+    tokens = [step for step in steps for _ in range(step.before - step.after)]
+    index = torch.tensor([step.index for step in tokens], dtype=torch.int64, device="cpu")
+    scale = torch.tensor([step.cfg for step in tokens], dtype=torch.float32, device="cpu")
+    return to_device(index, device), to_device(scale, device)
+
+
 @dataclass(frozen=True)
 class Pass:
     """What one pass of a model over an image needs of the generation order: a step's, or a window's.
@@ -116,22 +124,21 @@ class Plan:
     Args:
         orders: (B, L) int64 generation orders. images: (B,) int64 image numbers. Both on the models' device.
         steps: of :func:`plan_steps`. guided: whether the batch is doubled. masks: whether masks are wanted, too.
+        tables: of :func:`by_token`.
     """
 
     def __init__(
-        self, orders: torch.Tensor, images: torch.Tensor, steps: list[Step], guided: bool, masks: bool = False
+        self,
+        orders: torch.Tensor,
+        images: torch.Tensor,
+        steps: list[Step],
+        guided: bool,
+        masks: bool,
+        tables: tuple[torch.Tensor, torch.Tensor],
     ):
         self.steps, self._orders, self._images = steps, orders, images
         self._guided, self._masks = guided, masks
-        # Of the tokens of an image in the order of drawing, for windows to take slices of; (L,) each.
-        tokens = [step for step in steps for _ in range(step.before - step.after)]
-        self._index, self._scale = (
-            to_device(torch.tensor(values, dtype=dtype, device="cpu"), orders.device)
-            for values, dtype in (
-                ([step.index for step in tokens], torch.int64),
-                ([step.cfg for step in tokens], torch.float32),
-            )
-        )
+        self._index, self._scale = tables
         self._drafts = [self._step(i) for i in range(len(steps))]
 
     def step(self, i: int) -> Pass:

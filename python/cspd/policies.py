@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from numbers import Real
+from numbers import Integral, Real
 
 import torch
 import torch.nn.functional as F
@@ -176,6 +176,6 @@ class AdaptiveDraft:
 def draft_length(policy, windows: list[list[float]]) -> int:
     """What a draft-length policy gives, or one clear error."""
     steps = policy(windows)
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+    if isinstance(steps, bool) or not isinstance(steps, Integral) or steps < 1:
         raise ValueError(f"expected the num_draft policy to return an int >= 1, got {steps!r}")
     return steps

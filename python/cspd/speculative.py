@@ -13,10 +13,10 @@ from cspd_kernels.backends import implementation
 
 from .checks import check_models, check_num_draft, check_options, check_residual, check_run
 from .heads import HeadCache
-from .order import Plan, WindowPlan, plan_steps, random_orders, to_device
+from .order import Plan, WindowPlan, by_token, plan_steps, random_orders, to_device
 from .policies import Window, draft_length
 from .stats import PREFILLED, Recorder, RunStats
-from .transformer import why_not_by_tables
+from .transformer import own_methods, why_not_by_tables
 from .window import Judged, Model, RunState, prefill, run_window
 
 _logger = logging.getLogger("cspd")
@@ -42,6 +42,8 @@ class SpecDecodeRunner:
     eval mode whose transformers compute what :func:`cspd.transformer.conditions` does: those of
     ``cspd.models.MAR``, LTH14/mar and MarkXCloud/CSpD. That is compared here, once, with the weights
     that the models have. Others run their own methods, which wait at every pass; the log says why.
+    Exceptions: the first run, which compiles; a draft-length policy; CUDA graphs of the heads that
+    outgrow their memory.
 
     Args:
         draft_model, target_model: MAR objects (``cspd.models.MAR``, LTH14/mar, MarkXCloud/CSpD) with
@@ -80,19 +82,28 @@ class SpecDecodeRunner:
         check_models(draft_model, target_model)
         check_options(target_model.seq_len, inner_temperature, ratio, sigma, max_tries)
         check_residual(draft_model, target_model, residual, target_sigma)
-        self.draft_model, self.target_model = draft_model, target_model
         self.seq_len, self.token_embed_dim = target_model.seq_len, target_model.token_embed_dim
         self.inner_temperature, self.ratio, self.sigma = inner_temperature, float(ratio), sigma
         self.backend, self.dtype, self.max_tries = backend, dtype, max_tries
         self.residual, self.target_sigma = residual, target_sigma
         self._models = {"draft": draft_model, "target": target_model}
         self._heads = {role: HeadCache(model.diffloss) for role, model in self._models.items()}
-        self._tables: dict[int, bool] = {}  # by id: whether a model's conditions are computed by tables
+        self._tables: dict[tuple, bool] = {}  # by model and its own methods: whether its conditions come by tables
         for role, model in self._models.items():
             if not getattr(model, "training", False):
                 self._by_tables(role)
         self._recorder: Recorder | None = None
         self._stats: RunStats | None = None
+
+    @property
+    def draft_model(self):
+        """The draft, as given; another one needs another runner."""
+        return self._models["draft"]
+
+    @property
+    def target_model(self):
+        """The target, as given; another one needs another runner."""
+        return self._models["target"]
 
     @property
     def stats(self) -> RunStats:
@@ -195,16 +206,18 @@ class SpecDecodeRunner:
         check_run(draft, target, bsz, labels, temperature, cfg, seed, first_image, orders)
         steps = plan_steps(self.seq_len, num_iter, cfg, cfg_schedule)
         device, guided = target.fake_latent.device, cfg != 1.0
-        seed = int(torch.randint(2**63 - 1, ())) if seed is None else seed
-        # What may wait for the device, and what comes from the host, before the first kernel.
+        seed = int(torch.randint(2**63 - 1, (), device="cpu")) if seed is None else seed
+        # What may wait for the device, and what comes from the host, goes before the first kernel.
         by_tables = {role: self._by_tables(role) for role in self._models}
         heads = {role: cache.get(self.dtype) for role, cache in self._heads.items()}
         labels = None if labels is None else to_device(labels, device)
         relaxation = self.inner_temperature
         if isinstance(relaxation, torch.Tensor):
             relaxation = to_device(relaxation.float(), device)
+        tables = by_token(steps, device)
+        orders = None if orders is None else to_device(orders, device)
         images = torch.arange(first_image, first_image + bsz, device=device)
-        orders = random_orders(seed, images, self.seq_len) if orders is None else to_device(orders, device)
+        orders = random_orders(seed, images, self.seq_len) if orders is None else orders
         models = {
             role: Model(module, heads[role], by_tables[role], _class_embedding(module, bsz, labels, guided))
             for role, module in self._models.items()
@@ -212,7 +225,7 @@ class SpecDecodeRunner:
         return RunState(
             tokens=torch.zeros(bsz, self.seq_len, self.token_embed_dim, device=device),
             outcome=torch.full(orders.shape, PREFILLED, dtype=torch.int8, device=device),
-            plan=Plan(orders, images, steps, guided, masks=not all(by_tables.values())),
+            plan=Plan(orders, images, steps, guided, not all(by_tables.values()), tables),
             prefilled=sum(step.index < self.ratio * num_iter - 1e-9 for step in steps),
             **models,
             seed=seed,
@@ -228,9 +241,10 @@ class SpecDecodeRunner:
         if getattr(model, "training", False):
             _logger.warning("the %s is in training mode: dropout and label dropping are on; call .eval() first", role)
             return False
-        if id(model) not in self._tables:
+        key = (model, *own_methods(model))  # methods may be replaced between runs
+        if key not in self._tables:
             reason = why_not_by_tables(model)
-            self._tables[id(model)] = reason is None
+            self._tables[key] = reason is None
             if reason is not None:
                 _logger.log(
                     logging.WARNING if model.fake_latent.device.type == "cuda" else logging.INFO,
@@ -240,7 +254,7 @@ class SpecDecodeRunner:
                     type(model).__name__,
                     reason,
                 )
-        return self._tables[id(model)]
+        return self._tables[key]
 
 
 def _class_embedding(model, bsz: int, labels: torch.Tensor | None, guided: bool) -> torch.Tensor:

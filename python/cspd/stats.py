@@ -19,7 +19,7 @@ class RunStats:
         acceptance: fraction of drafted tokens kept, at the runner's relaxation; None if none was drafted.
         raw_acceptance: mean of min(1, r) over the same tokens at relaxation 1.
         acceptance_per_window, raw_acceptance_per_window: the same, window by window.
-        fallback: fraction of drafted tokens that ran out of tries and took the target's own sample.
+        fallback: fraction of drafted tokens that took the target's own sample: out of tries, or without a closed form.
         target_calls, draft_calls: passes through each transformer with its head.
         gammas: steps of each window.
         drafted, prefilled: tokens drawn by the draft first, and by the target alone.
@@ -97,8 +97,8 @@ class Recorder:
         seconds = dict.fromkeys(("draft", "target", "verify", "total"), 0.0)
         for name, start, end in self._spans:
             seconds[name] += start.elapsed_time(end) / 1e3 if self._cuda else end - start
-        sums = torch.stack(self._sums).cpu() if self._sums else torch.zeros(0, 3)
-        counts = torch.tensor(self._tokens, dtype=torch.float32)
+        sums = torch.stack(self._sums).cpu() if self._sums else torch.zeros(0, 3, device="cpu")
+        counts = torch.tensor(self._tokens, dtype=torch.float32, device="cpu")
         drafted = int(counts.sum())
         means = sums / counts[:, None].clamp(min=1)
         total = (sums.sum(0) / drafted).tolist() if drafted else [None] * 3

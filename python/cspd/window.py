@@ -86,13 +86,23 @@ def run_window(
 
     It works on device tensors and on tables made before, reads nothing and writes the state's buffers in place, so a
     caller may capture it in a CUDA graph, after one call with the same sizes. Replayed, the graph reads and writes the
-    same buffers for the same positions.
+    same buffers for the same positions, images and seed. The call before the capture moves what a relaxation policy
+    sees of the window before: for a first window, set ``state.previous_target_z`` to None again.
 
     Args:
         state, window: of :meth:`SpecDecodeRunner.begin` and ``state.plan.window(first, stop)``.
         phase: gives a context for each of "draft" (once a step), "target" and "verify", to time them; not in a graph.
+
+    Raises:
+        RuntimeError: captured, and a model waits for the device in its own methods.
     """
     plan, drafts = window.whole, []
+    waiting = [model for model in (state.draft, state.target) if not model.by_tables]
+    if waiting and state.tokens.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "expected models whose conditions are computed by tables of indices inside a CUDA graph, got "
+            f"{type(waiting[0].module).__name__}, whose own methods wait for the device: run the window without a graph"
+        )
     for step in window.drafts:
         with phase("draft"):
             drafts.append(_draw(state, state.draft, step))
@@ -131,7 +141,7 @@ def _draw(state: RunState, model: Model, plan: Pass) -> _Drawn:
     """One pass of a model over the known tokens, and its head for all positions of the pass."""
     batch = len(plan.where)
     compute, known = (conditions, plan.known) if model.by_tables else (conditions_by_masks, plan.mask)
-    tokens = state.tokens.repeat(len(plan.wanted) // batch, 1, 1)
+    tokens = state.tokens if len(plan.wanted) == batch else state.tokens.repeat(2, 1, 1)
     z = compute(model.module, tokens, known, model.embedding, plan.wanted)
     noise = PhiloxNoise(state.seed, plan.rows)
     chain = denoise(

@@ -39,6 +39,20 @@ def test_the_closed_form_is_not_for_learned_variances(tmp_path, capsys, monkeypa
     out = str(tmp_path / "x.safetensors")
     assert main(["generate", *model, "--labels", "1", "--residual", "closed_form", "--out", out]) == 2
     assert "expected heads with a fixed variance" in capsys.readouterr().err
+    options = [
+        "--labels",
+        "1",
+        "--residual",
+        "closed_form",
+        "--num-iter",
+        "2",
+        "--num-sampling-steps",
+        "3",
+        "--out",
+        out,
+    ]
+    assert main(["generate", *model, "--target-sigma", *options]) == 0
+    assert main(["generate", *model[:2], *options]) == 0  # nothing is redrawn
 
 
 @pytest.mark.parametrize("with_draft", [False, True])

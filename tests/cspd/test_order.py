@@ -8,7 +8,17 @@ from itertools import pairwise
 import pytest
 import torch
 
-from cspd.order import Plan, guidance_scale, known_of, mask_lengths, mask_of, plan_steps, positions, random_orders
+from cspd.order import (
+    Plan,
+    by_token,
+    guidance_scale,
+    known_of,
+    mask_lengths,
+    mask_of,
+    plan_steps,
+    positions,
+    random_orders,
+)
 
 
 @pytest.mark.parametrize(("seq_len", "num_iter"), [(256, 64), (256, 256), (16, 16), (16, 5), (16, 1), (16, 40), (1, 3)])
@@ -66,7 +76,7 @@ def test_a_window_is_its_steps_one_after_the_other(guided, schedule, first, stop
     steps = plan_steps(16, 6, 3.0 if guided else 1.0, schedule)
     images = torch.tensor([7, 2**40])
     orders, double = random_orders(1, images, 16), 2 if guided else 1
-    plan = Plan(orders, images, steps, guided, masks=True)
+    plan = Plan(orders, images, steps, guided, True, by_token(steps, orders.device))
     window, taken = plan.window(first, stop), steps[first:stop]
     whole = window.whole
     assert window.drafts == [plan.step(i) for i in range(first, stop)]
@@ -82,4 +92,5 @@ def test_a_window_is_its_steps_one_after_the_other(guided, schedule, first, stop
     scales = [step.cfg for step in taken for _ in range(step.before - step.after)]
     assert torch.allclose(torch.as_tensor(whole.cfg_scale).expand(2 * len(scales)), torch.tensor(scales * 2))
     assert isinstance(whole.cfg_scale, float) == (len(set(scales)) == 1)
-    assert Plan(orders, images, steps, guided).window(first, stop).whole.mask is None
+    without = Plan(orders, images, steps, guided, False, by_token(steps, orders.device))
+    assert without.window(first, stop).whole.mask is None

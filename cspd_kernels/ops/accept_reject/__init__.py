@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from ...backends import implementation
+from ...backends import implementation, untraced
 from ...noise import check_rows, check_seed
 from ..denoise import Denoised
 from ..density_ratio import check
@@ -24,6 +24,7 @@ class Verdict(NamedTuple):
     log_ratio: torch.Tensor  # (N,) float32, as the accept test used it (relaxation included)
 
 
+@untraced
 @torch.no_grad()
 def accept_reject(
     x: torch.Tensor,

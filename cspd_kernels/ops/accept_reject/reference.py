@@ -70,7 +70,8 @@ def closed_form(draft, target, seed, rows, sigma):
     along = d / distance.clamp(min=1e-200)[:, None]
     t = _invert(distance.clamp(min=SHORTEST), t_0, uniforms(seed, rows, 1).double())
     n = n + (t - (n * along).sum(dim=1))[:, None] * along
-    return (mean_p + torch.exp(log_p) * n).float(), exists
+    proposal = (mean_p + torch.exp(log_p) * n).float()
+    return proposal, exists & torch.isfinite(proposal).all(dim=1)
 
 
 def _invert(distance, t_0, u):

@@ -6,7 +6,6 @@ import torch
 import triton
 import triton.language as tl
 
-from ...backends import untraced
 from ..density_ratio.triton import OPTIONS, on, operands, row_log_ratio, why_unsupported
 from ..density_ratio.triton_terms import load, path_term
 from .triton_redraw import by_rejection, in_closed_form, uniform_of
@@ -73,7 +72,6 @@ def _accept_reject_kernel(
             tl.store(tries + at, kept)
 
 
-@untraced
 def accept_reject(x, draft, target, seed, rows, relaxation, sigma, max_tries, residual):
     """As :func:`cspd_kernels.accept_reject`."""
     n, channels = x.shape

@@ -9,6 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ...noise import STREAM_PROPOSAL as _STREAM_PROPOSAL
+from ...noise import STREAM_UNIFORM as _STREAM_UNIFORM
 from ...triton_noise import normals, uniform, words
 from ...triton_support import expm1
 from ..density_ratio.triton_terms import judged, residuals
@@ -17,10 +19,10 @@ from .reference import SHORTEST as _SHORTEST
 
 FARTHEST: tl.constexpr = tl.constexpr(_FARTHEST)
 SHORTEST: tl.constexpr = tl.constexpr(_SHORTEST)
-STREAM_UNIFORM: tl.constexpr = tl.constexpr(2)  # of cspd_kernels.noise
-STREAM_PROPOSAL: tl.constexpr = tl.constexpr(3)
+STREAM_UNIFORM: tl.constexpr = tl.constexpr(_STREAM_UNIFORM)
+STREAM_PROPOSAL: tl.constexpr = tl.constexpr(_STREAM_PROPOSAL)
 POINTS: tl.constexpr = tl.constexpr(32)  # of one round of the search: one a thread
-ROUNDS: tl.constexpr = tl.constexpr(5)  # 33^-5 of 18 sigma is below float32's rounding of a normal
+ROUNDS: tl.constexpr = tl.constexpr(6)  # 33^-6 of 18 sigma, 1e-8, is below float32's rounding
 
 
 @triton.jit
@@ -56,16 +58,18 @@ def in_closed_form(seed, row, max_tries, mean_q, mean_p, log_p, path, valid, BG:
     """
     index = tl.full([1], 1, tl.int32)
     n = normals(seed, row, index[:, None], tl.arange(0, BG)[None, :], STREAM_PROPOSAL)
-    d = tl.where(valid, (mean_p - mean_q) * tl.exp(-log_p), 0.0)  # not finite, nor a draw, at temperature 0
-    distance = tl.sqrt(tl.sum(tl.sum(d.to(tl.float64) * d.to(tl.float64), 1), 0))
+    d = (mean_p.to(tl.float64) - mean_q.to(tl.float64)) * tl.exp(-log_p.to(tl.float64))
+    d = tl.where(valid, d, 0.0)
+    distance = tl.sqrt(tl.sum(tl.sum(d * d, 1), 0))
     t_0 = -0.5 * distance - path.to(tl.float64) / distance
-    exists = (t_0 <= FARTHEST) & (distance < float("inf")) & (max_tries > 0)
+    exists = (t_0 <= FARTHEST) & (distance < float("inf")) & (max_tries > 0)  # not at temperature 0: d is not finite
     t = invert(tl.maximum(distance, SHORTEST), t_0, uniform_of(seed, row, 1).to(tl.float64))
     inverse = 1.0 / tl.maximum(distance, 1e-200)
-    along = (d.to(tl.float64) * inverse).to(tl.float32)
+    along = (d * inverse).to(tl.float32)
     across = tl.sum(tl.sum(tl.where(valid, n * along, 0.0), 1), 0)
     y = mean_p + tl.exp(log_p) * (n + (t.to(tl.float32) - across) * along)
-    return tl.where(exists, 1, 0), y, index
+    infinite = tl.sum(tl.sum(tl.where(valid & ~(tl.abs(y) < float("inf")), 1, 0), 1), 0)
+    return tl.where(exists & (infinite == 0), 1, 0), y, index
 
 
 @triton.jit

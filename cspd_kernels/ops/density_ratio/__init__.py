@@ -7,12 +7,13 @@ from numbers import Real
 
 import torch
 
-from ...backends import implementation
+from ...backends import implementation, untraced
 from ..denoise import Denoised
 
 SIGMAS = ("paper", "released")
 
 
+@untraced
 @torch.no_grad()
 def log_density_ratio(
     x: torch.Tensor,
@@ -35,7 +36,8 @@ def log_density_ratio(
     compared, not two marginal densities: a surrogate, not an exact likelihood ratio.
 
     Finite inputs give no NaN; very distant ones may give -inf or inf. A row that cannot be judged
-    (its inputs are not finite, or a temperature of 0) is -inf, so that it is never accepted.
+    (its inputs are not finite, a temperature of 0, a relaxation that is not > 0) is -inf, so that it
+    is never accepted.
 
     Args:
         x: (N, C) floating, the draft's tokens.
@@ -84,9 +86,10 @@ def check(op: str, x, draft, target, relaxation, sigma) -> float | torch.Tensor:
                 f"{op} expected relaxation as a number or a floating tensor {tuple(x.shape[:1])} on {x.device}, "
                 f"got {relaxation.dtype} {tuple(relaxation.shape)} on {relaxation.device}"
             )
+        relaxation = relaxation.float()
         if relaxation.device.type == "cpu" and not ((relaxation > 0) & torch.isfinite(relaxation)).all():
-            raise ValueError(f"{op} expected every relaxation finite and > 0, got values that are not")
-        return relaxation.float()
+            raise ValueError(f"{op} expected every relaxation finite and > 0 in float32, got values that are not")
+        return relaxation
     if not isinstance(relaxation, Real) or not 0 < relaxation < math.inf:
         raise ValueError(f"{op} expected a finite relaxation > 0, got {relaxation!r}")
     return float(relaxation)

@@ -22,8 +22,10 @@ def log_density_ratio(x, draft, target, relaxation=1.0, sigma="paper", *, dtype=
     close = (mu_p - mu_q) * inverse_q + a * torch.expm1(log_scale)
     difference = torch.where(log_scale.abs() < 0.5, close, b - a)
     if isinstance(relaxation, torch.Tensor):
-        relaxation = relaxation.to(dtype)[:, None]
+        relaxation = torch.where(relaxation > 0, relaxation, torch.nan).to(dtype)[:, None]
     exponent = 0.5 * (difference / relaxation) * ((a + b) / relaxation)
     path = path_q - path_p if sigma == "paper" else path_p - path_q
-    log_ratio = (exponent - log_scale).sum(dim=1) + path
+    # Operands that are not finite must not cancel: 0 times them is NaN.
+    poison = 0.0 * x + 0.0 * mu_q + 0.0 * mu_p + 0.0 * log_q + 0.0 * log_p
+    log_ratio = (exponent - log_scale + poison).sum(dim=1) + (path + 0.0 * path)
     return torch.where(torch.isnan(log_ratio), -torch.inf, log_ratio)

@@ -8,7 +8,6 @@ import torch
 import triton
 import triton.language as tl
 
-from ...backends import untraced
 from ...triton_support import why_unsupported_here
 from .triton_terms import judged, load, path_term, residuals
 
@@ -45,6 +44,7 @@ def row_log_ratio(
     )
     if PER_TOKEN:
         width = tl.load(relaxation + row * relaxation_row, inside, 1.0).to(tl.float32)[:, None]
+        width = tl.where(width > 0, width, float("nan"))
         term = 0.5 * (difference / width) * (total / width) - log_scale
     else:
         term = 0.5 * (difference / relaxation) * (total / relaxation) - log_scale
@@ -84,7 +84,6 @@ def on(device: torch.device):
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
-@untraced
 def log_density_ratio(x, draft, target, relaxation, sigma):
     """As :func:`cspd_kernels.log_density_ratio`."""
     n, channels = x.shape

@@ -25,7 +25,8 @@ def inverse_std(log_std):
 
 @triton.jit
 def residuals(x, mean_q, log_q, mean_p, log_p):
-    """(b - a, a + b, log sigma_p - log sigma_q), a and b the residuals of x in sigmas of the target and the draft.
+    """(b - a, a + b, log sigma_p - log sigma_q), a and b the residuals of x in sigmas of the target and the draft; the
+    last is NaN where an operand is not finite.
 
     The exponents' difference is (b - a) (b + a) / 2. Where the scales are close, b - a is formed from the small
     differences of the models themselves, as the definition (``reference.py``) explains.
@@ -33,17 +34,17 @@ def residuals(x, mean_q, log_q, mean_p, log_p):
     log_scale, inverse_q = log_p - log_q, inverse_std(log_q)
     a, b = (x - mean_p) * inverse_std(log_p), (x - mean_q) * inverse_q
     close = (mean_p - mean_q) * inverse_q + a * expm1(log_scale)
-    return tl.where(tl.abs(log_scale) < 0.5, close, b - a), a + b, log_scale
+    poison = 0.0 * x + 0.0 * mean_q + 0.0 * mean_p + 0.0 * log_q + 0.0 * log_p
+    return tl.where(tl.abs(log_scale) < 0.5, close, b - a), a + b, log_scale + poison
 
 
 @triton.jit
 def path_term(path_q, path_p, row, path_q_stride, path_p_stride, inside, RELEASED: tl.constexpr):
-    """L_q - L_p, or its negative as the released code has it; in the wider type of what is stored."""
-    q, p = tl.load(path_q + row * path_q_stride, inside, 0.0), tl.load(path_p + row * path_p_stride, inside, 0.0)
-    if RELEASED:
-        return p.to(tl.float32) - q.to(tl.float32)
-    else:
-        return q.to(tl.float32) - p.to(tl.float32)
+    """L_q - L_p, or its negative as the released code has it; NaN where it is not finite."""
+    q = tl.load(path_q + row * path_q_stride, inside, 0.0).to(tl.float32)
+    p = tl.load(path_p + row * path_p_stride, inside, 0.0).to(tl.float32)
+    path = p - q if RELEASED else q - p
+    return path + 0.0 * path
 
 
 @triton.jit
