@@ -48,14 +48,14 @@ TARGET = dict(
 )
 DRAFT = dict(
     COMMON,
-    encoder_embed_dim=64,
+    encoder_embed_dim=72,
     encoder_depth=2,
     encoder_num_heads=2,
-    decoder_embed_dim=64,
+    decoder_embed_dim=72,
     decoder_depth=2,
     decoder_num_heads=2,
     diffloss_d=2,
-    diffloss_w=96,
+    diffloss_w=112,
 )
 
 
