@@ -194,6 +194,27 @@ def some_of_each(verdict, tries, count=1) -> torch.Tensor:
     return torch.cat(rows)
 
 
+def on(device, x, draft, target, rows=None):
+    moved = x.to(device), cast(draft, device), cast(target, device)
+    return moved if rows is None else (*moved, rows.to(device))
+
+
+def chosen(device, channels, seed, outcomes, residual, count=1, max_tries=40, many=False, **options):
+    """(x, draft, target, rows) of rows with certain outcomes, found with the torch backend, and shuffled.
+
+    With ``many`` the models are close and tokens far, so that a redraw takes some thirty tries.
+    """
+    x, draft, target = judged_chains(3000, channels, seed, residual == "closed_form")
+    if many:
+        x, draft, target = random_chains(3000, channels, seed, shift=0.1 * channels**-0.5, scale=0.0)
+        draft = draft._replace(path_log_std=target.path_log_std)
+        x[5:] += 100 * (draft.mean - target.mean)[5:]
+    verdict = accept_reject(x, draft, target, seed=0, residual=residual, max_tries=max_tries, **options)
+    rows = some_of_each(verdict, outcomes, count)
+    rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))]
+    return on(device, x[rows], take(draft, rows), take(target, rows), rows)
+
+
 # --- layouts ---
 
 

@@ -17,53 +17,28 @@ from verdicts import (
     DTYPES,
     LAYOUTS,
     LINES,
-    CountedKernel,
-    assert_verdict,
-    assert_walls_stand,
     cast,
     check_verdict,
+    chosen,
     equal,
-    guarded_outputs,
     judged_chains,
     laid_out,
+    laid_out_there,
+    on,
     ratio_and_scale,
-    some_of_each,
     take,
-)  # fmt: skip
+)
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
 
-from dispatch_modes import Inside
 
 from cspd_kernels.ops.accept_reject import reference
-from cspd_kernels.ops.accept_reject import triton as backend
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # of the interpreter's numpy
 
 RESIDUALS = ["rejection", "closed_form"]
 SEEDS = [0, 2**31, 2**32 - 1, 2**63 + 5, 2**64 - 1]
 FAR_ROWS = [0, 1, 2**31, 2**32 - 1, 2**32, 2**33 + 1, 2**62 + 7, 2**63 - 1]
-
-
-def on(device, x, draft, target, rows=None):
-    moved = x.to(device), cast(draft, device), cast(target, device)
-    return moved if rows is None else (*moved, rows.to(device))
-
-
-def chosen(device, channels, seed, outcomes, residual, count=1, max_tries=40, many=False, **options):
-    """(x, draft, target, rows) of rows with certain outcomes, found with the torch backend, and shuffled.
-
-    With ``many`` the models are close and tokens far, so that a redraw takes some thirty tries.
-    """
-    x, draft, target = judged_chains(3000, channels, seed, residual == "closed_form")
-    if many:
-        x, draft, target = random_chains(3000, channels, seed, shift=0.1 * channels**-0.5, scale=0.0)
-        draft = draft._replace(path_log_std=target.path_log_std)
-        x[5:] += 100 * (draft.mean - target.mean)[5:]
-    verdict = accept_reject(x, draft, target, seed=0, residual=residual, max_tries=max_tries, **options)
-    rows = some_of_each(verdict, outcomes, count)
-    rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))]
-    return on(device, x[rows], take(draft, rows), take(target, rows), rows)
 
 
 @pytest.mark.parametrize("channels", CHANNELS)
@@ -196,6 +171,23 @@ def test_any_strides(triton_device, matrix, residual):
     check_verdict(*copies[:3], rows=copies[3], relaxation=relaxation, residual=residual)
 
 
+@pytest.mark.parametrize("residual", RESIDUALS)
+def test_strides_of_every_operand_are_its_own(triton_device, residual):
+    """Each in another layout than the others, in the accept test, the redraw and the fall-back."""
+    x, draft, target, rows = chosen("cpu", 5, 20, [0, 1, 4] if residual == "rejection" else [0, 1], residual)
+    names = ("every second row", "every third channel", "both", "transposed", "unaligned", "transposed with gaps")
+    for turn in range(len(names)):
+        one, two, three, four, five, six = (LAYOUTS[name] for name in names[turn:] + names[:turn])
+        x, sample = one(x), six(target.sample)
+        draft = Denoised(x, two(draft.mean), three(draft.log_std), LINES["every third"](draft.path_log_std))
+        target = Denoised(sample, four(target.mean), five(target.log_std), target.path_log_std.clone())
+        fields = [laid_out_there(v, lambda v: v, triton_device) for v in (x, *draft, *target)]
+        for most in (0, 1):
+            chains = fields[0], Denoised(*fields[1:5]), Denoised(*fields[5:])
+            options = {"rows": rows.to(triton_device), "max_tries": most, "residual": residual}
+            check_verdict(*chains, unsure=0, **options)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("residual", RESIDUALS)
 def test_any_floating_type_is_judged_in_float32(triton_device, dtype, residual):
@@ -259,81 +251,3 @@ def test_the_largest_uniform_accepts_identical_models_and_draws_the_nearest_toke
     x = draft.mean + 1e4 * (draft.mean - target.mean)
     verdict = accept_reject(x, certain, target, seed=0, rows=rows, max_tries=1, backend="triton")
     assert verdict.tries.tolist() == [1, 1]
-
-
-# --- what a backend does beside computing ---
-
-
-@pytest.mark.parametrize("fill", [0, 1])
-@pytest.mark.parametrize(("residual", "max_tries"), [("rejection", 2), ("closed_form", 1), ("closed_form", 0)])
-@pytest.mark.parametrize("channels", [3, 17])
-def test_every_output_is_written_and_nothing_beside_it(triton_device, monkeypatch, fill, residual, max_tries, channels):
-    outcomes = [0, 1, 5] if residual == "rejection" else [0, 1]
-    x, draft, target, rows = chosen(triton_device, channels, 18, outcomes, residual, max_tries=40)
-    options = {"rows": rows, "residual": residual, "max_tries": max_tries}
-    memory = guarded_outputs(monkeypatch, backend, fill)
-    check_verdict(x, draft, target, unsure=0, **options)
-    assert len(memory) == 4
-    assert_walls_stand(memory, fill)
-
-
-@pytest.mark.parametrize("residual", RESIDUALS)
-def test_inputs_stay_and_nothing_is_recorded(triton_device, residual):
-    x, draft, target = on(triton_device, *judged_chains(4, 3, 13, residual == "closed_form"))
-    x.requires_grad_()
-    kept = (x, *draft, *target)
-    before = [v.detach().clone() for v in kept]
-    verdict = accept_reject(x, draft, target, seed=0, residual=residual, backend="triton")
-    assert all(map(torch.equal, before, kept))
-    assert not verdict.token.requires_grad
-    assert not any(verdict.token.data_ptr() == v.data_ptr() for v in kept)
-
-
-def test_the_drafts_sample_is_not_looked_at(triton_device):
-    x, draft, target = on(triton_device, *judged_chains(4, 3, 0))
-    one, other = (
-        accept_reject(x, d, target, seed=0, backend="triton") for d in (draft, draft._replace(sample=None))
-    )  # fmt: skip
-    equal(one, other)
-
-
-class OnlyAllocates(Inside):
-    """Fails where a device would get anything to do but the one kernel."""
-
-    def seen(self, func, args):
-        assert func.overloadpacket.__name__ == "empty", func
-
-
-@pytest.mark.parametrize("residual", RESIDUALS)
-@pytest.mark.parametrize("per_token", [False, True])
-@pytest.mark.parametrize(("rows", "launches"), [(0, 0), (1, 1), (5000, 1)])
-def test_one_launch_and_nothing_else(triton_device, monkeypatch, residual, per_token, rows, launches):
-    x, draft, target = on(triton_device, *judged_chains(rows, 5, 0, same_sigma=True))
-    address = torch.arange(rows, device=triton_device)
-    relaxation = torch.ones(rows, device=triton_device) if per_token else 1.0
-    counted = CountedKernel()
-    monkeypatch.setattr(backend, "_accept_reject_kernel", counted)
-    with OnlyAllocates():
-        backend.accept_reject(x, draft, target, 0, address, relaxation, "paper", 100, residual)
-        if not per_token and residual == "rejection":  # the others look at values of CPU tensors
-            accept_reject(x, draft, target, seed=0, rows=address, backend="triton")
-            launches *= 2
-    assert counted.launches == launches
-
-
-def test_the_check_for_other_launches_can_fail():
-    chains = judged_chains(3, 5, 0)
-    with OnlyAllocates(), pytest.raises(AssertionError, match="arange"):
-        accept_reject(*chains, seed=0)
-
-
-def test_a_verdict_that_differs_in_one_field_shows():
-    """The comparison is able to see each field."""
-    chains, rows = judged_chains(50, 4, 19), torch.arange(50)
-    verdict = accept_reject(*chains, seed=0)
-    assert_verdict(verdict, *chains, seed=0, rows=rows)
-    for field in verdict._fields:
-        value = getattr(verdict, field).clone()
-        value[7] = ~value[7] if field == "accepted" else value[7] + (1 if field == "tries" else 1e-3)
-        with pytest.raises(AssertionError):
-            assert_verdict(verdict._replace(**{field: value}), *chains, seed=0, rows=rows)
