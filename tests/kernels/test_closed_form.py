@@ -28,8 +28,9 @@ def test_follows_the_modified_distribution(distance, path, channels, sigma):
     assert_modified(verdict.token, draft, target, sigma)
 
 
-def test_the_limit_of_close_models_is_rayleighs():
-    x, draft, target = pair(1e-9, 0.0, 2, N)
+@pytest.mark.parametrize("distance", [1e-9, 1e-17])
+def test_the_limit_of_close_models_is_rayleighs(distance):
+    x, draft, target = pair(distance, 0.0, 2, N)
     verdict = accept_reject(x, draft, target, seed=6, residual="closed_form")
     t, _ = components(verdict.token, draft, target)
     assert stats.kstest(t.numpy(), "rayleigh").pvalue > P
@@ -142,7 +143,8 @@ def judge(request):
 @pytest.mark.parametrize(
     ("distance", "t_0", "tries"),
     [(1.0, 5.999, 1), (1.0, 6.001, -1), (1e-3, 5.999, 1), (1e-3, 6.001, -1), (1.0, 100.0, -1), (1.0, -1e6, 1),
-     (20.0, 5.99, 1), (20.0, 6.01, -1), (1e-6, -1e6, 1), (1e-18, 1e18, -1), (1e-10, 0.0, 1), (1e4, 0.0, 1)],
+     (20.0, 5.99, 1), (20.0, 6.01, -1), (1e-6, -1e6, 1), (1e-18, 1e18, -1), (1e-10, 0.0, 1), (1e-17, 0.0, 1),
+     (1e4, 0.0, 1)],
 )  # fmt: skip
 def test_where_a_draw_exists(judge, distance, t_0, tries):
     x, draft, target = edge(distance, start(distance, t_0))
@@ -154,6 +156,8 @@ def test_where_a_draw_exists(judge, distance, t_0, tries):
         t = verdict.token[:, 0]
         assert (t >= t_0 - 1e-5 * (1 + distance)).all()
         assert (t.abs() < 12).all()
+        definition = reference.closed_form(draft, target, 0, torch.arange(2), "paper")[0]
+        torch.testing.assert_close(t, definition[:, 0], rtol=0, atol=1e-5 * (1 + distance))
         across = normals(0, torch.arange(2), 1, 2, STREAM_PROPOSAL)[:, 1]
         torch.testing.assert_close(verdict.token[:, 1], across, rtol=1e-5, atol=1e-5)
 

@@ -159,6 +159,9 @@ def test_tiny_scales_and_tiny_relaxation_are_judged(triton_device):
     mean = torch.tensor([[0.5, -1.0]], device=triton_device)
     chain = Denoised(mean, mean, torch.full_like(mean, -90.0), torch.zeros(1, device=triton_device))
     assert log_density_ratio(mean, chain, chain, backend="triton").item() == 0.0  # 1 / sigma exceeds float32
+    wide = chain._replace(log_std=torch.full_like(mean, 2.0))  # as does the ratio of the sigmas
+    assert log_density_ratio(mean, chain, wide, backend="triton").item() == -184.0
+    assert log_density_ratio(mean, wide, chain, backend="triton").item() == 184.0
     x, draft, target = on(triton_device, *random_chains(50, 3, 0))
     tiny = torch.full((50,), 1e-25, device=triton_device)
     assert not log_density_ratio(x, draft, draft, relaxation=tiny, backend="triton").any()
