@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 import types
 
@@ -215,3 +216,19 @@ def test_models_in_training_mode_run_their_own_methods(monkeypatch, caplog):
     draft.eval()
     runner.run(2, 6, 2, seed=0)  # compares now, with three counts of known tokens
     assert len(calls) == runner.stats.draft_calls + 3
+
+
+def test_a_method_that_wraps_the_own_one_is_compared_and_run(caplog):
+    """``functools.wraps`` copies attributes: the mark of a method that is as good as the tables must not be one."""
+    model = small_mar(1, schedule="linear")
+    own = model.forward_mae_decoder
+
+    @functools.wraps(own)
+    def louder(x, mask):
+        return 5 * own(x, mask)
+
+    model.forward_mae_decoder = louder
+    with caplog.at_level(logging.INFO, "cspd"):
+        assert "differ by" in (why_not_by_tables(model) or "")
+        cspd.SpecDecodeRunner(model, model)
+    assert "the draft (MAR) runs its own" in caplog.text
