@@ -130,6 +130,17 @@ def test_a_window_in_a_graph_of_the_caller(digits, backend, cfg, relaxation):
             assert all(torch.allclose(a.float(), b.float(), bound, bound) for a, b in zip(got, wanted, strict=True))
 
 
+def test_a_window_that_waits_is_refused_in_a_graph(pair, monkeypatch):
+    monkeypatch.setattr("cspd.speculative.why_not_by_tables", lambda model: "asked for by this test")
+    runner = cspd.SpecDecodeRunner(*pair, ratio=0.0)
+    state = runner.begin(2, 8, seed=0)
+    window = state.plan.window(0, 2)
+    run_window(state, window)
+    torch.cuda.synchronize()
+    with pytest.raises(RuntimeError, match="own methods wait for the device"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        run_window(state, window)
+
+
 @pytest.mark.parametrize("residual", ["rejection", "closed_form"])
 @pytest.mark.parametrize("cfg", [1.0, 2.0])
 def test_images_are_those_of_the_cpu(digits, cfg, residual):
