@@ -11,7 +11,7 @@ import torch
 from cspd_kernels import Schedule
 from cspd_kernels.head import why_not_a_head
 from cspd_kernels.noise import check_seed
-from cspd_kernels.ops.accept_reject import RESIDUALS
+from cspd_kernels.ops.accept_reject import check_method
 from cspd_kernels.ops.density_ratio import SIGMAS
 
 from .heads import verify_network
@@ -80,13 +80,7 @@ def check_options(seq_len: int, inner_temperature, ratio, sigma, max_tries) -> N
 
 def check_residual(draft, target, residual, target_sigma) -> None:
     """Raise where rejected tokens cannot be redrawn in the way that is asked for."""
-    if residual not in RESIDUALS:
-        raise ValueError(f"expected residual one of {RESIDUALS}, got {residual!r}")
-    if not isinstance(target_sigma, bool) or (target_sigma and residual != "closed_form"):
-        raise ValueError(
-            "expected target_sigma as a bool, True only with residual='closed_form', "
-            f"got {target_sigma!r} with residual={residual!r}"
-        )
+    check_method("SpecDecodeRunner", residual, target_sigma)
     if residual != "closed_form" or target_sigma:
         return
     # With a fixed variance the last step's is the same, whichever kind: it follows from the noise schedule.

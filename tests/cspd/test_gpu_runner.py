@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from dispatch_modes import no_wait_for_cuda
 from small_models import small_mar
 
 import cspd
@@ -61,12 +62,8 @@ def test_a_run_does_not_wait_for_the_device(pair, name):
     for seed in range(2):  # compiles, uploads the tables of the heads; then captures the heads' graphs
         runner.run(3, 8, 3, seed=seed, **arguments)
     for seed in range(2, 4):
-        torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        with no_wait_for_cuda():
             images = runner.run(3, 8, 3, seed=seed, **arguments)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
         assert torch.isfinite(images).all()
         again = runner.run(3, 8, 3, seed=seed, **arguments)
         assert torch.equal(images, again)
@@ -78,13 +75,8 @@ def test_masks_are_seen_to_wait(pair, monkeypatch):
     monkeypatch.setattr("cspd.speculative.why_not_by_tables", lambda model: "asked for by this test")
     runner = cspd.SpecDecodeRunner(*pair)
     runner.run(3, 8, 3, seed=0)
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        with pytest.raises(RuntimeError, match="synchronizing"):
-            runner.run(3, 8, 3, seed=1)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    with no_wait_for_cuda(), pytest.raises(RuntimeError, match="synchronizing"):
+        runner.run(3, 8, 3, seed=1)
 
 
 @pytest.mark.parametrize("backend", [None, "torch"])

@@ -1,11 +1,11 @@
 """The backends on a GPU: the numbers of the definition, no wait for the host, and graphs that nothing spoils."""
 
-import contextlib
 import gc
 
 import pytest
 import torch
 from chains import assert_agrees, assert_close, definition
+from dispatch_modes import no_wait_for_cuda
 from small_models import sample, small_mar
 
 import cspd
@@ -47,17 +47,6 @@ def test_verdicts_are_those_of_the_cpu():
     assert (here.tries != there.tries.cpu()).float().mean() < 1e-3  # within rounding of a threshold
 
 
-@contextlib.contextmanager
-def no_wait():
-    """Fails where the host waits for the device."""
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_ops_and_patched_heads_do_not_wait_for_the_host(make_diffloss, backend):
     module = cspd.patch(make_diffloss().cuda(), noise="philox", backend=backend)
@@ -80,7 +69,7 @@ def test_ops_and_patched_heads_do_not_wait_for_the_host(make_diffloss, backend):
 
     everything()  # compiles, and uploads the tables of the heads
     for _ in range(3):  # captures, then replays
-        with no_wait():
+        with no_wait_for_cuda():
             everything()
 
 

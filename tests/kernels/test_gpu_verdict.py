@@ -4,10 +4,9 @@ What the other Triton tests check with the fixture ``triton_device`` runs on the
 layouts, seeds, tries, comparisons within rounding, extreme inputs, walls around the outputs.
 """
 
-import contextlib
-
 import pytest
 import torch
+from dispatch_modes import no_wait_for_cuda
 from modified import CASES, P, acceptance_rate, assert_modified, components, pair
 from scipy import stats
 
@@ -48,17 +47,6 @@ def chains_of(rows, channels, seed, residual="rejection"):
 
 def addresses(rows):
     return torch.arange(rows, device=DEVICE) * 2**33 + 7
-
-
-@contextlib.contextmanager
-def no_wait():
-    """Fails where the host waits for the device."""
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("op", ["log_density_ratio", "accept_reject"])
@@ -204,7 +192,7 @@ def test_no_wait_for_the_host(backend, residual):
             accept_reject(x, draft, target, seed=2**64 - 1, rows=rows, relaxation=value, **options)
 
     everything()  # compiles
-    with no_wait():
+    with no_wait_for_cuda():
         everything()
 
 

@@ -96,14 +96,19 @@ def accept_reject(
     return Verdict(*run(x, draft, target, seed, rows, relaxation, sigma, max_tries, residual))
 
 
-def _check_residual(draft, target, residual, target_sigma) -> None:
+def check_method(who: str, residual, target_sigma) -> None:
+    """Raise where a way to redraw does not exist."""
     if residual not in RESIDUALS:
-        raise ValueError(f"accept_reject expected residual one of {RESIDUALS}, got {residual!r}")
+        raise ValueError(f"{who} expected residual one of {RESIDUALS}, got {residual!r}")
     if not isinstance(target_sigma, bool) or (target_sigma and residual != "closed_form"):
         raise ValueError(
-            "accept_reject expected target_sigma as a bool, True only with residual='closed_form', "
+            f"{who} expected target_sigma as a bool, True only with residual='closed_form', "
             f"got {target_sigma!r} with residual={residual!r}"
         )
+
+
+def _check_residual(draft, target, residual, target_sigma) -> None:
+    check_method("accept_reject", residual, target_sigma)
     if residual == "closed_form" and not target_sigma and target.log_std.device.type == "cpu":
         difference = (draft.log_std.float() - target.log_std.float()).abs()  # NaN where both are -inf: temperature 0
         if (difference > _SAME_LOG_STD).any():
