@@ -23,7 +23,7 @@ from cspd_kernels.testing import random_inputs, randomize_, relative_error
 
 from baselines import compiled_denoise, eager_denoise, library_products
 from common import Row, captured, measure, print_rows, spread, write_json
-from verdicts import TOKENS, accept_reject_rows, density_ratio_rows
+from judging import TOKENS, accept_reject_rows, density_ratio_rows
 
 HEADS = {"MAR-B": (6, 1024, 768), "MAR-L": (8, 1280, 1024), "MAR-H": (12, 1536, 1280)}  # D, W, Z
 BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-2}

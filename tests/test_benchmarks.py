@@ -20,17 +20,17 @@ def benchmarks(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     import baselines
     import common
+    import judging
     import kernels
     import quality
-    import verdicts
 
-    yield SimpleNamespace(kernels=kernels, common=common, baselines=baselines, verdicts=verdicts, quality=quality)
-    for name in ("kernels", "common", "baselines", "verdicts", "quality"):
+    yield SimpleNamespace(kernels=kernels, common=common, baselines=baselines, judging=judging, quality=quality)
+    for name in ("kernels", "common", "baselines", "judging", "quality"):
         sys.modules.pop(name, None)
 
 
 def test_rows_of_a_small_head(benchmarks, monkeypatch, capsys, tmp_path):
-    kernels, verdicts = benchmarks.kernels, benchmarks.verdicts
+    kernels, verdicts = benchmarks.kernels, benchmarks.judging
     monkeypatch.setitem(kernels.HEADS, "small", (2, 64, 32))
     rows = kernels.denoise_rows("small", 3, ["torch"], 3, torch.device("cpu"))
     rows += verdicts.density_ratio_rows(200, ["torch"], 3, torch.device("cpu"))
@@ -73,7 +73,7 @@ def test_eager_baseline_is_the_models_own_loop(benchmarks):
 
 
 def test_a_wrong_verdict_is_seen(benchmarks, monkeypatch):
-    verdicts = benchmarks.verdicts
+    verdicts = benchmarks.judging
     verdict = verdicts.accept_reject
 
     def wrong(*chains, **options):

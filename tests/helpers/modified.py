@@ -7,10 +7,9 @@ import math
 import numpy as np
 import torch
 from scipy import stats
+from verdicts import cast, distance_and_start
 
 from cspd_kernels import Denoised
-
-from verdicts import cast, distance_and_start
 
 P = 1e-4  # a correct implementation fails a test of fixed seed below this with this probability
 # D, the path term L_q - L_p, channels. Where D = 0 does not hold the distribution is phi(t) (1 - exp(-D (t - t_0))).

@@ -6,13 +6,12 @@ import pytest
 import torch
 from modified import CASES, P, acceptance_rate, assert_modified, components, pair
 from scipy import stats
+from verdicts import assert_verdict, cast, check_verdict, equal, judged_chains, take
 
 from cspd_kernels import Denoised, accept_reject
 from cspd_kernels.noise import STREAM_PROPOSAL, normals
 from cspd_kernels.ops.accept_reject import Verdict, reference, torch_backend
 from cspd_kernels.testing import random_chains, relative_error
-
-from verdicts import assert_verdict, cast, check_verdict, equal, judged_chains, take
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # of the interpreter's numpy
 

@@ -9,11 +9,6 @@ import torch
 from dispatch_modes import no_wait_for_cuda
 from modified import CASES, P, acceptance_rate, assert_modified, components, pair
 from scipy import stats
-
-from cspd_kernels import Denoised, accept_reject, log_density_ratio
-from cspd_kernels.backends import implementation
-from cspd_kernels.testing import random_chains
-
 from verdicts import (
     CHANNELS,
     DTYPES,
@@ -29,6 +24,10 @@ from verdicts import (
     laid_out_there,
     take,
 )  # fmt: skip
+
+from cspd_kernels import Denoised, accept_reject, log_density_ratio
+from cspd_kernels.backends import implementation
+from cspd_kernels.testing import random_chains
 
 pytestmark = pytest.mark.gpu
 

@@ -4,10 +4,6 @@ import math
 
 import pytest
 import torch
-
-from cspd_kernels import Denoised, log_density_ratio
-from cspd_kernels.testing import random_chains
-
 from verdicts import (
     CHANNELS,
     DTYPES,
@@ -24,6 +20,9 @@ from verdicts import (
     ratio_and_scale,
     take,
 )  # fmt: skip
+
+from cspd_kernels import Denoised, log_density_ratio
+from cspd_kernels.testing import random_chains
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
 

@@ -7,11 +7,6 @@ import math
 
 import pytest
 import torch
-
-from cspd_kernels import Denoised, accept_reject
-from cspd_kernels.noise import uniforms
-from cspd_kernels.testing import random_chains
-
 from verdicts import (
     CHANNELS,
     DTYPES,
@@ -28,6 +23,10 @@ from verdicts import (
     ratio_and_scale,
     take,
 )
+
+from cspd_kernels import Denoised, accept_reject
+from cspd_kernels.noise import uniforms
+from cspd_kernels.testing import random_chains
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
 

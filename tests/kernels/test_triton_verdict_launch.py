@@ -3,9 +3,6 @@
 import pytest
 import torch
 from dispatch_modes import Inside
-
-from cspd_kernels import accept_reject
-
 from verdicts import (
     CountedKernel,
     assert_verdict,
@@ -17,6 +14,8 @@ from verdicts import (
     judged_chains,
     on,
 )
+
+from cspd_kernels import accept_reject
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
 

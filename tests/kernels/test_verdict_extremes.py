@@ -4,13 +4,12 @@ import math
 
 import pytest
 import torch
+from verdicts import assert_ratio, cast, ratio_and_scale, take
 
 from cspd_kernels import Denoised, accept_reject, log_density_ratio
 from cspd_kernels.ops.accept_reject import torch_backend
 from cspd_kernels.ops.accept_reject.reference import accept_reject as definition
 from cspd_kernels.testing import random_chains
-
-from verdicts import assert_ratio, cast, ratio_and_scale, take
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # of the interpreter's numpy
 
