@@ -7,6 +7,7 @@ import torch
 
 from cspd_kernels import Denoised, accept_reject, log_density_ratio
 from cspd_kernels.backends import why_unavailable
+from cspd_kernels.ops.accept_reject import reference
 from cspd_kernels.testing import random_chains
 
 BACKENDS = ["torch", "triton"]
@@ -47,6 +48,10 @@ def test_a_row_with_an_operand_that_is_not_finite_is_never_accepted(backend, dev
     assert verdict.log_ratio[2] == -math.inf
     assert torch.equal(verdict.accepted.cpu(), expected)
     assert torch.isfinite(verdict.token).all()
+    defined = reference.accept_reject(*to("cpu", x, draft, target), 0, torch.arange(6), max_tries=9, residual=residual)
+    assert torch.equal(verdict.tries.cpu(), defined[2])  # also whether the row is redrawn or falls back
+    if field == "path_log_std":
+        assert verdict.tries[2] == -1
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,8 @@ def closed_form(draft, target, seed, rows, sigma):
     n = normals(seed, rows, 1, mean_p.shape[-1], STREAM_PROPOSAL).double()
     d = (mean_p - mean_q) * torch.exp(-log_p)
     distance = d.square().sum(dim=1).sqrt()
-    t_0 = -0.5 * distance - (path_q - path_p if sigma == "paper" else path_p - path_q) / distance
+    path = path_q - path_p if sigma == "paper" else path_p - path_q
+    t_0 = -0.5 * distance - (path + 0.0 * path) / distance  # NaN, and no draw, where the path is not finite
     exists = (t_0 <= FARTHEST) & torch.isfinite(distance)
     along = d / distance.clamp(min=1e-200)[:, None]
     t = _invert(distance.clamp(min=SHORTEST), t_0, uniforms(seed, rows, 1).double())

@@ -11,9 +11,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ...noise import STREAM_STEP as _STREAM_STEP
 from ...triton_noise import normal
 
-STREAM_STEP: tl.constexpr = tl.constexpr(0)  # of cspd_kernels.noise
+STREAM_STEP: tl.constexpr = tl.constexpr(_STREAM_STEP)
 
 
 @triton.jit
