@@ -1,4 +1,5 @@
-"""What the compiler makes of every Triton kernel, at the sizes of MAR's heads and tokens: needs no GPU.
+"""What the compilers make of every Triton kernel, at the sizes of MAR's heads and tokens, and of every CUDA kernel in
+the installed extension: needs no GPU.
 
 ``python benchmarks/kernels.py --compile-report [--quick] [--json FILE]``
 """
@@ -14,13 +15,14 @@ import torch
 
 from cspd.models import DiffLoss
 from cspd_kernels import Denoised, DiffusionHead, PhiloxNoise
+from cspd_kernels.cuda_support import build_record
 from cspd_kernels.ops.accept_reject import RESIDUALS
 from cspd_kernels.ops.accept_reject.triton import accept_reject
 from cspd_kernels.ops.denoise.triton_chain import Chain, Tables
 from cspd_kernels.ops.denoise.triton_config import PERSISTENT_LIMIT
 from cspd_kernels.ops.denoise.triton_persistent import PersistentChain
 from cspd_kernels.ops.density_ratio.triton import log_density_ratio
-from cspd_kernels.triton_report import ARCHITECTURES, Launch, compiled, recorded_launches
+from cspd_kernels.triton_report import ARCHITECTURES, SHARED_LIMITS, Launch, compiled, recorded_launches
 
 CHANNELS = 16
 TOKENS = (1, 2, 4, 8, 16, 64, 128, 512)  # every tile of the table
@@ -85,6 +87,16 @@ def _rows(launches: list[Launch], dtype: torch.dtype, described: dict) -> list[d
     return rows
 
 
+def cuda_rows(record: dict) -> list[dict]:
+    """The kernels of the CUDA extension as nvcc compiled them when it was built."""
+    rows = []
+    for kernel in record["kernels"]:
+        spills = kernel["spill_store_bytes"] + kernel["spill_load_bytes"]
+        fits = spills == 0 and kernel["shared_bytes"] <= SHARED_LIMITS.get(kernel["architecture"], 48 << 10)
+        rows.append(kernel | {"model": "any", "tokens": "any", "dtype": "", "warps": "", "fits": fits})
+    return rows
+
+
 def _run(work: tuple) -> list[dict]:
     """In a process of its own; launches do not travel between processes, so it records them itself."""
     function, *arguments = work
@@ -109,7 +121,12 @@ def report(heads: dict[str, tuple[int, int, int]], quick: bool, processes: int) 
         for per_token in ((True,) if quick else (True, False))
     ]
     with ProcessPoolExecutor(processes) as pool:
-        return [row for rows in pool.map(_run, work) for row in rows]
+        rows = [row for rows in pool.map(_run, work) for row in rows]
+    record = build_record()
+    if not record["built"]:
+        print(f"no CUDA kernels: {record['reason']}")
+        return rows
+    return rows + cuda_rows(record)
 
 
 def print_report(rows: list[dict], path: Path | None) -> None:

@@ -54,7 +54,7 @@ def build_record() -> dict:
     try:
         return json.loads(RECORD.read_text())
     except FileNotFoundError:
-        return {"built": False, "reason": "this is a source tree without the extension: build it by pip install ."}
+        return {"built": False, "reason": "this is a source tree without the extension: pip install -e . builds it"}
 
 
 @functools.cache
