@@ -14,10 +14,11 @@ import torch
 
 from cspd.models import DiffLoss
 from cspd_kernels import Denoised, DiffusionHead, PhiloxNoise
+from cspd_kernels.crossover import PERSISTENT_LIMIT
 from cspd_kernels.ops.accept_reject import RESIDUALS
 from cspd_kernels.ops.accept_reject.triton import accept_reject
-from cspd_kernels.ops.denoise.triton_chain import Chain, Tables
-from cspd_kernels.ops.denoise.triton_config import PERSISTENT_LIMIT
+from cspd_kernels.ops.denoise.chain import Tables
+from cspd_kernels.ops.denoise.triton_chain import LayeredChain
 from cspd_kernels.ops.denoise.triton_persistent import PersistentChain
 from cspd_kernels.ops.density_ratio.triton import log_density_ratio
 from cspd_kernels.triton_report import ARCHITECTURES, Launch, compiled, recorded_launches
@@ -32,7 +33,14 @@ QUICK_VERDICT_CHANNELS = (16, 256)
 
 
 def launches_of(
-    kind: type[Chain], depth: int, width: int, cond: int, dtype: torch.dtype, tokens: int, guided: bool, philox: bool
+    kind: type[LayeredChain],
+    depth: int,
+    width: int,
+    cond: int,
+    dtype: torch.dtype,
+    tokens: int,
+    guided: bool,
+    philox: bool,
 ) -> list[Launch]:
     """Every kernel specialisation that a chain of this size launches, recorded on tensors without storage."""
     with torch.device("meta"):
@@ -98,7 +106,7 @@ def report(heads: dict[str, tuple[int, int, int]], quick: bool, processes: int) 
         for model, size in heads.items()
         for dtype in DTYPES
         for tokens in (QUICK_TOKENS if quick else TOKENS)
-        for kind in ((Chain, PersistentChain) if tokens <= PERSISTENT_LIMIT else (Chain,))
+        for kind in ((LayeredChain, PersistentChain) if tokens <= PERSISTENT_LIMIT else (LayeredChain,))
         for case in CASES[: 1 if quick else None]
     ]
     work += [

@@ -17,8 +17,8 @@ import torch
 from cspd.models import DiffLoss
 from cspd_kernels import DiffusionHead, denoise
 from cspd_kernels.backends import BACKENDS, why_unavailable
+from cspd_kernels.crossover import PERSISTENT_LIMIT, PERSISTENT_VARIABLE
 from cspd_kernels.ops.denoise import reference
-from cspd_kernels.ops.denoise.triton_config import PERSISTENT_LIMIT, PERSISTENT_VARIABLE
 from cspd_kernels.testing import random_inputs, randomize_, relative_error
 
 from baselines import compiled_denoise, eager_denoise, library_products

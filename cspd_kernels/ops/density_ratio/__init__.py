@@ -54,7 +54,7 @@ def log_density_ratio(
     Source: Wang et al. 2024, arXiv 2411.11925 (denoising trajectory alignment).
     """
     relaxation = check("log_density_ratio", x, draft, target, relaxation, sigma)
-    run = implementation("log_density_ratio", backend, x.device, x)
+    run = implementation("log_density_ratio", backend, x.device, x, tokens=len(x))
     return run(x, draft, target, relaxation, sigma)
 
 
