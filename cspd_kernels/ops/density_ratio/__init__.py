@@ -46,7 +46,7 @@ def log_density_ratio(
             ``inner_temperature`` is 42.
         sigma: ``"paper"`` as above; ``"released"`` with the path term's sign turned, L_p - L_q, as in
             the released code (MarkXCloud/CSpD ``spec_decode_runner.py``), for comparison.
-        backend: as in :func:`cspd_kernels.denoise`.
+        backend: as in :func:`cspd_kernels.denoise`; "cuda" copies operands that are not contiguous float32.
 
     Raises:
         TypeError, ValueError: an argument does not fit.
