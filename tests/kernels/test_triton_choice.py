@@ -96,7 +96,9 @@ def test_more_channels_than_the_kernels_of_the_verdict_cover(monkeypatch, triton
     with caplog.at_level(logging.INFO, "cspd_kernels"):
         for _ in range(2):
             assert implementation(op, None, CUDA, x) is implementation(op, "torch")
-    assert [f"automatic backend of {op}: torch (its kernels cover up to 256" in m for m in caplog.messages] == [True]
+    assert [f"automatic backend of {op}: torch (triton: its kernels cover up to 256" in m for m in caplog.messages] == [
+        True
+    ]
 
 
 @pytest.mark.parametrize("op", VERDICTS)
