@@ -55,8 +55,8 @@ class LayeredChain(CudaChain):
                 )  # fmt: skip
             kernels.update(
                 self.final_operand.data_ptr(), head.final_weight.data_ptr(), head.final_bias.data_ptr(),
-                tables.coefficients[step].data_ptr(), self.temperature.data_ptr(), self.scale_pointer, self.x.data_ptr(),
-                0 if self.philox else self.noise[step].data_ptr(), self.seed.data_ptr(), self.addresses.data_ptr(), step,
-                self.log_std.data_ptr(), self.path.data_ptr(), self.tokens, self.halves, head.channels,
-                head.learned_variance, width, stream,
+                tables.coefficients[step].data_ptr(), self.temperature.data_ptr(), self.scale_pointer,
+                self.x.data_ptr(), 0 if self.philox else self.noise[step].data_ptr(), self.seed.data_ptr(),
+                self.addresses.data_ptr(), step, self.log_std.data_ptr(), self.path.data_ptr(), self.tokens,
+                self.halves, head.channels, head.learned_variance, width, stream,
             )  # fmt: skip

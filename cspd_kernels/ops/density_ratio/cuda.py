@@ -17,7 +17,7 @@ def why_unsupported(x: torch.Tensor) -> str | None:
 
 
 def operands(x, draft, target, relaxation) -> tuple[list[torch.Tensor], float]:
-    """(x, both chains and, where it is one per token, the relaxation, as the kernels read them; else the relaxation)."""
+    """(x, both chains and a relaxation per token as the kernels read them, the relaxation where it is one number)."""
     tensors = [x, draft.mean, draft.log_std, draft.path_log_std, target.mean, target.log_std, target.path_log_std]
     per_token = isinstance(relaxation, torch.Tensor)
     if per_token:
