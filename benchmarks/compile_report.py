@@ -1,4 +1,5 @@
-"""What the compiler makes of every Triton kernel, at the sizes of MAR's heads and tokens: needs no GPU.
+"""What the compilers make of every Triton kernel, at the sizes of MAR's heads and tokens, and of every CUDA kernel in
+the installed extension: needs no GPU.
 
 ``python benchmarks/kernels.py --compile-report [--quick] [--json FILE]``
 """
@@ -14,13 +15,15 @@ import torch
 
 from cspd.models import DiffLoss
 from cspd_kernels import Denoised, DiffusionHead, PhiloxNoise
+from cspd_kernels.crossover import PERSISTENT_LIMIT
+from cspd_kernels.cuda_support import build_record
 from cspd_kernels.ops.accept_reject import RESIDUALS
 from cspd_kernels.ops.accept_reject.triton import accept_reject
-from cspd_kernels.ops.denoise.triton_chain import Chain, Tables
-from cspd_kernels.ops.denoise.triton_config import PERSISTENT_LIMIT
+from cspd_kernels.ops.denoise.chain import Tables
+from cspd_kernels.ops.denoise.triton_chain import LayeredChain
 from cspd_kernels.ops.denoise.triton_persistent import PersistentChain
 from cspd_kernels.ops.density_ratio.triton import log_density_ratio
-from cspd_kernels.triton_report import ARCHITECTURES, Launch, compiled, recorded_launches
+from cspd_kernels.triton_report import ARCHITECTURES, SHARED_LIMITS, Launch, compiled, recorded_launches
 
 CHANNELS = 16
 TOKENS = (1, 2, 4, 8, 16, 64, 128, 512)  # every tile of the table
@@ -32,7 +35,14 @@ QUICK_VERDICT_CHANNELS = (16, 256)
 
 
 def launches_of(
-    kind: type[Chain], depth: int, width: int, cond: int, dtype: torch.dtype, tokens: int, guided: bool, philox: bool
+    kind: type[LayeredChain],
+    depth: int,
+    width: int,
+    cond: int,
+    dtype: torch.dtype,
+    tokens: int,
+    guided: bool,
+    philox: bool,
 ) -> list[Launch]:
     """Every kernel specialisation that a chain of this size launches, recorded on tensors without storage."""
     with torch.device("meta"):
@@ -80,8 +90,19 @@ def _rows(launches: list[Launch], dtype: torch.dtype, described: dict) -> list[d
     for launch in launches:
         for architecture in ARCHITECTURES:
             resources = compiled(launch, architecture)
-            described = described | {"dtype": str(dtype).removeprefix("torch.")}
+            described = described | {"backend": "triton", "dtype": str(dtype).removeprefix("torch.")}
             rows.append(described | asdict(resources) | {"fits": resources.fits})
+    return rows
+
+
+def cuda_rows(record: dict) -> list[dict]:
+    """The kernels of the CUDA extension as nvcc compiled them when it was built."""
+    rows = []
+    for kernel in record["kernels"]:
+        spills = kernel["spill_store_bytes"] + kernel["spill_load_bytes"]
+        fits = spills == 0 and kernel["shared_bytes"] <= SHARED_LIMITS.get(kernel["architecture"], 48 << 10)
+        described = {"backend": "cuda", "model": "any", "tokens": "any", "dtype": "any", "warps": "any"}
+        rows.append(described | kernel | {"fits": fits})
     return rows
 
 
@@ -98,7 +119,7 @@ def report(heads: dict[str, tuple[int, int, int]], quick: bool, processes: int) 
         for model, size in heads.items()
         for dtype in DTYPES
         for tokens in (QUICK_TOKENS if quick else TOKENS)
-        for kind in ((Chain, PersistentChain) if tokens <= PERSISTENT_LIMIT else (Chain,))
+        for kind in ((LayeredChain, PersistentChain) if tokens <= PERSISTENT_LIMIT else (LayeredChain,))
         for case in CASES[: 1 if quick else None]
     ]
     work += [
@@ -109,12 +130,17 @@ def report(heads: dict[str, tuple[int, int, int]], quick: bool, processes: int) 
         for per_token in ((True,) if quick else (True, False))
     ]
     with ProcessPoolExecutor(processes) as pool:
-        return [row for rows in pool.map(_run, work) for row in rows]
+        rows = [row for rows in pool.map(_run, work) for row in rows]
+    record = build_record()
+    if not record["built"]:
+        print(f"no CUDA kernels: {record['reason']}")
+        return rows
+    return rows + cuda_rows(record)
 
 
 def print_report(rows: list[dict], path: Path | None) -> None:
     """The table, equal lines once; fails where a kernel does not fit."""
-    columns = [
+    columns = (
         "kernel",
         "dtype",
         "tokens",
@@ -124,10 +150,11 @@ def print_report(rows: list[dict], path: Path | None) -> None:
         "stack_bytes",
         "shared_bytes",
         "warps",
-    ]
-    lines = dict.fromkeys(tuple(str(row[c]) for c in columns) for row in rows)
-    for line in [tuple(columns), *lines]:
-        print("  ".join(cell.ljust((26, 10, 8, 20)[i] if i < 4 else 13) for i, cell in enumerate(line)).rstrip())
+    )
+    lines = [columns, *dict.fromkeys(tuple(str(row[c]) for c in columns) for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    for line in lines:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip())
     misfits = [row for row in rows if not row["fits"]]
     print(f"{len(rows)} compiled, {len(misfits)} with spills or more shared memory than the architecture has")
     if path:

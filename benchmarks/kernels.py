@@ -8,6 +8,7 @@ error beside it; a row whose error exceeds its bound shows no speed.
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 from functools import partial
 from pathlib import Path
@@ -16,9 +17,11 @@ import torch
 
 from cspd.models import DiffLoss
 from cspd_kernels import DiffusionHead, denoise
-from cspd_kernels.backends import BACKENDS, why_unavailable
+from cspd_kernels.backends import BACKENDS, implementation, why_unavailable
+from cspd_kernels.crossover import PERSISTENT_LIMIT, PERSISTENT_VARIABLE
 from cspd_kernels.ops.denoise import reference
-from cspd_kernels.ops.denoise.triton_config import PERSISTENT_LIMIT, PERSISTENT_VARIABLE
+from cspd_kernels.ops.denoise.chain import Tables
+from cspd_kernels.ops.denoise.on_device import bucket
 from cspd_kernels.testing import random_inputs, randomize_, relative_error
 
 from baselines import compiled_denoise, eager_denoise, library_products
@@ -34,9 +37,20 @@ CASES = {
 STEPS, CHANNELS = 100, 16
 
 
+def why_not_measured(op: str, backend: str, device: torch.device) -> str | None:
+    """None where a backend is to be measured, else the reason; what runs on the CPU for tests is no speed."""
+    if device.type != "cuda":
+        return None if backend == "torch" else why_unavailable(backend, op) or "it runs on GPUs"
+    try:
+        implementation(op, backend, device)
+    except RuntimeError as error:
+        return str(error)
+    return None
+
+
 def serving(op: str, device: torch.device) -> list[str]:
-    """The backends to measure; what runs in Triton's interpreter is no speed."""
-    return [name for name in BACKENDS if not why_unavailable(name, op) and (name == "torch" or device.type == "cuda")]
+    """The backends to measure."""
+    return [name for name in BACKENDS if why_not_measured(op, name, device) is None]
 
 
 def denoise_rows(model: str, rows: int, backends: list[str], runs: int, device: torch.device) -> list[Row]:
@@ -62,9 +76,14 @@ def denoise_rows(model: str, rows: int, backends: list[str], runs: int, device: 
         for backend in backends
         for dtype, head in heads.items()
     }
-    if device.type == "cuda" and "triton" in backends and rows <= PERSISTENT_LIMIT:
-        for dtype, head in heads.items():
-            contenders[f"triton persistent {_name(dtype)}"] = (dtype, partial(_persistent, head))
+    if device.type == "cuda" and rows <= PERSISTENT_LIMIT:
+        for backend in (name for name in backends if name != "torch"):
+            for dtype, head in heads.items():
+                name = f"{backend} persistent {_name(dtype)}"
+                if _serves_persistent(backend, head, rows):
+                    contenders[name] = (dtype, partial(_persistent, head, backend=backend))
+                else:
+                    print(f"denoise, {name}, {model} N={rows}: not measured, its kernel does not cover this size here")
     functions = {name: function for name, (function, _) in baselines.items()}
     functions |= {name: function for name, (_, function) in contenders.items()}
     seconds = measure(functions, inputs, runs, device)
@@ -84,11 +103,16 @@ def denoise_rows(model: str, rows: int, backends: list[str], runs: int, device: 
     return results
 
 
-def _persistent(head: DiffusionHead, *inputs):
+def _serves_persistent(backend: str, head: DiffusionHead, rows: int) -> bool:
+    kernels = importlib.import_module(f"cspd_kernels.ops.denoise.{backend}").KERNELS
+    return kernels.persistent.serves(head, Tables(head), bucket(rows), guided=False)
+
+
+def _persistent(head: DiffusionHead, *inputs, backend: str):
     """The chain with the persistent kernel switched on."""
     os.environ[PERSISTENT_VARIABLE] = str(PERSISTENT_LIMIT)
     try:
-        return denoise(head, *inputs, backend="triton")
+        return denoise(head, *inputs, backend=backend)
     finally:
         del os.environ[PERSISTENT_VARIABLE]
 
@@ -111,8 +135,8 @@ def main() -> None:
     device = torch.device(args.device)
     for name in BACKENDS:
         for op in ("denoise", "log_density_ratio", "accept_reject"):
-            if name not in serving(op, device):
-                print(f"{op}, {name}: not measured, {why_unavailable(name, op) or 'it runs on GPUs'}")
+            if reason := why_not_measured(op, name, device):
+                print(f"{op}, {name}: not measured, {reason}")
     threads = "" if device.type == "cuda" else f", {torch.get_num_threads()} threads"
     print(f"device: {torch.cuda.get_device_name() if device.type == 'cuda' else 'cpu'}{threads}")
     rows = []

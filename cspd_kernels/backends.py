@@ -11,6 +11,9 @@ from collections.abc import Callable
 
 import torch
 
+from . import cuda_support
+from .crossover import fastest
+
 BACKENDS = ("torch", "triton", "cuda")
 ENVIRONMENT_VARIABLE = "CSPD_BACKEND"
 OLDEST_TRITON = (3, 6)  # what the kernels are tested with
@@ -31,7 +34,7 @@ def why_unavailable(backend: str, op: str = "denoise") -> str | None:
         return None
     if not _exists(_module(op, backend)):
         return f"this release has no {backend} kernels for {op} yet; use backend='torch'"
-    return _why_not_triton() if backend == "triton" else None
+    return _why_not_triton() if backend == "triton" else cuda_support.why_unavailable()
 
 
 def interpreting() -> bool:
@@ -63,16 +66,20 @@ def _why_not_this_triton() -> str | None:
     return None
 
 
-def implementation(op: str, backend: str | None, device: torch.device | None = None, subject=None) -> Callable:
+def implementation(
+    op: str, backend: str | None, device: torch.device | None = None, subject=None, tokens: int | None = None
+) -> Callable:
     """The function that computes ``op``: the attribute of that name in ``ops/<op>/<backend>.py``.
 
-    An explicit choice (argument or environment) that cannot be served raises; the automatic one
-    takes Triton on CUDA devices where it can serve, else torch, and logs each reason once.
+    An explicit choice (argument or environment) that cannot be served raises. The automatic one takes, on CUDA devices,
+    the first that can serve of: what ``crossover.FASTEST`` names for this device and so many tokens, Triton, CUDA,
+    torch; it logs once why it passed over others. Elsewhere it is torch.
 
     Args:
         device: where the tensors are; None asks whether any device can be served.
         subject: what the op is about to work on (the head of ``denoise``); a backend module may refuse
             it with ``why_unsupported(subject)``.
+        tokens: how many tokens the op is about to work on, where that is known.
 
     Raises:
         ValueError: no such backend. RuntimeError: the backend cannot serve; the message says why.
@@ -81,17 +88,27 @@ def implementation(op: str, backend: str | None, device: torch.device | None = N
     if backend is None and os.environ.get(ENVIRONMENT_VARIABLE):
         backend, source = os.environ[ENVIRONMENT_VARIABLE], ENVIRONMENT_VARIABLE
     if backend is None:
-        if device is None or device.type != "cuda":
-            return _load(op, "torch")
-        reason = _why_not(op, "triton", device, subject)
-        if reason is not None:
-            log_once(f"automatic backend of {op}: torch ({reason})")
-        return _load(op, "triton" if reason is None else "torch")
+        return _load(op, _automatic(op, device, subject, tokens))
     if backend not in BACKENDS:
         raise ValueError(f"expected {source} one of {', '.join(BACKENDS)}, got {backend!r}")
     if reason := _why_not(op, backend, device, subject):
         raise RuntimeError(f"{source}={backend!r} cannot serve {op}: {reason}")
     return _load(op, backend)
+
+
+def _automatic(op: str, device: torch.device | None, subject, tokens: int | None) -> str:
+    if device is None or device.type != "cuda":
+        return "torch"
+    measured = (fastest(op, device, tokens) or "triton").split()[0]
+    refusals = []
+    for backend in dict.fromkeys((measured, "triton", "cuda", "torch")):
+        reason = _why_not(op, backend, device, subject)
+        if reason is None:
+            break
+        refusals.append(f"{backend}: {reason}")
+    if refusals:
+        log_once(f"automatic backend of {op}: {backend} ({'; '.join(refusals)})")
+    return backend
 
 
 def _why_not(op: str, backend: str, device: torch.device | None, subject) -> str | None:
@@ -100,16 +117,23 @@ def _why_not(op: str, backend: str, device: torch.device | None, subject) -> str
         return reason
     if backend == "torch" or device is None:
         return None
-    if interpreting() and backend == "triton":
-        if device.type != "cpu":
-            return f"TRITON_INTERPRET is set, so the kernels run on CPU tensors, and these are on {device}"
-    elif device.type != "cuda":
-        return (
-            f"its kernels run on CUDA tensors, and these are on {device}: move them, use backend='torch', "
-            "or set TRITON_INTERPRET=1 before the first import to run the kernels on the CPU, slowly"
-        )
+    if reason := (_why_not_triton_on if backend == "triton" else cuda_support.why_unsupported_here)(device):
+        return reason
     why_unsupported = getattr(importlib.import_module(_module(op, backend)), "why_unsupported", None)
     return why_unsupported(subject) if why_unsupported is not None and subject is not None else None
+
+
+def _why_not_triton_on(device: torch.device) -> str | None:
+    if interpreting():
+        if device.type == "cpu":
+            return None
+        return f"TRITON_INTERPRET is set, so the kernels run on CPU tensors, and these are on {device}"
+    if device.type == "cuda":
+        return None
+    return (
+        f"its kernels run on CUDA tensors, and these are on {device}: move them, use backend='torch', "
+        "or set TRITON_INTERPRET=1 before the first import to run the kernels on the CPU, slowly"
+    )
 
 
 @functools.cache

@@ -66,6 +66,19 @@ def _backends() -> dict[str, str]:
     return available_backends()
 
 
+def _cuda_extension() -> dict[str, str]:
+    from .cuda_support import build_record, compiled_for, covers
+
+    record = build_record()
+    if not record["built"]:
+        return {"built": f"no: {record['reason']}"}
+    report = {"built": "yes", "for": compiled_for(record), "nvcc": record["nvcc"]}
+    for gpu in _devices():
+        covered = covers(record["architectures"], record["ptx"], tuple(map(int, gpu["capability"].split("."))))
+        report[gpu["name"]] = "covered" if covered else f"compute capability {gpu['capability']} is not covered"
+    return report
+
+
 def collect() -> dict:
     """The report as a dictionary; a probe that fails leaves its reason as the value."""
     return {
@@ -78,6 +91,7 @@ def collect() -> dict:
         "cuda (torch built for)": _guarded(_torch(lambda torch: torch.version.cuda or "none")),
         "gpus": _guarded(_devices),
         "nvidia driver": _guarded(_driver),
+        "cuda extension": _guarded(_cuda_extension),
         "cpu threads": _guarded(_torch(lambda torch: torch.get_num_threads())),
         "cpu capability": _guarded(_torch(lambda torch: torch.backends.cpu.get_cpu_capability())),
         "backends": _guarded(_backends),

@@ -14,6 +14,9 @@ from chains import assert_agrees, workspace_of
 from cspd_kernels import PhiloxNoise, denoise, graphs
 from cspd_kernels.backends import log_once
 from cspd_kernels.graphs import CudaGraph, PlanCache, why_not_here
+from cspd_kernels.ops.denoise import on_device
+from cspd_kernels.ops.denoise.chain import Chain
+from cspd_kernels.ops.denoise.on_device import bucket
 from cspd_kernels.testing import random_inputs
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -246,13 +249,10 @@ def test_buffers_made_in_inference_mode_can_be_written_to_outside(cuda):
     assert not plan.value.is_inference()
 
 
-# --- what the Triton backend does with them ---
+# --- what the backends do with them ---
 
 if importlib.util.find_spec("triton"):
-    from cspd_kernels.ops.denoise import triton as triton_backend
-    from cspd_kernels.ops.denoise import triton_persistent
-    from cspd_kernels.ops.denoise.triton import bucket
-    from cspd_kernels.ops.denoise.triton_chain import Chain
+    from cspd_kernels.ops.denoise import triton_chain, triton_persistent
     from cspd_kernels.triton_support import INTERPRETED
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
@@ -276,7 +276,7 @@ def device(cuda, monkeypatch, triton_device):
         cuda.launch("chain", kernels)
 
     monkeypatch.setattr(Chain, "launch", launched)
-    monkeypatch.setattr(triton_backend, "why_not_here", lambda device: why_not_here(CUDA))
+    monkeypatch.setattr(on_device, "why_not_here", lambda device: why_not_here(CUDA))
     monkeypatch.setattr(triton_persistent, "multiprocessors", lambda device: 1)
     return cuda
 
@@ -289,7 +289,7 @@ def call(head, rows, seed=0, *, guided=False, noise="stored", **options):
 
 
 def plans(head):
-    return triton_backend._HEADS[head].plans
+    return on_device._HEADS[head]["triton"].plans
 
 
 @needs_triton
@@ -396,14 +396,14 @@ def test_a_capture_of_the_caller_runs_what_an_earlier_call_has_compiled(
     call(head, 3)
     device.captured_by_caller = True
     call(head, 3)
-    kind = triton_persistent.PersistentChain if persistent_tokens else Chain
+    kind = triton_persistent.PersistentChain if persistent_tokens else triton_chain.LayeredChain
     assert chains == [(kind, 4)] * 2
 
 
 @needs_triton
 def test_noise_too_large_to_copy_is_read_where_it_is(make_head, device, monkeypatch):
     head = make_head()
-    monkeypatch.setattr(triton_backend, "GRAPH_BYTES", 2 * 4 * 2 * 2 * 5 - 2)  # half of it is a byte less than T N C
+    monkeypatch.setattr(on_device, "GRAPH_BYTES", 2 * 4 * 2 * 2 * 5 - 2)  # half of it is a byte less than T N C
     call(head, 2)
     assert len(plans(head)) == 0
     call(head, 1)

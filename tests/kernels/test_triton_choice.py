@@ -18,8 +18,6 @@ pytest.importorskip("triton", reason="Triton is not installed: pip install trito
 from cspd_kernels import triton_support
 from cspd_kernels.ops.accept_reject import triton as accept_reject_backend
 from cspd_kernels.ops.denoise import triton as triton_backend
-from cspd_kernels.ops.denoise import triton_config
-from cspd_kernels.ops.denoise.triton_config import persistent_max_tokens
 from cspd_kernels.ops.density_ratio import triton as density_ratio_backend
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -98,7 +96,9 @@ def test_more_channels_than_the_kernels_of_the_verdict_cover(monkeypatch, triton
     with caplog.at_level(logging.INFO, "cspd_kernels"):
         for _ in range(2):
             assert implementation(op, None, CUDA, x) is implementation(op, "torch")
-    assert [f"automatic backend of {op}: torch (its kernels cover up to 256" in m for m in caplog.messages] == [True]
+    assert [f"automatic backend of {op}: torch (triton: its kernels cover up to 256" in m for m in caplog.messages] == [
+        True
+    ]
 
 
 @pytest.mark.parametrize("op", VERDICTS)
@@ -141,15 +141,3 @@ def test_the_persistent_switch_takes_a_small_number(make_head, monkeypatch, valu
     message = f"expected CSPD_PERSISTENT_MAX_TOKENS as a number from 0 to 16, got '{value}'"
     with pytest.raises(ValueError, match=message):
         denoise(head, *random_inputs(head, 1, 0), backend="triton")
-
-
-def test_the_persistent_switch_goes_before_the_table(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Card A")
-    monkeypatch.setitem(triton_config.PERSISTENT_MAX_TOKENS, "Card A", 4)
-    assert persistent_max_tokens(CUDA) == 4
-    assert persistent_max_tokens(CPU) == 0
-    monkeypatch.setenv("CSPD_PERSISTENT_MAX_TOKENS", "0")
-    assert persistent_max_tokens(CUDA) == 0
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Card B")
-    monkeypatch.delenv("CSPD_PERSISTENT_MAX_TOKENS")
-    assert persistent_max_tokens(CUDA) == 0

@@ -14,11 +14,13 @@ pytest.importorskip("triton", reason="Triton is not installed: pip install trito
 import triton
 
 from cspd_kernels.ops.denoise import triton_chain, triton_config, triton_persistent
+from cspd_kernels.ops.denoise.chain import Tables
+from cspd_kernels.ops.denoise.triton_chain import LayeredChain
 from cspd_kernels.ops.denoise.triton_config import Tile, block_tile, update_tile
+from cspd_kernels.ops.denoise.triton_persistent import PersistentChain
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-Chain, PersistentChain, Tables = triton_chain.Chain, triton_persistent.PersistentChain, triton_chain.Tables
 
 
 @pytest.fixture(autouse=True)
@@ -42,13 +44,13 @@ def multiprocessors(monkeypatch, triton_device):
 def shape(request, monkeypatch, multiprocessors):
     """Run a test with each shape of the chain, and see to it that this one was taken."""
     used = []
-    for kind in (Chain, PersistentChain):
+    for kind in (LayeredChain, PersistentChain):
         monkeypatch.setattr(kind, "run_steps", counted(kind.run_steps, used))
     if request.param != "layered":
         monkeypatch.setenv("CSPD_PERSISTENT_MAX_TOKENS", "16")
         multiprocessors(1)
     yield request.param
-    assert {type(chain) for chain in used} == {Chain if request.param == "layered" else PersistentChain}
+    assert {type(chain) for chain in used} == {LayeredChain if request.param == "layered" else PersistentChain}
 
 
 def counted(run_steps, used):
@@ -188,13 +190,13 @@ def test_small_workspace_bounds_the_modulations_and_changes_nothing(make_head, m
     cond, x, noise = guided_inputs(head, 5, 7)
     noise = addressed(head, 5) if kind == "addressed" else noise
     scale = torch.linspace(0, 4, 5, device=head.device) if kind == "scale per token" else 2.0
-    sizes, run_steps = [], Chain.run_steps
+    sizes, run_steps = [], LayeredChain.run_steps
 
     def measured(chain, *arguments):
         sizes.append(workspace_of(chain))
         return run_steps(chain, *arguments)
 
-    monkeypatch.setattr(Chain, "run_steps", measured)
+    monkeypatch.setattr(LayeredChain, "run_steps", measured)
     assert_agrees(head, cond, x, noise, cfg_scale=scale, workspace_bytes=workspace, backend="triton")
     assert len(sizes) > 1
     assert workspace == 1 or max(sizes) <= workspace
@@ -337,7 +339,7 @@ def run_chain(chain, head, inputs, temperature=0.9, cfg_scale=None):
     return chain.results(len(inputs[1]), temperature, tables)
 
 
-@pytest.mark.parametrize("kind", [Chain, PersistentChain])
+@pytest.mark.parametrize("kind", [LayeredChain, PersistentChain])
 @pytest.mark.parametrize("noise", ["stored", "addressed"])
 @torch.no_grad()
 def test_a_chain_serves_fewer_tokens_than_it_has_and_one_call_after_the_other(
@@ -358,7 +360,7 @@ def test_a_chain_serves_fewer_tokens_than_it_has_and_one_call_after_the_other(
 def test_results_are_copies(make_head):
     head = make_head()
     one, two = (random_inputs(head, 3, seed) for seed in (0, 1))
-    chain = Chain(head, 3, False, one[2], 2, static=True)
+    chain = LayeredChain(head, 3, False, one[2], 2, static=True)
     out = run_chain(chain, head, one)
     kept = [v.clone() for v in out]
     run_chain(chain, head, two)

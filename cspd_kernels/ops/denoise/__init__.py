@@ -117,7 +117,7 @@ def run(head, cond, x_T, noise, rows, seed, temperature, cfg_scale, backend, wor
     if cfg_scale is not None and cfg_scale.numel() == 1 and cfg_scale.device.type == "cpu":
         cfg_scale = float(cfg_scale)
     _check_values(x_T=x_T, cond=cond, noise=noise, cfg_scale=cfg_scale)
-    function = implementation("denoise", backend, head.device, head)
+    function = implementation("denoise", backend, head.device, head, tokens=len(x_T))
     stream = stream_dtype(head.dtype)
     noise = PhiloxNoise(seed % 2**64, rows) if noise is None else noise.to(stream)
     if len(cond) == len(x_T):

@@ -1,134 +1,21 @@
-"""``denoise`` in Triton: modulations hoisted into library products, then one fused kernel a layer.
-
-On a CUDA device the whole chain is captured once per (head, bucket of token counts) and replayed as
-a CUDA graph. Buckets and graphs belong to the head and end with it.
-"""
+"""``denoise`` in Triton: modulations hoisted into library products, then one fused kernel a layer."""
 
 from __future__ import annotations
 
-import contextlib
-import weakref
-
-import torch
-
-from ...backends import log_once
-from ...graphs import CALLER_CAPTURES, Plan, PlanCache, why_not_here
 from ...head import DiffusionHead
-from ...noise import PhiloxNoise
 from ...triton_support import why_unsupported_here
-from .triton_chain import Chain, Tables
-from .triton_config import persistent_max_tokens
+from .on_device import Kernels, denoise_on_device, why_not_covered
+from .triton_chain import LayeredChain
 from .triton_persistent import PersistentChain
-from .workspace import in_blocks_of_rows
 
-GRAPH_BYTES = 1 << 30  # of the buffers of a head's graphs together
-# Of the modulations of one graph: sampling meets about a dozen buckets over and over, which must all fit the above.
-GRAPH_WORKSPACE_BYTES = 64 << 20
-_MAX_CHANNELS, _MAX_WIDTH, _WIDTH_MULTIPLE = 64, 2048, 16
-
-
-class _HeadPlans:
-    """What a head's calls share. It does not hold the head."""
-
-    def __init__(self, head: DiffusionHead):
-        self.tables = Tables(head)
-        self.uploaded = None
-        if head.device.type == "cuda":
-            self.uploaded = torch.cuda.Event()
-            self.uploaded.record()
-        self.plans = PlanCache(GRAPH_BYTES)
-
-
-_HEADS: weakref.WeakKeyDictionary[DiffusionHead, _HeadPlans] = weakref.WeakKeyDictionary()
+KERNELS = Kernels("triton", LayeredChain, PersistentChain)
 
 
 def why_unsupported(head: DiffusionHead) -> str | None:
     """None when the kernels cover this head, else the limit it exceeds."""
-    if head.dtype == torch.float64:
-        return "its kernels compute in float32, float16 or bfloat16, and this head is float64"
-    if head.channels > _MAX_CHANNELS:
-        return f"its kernels cover up to {_MAX_CHANNELS} channels, and this head has {head.channels}"
-    if head.width > _MAX_WIDTH or head.width % _WIDTH_MULTIPLE:
-        return (
-            f"its kernels cover widths that are multiples of {_WIDTH_MULTIPLE} up to {_MAX_WIDTH}, and this head's "
-            f"is {head.width}"
-        )
-    return why_unsupported_here(head.device)
-
-
-def bucket(tokens: int) -> int:
-    """The number of tokens a graph is captured for: at most an eighth more than asked for, beyond 128."""
-    if tokens <= 16:
-        return 1 << max(tokens - 1, 0).bit_length()
-    multiple = max(16, (1 << tokens.bit_length() - 1) // 8)
-    return -(-tokens // multiple) * multiple
+    return why_not_covered(head) or why_unsupported_here(head.device)
 
 
 def denoise(head, cond, x_T, noise, temperature, cfg_scale, workspace_bytes):
-    """As :func:`cspd_kernels.denoise`; ``cfg_scale`` None means no guidance.
-
-    The host waits for the device only where a head's graphs outgrow their memory and the oldest goes.
-    """
-    rows, halves = x_T.shape[0], 1 if cfg_scale is None else 2
-    if rows == 0:
-        return (*(x_T.new_empty(0, head.channels) for _ in range(3)), x_T.new_empty(0))
-    # Shift, scale and gate of every block, shift and scale of the last layer, silu(y).
-    bytes_per_row = halves * head.width * (3 * head.depth + 3) * head.dtype.itemsize
-    limit = max(1, workspace_bytes // bytes_per_row)
-
-    def chain(cond, x, noise, cfg_scale, steps):
-        return _chain(head, cond, x, noise, temperature, cfg_scale, limit, GRAPH_WORKSPACE_BYTES // bytes_per_row)
-
-    cond = cond.reshape(halves, rows, cond.shape[-1])
-    device = torch.cuda.device(head.device) if head.device.type == "cuda" else contextlib.nullcontext()
-    # Buffers and graphs are for every later call, inference mode or not.
-    with device, torch.inference_mode(False), torch.no_grad():
-        return in_blocks_of_rows(chain, cond, x_T, noise, cfg_scale, bytes_per_row, workspace_bytes)
-
-
-def _chain(head, cond, x, noise, temperature, cfg_scale, limit, graph_limit):
-    """One block of rows; the limits are rows times steps whose modulations fit the workspace, or a graph's."""
-    rows, guided = len(x), cfg_scale is not None
-    reason = why_not_here(head.device)
-    if head not in _HEADS:
-        if reason == CALLER_CAPTURES:
-            raise RuntimeError(
-                "denoise expected a first call with this head before a CUDA graph of the caller's is captured, which "
-                "cannot hold the upload of its tables: call it once with these sizes, then capture"
-            )
-        _HEADS.setdefault(head, _HeadPlans(head))
-    shared = _HEADS[head]
-    if shared.uploaded is not None and reason != CALLER_CAPTURES:
-        torch.cuda.current_stream().wait_event(shared.uploaded)
-    shared.tables.check()
-    persistent = rows <= persistent_max_tokens(head.device) and shared.tables.serves_persistent
-    kind = PersistentChain if persistent else Chain
-    tokens = min(bucket(rows), limit)
-    steps = min(head.num_steps, max(1, min(limit, graph_limit) // tokens))
-    philox = isinstance(noise, PhiloxNoise)
-    if reason is None and (0 if philox else 4 * noise[:, :1].numel() * tokens) > GRAPH_BYTES // 2:
-        reason = "the noise is too large to copy"
-    if reason is not None:
-        if head.device.type == "cuda":
-            log_once(f"denoise launches its kernels one by one: {reason}")
-        if reason != CALLER_CAPTURES:  # there, the bucket, whose kernels an earlier call has compiled
-            tokens, steps = rows, min(head.num_steps, max(1, limit // rows))
-        chain = kind(head, tokens, guided, noise, steps, static=reason == CALLER_CAPTURES)
-        chain.load(cond, x, noise, temperature, cfg_scale)
-        chain.launch(head, shared.tables)
-        return chain.results(rows, temperature, shared.tables)
-
-    def make() -> tuple[Chain, list[torch.Tensor]]:
-        chain = kind(head, tokens, guided, noise, steps, static=True)
-        return chain, chain.buffers()
-
-    with shared.plans.lock:
-        plan: Plan = shared.plans.get((kind, tokens, guided, philox, steps), make, head.device)
-        chain = plan.value
-        with plan.in_turn():
-            chain.load(cond, x, noise, temperature, cfg_scale)
-            plan.graph.run(
-                lambda: chain.launch(head, shared.tables),
-                lambda: chain.hoist(head, head.num_steps - steps, head.num_steps),
-            )
-            return chain.results(rows, temperature, shared.tables)
+    """As :func:`cspd_kernels.denoise`; ``cfg_scale`` None means no guidance."""
+    return denoise_on_device(KERNELS, head, cond, x_T, noise, temperature, cfg_scale, workspace_bytes)

@@ -1,25 +1,15 @@
-"""One chain's buffers, and the launches that take them from the inputs to the result."""
+"""The layered chain in Triton: its tiles, its statistics, and its launches."""
 
 from __future__ import annotations
-
-import math
 
 import torch
 import triton
 import triton.language as tl
 
 from ...head import DiffusionHead
-from ...noise import PhiloxNoise
 from ...triton_support import INTERPRETED
-from .triton_config import (
-    PERSISTENT_VARIABLE,
-    Tile,
-    block_tile,
-    input_columns,
-    multiprocessors,
-    power_of_two,
-    update_tile,
-)
+from .chain import Chain, Tables
+from .triton_config import Tile, block_tile, input_columns, multiprocessors, power_of_two, update_tile
 from .triton_layered import _condition_kernel, _input_kernel, _mlp0_kernel, _mlp1_kernel, _update_kernel
 
 TL_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
@@ -31,141 +21,33 @@ def dot_dtype(dtype: torch.dtype):
     return tl.float32 if INTERPRETED and dtype == torch.bfloat16 else TL_DTYPES[dtype]
 
 
-class Tables:
-    """What the kernels read of a head besides its weights, uploaded once; and what they report to the host."""
+class LayeredChain(Chain):
+    """A chain of one kernel a layer."""
 
-    def __init__(self, head: DiffusionHead):
-        s = head.schedule
-        upper, lower = (s.log_beta, s.log_posterior) if head.learned_variance else (s.fixed_log_variance,) * 2
-        columns = [s.sqrt_recip_acp, s.sqrt_recipm1_acp, s.coef1, s.coef2, 0.5 * upper, 0.5 * lower]
-        table = torch.zeros(s.num_steps, 8, device="cpu")
-        for i, column in enumerate(columns):
-            table[:, i] = torch.from_numpy(column.copy())
-        self.coefficients = to_device(table, head.device)  # (T, 8), as step_table reads them
-        fields = ("norm_weight", "norm_bias", "weight0", "bias0", "weight1", "bias1")
-        addresses = [[getattr(block, field).data_ptr() for field in fields] for block in head.blocks]
-        # Wide loads through a table of addresses need multiples of 16 bytes.
-        self.serves_persistent = head.depth > 0 and all(a % 16 == 0 for block in addresses for a in block)
-        self.addresses = to_device(torch.tensor(addresses, dtype=torch.int64, device="cpu"), head.device)  # (D, 6)
-        # Of an earlier call, in host memory: the device writes it, and nobody waits for that.
-        pinned = head.device.type == "cuda"
-        self.gave_up = torch.zeros(1, dtype=torch.int32, device="cpu", pin_memory=pinned)
-
-    def check(self) -> None:
-        """Raise where an earlier call is known to have failed."""
-        if int(self.gave_up):
-            self.gave_up.zero_()
-            raise RuntimeError(
-                "the persistent denoising kernel of an earlier call gave up waiting at a grid barrier, and that call's "
-                f"tokens are NaN: another stream may have held the device. Set {PERSISTENT_VARIABLE}=0"
-            )
-
-
-def to_device(value: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A small tensor of the host on a device; the host does not wait for the copy."""
-    return value.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else value.to(device)
-
-
-class Chain:
-    """The layered chain of a fixed number of tokens on one head.
-
-    ``load`` copies a call's inputs into the buffers, ``launch`` runs every kernel from them, with the
-    same pointers every time, so that a CUDA graph can stand in for it, and ``results`` copies out.
-    Rows beyond the call's own are computed and not returned: rows are independent.
-
-    It does not hold the head, whose life ends the chain's.
-    """
-
-    def __init__(
-        self,
-        head: DiffusionHead,
-        tokens: int,
-        guided: bool,
-        noise: torch.Tensor | PhiloxNoise,
-        steps: int,
-        static: bool,
-    ):
-        """``steps``: whose modulations are alive at a time. ``static``: a tensor of noise is copied, too."""
-        device, dtype = head.device, head.dtype
-        self.tokens, self.halves, self.steps = tokens, 2 if guided else 1, steps
-        self.rows = rows = tokens * self.halves
-        self.philox, self.static = isinstance(noise, PhiloxNoise), static
+    def __init__(self, head, tokens, guided, noise, steps, static):
+        super().__init__(head, tokens, guided, noise, steps, static)
         self.update = update_tile(tokens, head.channels)
         self.tile, self.input_columns = self.tiles(head)
 
         def empty(*shape, dtype=torch.float32):
-            return torch.empty(shape, device=device, dtype=dtype)
+            return torch.empty(shape, device=head.device, dtype=dtype)
 
-        width, channels = head.width, head.channels
-        # Zeroed: the rows beyond a call's own are computed, too, from whatever lies there.
-        self.cond = empty(self.halves, tokens, head.cond_channels, dtype=dtype).zero_()
-        self.x = empty(tokens, channels).zero_()
-        self.scale = empty(tokens).zero_()
-        self.temperature = empty(1)
-        self.seed = empty(1, dtype=torch.int64)
-        self.addresses = empty(tokens if self.philox else 1, dtype=torch.int64).zero_()
-        self.noise = self.x
-        if static and not self.philox:
-            self.noise = empty(head.num_steps, tokens, channels).zero_()
-        self.y = empty(rows, width, dtype=dtype)
-        self.embedded = empty(steps * rows, width, dtype=dtype)
-        self.mods = empty(head.depth, steps * rows, 3 * width, dtype=dtype)
-        self.final_mods = empty(steps * rows, 2 * width, dtype=dtype)
+        rows, width = self.rows, head.width
         self.h = empty(rows, width)
-        self.activations = empty(rows, width, dtype=dtype)
+        self.activations = empty(rows, width, dtype=head.dtype)
         self.stats = empty(2, rows, triton.cdiv(width, self.tile.bn))
         self.input_stats = self.stats
         if self.input_columns != self.tile.bn:
             self.input_stats = empty(2, rows, triton.cdiv(width, self.input_columns))
-        self.log_std = empty(tokens, channels)
-        self.path = empty(tokens)
-        self.result = self.x
 
     def tiles(self, head: DiffusionHead) -> tuple[Tile, int]:
         """The tile of a block's products, and the columns of h that an input projection makes at a time."""
         tile = block_tile(self.rows, head.width, head.dtype, multiprocessors(head.device))
         return tile, input_columns(self.update, head.width)
 
-    def buffers(self) -> list[torch.Tensor]:
-        return [value for value in vars(self).values() if isinstance(value, torch.Tensor)]
-
-    def load(self, cond, x_T, noise, temperature, cfg_scale) -> None:
-        """Copy the inputs of n <= ``tokens`` tokens into the buffers; never waits for the device."""
-        n = len(x_T)
-        self.cond[:, :n].copy_(cond.view(self.halves, n, -1))
-        self.x[:n].copy_(x_T)
-        self.temperature.fill_(temperature)
-        if isinstance(cfg_scale, torch.Tensor):
-            self.scale[:n].copy_(cfg_scale.reshape(-1).expand(n))
-        elif cfg_scale is not None:
-            self.scale.fill_(cfg_scale)
-        if self.philox:
-            self.addresses[:n].copy_(noise.rows)
-            self.seed.fill_(noise.seed - (1 << 64) if noise.seed >= 1 << 63 else noise.seed)
-        elif self.static:
-            self.noise[:, :n].copy_(noise)
-        else:
-            self.noise = noise.contiguous()
-
-    def launch(self, head: DiffusionHead, tables: Tables) -> None:
-        """Every kernel of the chain, from the inputs in the buffers to the results in them."""
-        self.start(head)
-        for stop in range(head.num_steps, 0, -self.steps):
-            begin = max(0, stop - self.steps)
-            self.hoist(head, begin, stop)
-            self.run_steps(head, tables, begin, stop)
-
-    def results(self, n: int, temperature: float, tables: Tables) -> tuple[torch.Tensor, ...]:
-        """Copies of (sample, mean, log_std, path_log_std) of the first n tokens; sample and mean are one tensor."""
-        log_temperature = math.log(temperature) if temperature > 0 else -math.inf
-        mean = self.result[:n].clone()
-        return mean, mean, self.log_std[:n] + log_temperature, self.path[:n].clone()
-
     def start(self, head: DiffusionHead) -> None:
-        """The embedded condition and the first h."""
-        cond = self.cond.view(self.rows, -1)
-        torch.addmm(head.cond_bias, cond, head.cond_weight.t(), out=self.y)
-        self.path.zero_()
+        """The projected condition, and the first h."""
+        super().start(head)
         r = self.update.bm
         _input_kernel[(triton.cdiv(self.tokens, r), self.input_stats.shape[2])](
             self.x, head.input_weight, head.input_bias, self.h, self.input_stats, self.tokens, self.rows,
@@ -173,11 +55,9 @@ class Chain:
             BN=self.input_columns, num_warps=4, **OPTIONS,
         )  # fmt: skip
 
-    def hoist(self, head: DiffusionHead, start: int, stop: int) -> None:
-        """The modulations of steps start..stop-1: one library product a layer."""
-        count = (stop - start) * self.rows
+    def embed(self, head: DiffusionHead, start: int, stop: int) -> None:
         block = min(1024, power_of_two(head.width))
-        _condition_kernel[(count, triton.cdiv(head.width, block))](
+        _condition_kernel[((stop - start) * self.rows, triton.cdiv(head.width, block))](
             self.y,
             head.time_embedding[start:stop],
             self.embedded,
@@ -187,13 +67,8 @@ class Chain:
             num_warps=4,
             **OPTIONS,
         )
-        embedded = self.embedded[:count]
-        for b, mods in zip(head.blocks, self.mods):
-            torch.addmm(b.mod_bias, embedded, b.mod_weight.t(), out=mods[:count])
-        torch.addmm(head.final_mod_bias, embedded, head.final_mod_weight.t(), out=self.final_mods[:count])
 
     def run_steps(self, head: DiffusionHead, tables: Tables, start: int, stop: int) -> None:
-        """Reverse steps stop-1..start."""
         tile, update, rows, width = self.tile, self.update, self.rows, head.width
         grid = (triton.cdiv(width, tile.bn), triton.cdiv(rows, tile.bm))
         product = dict(

@@ -1,18 +1,11 @@
-"""Tile sizes of the Triton chain, and which rows the persistent kernel takes: the one table to tune."""
+"""Tile sizes of the Triton chain: the one table to tune."""
 
 from __future__ import annotations
 
 import functools
-import os
 from dataclasses import dataclass
 
 import torch
-
-# Up to how many tokens the persistent kernel serves, by device name: written here once it has been measured to
-# beat the CUDA graph of the layered kernels on that device. Everything else is served by the layered kernels.
-PERSISTENT_MAX_TOKENS: dict[str, int] = {}
-PERSISTENT_VARIABLE = "CSPD_PERSISTENT_MAX_TOKENS"
-PERSISTENT_LIMIT = 16  # beyond it the layered kernels fill the device
 
 BY_SUM_ROWS = 4  # of the layered kernels; beyond, tensor cores
 
@@ -90,15 +83,6 @@ def persistent_tile(rows: int, width: int, multiprocessors: int = _MULTIPROCESSO
     if bm * bn * bk > 8192:  # products, 32 a thread
         bk = max(16, min((4096 if bm <= 8 else 2048) // (bm * bn), 128))
     return Tile(bm, bn, bk, 8, 2 if bm <= 8 else 1, True, 255)
-
-
-def persistent_max_tokens(device: torch.device) -> int:
-    """The crossover of this device: ``CSPD_PERSISTENT_MAX_TOKENS``, else the table, else 0."""
-    if value := os.environ.get(PERSISTENT_VARIABLE):
-        if not value.isdecimal() or int(value) > PERSISTENT_LIMIT:
-            raise ValueError(f"expected {PERSISTENT_VARIABLE} as a number from 0 to {PERSISTENT_LIMIT}, got {value!r}")
-        return int(value)
-    return PERSISTENT_MAX_TOKENS.get(torch.cuda.get_device_name(device), 0) if device.type == "cuda" else 0
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""The persistent chain: all steps in one launch, for a few tokens. Off until measured, see ``triton_config``.
+"""The persistent chain: all steps in one launch, for a few tokens. Off until measured, see ``crossover``.
 
 One program owns one tile of columns for the whole chain. Between two layers all programs wait for each
 other at a grid barrier, with the next layer's weights already on their way. The final layer is spread
@@ -15,7 +15,8 @@ from triton.language.extra.cuda import globaltimer
 
 from ...head import DiffusionHead
 from ...triton_support import INTERPRETED
-from .triton_chain import OPTIONS, TL_DTYPES, Chain, Tables
+from .chain import Tables
+from .triton_chain import OPTIONS, TL_DTYPES, LayeredChain
 from .triton_config import Tile, multiprocessors, persistent_tile, power_of_two
 from .triton_tiles import (
     input_tile,
@@ -164,8 +165,13 @@ def _persistent_kernel(
             grid_barrier(counter, error, PROGRAMS, TIMEOUT)
 
 
-class PersistentChain(Chain):
-    """A chain whose steps are one launch a workspace of modulations; see ``Tables.serves_persistent``."""
+class PersistentChain(LayeredChain):
+    """A chain whose steps are one launch a workspace of modulations."""
+
+    @staticmethod
+    def serves(head: DiffusionHead, tables: Tables, tokens: int, guided: bool) -> bool:
+        """Whether the kernel covers so many tokens of this head."""
+        return tables.serves_persistent
 
     def __init__(self, head, tokens, guided, noise, steps, static):
         super().__init__(head, tokens, guided, noise, steps, static)
@@ -180,14 +186,6 @@ class PersistentChain(Chain):
     def tiles(self, head: DiffusionHead) -> tuple[Tile, int]:
         tile = persistent_tile(self.rows, head.width, multiprocessors(head.device))
         return tile, tile.bn
-
-    def load(self, cond, x_T, noise, temperature, cfg_scale) -> None:
-        super().load(cond, x_T, noise, temperature, cfg_scale)
-        self.error.zero_()
-
-    def results(self, n: int, temperature: float, tables: Tables) -> tuple[torch.Tensor, ...]:
-        tables.gave_up.copy_(self.error, non_blocking=True)
-        return super().results(n, temperature, tables)
 
     def run_steps(self, head, tables, start, stop) -> None:
         if INTERPRETED and triton.cdiv(head.width, self.tile.bn) > 1:  # one program waits for nobody

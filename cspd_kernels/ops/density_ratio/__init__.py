@@ -46,7 +46,7 @@ def log_density_ratio(
             ``inner_temperature`` is 42.
         sigma: ``"paper"`` as above; ``"released"`` with the path term's sign turned, L_p - L_q, as in
             the released code (MarkXCloud/CSpD ``spec_decode_runner.py``), for comparison.
-        backend: as in :func:`cspd_kernels.denoise`.
+        backend: as in :func:`cspd_kernels.denoise`; "cuda" copies operands that are not contiguous float32.
 
     Raises:
         TypeError, ValueError: an argument does not fit.
@@ -54,7 +54,7 @@ def log_density_ratio(
     Source: Wang et al. 2024, arXiv 2411.11925 (denoising trajectory alignment).
     """
     relaxation = check("log_density_ratio", x, draft, target, relaxation, sigma)
-    run = implementation("log_density_ratio", backend, x.device, x)
+    run = implementation("log_density_ratio", backend, x.device, x, tokens=len(x))
     return run(x, draft, target, relaxation, sigma)
 
 

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import torch
 import triton
 import triton.language as tl
 
 from ...triton_support import why_unsupported_here
+from .shared import on, why_too_wide
 from .triton_terms import judged, load, path_term, residuals
 
 # Fused products would round x - mean differently from the definition, for kernels that wait for memory anyway.
 OPTIONS = {"enable_fp_fusion": False}
-MAX_CHANNELS = 256
 _ELEMENTS = 2048  # of one program: five loads of 16 each by 128 threads are in flight together
 
 
 def why_unsupported(x: torch.Tensor) -> str | None:
     """None when the kernels cover tokens like x (N, C), else the limit they exceed."""
-    if x.shape[1] > MAX_CHANNELS:
-        return f"its kernels cover up to {MAX_CHANNELS} channels, and these tokens have {x.shape[1]}"
-    return why_unsupported_here(x.device)
+    return why_too_wide(x) or why_unsupported_here(x.device)
 
 
 @triton.jit
@@ -77,11 +73,6 @@ def operands(x, draft, target, relaxation) -> tuple[tuple, tuple]:
     strides = (s for v in (x, draft.mean, draft.log_std, target.mean, target.log_std) for s in v.stride())
     paths = (*draft.path_log_std.stride(), *target.path_log_std.stride())
     return (*fields, relaxation), (*strides, *paths, relaxation.stride(0) if per_token else 0)
-
-
-def on(device: torch.device):
-    """Context in which Triton launches on this device."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def log_density_ratio(x, draft, target, relaxation, sigma):

@@ -1,0 +1,49 @@
+"""``denoise`` in CUDA: modulations and large products by the library, the rest in kernels of the extension."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import fields
+
+import torch
+
+from ...cuda_support import why_unsupported_here
+from ...head import Block, DiffusionHead
+from .cuda_layered import LayeredChain
+from .cuda_persistent import PersistentChain
+from .on_device import Kernels, denoise_on_device, why_not_covered
+
+KERNELS = Kernels("cuda", LayeredChain, PersistentChain)
+_ALIGNMENT = 16  # bytes
+_REASONS: weakref.WeakKeyDictionary[DiffusionHead, str | None] = weakref.WeakKeyDictionary()
+
+
+def why_unsupported(head: DiffusionHead) -> str | None:
+    """None when the kernels cover this head, else the limit it exceeds."""
+    if head not in _REASONS:  # its tensors are up to a hundred, and never change
+        _REASONS[head] = why_not_covered(head) or _why_not_read_wide(head)
+    return _REASONS[head] or why_unsupported_here(head.device)
+
+
+def _why_not_read_wide(head: DiffusionHead) -> str | None:
+    """None where every tensor of the head can be read 16 bytes at a time, else the first that cannot."""
+    named = [(f.name, getattr(head, f.name)) for f in fields(DiffusionHead)]
+    for i, block in enumerate(head.blocks):
+        named += [(f"blocks[{i}].{f.name}", getattr(block, f.name)) for f in fields(Block)]
+    for name, value in named:
+        if not isinstance(value, torch.Tensor):
+            continue
+        if not value.is_contiguous():
+            return f"its kernels read contiguous weights, and {name} has strides {value.stride()}: use backend='torch'"
+        if value.data_ptr() % _ALIGNMENT:
+            return (
+                f"its kernels read weights on {_ALIGNMENT}-byte boundaries, and {name} lies "
+                f"{value.data_ptr() % _ALIGNMENT} bytes behind one: use backend='triton' or 'torch', or give the "
+                "parameter memory of its own"
+            )
+    return None
+
+
+def denoise(head, cond, x_T, noise, temperature, cfg_scale, workspace_bytes):  # noqa: N803
+    """As :func:`cspd_kernels.denoise`; ``cfg_scale`` None means no guidance."""
+    return denoise_on_device(KERNELS, head, cond, x_T, noise, temperature, cfg_scale, workspace_bytes)

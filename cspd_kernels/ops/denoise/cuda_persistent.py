@@ -1,0 +1,77 @@
+"""The persistent chain in CUDA: all steps of a few rows in one cooperative launch. Off until measured, see
+``crossover``."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from ...cuda_support import extension, launch_stream
+from ...head import DiffusionHead
+from .chain import Tables
+from .cuda_chain import DTYPE_CODES, CudaChain
+
+MAX_ROWS = 16  # of one tile of the tensor cores
+_SHARED_LIMITS = {(8, 0): 163 << 10, (8, 7): 163 << 10, (9, 0): 227 << 10, (10, 0): 227 << 10, (10, 3): 227 << 10}
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """How many blocks may wait for each other."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+@functools.cache
+def shared_limit(device: torch.device) -> int:
+    """Bytes of shared memory that a block may opt in to."""
+    if device.type != "cuda":
+        return 227 << 10
+    properties = torch.cuda.get_device_properties(device)
+    by_capability = _SHARED_LIMITS.get((properties.major, properties.minor), 99 << 10)
+    return getattr(properties, "shared_memory_per_block_optin", by_capability)  # not in every supported PyTorch
+
+
+def plan_of(head: DiffusionHead, rows: int) -> dict:
+    """How the kernel would run so many rows of this head; 0 ``blocks`` where it does not fit the device."""
+    device = head.device
+    return extension().persistent_plan(
+        DTYPE_CODES[head.dtype],
+        rows,
+        head.channels,
+        head.width,
+        head.depth,
+        multiprocessors(device),
+        shared_limit(device),
+    )
+
+
+class PersistentChain(CudaChain):
+    """A chain whose steps are one launch a workspace of modulations."""
+
+    timeout_ns = 2_000_000_000  # a barrier takes about a microsecond
+    silent = -1  # a block that tells the others nothing, for tests of what happens then
+
+    @staticmethod
+    def serves(head: DiffusionHead, tables: Tables, tokens: int, guided: bool) -> bool:
+        """Whether the kernel covers so many tokens of this head."""
+        rows = 2 * tokens if guided else tokens
+        return tables.serves_persistent and rows <= MAX_ROWS and plan_of(head, rows)["blocks"] > 0
+
+    def __init__(self, head, tokens, guided, noise, steps, static):
+        super().__init__(head, tokens, guided, noise, steps, static)
+        self.exchange = torch.zeros(plan_of(head, self.rows)["exchange_words"], device=head.device)
+        self.error = torch.zeros(1, dtype=torch.int32, device=head.device)
+
+    def run_steps(self, head, tables, start, stop) -> None:
+        extension().persistent(
+            DTYPE_CODES[head.dtype], tables.addresses.data_ptr(), self.mods.data_ptr(), self.mods.stride(0),
+            self.final_mods.data_ptr(), head.final_weight.data_ptr(), head.final_bias.data_ptr(),
+            head.input_weight.data_ptr(), head.input_bias.data_ptr(), tables.coefficients.data_ptr(),
+            self.temperature.data_ptr(), self.scale_pointer, self.x.data_ptr(),
+            0 if self.philox else self.noise.data_ptr(), self.noise.stride(0), self.seed.data_ptr(),
+            self.addresses.data_ptr(), self.log_std.data_ptr(), self.path.data_ptr(), self.exchange.data_ptr(),
+            self.error.data_ptr(), self.tokens, self.halves, head.channels, head.learned_variance, head.depth,
+            head.width, head.norm_eps, start, start, stop, multiprocessors(head.device), shared_limit(head.device),
+            self.timeout_ns, self.silent, launch_stream(head.device),
+        )  # fmt: skip

@@ -1,0 +1,44 @@
+"""``log_density_ratio`` in CUDA: one pass over the operands.
+
+The kernels read contiguous float32 values: operands of other types or strides are copied first.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ...cuda_support import extension, launch_stream, why_unsupported_here
+from .shared import on, why_too_wide
+
+
+def why_unsupported(x: torch.Tensor) -> str | None:
+    """None when the kernels cover tokens like x (N, C), else the limit they exceed."""
+    return why_too_wide(x) or why_unsupported_here(x.device)
+
+
+def operands(x, draft, target, relaxation) -> tuple[list[torch.Tensor], float]:
+    """(x, both chains and a relaxation per token as the kernels read them, the relaxation where it is one number)."""
+    tensors = [x, draft.mean, draft.log_std, draft.path_log_std, target.mean, target.log_std, target.path_log_std]
+    per_token = isinstance(relaxation, torch.Tensor)
+    if per_token:
+        tensors.append(relaxation)
+    return [v.float().contiguous() for v in tensors], 1.0 if per_token else relaxation
+
+
+def pointers(tensors: list[torch.Tensor]) -> list[int]:
+    """As the kernels take the tensors of :func:`operands`: no pointer for the relaxation where it is one number."""
+    return [v.data_ptr() for v in tensors] + [0] * (8 - len(tensors))
+
+
+def log_density_ratio(x, draft, target, relaxation, sigma):
+    """As :func:`cspd_kernels.log_density_ratio`."""
+    n, channels = x.shape
+    out = torch.empty(n, dtype=torch.float32, device=x.device)
+    if n:
+        with on(x.device):
+            tensors, relaxation = operands(x, draft, target, relaxation)
+            extension().log_density_ratio(
+                *pointers(tensors), relaxation, out.data_ptr(), n, channels, sigma == "released",
+                launch_stream(x.device),
+            )  # fmt: skip
+    return out

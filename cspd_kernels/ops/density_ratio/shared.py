@@ -1,0 +1,23 @@
+"""What the kernels of both ops that judge tokens share, Triton's and CUDA's."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+
+MAX_CHANNELS = 256
+
+
+def why_too_wide(x: torch.Tensor) -> str | None:
+    """None when the kernels cover tokens like x (N, C), else the limit they exceed."""
+    if x.shape[1] > MAX_CHANNELS:
+        return (
+            f"its kernels cover up to {MAX_CHANNELS} channels, and these tokens have {x.shape[1]}: use backend='torch'"
+        )
+    return None
+
+
+def on(device: torch.device):
+    """Context in which kernels are launched on this device."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
