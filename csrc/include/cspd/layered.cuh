@@ -132,7 +132,7 @@ __device__ __forceinline__ void final_layer(const Update& update, std::int64_t f
 
 // End of a reverse step: final layer, guidance, posterior, noise. ``Tokens`` a block, a warp a channel.
 template <int Tokens>
-__global__ void __launch_bounds__(kRowThreads) update_kernel(Update update) {
+__global__ void __launch_bounds__(kRowThreads, 2) update_kernel(Update update) {
   float* log_stds = shared_memory<float>();  // [Tokens, C]
   const std::int64_t first = static_cast<std::int64_t>(blockIdx.x) * Tokens;
   const std::int64_t left = update.tokens - first;

@@ -120,9 +120,10 @@ class ChainBlock {
         normalise(block, mods);
         multiply(weights, 2 * block);
         pass_on_activations(block);
+        const float gate = gate_at(mods, thread());
         await_activations();
         multiply(weights, 2 * block + 1);
-        add_residual(block, mods);
+        add_residual(block, mods, gate);
       }
       final_layer(static_cast<const T*>(chain_.final_mods) + row * 2 * chain_.width);
       update(step);
@@ -241,6 +242,7 @@ class ChainBlock {
     const T* start = operand_ + warp() * spans * Pieces<T>::kSpan + lane() % 4 * Pieces<T>::kPiece;
     for (int tile = 0; tile < columns_ / kTileColumns; ++tile) {
       TileSum<T, Rows> sum;
+#pragma unroll 4
       for (int span = 0; span < spans; ++span) {
         sum.add(weights.next(tile * spans + span), start + span * Pieces<T>::kSpan, stride_);
       }
@@ -267,13 +269,20 @@ class ChainBlock {
     }
   }
 
-  __device__ __forceinline__ void add_residual(int block, const T* mods) {
+  // The gate of the block's i-th value, 0 beyond the last.
+  __device__ __forceinline__ float gate_at(const T* mods, int i) const {
+    const int row = i / columns_, column = first_column_ + i % columns_;
+    if (row >= rows_ || column >= chain_.width) return 0.0f;
+    return to_float(mods[(static_cast<std::int64_t>(row) * 3 + 2) * chain_.width + column]);
+  }
+
+  // ``gate`` is that of the thread's first value, asked for early.
+  __device__ __forceinline__ void add_residual(int block, const T* mods, float gate) {
     ++h_written_;
     for (int i = thread(); i < rows_ * columns_; i += kChainThreads) {
-      const int row = i / columns_, c = i % columns_, column = first_column_ + c;
-      if (column >= chain_.width) continue;
-      const float gate = to_float(mods[(static_cast<std::int64_t>(row) * 3 + 2) * chain_.width + column]);
-      write_h(row, c, fmaf(gate, layer_value(2 * block + 1, i), own_h_[i]));
+      if (i != thread()) gate = gate_at(mods, i);
+      if (first_column_ + i % columns_ >= chain_.width) continue;
+      write_h(i / columns_, i % columns_, fmaf(gate, layer_value(2 * block + 1, i), own_h_[i]));
     }
   }
 
@@ -287,9 +296,10 @@ class ChainBlock {
       const int row = row_of(pass);
       const bool mine = row < rows_;
       const ModulationPart<kThreadsPerRow, T> early(modulation, mine ? row : 0, chain_.width);
-      Row a = {};
+      int output = static_cast<int>(blockIdx.x);
+      Row weights = final_weights(output), a = {};
       if (mine) a = await_h(row);
-      if (static_cast<int>(blockIdx.x) >= outputs_) continue;
+      if (output >= outputs_) continue;
       const auto statistics = row_statistics(a, chain_.width, chain_.epsilon, scratch_);
 #pragma unroll
       for (int chunk = 0; chunk < Row::kChunks; ++chunk) {
@@ -297,24 +307,36 @@ class ChainBlock {
           a.v[chunk] = early.apply(chunk, a.v[chunk], statistics);
         }
       }
-      for (int output = blockIdx.x; output < outputs_; output += gridDim.x) {
-        const float* weight = chain_.ends.final_weight + static_cast<std::int64_t>(output) * chain_.width;
+      while (output < outputs_) {
         float sum = 0.0f;
 #pragma unroll
         for (int chunk = 0; chunk < Row::kChunks; ++chunk) {
-          if (!mine || Row::column(chunk) >= chain_.width) continue;
-          const auto weights = load_four(weight + Row::column(chunk));
 #pragma unroll
-          for (int i = 0; i < 4; ++i) sum = fmaf(a.v[chunk].v[i], weights.v[i], sum);
+          for (int i = 0; i < 4; ++i) sum = fmaf(a.v[chunk].v[i], weights.v[chunk].v[i], sum);
         }
         sum = sum_over_row<kThreadsPerRow>(sum, scratch_ + 2 * kRowWarps) + chain_.ends.final_bias[output];
         if (mine && thread() % kThreadsPerRow == 0) {
           pass_on_at(places_.outputs + static_cast<std::int64_t>(row) * 2 * chain_.channels + output, sum,
                      outputs_written_);
         }
+        output += static_cast<int>(gridDim.x);
+        if (output < outputs_) weights = final_weights(output);
         sync_block();  // the scratch is used again
       }
     }
+  }
+
+  // A thread's part of one row of the final layer, 0 where there is none.
+  __device__ __forceinline__ Row final_weights(int output) const {
+    Row weights = {};
+    if (output >= outputs_) return weights;
+    const float* weight = chain_.ends.final_weight + static_cast<std::int64_t>(output) * chain_.width;
+#pragma unroll
+    for (int chunk = 0; chunk < Row::kChunks; ++chunk) {
+      const int column = Row::column(chunk);
+      if (column < chain_.width) weights.v[chunk] = load_four(weight + column);
+    }
+    return weights;
   }
 
   __device__ __forceinline__ float await_output(int row, int output) {
