@@ -49,6 +49,13 @@ def persistent(monkeypatch, backend, multiprocessors, used):
 
 
 @pytest.fixture
+def available(request, device_of):
+    """A test whose backend does not run here is skipped with the reason, though it asks for no device."""
+    if "backend" in request.fixturenames and request.getfixturevalue("backend") is not None:
+        device_of(request.getfixturevalue("backend"))
+
+
+@pytest.fixture
 def poisoned(monkeypatch):
     """Memory that torch.empty hands out holds NaN, so that what nobody has written shows."""
     empty = torch.empty
