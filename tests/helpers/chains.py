@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
+
 import torch
 
-from cspd_kernels import denoise
+from cspd_kernels import DiffusionHead, PhiloxNoise, denoise
 from cspd_kernels.ops.denoise import Denoised, reference
+from cspd_kernels.ops.denoise.chain import Tables
 from cspd_kernels.testing import relative_error
 
 BOUNDS = {torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 2e-2}
@@ -38,5 +41,45 @@ def assert_agrees(head, cond, x, noise, *, temperature=1.0, cfg_scale=1.0, toler
 
 
 def workspace_of(chain) -> int:
-    """Bytes of the modulations that a Triton chain holds, and of what they are projected from."""
+    """Bytes of the modulations that a chain holds, and of what they are projected from."""
     return sum(v.numel() * v.element_size() for v in (chain.mods, chain.final_mods, chain.embedded))
+
+
+def kernels_of(backend):
+    """A backend's chains."""
+    return importlib.import_module(f"cspd_kernels.ops.denoise.{backend}").KERNELS
+
+
+def counted(run_steps, used):
+    """A chain's ``run_steps`` that adds the chain to a list."""
+
+    def run(self, *arguments):
+        used.append(self)
+        return run_steps(self, *arguments)
+
+    return run
+
+
+def addressed(head, rows, seed=2**63 + 5):
+    """Noise of addresses that need all of their 64 bits."""
+    return PhiloxNoise(seed, torch.arange(rows, device=head.device) * 2**33 + 2**32 - 1)
+
+
+def run_chain(chain, head, inputs, temperature=0.9, cfg_scale=None):
+    """What a chain puts out for inputs of at most its number of tokens."""
+    chain.load(*inputs, temperature, cfg_scale)
+    tables = Tables(head)
+    chain.launch(head, tables)
+    return chain.results(len(inputs[1]), temperature, tables)
+
+
+UNSUPPORTED = [  # options of a head, and what is said of it
+    ({"dtype": torch.float64}, "this head is float64: use backend='torch', or build the head with"),
+    ({"channels": 65}, "up to 64 channels, and this head has 65: use backend='torch'"),
+    ({"width": 50}, "multiples of 16 up to 2048, and this head's is 50: use backend='torch'"),
+    ({"width": 2064}, "multiples of 16 up to 2048, and this head's is 2064: use backend='torch'"),
+]
+
+
+def unsupported_head(make_diffloss, device, *, dtype=torch.float32, **options):
+    return DiffusionHead.from_module(make_diffloss(depth=0, steps=2, **options).to(device), dtype=dtype)

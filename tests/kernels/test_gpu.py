@@ -13,9 +13,9 @@ from cspd_kernels import DiffusionHead, PhiloxNoise, accept_reject, denoise, log
 from cspd_kernels.backends import implementation
 from cspd_kernels.testing import random_chains, random_inputs, relative_error
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("available")]
 
-BACKENDS = [None, "torch", "triton"]
+BACKENDS = [None, "torch", "triton", "cuda"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 HEADS = {"MAR-B": (6, 1024, 768), "MAR-L": (8, 1280, 1024), "MAR-H": (12, 1536, 1280)}  # D, W, Z
 
@@ -64,8 +64,8 @@ def test_ops_and_patched_heads_do_not_wait_for_the_host(make_diffloss, backend):
         denoise(head, *guided, cfg_scale=2.0, backend=backend)
         denoise(head, *guided, cfg_scale=scale, temperature=0.5, backend=backend)
         module.sample(inputs[0])
-        log_density_ratio(x, draft, target)
-        accept_reject(x, draft, target, seed=1, rows=rows)
+        log_density_ratio(x, draft, target, backend=backend)
+        accept_reject(x, draft, target, seed=1, rows=rows, backend=backend)
 
     everything()  # compiles, and uploads the tables of the heads
     for _ in range(3):  # captures, then replays
@@ -81,7 +81,7 @@ def test_guidance_scale_may_lie_on_the_cpu(make_diffloss):
         assert relative_error(denoise(head, *inputs, cfg_scale=scale).sample, expected) <= 1e-6
 
 
-# --- the Triton backend ---
+# --- the backends with kernels ---
 
 
 @pytest.fixture
@@ -111,16 +111,17 @@ def mar_head(make_diffloss):
     return make
 
 
-def triton(head, rows, seed=0, guided=False):
+def call(backend, head, rows, seed=0, guided=False):
     """A call on inputs of its own."""
-    return denoise(head, *random_inputs(head, rows, seed, guided), cfg_scale=2.5 if guided else 1.0, backend="triton")
+    return denoise(head, *random_inputs(head, rows, seed, guided), cfg_scale=2.5 if guided else 1.0, backend=backend)
 
 
 def assert_equal(actual, expected):
     assert all(map(torch.equal, actual, expected))
 
 
-def test_triton_is_the_automatic_backend(small):
+def test_triton_is_the_automatic_backend(device_of, small):
+    device_of("triton")
     assert implementation("denoise", None, small.device, small) is implementation("denoise", "triton")
     inputs = random_inputs(small, 3, 0)
     assert_equal(denoise(small, *inputs), denoise(small, *inputs, backend="triton"))
@@ -129,46 +130,68 @@ def test_triton_is_the_automatic_backend(small):
 @pytest.mark.parametrize("rows", [1, 2, 3, 16, 64, 100, 512, 4096])
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda v: str(v).removeprefix("torch."))
 @pytest.mark.parametrize("name", HEADS)
-def test_heads_of_the_released_sizes(mar_head, name, dtype, rows):
+def test_heads_of_the_released_sizes(backend, mar_head, name, dtype, rows):
     head = mar_head(name, dtype)
     for seed in range(3):  # plain, captured, replayed
-        assert_agrees(head, *random_inputs(head, rows, seed), backend="triton")
-        assert_agrees(head, *random_inputs(head, rows, seed, guided=True), cfg_scale=2.5, backend="triton")
+        assert_agrees(head, *random_inputs(head, rows, seed), backend=backend)
+        assert_agrees(head, *random_inputs(head, rows, seed, guided=True), cfg_scale=2.5, backend=backend)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 7, 16])
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda v: str(v).removeprefix("torch."))
 @pytest.mark.parametrize("guided", [False, True])
-def test_persistent_kernel_agrees_with_the_layered_ones_and_float64(mar_head, monkeypatch, dtype, rows, guided):
+def test_persistent_kernel_agrees_with_the_layered_ones_and_float64(
+    backend, mar_head, monkeypatch, dtype, rows, guided
+):
     head = mar_head("MAR-B", dtype)
-    layered = triton(head, rows, 2, guided)
+    layered = call(backend, head, rows, 2, guided)
     monkeypatch.setenv("CSPD_PERSISTENT_MAX_TOKENS", "16")
     for seed in range(3):
         inputs = random_inputs(head, rows, seed, guided)
-        assert_agrees(head, *inputs, cfg_scale=2.5 if guided else 1.0, backend="triton")
-    assert_close(triton(head, rows, 2, guided), layered, 1e-5 if dtype == torch.float32 else 2e-2)
+        assert_agrees(head, *inputs, cfg_scale=2.5 if guided else 1.0, backend=backend)
+    assert_close(call(backend, head, rows, 2, guided), layered, 1e-5 if dtype == torch.float32 else 2e-2)
 
 
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("busy", [False, True])
-def test_persistent_kernel_many_times(mar_head, monkeypatch, busy):
-    """Its barriers hold, also where another stream keeps the device busy."""
+def test_persistent_kernel_many_times(backend, make_diffloss, monkeypatch, busy):
+    """Its blocks find each other every time, also where another stream keeps the device busy."""
     monkeypatch.setenv("CSPD_PERSISTENT_MAX_TOKENS", "16")
-    head, other = mar_head("MAR-B", torch.bfloat16), torch.cuda.Stream()
+    module = make_diffloss("mild", 6, channels=16, cond_channels=768, width=1024, steps=2, scale=1 / 32).cuda()
+    head, other = DiffusionHead.from_module(module, dtype=torch.bfloat16), torch.cuda.Stream()
     inputs, a = random_inputs(head, 2, 0), torch.randn(2048, 2048, device="cuda")
-    expected = denoise(head, *inputs, backend="triton")
+    expected = denoise(head, *inputs, backend=backend)
     wrong = torch.zeros((), dtype=torch.int64, device="cuda")
     torch.cuda.synchronize()
-    for _ in range(300):
+    for i in range(10_000):
         if busy:
             with torch.cuda.stream(other):
                 a @ a
-        out = denoise(head, *inputs, backend="triton")
+        out = denoise(head, *inputs, backend=backend)
         wrong += sum((a != b).any() for a, b in zip(out, expected))
+        if i % 1000 == 0:
+            torch.cuda.synchronize()  # or one stream would run far ahead of the other
     assert int(wrong) == 0
 
 
+def test_a_block_that_stays_silent_is_noticed(mar_head, device_of, monkeypatch):
+    device_of("cuda")
+    from cspd_kernels.ops.denoise.cuda_persistent import PersistentChain
+
+    monkeypatch.setenv("CSPD_PERSISTENT_MAX_TOKENS", "16")
+    head = mar_head("MAR-B", torch.bfloat16)
+    with monkeypatch.context() as patch:
+        patch.setattr(PersistentChain, "silent", 0)
+        patch.setattr(PersistentChain, "timeout_ns", 50_000_000)
+        assert call("cuda", head, 2).sample.isnan().all()  # not captured: a first call
+    with pytest.raises(RuntimeError, match=r"gave up waiting .* Set CSPD_PERSISTENT_MAX_TOKENS=0"):
+        call("cuda", head, 2)
+    for seed in range(3):
+        assert_agrees(head, *random_inputs(head, 2, seed), backend="cuda")
+
+
 @pytest.mark.parametrize("persistent", ["0", "16"])
-def test_replays_see_what_changes_between_calls(small, monkeypatch, persistent):
+def test_replays_see_what_changes_between_calls(backend, small, monkeypatch, persistent):
     monkeypatch.setenv("CSPD_PERSISTENT_MAX_TOKENS", persistent)
     for seed, rows in enumerate((8, 5, 7, 8, 6)):
         cond, x, stored = random_inputs(small, rows, seed, guided=True)
@@ -176,21 +199,21 @@ def test_replays_see_what_changes_between_calls(small, monkeypatch, persistent):
         scale = torch.linspace(seed, 4, rows, device="cuda") if seed % 2 else 1.5 + seed
         for noise in (stored, addressed):
             options = {"temperature": 0.5 + seed, "cfg_scale": scale}
-            assert_agrees(small, cond, x, noise, **options, backend="triton")
+            assert_agrees(small, cond, x, noise, **options, backend=backend)
 
 
-def test_replays_read_the_inputs_that_earlier_work_on_the_stream_writes(small):
+def test_replays_read_the_inputs_that_earlier_work_on_the_stream_writes(backend, small):
     inputs = random_inputs(small, 8, 0)
-    expected = denoise(small, *(2 * v for v in inputs), backend="triton")
+    expected = denoise(small, *(2 * v for v in inputs), backend=backend)
     for _ in range(3):
         late = [v.clone() for v in inputs]
         torch.cuda._sleep(10**8)
         for v in late:
             v.mul_(2)
-        assert_equal(denoise(small, *late, backend="triton"), expected)
+        assert_equal(denoise(small, *late, backend=backend), expected)
 
 
-def test_a_patched_module_follows_its_weights(make_diffloss, module):
+def test_a_patched_module_follows_its_weights(backend, make_diffloss, module):
     other = make_diffloss(channels=16, width=64, scale=0.125, seed=1).cuda()
     z = torch.randn(8, 7, device="cuda")
 
@@ -198,35 +221,35 @@ def test_a_patched_module_follows_its_weights(make_diffloss, module):
         torch.manual_seed(0)
         return [module.sample(z) for _ in range(4)]
 
-    expected = samples(cspd.patch(other, backend="triton"))
-    cspd.patch(module, backend="triton")
+    expected = samples(cspd.patch(other, backend=backend))
+    cspd.patch(module, backend=backend)
     before = samples(module)
     module.load_state_dict(other.state_dict())
     assert_equal(samples(module), expected)
     assert relative_error(before[0], expected[0]) > 1e-2
 
 
-def test_two_heads_in_turn(make_diffloss):
+def test_two_heads_in_turn(backend, make_diffloss):
     heads = [DiffusionHead.from_module(make_diffloss(seed=seed).cuda()) for seed in range(2)]
     for seed in range(4):
         for head in heads:
-            assert_agrees(head, *random_inputs(head, 5, seed), backend="triton")
+            assert_agrees(head, *random_inputs(head, 5, seed), backend=backend)
 
 
-def test_two_streams_in_turn(small):
+def test_two_streams_in_turn(backend, small):
     streams = [torch.cuda.Stream() for _ in range(2)]
     inputs = [random_inputs(small, 5, seed) for seed in range(20)]
     torch.cuda.synchronize()
     out = []
     for i, one in enumerate(inputs):
         with torch.cuda.stream(streams[i % 2]):
-            out.append(denoise(small, *one, backend="triton"))
+            out.append(denoise(small, *one, backend=backend))
     torch.cuda.synchronize()
     for one, result in zip(inputs, out):
         assert_close(result, definition(small, *one), 1e-5)
 
 
-def test_two_heads_and_two_sizes_on_two_streams(make_diffloss):
+def test_two_heads_and_two_sizes_on_two_streams(backend, make_diffloss):
     heads = [DiffusionHead.from_module(make_diffloss(seed=seed).cuda()) for seed in range(2)]
     streams = [torch.cuda.Stream() for _ in range(2)]
     cases = [(i % 2, 5 + 100 * (i // 2 % 2), i) for i in range(24)]
@@ -235,18 +258,18 @@ def test_two_heads_and_two_sizes_on_two_streams(make_diffloss):
     out = []
     for (which, _, _), one in zip(cases, inputs):
         with torch.cuda.stream(streams[which]):
-            out.append(denoise(heads[which], *one, backend="triton"))
+            out.append(denoise(heads[which], *one, backend=backend))
     torch.cuda.synchronize()
     for (which, _, _), one, result in zip(cases, inputs, out):
         assert_close(result, definition(heads[which], *one), 1e-5)
 
 
-def test_memory_is_stable(small):
+def test_memory_is_stable(backend, small):
     inputs = random_inputs(small, 5, 0)
 
     def calls(count):
         for _ in range(count):
-            denoise(small, *inputs, backend="triton")
+            denoise(small, *inputs, backend=backend)
         torch.cuda.synchronize()
         return torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
 
@@ -265,18 +288,18 @@ def test_memory_is_stable(small):
     ids=["inference_mode", "autocast bfloat16", "autocast float16", "side stream"],
 )
 @pytest.mark.parametrize("calls_inside", [1, 2, 3])
-def test_captured_or_not_in_a_context_of_the_caller(small, context, calls_inside):
+def test_captured_or_not_in_a_context_of_the_caller(backend, small, context, calls_inside):
     inputs = random_inputs(small, 5, 0)
     torch.cuda.synchronize()
     with context():
-        out = [denoise(small, *inputs, backend="triton") for _ in range(calls_inside)]
+        out = [denoise(small, *inputs, backend=backend) for _ in range(calls_inside)]
     torch.cuda.synchronize()
-    out += [denoise(small, *inputs, backend="triton") for _ in range(3)]
+    out += [denoise(small, *inputs, backend=backend) for _ in range(3)]
     for result in out:
         assert_close(result, definition(small, *inputs), 1e-5)
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", ["torch", "triton", "cuda"])
 @pytest.mark.parametrize("rows", [1, 5, 100, 250])
 @pytest.mark.parametrize("persistent", ["0", "16"])
 def test_inside_a_graph_of_the_caller(small, monkeypatch, backend, rows, persistent):
@@ -296,8 +319,8 @@ def test_inside_a_graph_of_the_caller(small, monkeypatch, backend, rows, persist
         assert_agrees(small, *inputs, backend=backend)  # calls in between do not disturb it
 
 
-def test_an_image_is_reproducible_bit_by_bit():
-    model = cspd.patch(small_mar().cuda(), backend="triton")
+def test_an_image_is_reproducible_bit_by_bit(backend):
+    model = cspd.patch(small_mar().cuda(), backend=backend)
     options = {"labels": torch.tensor([1, 4, 9], device="cuda"), "cfg": 2.0}
     one, two, three = (sample(model, seed, **options) for seed in (0, 0, 1))
     assert torch.equal(one, two)
@@ -308,9 +331,9 @@ def test_an_image_is_reproducible_bit_by_bit():
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
-def test_a_compiled_caller(small, mode):
+def test_a_compiled_caller(backend, small, mode):
     def function(cond, x, noise):
-        out = denoise(small, cond.tanh(), x * 2, noise, backend="triton")
+        out = denoise(small, cond.tanh(), x * 2, noise, backend=backend)
         return out.sample * 3 + out.log_std, out.path_log_std.exp()
 
     torch._dynamo.reset()
@@ -321,12 +344,12 @@ def test_a_compiled_caller(small, mode):
             assert relative_error(a, b) <= 1e-5
 
 
-def test_graphs_go_with_their_head(make_diffloss):
+def test_graphs_go_with_their_head(backend, make_diffloss):
     def life(seed):
         head = DiffusionHead.from_module(make_diffloss(seed=seed).cuda())
         for rows in (1, 5, 100):
             for _ in range(3):
-                triton(head, rows, guided=True)
+                call(backend, head, rows, guided=True)
         assert torch.cuda.memory_allocated() > 0
 
     def allocated():

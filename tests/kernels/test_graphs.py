@@ -3,13 +3,12 @@
 import contextlib
 import functools
 import gc
-import importlib.util
 import logging
 import weakref
 
 import pytest
 import torch
-from chains import assert_agrees, workspace_of
+from chains import assert_agrees, kernels_of, workspace_of
 
 from cspd_kernels import PhiloxNoise, denoise, graphs
 from cspd_kernels.backends import log_once
@@ -251,18 +250,12 @@ def test_buffers_made_in_inference_mode_can_be_written_to_outside(cuda):
 
 # --- what the backends do with them ---
 
-if importlib.util.find_spec("triton"):
-    from cspd_kernels.ops.denoise import triton_chain, triton_persistent
-    from cspd_kernels.triton_support import INTERPRETED
-
-needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
-
 
 @pytest.fixture
-def device(cuda, monkeypatch, triton_device):
-    """The fake device, whose graphs hold chains that the interpreter runs on the CPU."""
-    if not INTERPRETED:
-        pytest.skip("the kernels are compiled here; tests/kernels/test_gpu.py has the real graphs")
+def device(cuda, monkeypatch, kernel_device, multiprocessors):
+    """The fake device, whose graphs hold chains that run on the CPU."""
+    if kernel_device.type == "cuda":
+        pytest.skip("the kernels run on a device here; tests/kernels/test_gpu.py has the real graphs")
     launch = Chain.launch
 
     def launched(chain, head, table):
@@ -277,26 +270,32 @@ def device(cuda, monkeypatch, triton_device):
 
     monkeypatch.setattr(Chain, "launch", launched)
     monkeypatch.setattr(on_device, "why_not_here", lambda device: why_not_here(CUDA))
-    monkeypatch.setattr(triton_persistent, "multiprocessors", lambda device: 1)
+    multiprocessors(1)
     return cuda
 
 
-def call(head, rows, seed=0, *, guided=False, noise="stored", **options):
+@pytest.fixture
+def call(backend):
     """One call on inputs of its own, which must be right."""
-    cond, x, stored = random_inputs(head, rows, seed, guided)
-    noise = stored if noise == "stored" else PhiloxNoise(seed, torch.arange(rows) + seed)
-    assert_agrees(head, cond, x, noise, cfg_scale=2.0 + seed if guided else 1.0, backend="triton", **options)
+
+    def call(head, rows, seed=0, *, guided=False, noise="stored", backend=backend, **options):
+        cond, x, stored = random_inputs(head, rows, seed, guided)
+        noise = stored if noise == "stored" else PhiloxNoise(seed, torch.arange(rows) + seed)
+        assert_agrees(head, cond, x, noise, cfg_scale=2.0 + seed if guided else 1.0, backend=backend, **options)
+
+    return call
 
 
-def plans(head):
-    return on_device._HEADS[head]["triton"].plans
+@pytest.fixture
+def plans(backend):
+    """The plans of a head."""
+    return lambda head, backend=backend: on_device._HEADS[head][backend].plans
 
 
-@needs_triton
 @pytest.mark.parametrize("persistent", [0, 16])
 @pytest.mark.parametrize("noise", ["stored", "addressed"])
 def test_calls_of_one_bucket_share_a_graph_and_each_gets_its_own_inputs(
-    make_head, device, monkeypatch, persistent, noise
+    call, plans, make_head, device, monkeypatch, persistent, noise
 ):
     monkeypatch.setenv("CSPD_PERSISTENT_MAX_TOKENS", str(persistent))
     head = make_head()
@@ -306,8 +305,7 @@ def test_calls_of_one_bucket_share_a_graph_and_each_gets_its_own_inputs(
     assert [line for line in device.told() if "main: " in line] == ["main: chain"] + ["main: chain replayed"] * 3
 
 
-@needs_triton
-def test_every_kind_of_call_has_a_plan_of_its_own(make_head, device, monkeypatch):
+def test_every_kind_of_call_has_a_plan_of_its_own(call, plans, make_head, device, monkeypatch):
     head = make_head()
     kinds = [{}, {"guided": True}, {"noise": "addressed"}, {"workspace_bytes": 3 * 48 * 6 * 4}]
     for _ in range(2):
@@ -319,8 +317,7 @@ def test_every_kind_of_call_has_a_plan_of_its_own(make_head, device, monkeypatch
     assert len(plans(head)) == len(kinds) + 2
 
 
-@needs_triton
-def test_two_heads_in_turn_keep_apart(make_head, device):
+def test_two_heads_in_turn_keep_apart(call, plans, make_head, device):
     heads = make_head(seed=0), make_head(seed=1)
     for seed in range(3):
         for head in heads:
@@ -328,9 +325,19 @@ def test_two_heads_in_turn_keep_apart(make_head, device):
     assert plans(heads[0]) is not plans(heads[1])
 
 
-@needs_triton
+def test_two_backends_of_one_head_keep_apart(make_head, device, device_of, backend, call, plans):
+    other = {"triton": "cuda", "cuda": "triton"}[backend]
+    device_of(other)
+    head = make_head()
+    for seed in range(3):
+        for one in (backend, other):
+            call(head, 2, seed, backend=one)
+    assert plans(head) is not plans(head, other)
+    assert [len(plans(head, one)) for one in (backend, other)] == [1, 1]
+
+
 @pytest.mark.parametrize("workspace", [1, 2 * 2 * 48 * 6 * 4, 5 * 2 * 48 * 6 * 4])  # a row, two rows, five rows a step
-def test_blocks_of_rows_and_steps_from_graphs(make_head, device, workspace):
+def test_blocks_of_rows_and_steps_from_graphs(call, plans, make_head, device, workspace):
     head = make_head(steps=3)
     for seed in range(3):
         call(head, 5, seed, guided=True, workspace_bytes=workspace)
@@ -339,19 +346,17 @@ def test_blocks_of_rows_and_steps_from_graphs(make_head, device, workspace):
     assert workspace == 1 or max(used) <= workspace
 
 
-@needs_triton
-def test_a_call_in_inference_mode_leaves_a_plan_for_calls_outside(make_head, device):
+def test_a_call_in_inference_mode_leaves_a_plan_for_calls_outside(backend, call, plans, make_head, device):
     head = make_head()
     with torch.inference_mode():
         inputs = random_inputs(head, 2, 0)
-        denoise(head, *inputs, backend="triton")
+        denoise(head, *inputs, backend=backend)
     for seed in range(2):
         call(head, 2, seed)
     assert len(plans(head)) == 1
 
 
-@needs_triton
-def test_a_capture_that_fails_costs_no_result(make_head, device):
+def test_a_capture_that_fails_costs_no_result(call, make_head, device):
     device.refuses_capture = True
     head = make_head()
     for seed in range(3):
@@ -359,8 +364,7 @@ def test_a_capture_that_fails_costs_no_result(make_head, device):
     assert [line for line in device.told() if "main: " in line] == ["main: chain"] * 3
 
 
-@needs_triton
-def test_inside_a_capture_of_the_caller_the_buffers_are_the_calls_own(make_head, device):
+def test_inside_a_capture_of_the_caller_the_buffers_are_the_calls_own(call, plans, make_head, device):
     head = make_head()
     call(head, 2)
     device.told()
@@ -371,18 +375,16 @@ def test_inside_a_capture_of_the_caller_the_buffers_are_the_calls_own(make_head,
     assert device.told() == ["main: chain"] * 2
 
 
-@needs_triton
-def test_a_first_call_inside_a_capture_of_the_caller_is_refused(make_head, device):
+def test_a_first_call_inside_a_capture_of_the_caller_is_refused(call, make_head, device):
     head = make_head()
     device.captured_by_caller = True
     with pytest.raises(RuntimeError, match="expected a first call with this head before a CUDA graph"):
         call(head, 2)
 
 
-@needs_triton
 @pytest.mark.parametrize("persistent_tokens", [0, 16])
 def test_a_capture_of_the_caller_runs_what_an_earlier_call_has_compiled(
-    make_head, device, monkeypatch, persistent_tokens
+    backend, call, make_head, device, monkeypatch, persistent_tokens
 ):
     monkeypatch.setenv("CSPD_PERSISTENT_MAX_TOKENS", str(persistent_tokens))
     chains, build = [], Chain.__init__
@@ -396,12 +398,12 @@ def test_a_capture_of_the_caller_runs_what_an_earlier_call_has_compiled(
     call(head, 3)
     device.captured_by_caller = True
     call(head, 3)
-    kind = triton_persistent.PersistentChain if persistent_tokens else triton_chain.LayeredChain
+    kernels = kernels_of(backend)
+    kind = kernels.persistent if persistent_tokens else kernels.layered
     assert chains == [(kind, 4)] * 2
 
 
-@needs_triton
-def test_noise_too_large_to_copy_is_read_where_it_is(make_head, device, monkeypatch):
+def test_noise_too_large_to_copy_is_read_where_it_is(call, plans, make_head, device, monkeypatch):
     head = make_head()
     monkeypatch.setattr(on_device, "GRAPH_BYTES", 2 * 4 * 2 * 2 * 5 - 2)  # half of it is a byte less than T N C
     call(head, 2)
@@ -410,8 +412,7 @@ def test_noise_too_large_to_copy_is_read_where_it_is(make_head, device, monkeypa
     assert len(plans(head)) == 1
 
 
-@needs_triton
-def test_the_graphs_of_a_head_stay_within_their_bytes(make_head, device):
+def test_the_graphs_of_a_head_stay_within_their_bytes(call, plans, make_head, device):
     head = make_head()
     call(head, 1)
     plans(head).max_bytes = plans(head).bytes
@@ -420,8 +421,7 @@ def test_the_graphs_of_a_head_stay_within_their_bytes(make_head, device):
         assert len(plans(head)) == 1
 
 
-@needs_triton
-def test_plans_live_and_die_with_their_head(make_head, device):
+def test_plans_live_and_die_with_their_head(call, plans, make_head, device):
     head, other = make_head(), make_head()
     for _ in range(2):
         call(head, 2)
@@ -439,7 +439,6 @@ def test_plans_live_and_die_with_their_head(make_head, device):
     assert len(plans(other)) == 1
 
 
-@needs_triton
 def test_buckets_hold_their_tokens_waste_little_and_are_their_own_bucket():
     buckets = [bucket(n) for n in range(1, 5000)]
     assert buckets == sorted(buckets)

@@ -1,0 +1,67 @@
+"""Fixtures for what has both shapes of the chain."""
+
+import pytest
+import torch
+from chains import counted, kernels_of
+
+
+@pytest.fixture
+def multiprocessors(monkeypatch, backend, kernel_device):
+    """``multiprocessors(n)``: without a device the persistent chain takes n programs. In Triton's interpreter a single
+    one has its barriers and all steps in one launch, as on a GPU; the emulation runs any number of them together."""
+
+    def use(count):
+        if kernel_device.type == "cpu":
+            monkeypatch.setattr(f"cspd_kernels.ops.denoise.{backend}_persistent.multiprocessors", lambda device: count)
+
+    return use
+
+
+@pytest.fixture
+def used(monkeypatch, backend):
+    """The chains that run, in order and once for every chunk of steps."""
+    kernels, chains = kernels_of(backend), []
+    for kind in (kernels.layered, kernels.persistent):
+        monkeypatch.setattr(kind, "run_steps", counted(kind.run_steps, chains))
+    return chains
+
+
+@pytest.fixture(params=["layered", "persistent"])
+def shape(request, monkeypatch, backend, multiprocessors, used):
+    """Run a test with each shape of the chain, and see to it that this one was taken."""
+    if request.param != "layered":
+        monkeypatch.setenv("CSPD_PERSISTENT_MAX_TOKENS", "16")
+        multiprocessors(1 if backend == "triton" else 3)
+    yield request.param
+    assert {type(chain) for chain in used} == {getattr(kernels_of(backend), request.param)}
+
+
+@pytest.fixture
+def persistent(monkeypatch, backend, multiprocessors, used):
+    """``persistent(n)``: the persistent kernel is switched on, with n programs, and it must be taken."""
+
+    def switch_on(count):
+        monkeypatch.setenv("CSPD_PERSISTENT_MAX_TOKENS", "16")
+        multiprocessors(count)
+
+    yield switch_on
+    assert {type(chain) for chain in used} == {kernels_of(backend).persistent}
+
+
+@pytest.fixture
+def available(request, device_of):
+    """A test whose backend does not run here is skipped with the reason, though it asks for no device."""
+    if "backend" in request.fixturenames and request.getfixturevalue("backend") is not None:
+        device_of(request.getfixturevalue("backend"))
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """Memory that torch.empty hands out holds NaN, so that what nobody has written shows."""
+    empty = torch.empty
+
+    def poison(*arguments, **options):
+        value = empty(*arguments, **options)
+        return value.fill_(float("nan")) if value.is_floating_point() else value
+
+    monkeypatch.setattr(torch, "empty", poison)

@@ -1,0 +1,99 @@
+"""What the backends with kernels do not serve, and what they say then."""
+
+import dataclasses
+
+import pytest
+import torch
+from chains import UNSUPPORTED, assert_agrees, kernels_of, unsupported_head
+from verdicts import cast
+
+from cspd_kernels import DiffusionHead, accept_reject, denoise, log_density_ratio
+from cspd_kernels.ops.denoise.chain import Tables
+from cspd_kernels.testing import random_chains, random_inputs
+
+
+@pytest.mark.parametrize(("options", "limit"), UNSUPPORTED)
+def test_heads_beyond_a_limit_are_refused_by_its_name(backend, make_diffloss, kernel_device, options, limit):
+    head = unsupported_head(make_diffloss, kernel_device, **options)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=f"backend='{backend}' cannot serve denoise: .*{limit}"):
+            denoise(head, *random_inputs(head, 2, 0), backend=backend)
+
+
+@pytest.mark.parametrize(
+    "op", [log_density_ratio, lambda *chains, **options: accept_reject(*chains, seed=0, **options)]
+)
+def test_more_channels_than_the_kernels_of_the_verdict_cover(backend, kernel_device, op):
+    x, draft, target = random_chains(2, 257, 0)
+    message = "its kernels cover up to 256 channels, and these tokens have 257: use backend='torch'"
+    with pytest.raises(RuntimeError, match=f"backend='{backend}' cannot serve .*: {message}"):
+        op(x.to(kernel_device), cast(draft, kernel_device), cast(target, kernel_device), backend=backend)
+
+
+@pytest.mark.parametrize("value", ["17", "-1", "1.5", "all", "²"])
+def test_the_persistent_switch_takes_a_small_number(backend, make_head, monkeypatch, value):
+    monkeypatch.setenv("CSPD_PERSISTENT_MAX_TOKENS", value)
+    head = make_head()
+    message = f"expected CSPD_PERSISTENT_MAX_TOKENS as a number from 0 to 16, got '{value}'"
+    with pytest.raises(ValueError, match=message):
+        denoise(head, *random_inputs(head, 1, 0), backend=backend)
+
+
+def unaligned(value):
+    """The same values, an element behind a boundary."""
+    return torch.cat([value.flatten()[:1], value.flatten()])[1:].view_as(value)
+
+
+def test_persistent_leaves_unaligned_weights_to_the_layered_chain(backend, make_head):
+    head = make_head()
+    persistent = kernels_of(backend).persistent
+    assert persistent.serves(head, Tables(head), 2, guided=True)
+    moved = dataclasses.replace(head.blocks[0], bias0=unaligned(head.blocks[0].bias0))
+    head = dataclasses.replace(head, blocks=(moved, *head.blocks[1:]))
+    assert not persistent.serves(head, Tables(head), 2, guided=True)
+    head = make_head(depth=0)
+    assert not persistent.serves(head, Tables(head), 2, guided=True)
+
+
+# --- what CUDA alone does not serve ---
+
+
+@pytest.fixture
+def cuda(make_diffloss, device_of):
+    """A head, where the CUDA kernels run."""
+    return DiffusionHead.from_module(make_diffloss(steps=2).to(device_of("cuda")))
+
+
+CHANGES = {
+    "final_weight": lambda head, change: dataclasses.replace(head, final_weight=change(head.final_weight)),
+    "blocks[1].weight1": lambda head, change: dataclasses.replace(
+        head, blocks=(head.blocks[0], dataclasses.replace(head.blocks[1], weight1=change(head.blocks[1].weight1)))
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_weights_behind_a_boundary_are_refused_by_name_and_served_by_others(cuda, name):
+    head = CHANGES[name](cuda, unaligned)
+    message = "weights on 16-byte boundaries, and {} lies 4 bytes behind one: use backend='triton' or 'torch'"
+    with pytest.raises(RuntimeError) as error:
+        denoise(head, *random_inputs(head, 2, 0), backend="cuda")
+    assert f"backend='cuda' cannot serve denoise: its kernels read {message.format(name)}" in str(error.value)
+    assert_agrees(head, *random_inputs(head, 2, 0), backend="torch")
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_weights_that_are_not_contiguous_are_refused_by_name(cuda, name):
+    head = CHANGES[name](cuda, lambda weight: weight.t().contiguous().t())
+    with pytest.raises(RuntimeError) as error:
+        denoise(head, *random_inputs(head, 2, 0), backend="cuda")
+    assert f"contiguous weights, and {name} has strides (1, " in str(error.value)
+    assert "use backend='torch'" in str(error.value)
+    assert_agrees(head, *random_inputs(head, 2, 0), backend="torch")
+
+
+def test_a_head_is_looked_at_once(cuda, monkeypatch):
+    inputs = random_inputs(cuda, 2, 0)
+    denoise(cuda, *inputs, backend="cuda")
+    monkeypatch.setattr("cspd_kernels.ops.denoise.cuda._why_not_read_wide", lambda head: pytest.fail("a second time"))
+    denoise(cuda, *inputs, backend="cuda")
