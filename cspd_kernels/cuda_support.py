@@ -132,3 +132,9 @@ def _dotted(capability: tuple[int, int]) -> str:
 def launch_stream(device: torch.device) -> int:
     """The handle of the current stream of the device; 0 where the kernels run on the CPU."""
     return 0 if emulated() else torch.cuda.current_stream(device).cuda_stream
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """How many of the device's blocks certainly run at the same time."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4

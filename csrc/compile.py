@@ -111,9 +111,13 @@ def flags(name: str) -> list[str]:
     return next(words[1:] for words in lines if words and words[0] == name)
 
 
-def sources() -> list[Path]:
-    """The kernels, and their bindings last."""
-    return [*sorted(HERE.glob("*.cu")), HERE / "bindings.cpp"]
+def sources(emulated: bool = False) -> list[Path]:
+    """The kernels, what runs them where they are emulated, and their bindings last."""
+    return [
+        *sorted(HERE.glob("*.cu")),
+        *(sorted(HERE.glob("emulation/*.cpp")) if emulated else ()),
+        HERE / "bindings.cpp",
+    ]
 
 
 def digest() -> str:
@@ -143,7 +147,8 @@ def build(out: Path, objects: Path | None = None, wanted: str | None = None) -> 
     objects = objects or out / "objects" / "cuda"
     # Handed .cpp files, nvcc calls the host's compiler and tells it where the toolkit is.
     compiler = [str(nvcc), *flags("nvcc"), *generate]
-    logs = _ninja_build(out, objects, dict.fromkeys((".cu", ".cpp"), compiler), [str(nvcc), *flags("link_nvcc")])
+    commands = dict.fromkeys((".cu", ".cpp"), compiler)
+    logs = _ninja_build(out, objects, sources(), commands, [str(nvcc), *flags("link_nvcc")])
     record = {
         "built": True,
         "architectures": chosen,
@@ -168,7 +173,7 @@ def build_emulated(out: Path) -> Path:
         raise BuildError(f"the C++ compiler {compiler[0]} was not found: install it, or set CXX")
     command = [*compiler, *flags("host"), "-DCSPD_EMULATED", "-I", str(HERE / "emulation")]
     commands = {".cu": [*command, "-x", "c++"], ".cpp": command}
-    _ninja_build(out, out / "objects" / "emulated", commands, [*compiler, *flags("link_host")])
+    _ninja_build(out, out / "objects" / "emulated", sources(emulated=True), commands, [*compiler, *flags("link_host")])
     return _module(out)
 
 
@@ -176,7 +181,9 @@ def _module(out: Path) -> Path:
     return out / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
 
 
-def _ninja_build(out: Path, objects: Path, compile_commands: dict[str, list[str]], link: list[str]) -> str:
+def _ninja_build(
+    out: Path, objects: Path, sources: list[Path], compile_commands: dict[str, list[str]], link: list[str]
+) -> str:
     """Compile the sources, by a command per file name suffix, and link them; what the compilers printed."""
     ninja, out, objects = _ninja(), out.resolve(), objects.resolve()
     python = {sysconfig.get_path(name) for name in ("include", "platinclude")}
@@ -185,7 +192,7 @@ def _ninja_build(out: Path, objects: Path, compile_commands: dict[str, list[str]
     out.mkdir(parents=True, exist_ok=True)
     objects.mkdir(parents=True, exist_ok=True)
     # Relative to the folder of objects: compilers do not escape what they write into dependency files.
-    lines, made = [], [f"{path.name}.o" for path in sources()]
+    lines, made = [], [f"{path.name}.o" for path in sources]
     for suffix, command in compile_commands.items():
         lines += [
             f"rule compile{suffix}",
@@ -194,7 +201,7 @@ def _ninja_build(out: Path, objects: Path, compile_commands: dict[str, list[str]
             "  depfile = $out.d",
         ]
     lines += ["rule link", f"  command = {_quoted(link)} $in -o $out"]
-    lines += [f"build {o}: compile{path.suffix} {_escaped(path)}" for path, o in zip(sources(), made)]
+    lines += [f"build {o}: compile{path.suffix} {_escaped(path)}" for path, o in zip(sources, made)]
     lines.append(f"build {_escaped(_module(out))}: link {' '.join(made)}")
     (objects / "build.ninja").write_text("\n".join(lines) + "\n")
     done = subprocess.run([ninja, "-C", objects], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

@@ -9,6 +9,7 @@ import torch
 from cspd.models import DiffLoss, GaussianDiffusion
 from cspd_kernels import DiffusionHead, Schedule
 from cspd_kernels.backends import interpreting, why_unavailable
+from cspd_kernels.cuda_support import emulated
 from cspd_kernels.testing import randomize_
 
 # The models here are small: more threads only get in each other's way, above all on a busy machine.
@@ -36,11 +37,34 @@ def automatic_backend(monkeypatch):
 
 
 @pytest.fixture
-def triton_device():
-    """Where the Triton kernels run here: on the GPU, or in the interpreter on the CPU."""
-    if reason := why_unavailable("triton"):
-        pytest.skip(reason)
-    return torch.device("cpu" if interpreting() else "cuda")
+def device_of():
+    """``device_of(backend)``: where it runs here: on the GPU; else on the CPU, its kernels interpreted or emulated."""
+
+    def device(backend):
+        if reason := why_unavailable(backend):
+            pytest.skip(reason)
+        on_cpu = {"torch": not torch.cuda.is_available(), "triton": interpreting(), "cuda": emulated()}
+        return torch.device("cpu" if on_cpu[backend] else "cuda")
+
+    return device
+
+
+@pytest.fixture
+def triton_device(device_of):
+    """Where the Triton kernels run here."""
+    return device_of("triton")
+
+
+@pytest.fixture(params=["triton", "cuda"])
+def backend(request):
+    """A backend; unless parametrised otherwise (indirectly), each of those with kernels."""
+    return request.param
+
+
+@pytest.fixture
+def kernel_device(backend, device_of):
+    """Where the backend runs here."""
+    return device_of(backend)
 
 
 @pytest.fixture
@@ -68,12 +92,12 @@ def make_diffloss():
 
 
 @pytest.fixture
-def make_head(make_diffloss, triton_device):
-    """Build a small head for the Triton kernels, whose every layer has its share in the result."""
+def make_head(make_diffloss, kernel_device):
+    """Build a small head for the backend's kernels, whose every layer has its share in the result."""
 
     def make(dtype=torch.float32, schedule="mild", *, depth=1, width=48, steps=2, **options):
         module = make_diffloss(schedule, depth, width=width, steps=steps, scale=width**-0.5, **options)
-        return DiffusionHead.from_module(module.to(triton_device), dtype=dtype)
+        return DiffusionHead.from_module(module.to(kernel_device), dtype=dtype)
 
     return make
 

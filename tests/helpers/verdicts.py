@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -172,13 +173,14 @@ def assert_verdict(actual, x, draft, target, *, seed, rows, unsure=0.02, **optio
     return Expected(expected, sure, tolerance)
 
 
-def check_ratio(x, draft, target, backend="triton", **options):
+def check_ratio(backend, x, draft, target, **options):
+    """A backend's ratios, compared with the definition."""
     actual = log_density_ratio(x, draft, target, backend=backend, **options)
     assert_ratio(actual, x, draft, target, **options)
     return actual
 
 
-def check_verdict(x, draft, target, *, seed=0, rows=None, backend="triton", unsure=0.02, **options):
+def check_verdict(backend, x, draft, target, *, seed=0, rows=None, unsure=0.02, **options):
     """A backend's verdict, compared with the definition."""
     actual = accept_reject(x, draft, target, seed=seed, rows=rows, backend=backend, **options)
     options.pop("target_sigma", None)
@@ -285,16 +287,32 @@ def assert_walls_stand(memory, fill) -> None:
                 assert (wall == (bool(fill) if whole.dtype == torch.bool else 77777 + fill)).all()
 
 
-class CountedKernel:
-    """Stands in for a Triton kernel: counts its launches, and runs them where there is something to run."""
+def module_of(backend, op):
+    """What serves an op."""
+    return importlib.import_module(f"cspd_kernels.ops.{op.removeprefix('log_')}.{backend}")
 
-    def __init__(self, kernel=None):
-        self.kernel, self.launches = kernel, 0
 
-    def __getitem__(self, grid):
-        def launch(*args, **kwargs):
-            self.launches += 1
-            if self.kernel is not None:
-                self.kernel[grid](*args, **kwargs)
+def count_launches(monkeypatch, backend, op, run=True) -> list:
+    """A list that grows by one for every launch of an op's kernel, which runs or not."""
+    module, launches = module_of(backend, op), []
 
-        return launch
+    def counted(launch):
+        def call(*args, **kwargs):
+            launches.append(op)
+            return launch(*args, **kwargs) if run else None
+
+        return call
+
+    class Counted:
+        def __init__(self, kernel):
+            self.kernel = kernel
+
+        def __getitem__(self, grid):
+            return counted(self.kernel[grid])
+
+    if backend == "triton":
+        monkeypatch.setattr(module, f"_{op}_kernel", Counted(getattr(module, f"_{op}_kernel")))
+    else:
+        launch = counted(getattr(module.extension(), op))
+        monkeypatch.setattr(module, "extension", lambda: SimpleNamespace(**{op: launch}))
+    return launches

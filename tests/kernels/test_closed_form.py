@@ -126,10 +126,10 @@ def start(distance, t_0):
     return -distance * t_0 - distance**2 / 2
 
 
-@pytest.fixture(params=["torch", "triton"])
-def judge(request):
+@pytest.fixture(params=["torch", "triton", "cuda"])
+def judge(request, device_of):
     """accept_reject by a backend where it runs here, the verdict on the CPU."""
-    device = request.getfixturevalue("triton_device") if request.param == "triton" else "cpu"
+    device = device_of(request.param)
 
     def judge(x, draft, target, **options):
         chains = x.to(device), cast(draft, device), cast(target, device)

@@ -6,24 +6,20 @@ import pytest
 import torch
 
 from cspd_kernels import Denoised, accept_reject, log_density_ratio
-from cspd_kernels.backends import why_unavailable
 from cspd_kernels.ops.accept_reject import reference
 from cspd_kernels.testing import random_chains
 
-BACKENDS = ["torch", "triton"]
 FIELDS = [(chain, field) for chain in ("draft", "target") for field in ("mean", "log_std", "path_log_std")]
 
 
-@pytest.fixture(params=BACKENDS)
+@pytest.fixture(params=["torch", "triton", "cuda"])
 def backend(request):
-    if reason := why_unavailable(request.param, "accept_reject"):
-        pytest.skip(reason)
     return request.param
 
 
 @pytest.fixture
-def device(backend, triton_device):
-    return triton_device
+def device(kernel_device):
+    return kernel_device
 
 
 def to(device, x, *chains):

@@ -17,10 +17,10 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SCALES = (1e-6, 1.0, 1e3)
 
 
-@pytest.fixture(params=["definition", "torch", "torch on a device", "triton"])
-def judge(request):
+@pytest.fixture(params=["definition", "torch", "torch on a device", "triton", "cuda"])
+def judge(request, device_of):
     """``judge(x, draft, target, sigma, max_tries, residual)``: a backend's verdict."""
-    device = request.getfixturevalue("triton_device") if request.param == "triton" else torch.device("cpu")
+    device = device_of(request.param) if request.param in ("triton", "cuda") else torch.device("cpu")
 
     def judge(x, draft, target, sigma="paper", max_tries=3, residual="rejection"):
         rows = torch.arange(len(x))
@@ -120,10 +120,10 @@ def test_a_row_of_nan_is_never_accepted_and_spoils_no_other(judge, residual, nam
         torch.testing.assert_close(a[others], b[others], rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", ["torch", "triton", "cuda"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_extreme_ratios(request, backend, dtype):
-    device = request.getfixturevalue("triton_device") if backend == "triton" else torch.device("cpu")
+def test_extreme_ratios(device_of, backend, dtype):
+    device = device_of(backend)
     x, draft, target = extreme(256, dtype)
     chains = x.to(device), cast(draft, device), cast(target, device)
     for sigma in ("paper", "released"):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from ...cuda_support import extension, launch_stream
+from ...cuda_support import extension, launch_stream, multiprocessors
 from ..density_ratio.cuda import operands, pointers, why_unsupported
 from ..density_ratio.shared import on
 
@@ -28,6 +28,7 @@ def accept_reject(x, draft, target, seed, rows, relaxation, sigma, max_tries, re
             extension().accept_reject(
                 *pointers(tensors), relaxation, sample.data_ptr(), rows.data_ptr(), token.data_ptr(),
                 accepted.data_ptr(), tries.data_ptr(), log_ratio.data_ptr(), n, channels, seed,
-                min(max_tries, _MOST_TRIES), sigma == "released", residual == "closed_form", launch_stream(x.device),
+                min(max_tries, _MOST_TRIES), sigma == "released", residual == "closed_form",
+                multiprocessors(x.device), launch_stream(x.device),
             )  # fmt: skip
     return token, accepted, tries, log_ratio

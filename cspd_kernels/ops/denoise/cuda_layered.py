@@ -58,5 +58,5 @@ class LayeredChain(CudaChain):
                 tables.coefficients[step].data_ptr(), self.temperature.data_ptr(), self.scale_pointer,
                 self.x.data_ptr(), 0 if self.philox else self.noise[step].data_ptr(), self.seed.data_ptr(),
                 self.addresses.data_ptr(), step, self.log_std.data_ptr(), self.path.data_ptr(), self.tokens,
-                self.halves, head.channels, head.learned_variance, width, stream,
+                head.channels, head.learned_variance, width, stream,
             )  # fmt: skip

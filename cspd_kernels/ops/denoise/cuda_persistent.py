@@ -7,19 +7,13 @@ import functools
 
 import torch
 
-from ...cuda_support import extension, launch_stream
+from ...cuda_support import extension, launch_stream, multiprocessors
 from ...head import DiffusionHead
 from .chain import Tables
 from .cuda_chain import DTYPE_CODES, CudaChain
 
 MAX_ROWS = 16  # of one tile of the tensor cores
 _SHARED_LIMITS = {(8, 0): 163 << 10, (8, 7): 163 << 10, (9, 0): 227 << 10, (10, 0): 227 << 10, (10, 3): 227 << 10}
-
-
-@functools.cache
-def multiprocessors(device: torch.device) -> int:
-    """How many blocks may wait for each other."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
 @functools.cache
@@ -32,18 +26,12 @@ def shared_limit(device: torch.device) -> int:
     return getattr(properties, "shared_memory_per_block_optin", by_capability)  # not in every supported PyTorch
 
 
-def plan_of(head: DiffusionHead, rows: int) -> dict:
-    """How the kernel would run so many rows of this head; 0 ``blocks`` where it does not fit the device."""
-    device = head.device
+def plan_of(head: DiffusionHead, tokens: int, halves: int):
+    """How the kernel would run so many tokens of this head: ``blocks`` (0: it does not fit the device), and more."""
     return extension().persistent_plan(
-        DTYPE_CODES[head.dtype],
-        rows,
-        head.channels,
-        head.width,
-        head.depth,
-        multiprocessors(device),
-        shared_limit(device),
-    )
+        DTYPE_CODES[head.dtype], tokens * halves, tokens, head.channels, head.width, head.depth,
+        multiprocessors(head.device), shared_limit(head.device),
+    )  # fmt: skip
 
 
 class PersistentChain(CudaChain):
@@ -55,23 +43,25 @@ class PersistentChain(CudaChain):
     @staticmethod
     def serves(head: DiffusionHead, tables: Tables, tokens: int, guided: bool) -> bool:
         """Whether the kernel covers so many tokens of this head."""
-        rows = 2 * tokens if guided else tokens
-        return tables.serves_persistent and rows <= MAX_ROWS and plan_of(head, rows)["blocks"] > 0
+        halves = 2 if guided else 1
+        fits = tables.serves_persistent and tokens * halves <= MAX_ROWS
+        return fits and plan_of(head, tokens, halves).blocks > 0
 
     def __init__(self, head, tokens, guided, noise, steps, static):
         super().__init__(head, tokens, guided, noise, steps, static)
-        self.exchange = torch.zeros(plan_of(head, self.rows)["exchange_words"], device=head.device)
+        self.plan = plan_of(head, tokens, self.halves)
+        # Cleared by every launch.
+        self.exchange = torch.empty(self.plan.exchange_words, dtype=torch.int32, device=head.device)
         self.error = torch.zeros(1, dtype=torch.int32, device=head.device)
 
     def run_steps(self, head, tables, start, stop) -> None:
         extension().persistent(
-            DTYPE_CODES[head.dtype], tables.addresses.data_ptr(), self.mods.data_ptr(), self.mods.stride(0),
+            DTYPE_CODES[head.dtype], self.plan, tables.addresses.data_ptr(), self.mods.data_ptr(), self.mods.stride(0),
             self.final_mods.data_ptr(), head.final_weight.data_ptr(), head.final_bias.data_ptr(),
             head.input_weight.data_ptr(), head.input_bias.data_ptr(), tables.coefficients.data_ptr(),
             self.temperature.data_ptr(), self.scale_pointer, self.x.data_ptr(),
             0 if self.philox else self.noise.data_ptr(), self.noise.stride(0), self.seed.data_ptr(),
             self.addresses.data_ptr(), self.log_std.data_ptr(), self.path.data_ptr(), self.exchange.data_ptr(),
             self.error.data_ptr(), self.tokens, self.halves, head.channels, head.learned_variance, head.depth,
-            head.width, head.norm_eps, start, start, stop, multiprocessors(head.device), shared_limit(head.device),
-            self.timeout_ns, self.silent, launch_stream(head.device),
+            head.width, head.norm_eps, start, start, stop, self.timeout_ns, self.silent, launch_stream(head.device),
         )  # fmt: skip

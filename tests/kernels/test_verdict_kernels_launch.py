@@ -1,25 +1,22 @@
-"""What the Triton kernel of accept_reject does beside computing: outputs, launches, and what it leaves alone."""
+"""What the kernels of accept_reject do beside computing: outputs, launches, and what it leaves alone."""
 
 import pytest
 import torch
 from dispatch_modes import Inside
 from verdicts import (
-    CountedKernel,
     assert_verdict,
     assert_walls_stand,
     check_verdict,
     chosen,
+    count_launches,
     equal,
     guarded_outputs,
     judged_chains,
+    module_of,
     on,
 )
 
 from cspd_kernels import accept_reject
-
-pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
-
-from cspd_kernels.ops.accept_reject import triton as backend
 
 RESIDUALS = ["rejection", "closed_form"]
 
@@ -27,32 +24,34 @@ RESIDUALS = ["rejection", "closed_form"]
 @pytest.mark.parametrize("fill", [0, 1])
 @pytest.mark.parametrize(("residual", "max_tries"), [("rejection", 2), ("closed_form", 1), ("closed_form", 0)])
 @pytest.mark.parametrize("channels", [3, 17])
-def test_every_output_is_written_and_nothing_beside_it(triton_device, monkeypatch, fill, residual, max_tries, channels):
+def test_every_output_is_written_and_nothing_beside_it(
+    backend, kernel_device, monkeypatch, fill, residual, max_tries, channels
+):
     outcomes = [0, 1, 5] if residual == "rejection" else [0, 1]
-    x, draft, target, rows = chosen(triton_device, channels, 18, outcomes, residual, max_tries=40)
+    x, draft, target, rows = chosen(kernel_device, channels, 18, outcomes, residual, max_tries=40)
     options = {"rows": rows, "residual": residual, "max_tries": max_tries}
-    memory = guarded_outputs(monkeypatch, backend, fill)
-    check_verdict(x, draft, target, unsure=0, **options)
+    memory = guarded_outputs(monkeypatch, module_of(backend, "accept_reject"), fill)
+    check_verdict(backend, x, draft, target, unsure=0, **options)
     assert len(memory) == 4
     assert_walls_stand(memory, fill)
 
 
 @pytest.mark.parametrize("residual", RESIDUALS)
-def test_inputs_stay_and_nothing_is_recorded(triton_device, residual):
-    x, draft, target = on(triton_device, *judged_chains(4, 3, 13, residual == "closed_form"))
+def test_inputs_stay_and_nothing_is_recorded(backend, kernel_device, residual):
+    x, draft, target = on(kernel_device, *judged_chains(4, 3, 13, residual == "closed_form"))
     x.requires_grad_()
     kept = (x, *draft, *target)
     before = [v.detach().clone() for v in kept]
-    verdict = accept_reject(x, draft, target, seed=0, residual=residual, backend="triton")
+    verdict = accept_reject(x, draft, target, seed=0, residual=residual, backend=backend)
     assert all(map(torch.equal, before, kept))
     assert not verdict.token.requires_grad
     assert not any(verdict.token.data_ptr() == v.data_ptr() for v in kept)
 
 
-def test_the_drafts_sample_is_not_looked_at(triton_device):
-    x, draft, target = on(triton_device, *judged_chains(4, 3, 0))
+def test_the_drafts_sample_is_not_looked_at(backend, kernel_device):
+    x, draft, target = on(kernel_device, *judged_chains(4, 3, 0))
     one, other = (
-        accept_reject(x, d, target, seed=0, backend="triton") for d in (draft, draft._replace(sample=None))
+        accept_reject(x, d, target, seed=0, backend=backend) for d in (draft, draft._replace(sample=None))
     )  # fmt: skip
     equal(one, other)
 
@@ -67,18 +66,18 @@ class OnlyAllocates(Inside):
 @pytest.mark.parametrize("residual", RESIDUALS)
 @pytest.mark.parametrize("per_token", [False, True])
 @pytest.mark.parametrize(("rows", "launches"), [(0, 0), (1, 1), (5000, 1)])
-def test_one_launch_and_nothing_else(triton_device, monkeypatch, residual, per_token, rows, launches):
-    x, draft, target = on(triton_device, *judged_chains(rows, 5, 0, same_sigma=True))
-    address = torch.arange(rows, device=triton_device)
-    relaxation = torch.ones(rows, device=triton_device) if per_token else 1.0
-    counted = CountedKernel()
-    monkeypatch.setattr(backend, "_accept_reject_kernel", counted)
+def test_one_launch_and_nothing_else(backend, kernel_device, monkeypatch, residual, per_token, rows, launches):
+    x, draft, target = on(kernel_device, *judged_chains(rows, 5, 0, same_sigma=True))
+    address = torch.arange(rows, device=kernel_device)
+    relaxation = torch.ones(rows, device=kernel_device) if per_token else 1.0
+    launch = module_of(backend, "accept_reject").accept_reject
+    counted = count_launches(monkeypatch, backend, "accept_reject", run=False)
     with OnlyAllocates():
-        backend.accept_reject(x, draft, target, 0, address, relaxation, "paper", 100, residual)
+        launch(x, draft, target, 0, address, relaxation, "paper", 100, residual)
         if not per_token and residual == "rejection":  # the others look at values of CPU tensors
-            accept_reject(x, draft, target, seed=0, rows=address, backend="triton")
+            accept_reject(x, draft, target, seed=0, rows=address, backend=backend)
             launches *= 2
-    assert counted.launches == launches
+    assert len(counted) == launches
 
 
 def test_the_check_for_other_launches_can_fail():

@@ -1,0 +1,155 @@
+// The Python module: csrc's launches, with pointers and the stream as integers. Nothing here is checked but what a
+// kernel could not survive; cspd_kernels/ops/*/cuda*.py checks the rest.
+#include <pybind11/pybind11.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "cspd/launch.h"
+
+namespace py = pybind11;
+
+namespace {
+
+struct CudaError : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+void check(cudaError_t error, const char* launch) {
+  if (error == cudaSuccess) return;
+  throw CudaError(std::string(launch) + " failed: " + cudaGetErrorName(error) + " (" + cudaGetErrorString(error) + ")");
+}
+
+// An address in Python: an int, 0 for null.
+struct Address {
+  std::uintptr_t value;
+
+  template <typename T>
+  operator T*() const {
+    return reinterpret_cast<T*>(value);
+  }
+};
+
+using cspd::Operand;
+
+Operand operand(int type) {
+  if (type < 0 || type > 2) {
+    throw std::invalid_argument("expected an operand type of 0 (float32), 1 (float16) or 2 (bfloat16), got " +
+                                std::to_string(type));
+  }
+  return static_cast<Operand>(type);
+}
+
+void log_density_ratio(Address x, Address mean_q, Address log_q, Address path_q, Address mean_p, Address log_p,
+                       Address path_p, Address relaxations, float relaxation, Address out, std::int64_t n, int channels,
+                       bool released, Address stream) {
+  const cspd::Judged judged = {x, {mean_q, log_q, path_q}, {mean_p, log_p, path_p}, relaxations, relaxation,
+                               n, channels, released};
+  check(cspd::log_density_ratio(judged, out, stream), "log_density_ratio");
+}
+
+void accept_reject(Address x, Address mean_q, Address log_q, Address path_q, Address mean_p, Address log_p,
+                   Address path_p, Address relaxations, float relaxation, Address sample, Address rows, Address token,
+                   Address accepted, Address tries, Address log_ratio, std::int64_t n, int channels, std::uint64_t seed,
+                   int max_tries, bool released, bool closed_form, int multiprocessors, Address stream) {
+  const cspd::Judged judged = {x, {mean_q, log_q, path_q}, {mean_p, log_p, path_p}, relaxations, relaxation,
+                               n, channels, released};
+  const cspd::Redraw redraw = {sample, rows, seed, max_tries, token, accepted, tries, log_ratio};
+  check(cspd::accept_reject(judged, redraw, closed_form, multiprocessors, stream), "accept_reject");
+}
+
+void condition(int type, Address y, Address time_embedding, Address out, int steps, int rows, int width,
+               Address stream) {
+  check(cspd::condition(operand(type), y, time_embedding, out, steps, rows, width, stream), "condition");
+}
+
+void bias_silu(int type, Address value, Address bias, std::int64_t rows, int width, Address stream) {
+  check(cspd::bias_silu(operand(type), value, bias, rows, width, stream), "bias_silu");
+}
+
+void input(int type, Address x, Address weight, Address bias, Address h, Address norm_weight, Address norm_bias,
+           Address mods, Address out, std::int64_t n, int halves, int channels, int width, float epsilon,
+           Address stream) {
+  const cspd::AnyModulation modulation = {norm_weight, norm_bias, mods, epsilon};
+  check(cspd::input(operand(type), x, weight, bias, h, modulation, out, n, halves, channels, width, stream), "input");
+}
+
+void residual(int type, Address product, Address bias, Address mods, Address h, Address norm_weight, Address norm_bias,
+              Address next_mods, Address out, std::int64_t rows, int width, float epsilon, Address stream) {
+  const cspd::AnyModulation next = {norm_weight, norm_bias, next_mods, epsilon};
+  check(cspd::residual(operand(type), product, bias, mods, h, next, out, rows, width, stream), "residual");
+}
+
+void update(Address final_operand, Address final_weight, Address final_bias, Address coefficients, Address temperature,
+            Address scale, Address x, Address noise, Address seed, Address addresses, int step, Address log_std,
+            Address path, std::int64_t n, int channels, bool learned, int width, Address stream) {
+  const cspd::Update arguments = {final_operand, {nullptr, nullptr, final_weight, final_bias}, coefficients,
+                                  temperature, scale, x, {noise, 0, seed, addresses}, log_std, path, n, step, channels,
+                                  width, learned};
+  check(cspd::update(arguments, stream), "update");
+}
+
+cspd::PersistentPlan persistent_plan(int type, int rows, int tokens, int channels, int width, int depth,
+                                     int multiprocessors, std::size_t shared_limit) {
+  return cspd::persistent_plan(operand(type), rows, tokens, channels, width, depth, multiprocessors, shared_limit);
+}
+
+void persistent(int type, const cspd::PersistentPlan& plan, Address blocks, Address mods, std::int64_t mods_block,
+                Address final_mods, Address final_weight, Address final_bias, Address input_weight, Address input_bias,
+                Address coefficients, Address temperature, Address scale, Address x, Address noise,
+                std::int64_t noise_step, Address seed, Address addresses, Address log_std, Address path,
+                Address exchange, Address error, int n, int halves, int channels, bool learned, int depth, int width,
+                float epsilon, int first, int start, int stop, std::uint64_t timeout_ns, int silent, Address stream) {
+  const cspd::Persistent chain = {blocks, mods, mods_block, final_mods,
+                                  {input_weight, input_bias, final_weight, final_bias}, coefficients, temperature,
+                                  scale, x, {noise, noise_step, seed, addresses}, log_std, path, exchange, error, n,
+                                  halves, channels, depth, width, learned, epsilon, first, start, stop, timeout_ns,
+                                  silent};
+  check(cspd::persistent(operand(type), chain, plan, stream), "persistent");
+}
+
+}  // namespace
+
+namespace pybind11::detail {
+
+template <>
+struct type_caster<Address> {
+  PYBIND11_TYPE_CASTER(Address, const_name("int"));
+
+  bool load(handle source, bool) {
+    if (!PyLong_Check(source.ptr())) return false;
+    value.value = PyLong_AsUnsignedLongLong(source.ptr());
+    if (!PyErr_Occurred()) return true;
+    PyErr_Clear();
+    return false;
+  }
+};
+
+}  // namespace pybind11::detail
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "CUDA kernels on raw pointers; see cspd_kernels/ops/*/cuda*.py";
+#ifdef CSPD_EMULATED
+  m.attr("EMULATED") = true;
+#else
+  m.attr("EMULATED") = false;
+#endif
+  py::register_exception<CudaError>(m, "CudaError", PyExc_RuntimeError);
+  py::class_<cspd::PersistentPlan>(m, "PersistentPlan")
+      .def_readonly("blocks", &cspd::PersistentPlan::blocks)
+      .def_readonly("columns", &cspd::PersistentPlan::columns)
+      .def_readonly("resident", &cspd::PersistentPlan::resident)
+      .def_readonly("shared_bytes", &cspd::PersistentPlan::shared_bytes)
+      .def_readonly("exchange_words", &cspd::PersistentPlan::exchange_words);
+  // A launch may take a while, or load the module: other threads go on.
+  const auto unlocked = py::call_guard<py::gil_scoped_release>();
+  m.def("log_density_ratio", &log_density_ratio, unlocked);
+  m.def("accept_reject", &accept_reject, unlocked);
+  m.def("condition", &condition, unlocked);
+  m.def("bias_silu", &bias_silu, unlocked);
+  m.def("input", &input, unlocked);
+  m.def("residual", &residual, unlocked);
+  m.def("update", &update, unlocked);
+  m.def("persistent_plan", &persistent_plan);
+  m.def("persistent", &persistent, unlocked);
+}

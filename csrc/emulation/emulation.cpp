@@ -1,0 +1,204 @@
+#include "emulation.h"
+
+#include <ucontext.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cstdlib>
+#include <memory>
+#include <mutex>
+#include <random>
+
+namespace cspd::emulation {
+namespace {
+
+constexpr std::size_t kStackBytes = 64 << 10;
+constexpr int kWarp = 32;
+
+struct Copy {
+  void* to;
+  const void* from;
+  bool valid;
+};
+
+// Threads that wait for each other, and what they show: two sets in turn, as some still read one while others write
+// the next.
+struct Meeting {
+  int size = 0, arrived = 0;
+  unsigned turn = 0;
+  Payload shown[2][kWarp];
+};
+
+struct Block {
+  std::vector<unsigned char> shared;
+  Meeting whole;
+  std::vector<Meeting> warps;
+};
+
+struct Fiber {
+  Index thread, block;
+  Block* home;
+  std::unique_ptr<char[]> stack;
+  ucontext_t start;
+  jmp_buf place;
+  bool started = false, ended = false;
+  const Meeting* waits_for = nullptr;
+  unsigned waits_turn = 0;
+  std::vector<Copy> open;
+  std::vector<std::vector<Copy>> groups;
+
+  bool ready() const { return !ended && (waits_for == nullptr || waits_for->turn != waits_turn); }
+};
+
+std::mutex one_at_a_time;
+const std::function<void()>* body_of_all = nullptr;
+Fiber* current = nullptr;
+jmp_buf scheduler;
+
+void enter() {
+  (*body_of_all)();
+  current->ended = true;
+  _longjmp(scheduler, 1);
+}
+
+void leave() {
+  if (_setjmp(current->place) == 0) _longjmp(scheduler, 1);
+}
+
+void resume(Fiber& fiber) {
+  current = &fiber;
+  threadIdx = fiber.thread;
+  blockIdx = fiber.block;
+  if (_setjmp(scheduler) != 0) return;
+  if (fiber.started) _longjmp(fiber.place, 1);
+  fiber.started = true;
+  setcontext(&fiber.start);
+}
+
+void meet(Meeting& meeting) {
+  const unsigned turn = meeting.turn;
+  if (++meeting.arrived == meeting.size) {
+    meeting.arrived = 0;
+    ++meeting.turn;
+    return;
+  }
+  current->waits_for = &meeting;
+  current->waits_turn = turn;
+  leave();
+  current->waits_for = nullptr;
+}
+
+std::uint64_t seed() {
+  const char* text = std::getenv("CSPD_EMULATION_SEED");
+  return text ? std::strtoull(text, nullptr, 10) : 0;
+}
+
+// Run blocks [first, last) to their end, all at the same time.
+bool run_blocks(std::int64_t first, std::int64_t last, int threads, std::size_t shared_bytes,
+                std::vector<std::unique_ptr<char[]>>& stacks, std::mt19937_64& random) {
+  std::vector<Block> blocks(last - first);
+  std::vector<Fiber> fibers(blocks.size() * threads);
+  const int warps = (threads + kWarp - 1) / kWarp;
+  while (stacks.size() < fibers.size()) stacks.emplace_back(new char[kStackBytes]);
+  for (std::size_t i = 0; i < fibers.size(); ++i) {
+    Fiber& fiber = fibers[i];
+    Block& block = blocks[i / threads];
+    const auto thread = static_cast<unsigned>(i % threads);
+    if (thread == 0) {
+      block.shared.assign(shared_bytes + 16, 0xff);
+      block.whole.size = threads;
+      block.warps.resize(warps);
+      for (int w = 0; w < warps; ++w) block.warps[w].size = std::min(kWarp, threads - w * kWarp);
+    }
+    fiber.thread = {thread};
+    fiber.block = {static_cast<unsigned>(first + static_cast<std::int64_t>(i / threads))};
+    fiber.home = &block;
+    getcontext(&fiber.start);
+    fiber.start.uc_stack.ss_sp = stacks[i].get();
+    fiber.start.uc_stack.ss_size = kStackBytes;
+    fiber.start.uc_link = nullptr;
+    makecontext(&fiber.start, enter, 0);
+  }
+  // Warps in a new order every round, threads of a warp from either end.
+  std::vector<std::size_t> order;
+  for (std::size_t i = 0; i < fibers.size(); i += kWarp) order.push_back(i);
+  std::size_t left = fibers.size();
+  while (left > 0) {
+    std::shuffle(order.begin(), order.end(), random);
+    bool moved = false;
+    for (const std::size_t start : order) {
+      const std::size_t count = std::min<std::size_t>(kWarp, fibers.size() - start);
+      const bool backwards = random() & 1;
+      for (std::size_t k = 0; k < count; ++k) {
+        Fiber& fiber = fibers[start + (backwards ? count - 1 - k : k)];
+        if (!fiber.ready()) continue;
+        moved = true;
+        resume(fiber);
+        left -= fiber.ended;
+      }
+    }
+    if (!moved) return false;
+  }
+  return true;
+}
+
+}  // namespace
+
+bool run(std::int64_t blocks, int threads, std::size_t shared_bytes, bool together, const std::function<void()>& body) {
+  const std::lock_guard<std::mutex> lock(one_at_a_time);
+  std::mt19937_64 random(seed());
+  std::vector<std::unique_ptr<char[]>> stacks;
+  body_of_all = &body;
+  gridDim = {static_cast<unsigned>(blocks)};
+  blockDim = {static_cast<unsigned>(threads)};
+  if (together) return run_blocks(0, blocks, threads, shared_bytes, stacks, random);
+  for (std::int64_t block = 0; block < blocks; ++block) {
+    if (!run_blocks(block, block + 1, threads, shared_bytes, stacks, random)) return false;
+  }
+  return true;
+}
+
+const Payload* exchange(const Payload& mine) {
+  Meeting& warp = current->home->warps[threadIdx.x / kWarp];
+  Payload* shown = warp.shown[warp.turn & 1];
+  shown[threadIdx.x % kWarp] = mine;
+  meet(warp);
+  return shown;
+}
+
+void* shared_memory() {
+  const auto at = reinterpret_cast<std::uintptr_t>(current->home->shared.data());
+  return reinterpret_cast<void*>((at + 15) & ~std::uintptr_t{15});
+}
+
+void sync_block() { meet(current->home->whole); }
+
+void yield() { leave(); }
+
+void copy_later(void* to, const void* from, bool valid) { current->open.push_back({to, from, valid}); }
+
+void commit_copies() {
+  current->groups.push_back(std::move(current->open));
+  current->open.clear();
+}
+
+void wait_for_copies(int pending) {
+  auto& groups = current->groups;
+  while (static_cast<int>(groups.size()) > pending) {
+    for (const Copy& copy : groups.front()) {
+      if (copy.valid) {
+        std::memcpy(copy.to, copy.from, 16);
+      } else {
+        std::memset(copy.to, 0, 16);
+      }
+    }
+    groups.erase(groups.begin());
+  }
+}
+
+std::uint64_t nanoseconds() {
+  return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch())
+      .count();
+}
+
+}  // namespace cspd::emulation

@@ -1,0 +1,167 @@
+// What kernels ask of the machine they run on. Each has two forms: instructions of a CUDA device, and (CSPD_EMULATED)
+// threads that take turns on the host, which csrc/emulation holds.
+//
+// Blocks are one-dimensional. Shared memory is the dynamic one.
+#pragma once
+
+#include "cspd/portable.cuh"
+
+#ifdef CSPD_EMULATED
+#include "emulation.h"
+#else
+#include <cuda_runtime.h>
+#endif
+
+namespace cspd {
+
+constexpr int kWarp = 32;
+constexpr unsigned kAllLanes = 0xffffffff;
+
+// How a kernel is launched.
+struct Grid {
+  std::int64_t blocks;
+  int threads;
+  std::size_t shared_bytes = 0;
+  bool cooperative = false;  // all blocks run at the same time
+};
+
+#ifndef CSPD_EMULATED
+
+// Launch on the current device. The kernels' shared memory may exceed the 48 KiB that need no opting in.
+template <typename... Parameters, typename... Arguments>
+cudaError_t launch(void (*kernel)(Parameters...), const Grid& grid, cudaStream_t stream, Arguments... arguments) {
+  if (grid.blocks == 0) return cudaSuccess;
+  if (grid.blocks > 0x7fffffff) return cudaErrorInvalidConfiguration;
+  if (grid.shared_bytes > 48 << 10) {
+    const auto bytes = static_cast<int>(grid.shared_bytes);
+    const auto set = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    if (set != cudaSuccess) return set;
+  }
+  cudaLaunchAttribute attribute;
+  attribute.id = cudaLaunchAttributeCooperative;
+  attribute.val.cooperative = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(grid.blocks));
+  config.blockDim = dim3(grid.threads);
+  config.dynamicSmemBytes = grid.shared_bytes;
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = grid.cooperative ? 1 : 0;
+  const auto launched = cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
+  const auto last = cudaGetLastError();  // not to be found by whoever asks next
+  return launched != cudaSuccess ? launched : last;
+}
+
+template <typename T>
+__device__ __forceinline__ T* shared_memory() {
+  extern __shared__ __align__(16) unsigned char memory[];
+  return reinterpret_cast<T*>(memory);
+}
+
+__device__ __forceinline__ void sync_block() { __syncthreads(); }
+
+template <typename T>
+__device__ __forceinline__ T shuffle_xor(T value, int lanes) {
+  return __shfl_xor_sync(kAllLanes, value, lanes);
+}
+
+template <typename T>
+__device__ __forceinline__ T shuffle(T value, int lane) {
+  return __shfl_sync(kAllLanes, value, lane);
+}
+
+__device__ __forceinline__ unsigned ballot(bool vote) { return __ballot_sync(kAllLanes, vote); }
+
+__device__ __forceinline__ int lowest_bit(unsigned bits) { return __ffs(static_cast<int>(bits)) - 1; }
+
+__device__ __forceinline__ int count_bits(unsigned bits) { return __popc(bits); }
+
+// Copy 16 bytes to shared memory in the background, or zeros where not ``valid``.
+__device__ __forceinline__ void copy_async(void* shared, const void* global, bool valid) {
+  const auto to = static_cast<unsigned>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(valid ? 16 : 0) : "memory");
+}
+
+// End a group of copies of this thread.
+__device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Wait until at most the last ``Pending`` groups of this thread are under way; this thread then sees the others.
+template <int Pending>
+__device__ __forceinline__ void copy_async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(Pending) : "memory");
+}
+
+// Words that blocks pass to each other while they run: each is read and written whole, past the caches of one
+// multiprocessor, and in no order with any other.
+__device__ __forceinline__ Vector<std::uint32_t, 4> load_relaxed(const Vector<std::uint32_t, 4>* at) {
+  Vector<std::uint32_t, 4> words;
+  asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(words.v[0]), "=r"(words.v[1]), "=r"(words.v[2]), "=r"(words.v[3])
+               : "l"(at)
+               : "memory");
+  return words;
+}
+
+__device__ __forceinline__ std::uint32_t load_relaxed(const std::uint32_t* at) {
+  std::uint32_t word;
+  asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(word) : "l"(at) : "memory");
+  return word;
+}
+
+__device__ __forceinline__ void store_relaxed(std::uint32_t* at, std::uint32_t word) {
+  asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(at), "r"(word) : "memory");
+}
+
+// What this thread wrote before is seen, by who sees what it writes after.
+__device__ __forceinline__ void fence() { __threadfence(); }
+
+// Somebody else may run now.
+__device__ __forceinline__ void pause() {}
+
+__device__ __forceinline__ std::uint64_t nanoseconds() {
+  std::uint64_t now;
+  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));
+  return now;
+}
+
+// c += a b, [16, 8] += [16, 16] [16, 8], as the lanes of a warp hold them (PTX, mma.m16n8k16): of a the pairs
+// (row g, k 2 q), (g + 8, 2 q), (g, 2 q + 8), (g + 8, 2 q + 8); of b (k 2 q, column g), (2 q + 8, g); of c the pairs
+// (g, column 2 q), (g + 8, 2 q), with g = lane / 4 and q = lane % 4.
+#define CSPD_MMA(type)                                                                                       \
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." type "." type                                        \
+               ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                        \
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                              \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]))
+
+template <typename T>
+__device__ __forceinline__ void multiply_tile(float (&c)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2]);
+
+template <>
+__device__ __forceinline__ void multiply_tile<bfloat16>(float (&c)[4], const std::uint32_t (&a)[4],
+                                                        const std::uint32_t (&b)[2]) {
+  CSPD_MMA("bf16");
+}
+
+template <>
+__device__ __forceinline__ void multiply_tile<float16>(float (&c)[4], const std::uint32_t (&a)[4],
+                                                       const std::uint32_t (&b)[2]) {
+  CSPD_MMA("f16");
+}
+
+#undef CSPD_MMA
+
+#endif  // CSPD_EMULATED
+
+__device__ __forceinline__ int lane() { return static_cast<int>(threadIdx.x) % kWarp; }
+
+__device__ __forceinline__ int warp() { return static_cast<int>(threadIdx.x) / kWarp; }
+
+// The sum over groups of ``Lanes`` neighbouring lanes, the same bits in each of them.
+template <int Lanes, typename T>
+__device__ __forceinline__ T sum_over(T value) {
+#pragma unroll
+  for (int distance = 1; distance < Lanes; distance *= 2) value += shuffle_xor(value, distance);
+  return value;
+}
+
+}  // namespace cspd

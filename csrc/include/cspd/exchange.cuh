@@ -1,0 +1,87 @@
+// Values that the blocks of one launch pass to each other, each its own ready flag.
+//
+// A value is a float32 word whose lowest bit says how often, modulo 2, the place has been written: the reader knows
+// the bit that it waits for and reads the word until it is there. So no barrier, no fence and no second trip to
+// memory stand between writing and reading, and the value is changed by one unit in the last place at most.
+//
+// It takes memory that is zero at the start, where the first writing has bit 1, and two things of its users. A thread
+// reads every writing of its words: reads of one place by one thread are in order, so what it finds is the latest
+// writing or the one before, which has the other bit. And a place is written again only by a block that has since
+// read something from every reader, which passes on nothing before it has read the place.
+//
+// Who waits too long sets an error flag; then nobody waits any more, and values mean nothing.
+#pragma once
+
+#include "cspd/rows.cuh"
+
+namespace cspd {
+
+class Watchdog {
+ public:
+  __device__ __forceinline__ Watchdog(std::int32_t* error, std::uint64_t timeout_ns)
+      : error_(reinterpret_cast<std::uint32_t*>(error)), timeout_ns_(timeout_ns) {}
+
+  // A wait begins.
+  __device__ __forceinline__ void start() { tries_ = 0; }
+
+  // Whether to look again.
+  __device__ __forceinline__ bool patient() {
+    if (gave_up_) return false;
+    pause();
+    if (++tries_ % kTriesPerLook != 0) return true;
+    const std::uint64_t now = nanoseconds();
+    if (tries_ == kTriesPerLook) started_ = now;
+    if (now - started_ > timeout_ns_) {
+      store_relaxed(error_, 1);
+      fence();  // before anything that is computed from what has not come
+      gave_up_ = true;
+    } else {
+      gave_up_ = load_relaxed(error_) != 0;
+    }
+    return !gave_up_;
+  }
+
+ private:
+  static constexpr unsigned kTriesPerLook = 64;
+  std::uint32_t* error_;
+  std::uint64_t timeout_ns_, started_ = 0;
+  unsigned tries_ = 0;
+  bool gave_up_ = false;
+};
+
+__device__ __forceinline__ void pass_on(std::uint32_t* word, float value, unsigned bit) {
+  store_relaxed(word, (bit_cast<std::uint32_t>(value) & ~1u) | bit);
+}
+
+__device__ __forceinline__ float await(const std::uint32_t* word, unsigned bit, Watchdog& watchdog) {
+  watchdog.start();
+  std::uint32_t got = load_relaxed(word);
+  while ((got & 1) != bit && watchdog.patient()) got = load_relaxed(word);
+  return bit_cast<float>(got);
+}
+
+// A thread's part of a row; all of it is asked for at once.
+template <int Threads>
+__device__ __forceinline__ RowPart<Threads> await_row(const std::uint32_t* words, int width, unsigned bit,
+                                                      Watchdog& watchdog) {
+  RowPart<Threads> row = {};
+  bool here;
+  watchdog.start();
+  do {
+    here = true;
+#pragma unroll
+    for (int chunk = 0; chunk < row.kChunks; ++chunk) {
+      const int column = row.column(chunk);
+      if (column >= width) continue;
+      const auto got = load_relaxed(reinterpret_cast<const Vector<std::uint32_t, 4>*>(words + column));
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        here = here && (got.v[i] & 1) == bit;
+        row.v[chunk].v[i] = bit_cast<float>(got.v[i]);
+      }
+    }
+  } while (!here && watchdog.patient());
+  return row;
+}
+
+}  // namespace cspd

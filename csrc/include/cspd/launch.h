@@ -1,0 +1,39 @@
+// What csrc/*.cu offer: one function a launch, on raw pointers to device memory and a stream. Each returns the error
+// of its launch and changes nothing where that is not cudaSuccess.
+#pragma once
+
+#ifdef CSPD_EMULATED
+#include "emulation.h"
+#else
+#include <cuda_runtime_api.h>
+#endif
+
+#include "cspd/parameters.h"
+
+namespace cspd {
+
+enum class Operand { kFloat32 = 0, kFloat16 = 1, kBfloat16 = 2 };
+
+// Channels 0..256, any number of tokens.
+cudaError_t log_density_ratio(const Judged& judged, float* out, cudaStream_t stream);
+// ``tokens_per_warp`` is chosen here.
+cudaError_t accept_reject(const Judged& judged, const Redraw& redraw, bool closed_form, int multiprocessors,
+                          cudaStream_t stream);
+
+// Widths are multiples of 16 up to 2048.
+cudaError_t condition(Operand type, const void* y, const float* time_embedding, void* out, int steps, int rows,
+                      int width, cudaStream_t stream);
+cudaError_t bias_silu(Operand type, void* value, const void* bias, std::int64_t rows, int width, cudaStream_t stream);
+cudaError_t input(Operand type, const float* x, const float* weight, const float* bias, float* h,
+                  const AnyModulation& modulation, void* operand, std::int64_t tokens, int halves, int channels,
+                  int width, cudaStream_t stream);
+cudaError_t residual(Operand type, const void* product, const void* bias, const void* mods, float* h,
+                     const AnyModulation& next, void* operand, std::int64_t rows, int width, cudaStream_t stream);
+cudaError_t update(const Update& update, cudaStream_t stream);
+
+// For ``rows`` = M <= 16, and shared memory of ``shared_limit`` bytes a block.
+PersistentPlan persistent_plan(Operand type, int rows, int tokens, int channels, int width, int depth,
+                               int multiprocessors, std::size_t shared_limit);
+cudaError_t persistent(Operand type, const Persistent& chain, const PersistentPlan& plan, cudaStream_t stream);
+
+}  // namespace cspd

@@ -1,0 +1,125 @@
+// What the launches of csrc/*.cu are given: plain structures of raw pointers to device memory.
+//
+// N tokens of C channels. A denoising chain works on M rows of width W: N, or 2 N under guidance with the conditional
+// ones first. T is the type of GEMM operands.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace cspd {
+
+// A chain's last step: [N, C], [N, C], [N].
+struct Chain {
+  const float *mean, *log_std, *path;
+};
+
+struct Judged {
+  const float* x;  // [N, C]
+  Chain draft, target;
+  const float* relaxations;  // [N], or null where ``relaxation`` is every token's
+  float relaxation;
+  std::int64_t tokens;
+  int channels;
+  bool released;         // the path term with the released code's sign
+  bool aligned = false;  // rows of [N, C] start on 16-byte boundaries; found out at the launch
+};
+
+struct Redraw {
+  const float* sample;       // [N, C], the target's own draw
+  const std::int64_t* rows;  // [N] addresses of the random numbers
+  std::uint64_t seed;
+  int max_tries;
+  float* token;             // [N, C]
+  bool* accepted;           // [N]
+  std::int32_t* tries;      // [N]
+  float* log_ratio;         // [N]
+  int tokens_per_warp = 0;  // chosen at the launch
+};
+
+// Coefficients of one reverse step; the log standard deviations are those at v = 1 and at v = -1.
+struct alignas(16) StepTable {
+  float sqrt_recip_acp, sqrt_recipm1_acp, coef1, coef2, log_std_upper, log_std_lower, unused[2];
+};
+
+// What turns a row of h into a layer's operand: LN(h) (1 + scale) + shift.
+template <typename T>
+struct Modulation {
+  const float *gain, *offset;  // [W] of an affine LayerNorm, or null
+  const T* mods;               // [M, stride]: shift, scale, and further columns
+  int stride;
+  float epsilon;
+};
+
+// The same of any operand type. ``operand`` is of that type where the LayerNorm is affine, else float32.
+struct AnyModulation {
+  const float *gain, *offset;
+  const void* mods;
+  float epsilon;
+};
+
+// Where a step's noise comes from: stored, or addressed where ``noise`` is null.
+struct Noise {
+  const float* noise;                    // [N, C] of step 0, and ``stride`` floats further for every step
+  std::int64_t stride;
+  const std::int64_t *seed, *addresses;  // [1], [N]
+};
+
+// The ends of the network, float32 whatever T.
+struct Ends {
+  const float *input_weight, *input_bias;  // [W, C], [W]
+  const float *final_weight, *final_bias;  // [2 C, W] eps and v, or [C, W] with a fixed variance
+};
+
+struct Update {
+  const float* operand;              // [M, W], of the final layer
+  Ends ends;
+  const StepTable* table;            // of this step
+  const float *temperature, *scale;  // [1], [N]; scale is null without guidance
+  float* x;                          // [N, C], in place
+  Noise noise;
+  float *log_std, *path;  // [N, C] of step 0, without the temperature; [N], added to by the others
+  std::int64_t tokens;
+  int step, channels, width;
+  bool learned;
+};
+
+// One block of the network, as a table of addresses in device memory holds it.
+struct BlockWeights {
+  const float *norm_weight, *norm_bias;  // [W]
+  const void *weight0, *bias0;           // [W, W], [W], of type T
+  const void *weight1, *bias1;
+};
+
+// How the persistent kernel is cut for a device.
+struct PersistentPlan {
+  int blocks;             // of the grid, all at the same time; 0 where it does not fit
+  int columns;            // of every layer that a block makes, a multiple of 8
+  int stage_pieces;       // pieces of 16 bytes a thread holds in one stage of its weights
+  bool resident;          // whether a block's weights of all layers stay in its shared memory
+  std::size_t shared_bytes;
+  std::int64_t exchange_words;  // of 4 bytes, through which blocks pass values to each other
+};
+
+struct Persistent {
+  const BlockWeights* blocks;  // [D], in device memory
+  const void *mods;            // [D, ..., 3 W] of type T, rows of step i from (i - first) M, blocks ``mods_block`` apart
+  std::int64_t mods_block;
+  const void* final_mods;  // [..., 2 W]
+  Ends ends;
+  const StepTable* tables;  // [T]
+  const float *temperature, *scale;
+  float* x;  // [N, C], in place
+  Noise noise;
+  float *log_std, *path;
+  std::uint32_t* exchange;  // [exchange_words]
+  std::int32_t* error;      // [1], set where a block waited too long; x is then NaN
+  int tokens, halves, channels, depth, width;
+  bool learned;
+  float epsilon;
+  int first, start, stop;  // runs the steps stop - 1 .. start
+  std::uint64_t timeout_ns;
+  int silent;  // a block that passes nothing on, for the watchdog's test; -1: none
+};
+
+}  // namespace cspd

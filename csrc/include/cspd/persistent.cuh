@@ -1,0 +1,376 @@
+// The whole denoising chain of a few tokens in one launch.
+//
+// A block makes ``columns`` columns of every layer, for all rows, with weights that stay in its shared memory or stream
+// through it (weights.cuh). Between two layers every block needs every other's columns: they pass through global memory
+// as values that are their own ready flags (exchange.cuh). LayerNorm and modulation of whole rows are done by every
+// block for itself, as are the update of x and what else is cheap.
+//
+// Per reverse step: for each network block h -> activations -> h; h -> outputs of the final layer, spread over the
+// blocks by channel; outputs -> x, in every block -> h. So 2 D + 2 exchanges.
+#pragma once
+
+#include "cspd/exchange.cuh"
+#include "cspd/posterior.cuh"
+#include "cspd/weights.cuh"
+
+namespace cspd {
+
+static_assert(kChainThreads == kRowThreads && kChainWarps == kRowWarps);
+
+// Byte offsets into a block's shared memory, each a multiple of 16.
+struct SharedLayout {
+  std::size_t weights, operand, sums, own_h, biases, input_weight, input_bias, x, log_stds, path, scratch, blocks,
+      layers, bytes;
+};
+
+// Values from one row of a layer's operand to the next. The last warps' spans may lie beyond W, and rows start on
+// different banks.
+template <typename T>
+CSPD_HD int operand_stride(int width) {
+  return kChainWarps * Pieces<T>::spans(width) * Pieces<T>::kSpan + 64 / static_cast<int>(sizeof(T));
+}
+
+template <typename T>
+CSPD_HD SharedLayout shared_layout(int rows, int tokens, int channels, int width, int depth, int columns,
+                                   int weight_slots) {
+  std::size_t next = 0;
+  const auto take = [&next](std::size_t bytes) {
+    const std::size_t at = next;
+    next += (bytes + 15) / 16 * 16;
+    return at;
+  };
+  SharedLayout layout;
+  layout.weights = take(static_cast<std::size_t>(weight_slots) * kChainThreads * kPieceBytes);
+  layout.operand = take(rows * operand_stride<T>(width) * sizeof(T));
+  layout.sums = take(kChainWarps * rows * columns * sizeof(float));
+  layout.own_h = take(rows * columns * sizeof(float));
+  layout.biases = take(2 * depth * columns * sizeof(float));
+  layout.input_weight = take(columns * channels * sizeof(float));
+  layout.input_bias = take(columns * sizeof(float));
+  layout.x = take(tokens * channels * sizeof(float));
+  layout.log_stds = take(tokens * channels * sizeof(float));
+  layout.path = take(tokens * sizeof(float));
+  layout.scratch = take(3 * kRowWarps * sizeof(float));
+  layout.blocks = take(depth * sizeof(BlockWeights));
+  layout.layers = take(2 * depth * sizeof(void*));
+  layout.bytes = next;
+  return layout;
+}
+
+// Places of the exchange buffer.
+struct ExchangeLayout {
+  std::int64_t h, activations, outputs, words;
+};
+
+CSPD_HD ExchangeLayout exchange_layout(int rows, int channels, int width) {
+  const std::int64_t row_words = static_cast<std::int64_t>(rows) * width;
+  return {0, row_words, 2 * row_words, (2 * row_words + 2 * rows * channels + 3) / 4 * 4};
+}
+
+// ``Rows`` is the number of rows, rounded up to 2, 4, 8 or 16.
+template <typename T, int Rows, bool Resident>
+class ChainBlock {
+  static constexpr int kThreadsPerRow = Rows >= 8 ? kWarp : kRowThreads / Rows;  // at most 128
+  static constexpr int kRowsAtOnce = kRowThreads / kThreadsPerRow;
+  static constexpr int kPasses = (Rows + kRowsAtOnce - 1) / kRowsAtOnce;
+  using Row = RowPart<kThreadsPerRow>;
+
+ public:
+  __device__ __forceinline__ ChainBlock(const Persistent& chain, const PersistentPlan& plan)
+      : chain_(chain),
+        columns_(plan.columns),
+        first_column_(static_cast<int>(blockIdx.x) * plan.columns),
+        rows_(chain.tokens * chain.halves),
+        outputs_(chain.learned ? 2 * chain.channels : chain.channels),
+        stride_(operand_stride<T>(chain.width)),
+        places_(exchange_layout(rows_, chain.channels, chain.width)),
+        watchdog_(chain.error, chain.timeout_ns) {
+    const int layer_pieces = Pieces<T>::of_layer(chain.width, columns_);
+    const int slots = Resident ? 2 * chain.depth * layer_pieces : kStages * plan.stage_pieces;
+    const auto layout =
+        shared_layout<T>(Rows, chain.tokens, chain.channels, chain.width, chain.depth, columns_, slots);
+    auto* memory = shared_memory<unsigned char>();
+    ring_ = memory + layout.weights;
+    operand_ = reinterpret_cast<T*>(memory + layout.operand);
+    sums_ = reinterpret_cast<float*>(memory + layout.sums);
+    own_h_ = reinterpret_cast<float*>(memory + layout.own_h);
+    biases_ = reinterpret_cast<float*>(memory + layout.biases);
+    input_weight_ = reinterpret_cast<float*>(memory + layout.input_weight);
+    input_bias_ = reinterpret_cast<float*>(memory + layout.input_bias);
+    x_ = reinterpret_cast<float*>(memory + layout.x);
+    log_stds_ = reinterpret_cast<float*>(memory + layout.log_stds);
+    path_ = reinterpret_cast<float*>(memory + layout.path);
+    scratch_ = reinterpret_cast<float*>(memory + layout.scratch);
+    blocks_ = reinterpret_cast<BlockWeights*>(memory + layout.blocks);
+    layers_ = reinterpret_cast<const void**>(memory + layout.layers);
+  }
+
+  __device__ __forceinline__ void run(int stage_pieces) {
+    load_addresses();
+    sync_block();
+    WeightSupply<T, Resident> weights(ring_, layers_, 2 * chain_.depth, chain_.stop - chain_.start, chain_.width,
+                                      first_column_, columns_, stage_pieces);
+    load_constants();
+    sync_block();
+    project();
+    for (int step = chain_.stop - 1; step >= chain_.start; --step) {
+      const std::int64_t row = static_cast<std::int64_t>(step - chain_.first) * rows_;
+      for (int block = 0; block < chain_.depth; ++block) {
+        const T* mods = static_cast<const T*>(chain_.mods) + block * chain_.mods_block + row * 3 * chain_.width;
+        normalise(block, mods);
+        multiply(weights, 2 * block);
+        pass_on_activations(block);
+        await_activations();
+        multiply(weights, 2 * block + 1);
+        add_residual(block, mods);
+      }
+      final_layer(static_cast<const T*>(chain_.final_mods) + row * 2 * chain_.width);
+      update(step);
+      sync_block();
+      if (step > chain_.start) project();
+    }
+    store_results();
+  }
+
+ private:
+  static __device__ __forceinline__ int thread() { return static_cast<int>(threadIdx.x); }
+
+  __device__ __forceinline__ bool speaks() const { return static_cast<int>(blockIdx.x) != chain_.silent; }
+
+  __device__ __forceinline__ int row_of(int pass) const { return thread() / kThreadsPerRow + pass * kRowsAtOnce; }
+
+  __device__ __forceinline__ void load_addresses() {
+    for (int block = thread(); block < chain_.depth; block += kChainThreads) {
+      blocks_[block] = chain_.blocks[block];
+      layers_[2 * block] = blocks_[block].weight0;
+      layers_[2 * block + 1] = blocks_[block].weight1;
+    }
+  }
+
+  __device__ __forceinline__ void load_constants() {
+    for (int i = thread(); i < Rows * stride_; i += kChainThreads) operand_[i] = from_float<T>(0.0f);
+    const int width = chain_.width, channels = chain_.channels;
+    for (int i = thread(); i < 2 * chain_.depth * columns_; i += kChainThreads) {
+      const int layer = i / columns_, column = first_column_ + i % columns_;
+      const auto& block = blocks_[layer / 2];
+      const T* bias = static_cast<const T*>(layer % 2 ? block.bias1 : block.bias0);
+      biases_[i] = column < width ? to_float(bias[column]) : 0.0f;
+    }
+    for (int i = thread(); i < columns_ * channels; i += kChainThreads) {
+      const int column = first_column_ + i / channels;
+      input_weight_[i] = column < width ? chain_.ends.input_weight[column * channels + i % channels] : 0.0f;
+    }
+    for (int i = thread(); i < columns_; i += kChainThreads) {
+      input_bias_[i] = first_column_ + i < width ? chain_.ends.input_bias[first_column_ + i] : 0.0f;
+    }
+    for (int i = thread(); i < chain_.tokens * channels; i += kChainThreads) x_[i] = chain_.x[i];
+    for (int i = thread(); i < chain_.tokens; i += kChainThreads) path_[i] = 0.0f;
+  }
+
+  // h of the block's columns, from x.
+  __device__ __forceinline__ void project() {
+    ++h_written_;
+    for (int i = thread(); i < chain_.tokens * columns_; i += kChainThreads) {
+      const int token = i / columns_, c = i % columns_;
+      if (first_column_ + c >= chain_.width) continue;
+      float h = input_bias_[c];
+      for (int channel = 0; channel < chain_.channels; ++channel) {
+        h = fmaf(x_[token * chain_.channels + channel], input_weight_[c * chain_.channels + channel], h);
+      }
+      for (int half = 0; half < chain_.halves; ++half) write_h(token + half * chain_.tokens, c, h);
+    }
+  }
+
+  __device__ __forceinline__ void write_h(int row, int c, float value) {
+    own_h_[row * columns_ + c] = value;
+    pass_on_at(places_.h + static_cast<std::int64_t>(row) * chain_.width + first_column_ + c, value, h_written_);
+  }
+
+  __device__ __forceinline__ void pass_on_at(std::int64_t place, float value, unsigned times) {
+    if (speaks()) pass_on(chain_.exchange + place, value, times & 1);
+  }
+
+  // A row that every block has columns of, as it comes in; modulations and the like are asked for before.
+  __device__ __forceinline__ Row await_h(int row) {
+    const auto* words = chain_.exchange + places_.h + static_cast<std::int64_t>(row) * chain_.width;
+    return await_row<kThreadsPerRow>(words, chain_.width, h_written_ & 1, watchdog_);
+  }
+
+  // The first layer's operand.
+  __device__ __forceinline__ void normalise(int block, const T* mods) {
+    const Modulation<T> modulation = {blocks_[block].norm_weight, blocks_[block].norm_bias, mods, 3 * chain_.width,
+                                      chain_.epsilon};
+#pragma unroll 1
+    for (int pass = 0; pass < kPasses; ++pass) {
+      const int row = row_of(pass);
+      const bool mine = row < rows_;
+      const ModulationPart<kThreadsPerRow, T> early(modulation, mine ? row : 0, chain_.width);
+      Row h = {};
+      if (mine) h = await_h(row);
+      const auto statistics = row_statistics(h, chain_.width, chain_.epsilon, scratch_);
+#pragma unroll
+      for (int chunk = 0; chunk < Row::kChunks; ++chunk) {
+        const int column = Row::column(chunk);
+        if (!mine || column >= chain_.width) continue;
+        store_four(operand_ + row * stride_ + column, early.apply(chunk, h.v[chunk], statistics));
+      }
+    }
+    sync_block();
+  }
+
+  __device__ __forceinline__ void await_activations() {
+#pragma unroll 1
+    for (int pass = 0; pass < kPasses; ++pass) {
+      const int row = row_of(pass);
+      if (row >= rows_) continue;
+      const auto* words = chain_.exchange + places_.activations + static_cast<std::int64_t>(row) * chain_.width;
+      const auto values = await_row<kThreadsPerRow>(words, chain_.width, activations_written_ & 1, watchdog_);
+#pragma unroll
+      for (int chunk = 0; chunk < Row::kChunks; ++chunk) {
+        const int column = Row::column(chunk);
+        if (column < chain_.width) store_four(operand_ + row * stride_ + column, values.v[chunk]);
+      }
+    }
+    sync_block();
+  }
+
+  // Every warp's share of operand @ weights^T, into ``sums_`` [warps, Rows, columns].
+  __device__ __forceinline__ void multiply(WeightSupply<T, Resident>& weights, int layer) {
+    weights.begin(layer);
+    const int spans = Pieces<T>::spans(chain_.width);
+    const T* start = operand_ + warp() * spans * Pieces<T>::kSpan + lane() % 4 * Pieces<T>::kPiece;
+    for (int tile = 0; tile < columns_ / kTileColumns; ++tile) {
+      TileSum<T, Rows> sum;
+      for (int span = 0; span < spans; ++span) {
+        sum.add(weights.next(tile * spans + span), start + span * Pieces<T>::kSpan, stride_);
+      }
+      sum.store(sums_ + warp() * Rows * columns_ + tile * kTileColumns, columns_);
+    }
+    sync_block();
+  }
+
+  // The block's i-th value of a layer: row i / columns, column i % columns.
+  __device__ __forceinline__ float layer_value(int layer, int i) const {
+    float value = biases_[layer * columns_ + i % columns_];
+#pragma unroll
+    for (int w = 0; w < kChainWarps; ++w) value += sums_[w * Rows * columns_ + i];
+    return value;
+  }
+
+  __device__ __forceinline__ void pass_on_activations(int block) {
+    ++activations_written_;
+    for (int i = thread(); i < rows_ * columns_; i += kChainThreads) {
+      const int row = i / columns_, column = first_column_ + i % columns_;
+      if (column >= chain_.width) continue;
+      pass_on_at(places_.activations + static_cast<std::int64_t>(row) * chain_.width + column,
+                 silu(layer_value(2 * block, i)), activations_written_);
+    }
+  }
+
+  __device__ __forceinline__ void add_residual(int block, const T* mods) {
+    ++h_written_;
+    for (int i = thread(); i < rows_ * columns_; i += kChainThreads) {
+      const int row = i / columns_, c = i % columns_, column = first_column_ + c;
+      if (column >= chain_.width) continue;
+      const float gate = to_float(mods[(static_cast<std::int64_t>(row) * 3 + 2) * chain_.width + column]);
+      write_h(row, c, fmaf(gate, layer_value(2 * block + 1, i), own_h_[i]));
+    }
+  }
+
+  // The channels of the final layer that are this block's. Every block reads h, also one that has none: see
+  // exchange.cuh.
+  __device__ __forceinline__ void final_layer(const T* mods) {
+    ++outputs_written_;
+    const Modulation<T> modulation = {nullptr, nullptr, mods, 2 * chain_.width, chain_.epsilon};
+#pragma unroll 1
+    for (int pass = 0; pass < kPasses; ++pass) {
+      const int row = row_of(pass);
+      const bool mine = row < rows_;
+      const ModulationPart<kThreadsPerRow, T> early(modulation, mine ? row : 0, chain_.width);
+      Row a = {};
+      if (mine) a = await_h(row);
+      if (static_cast<int>(blockIdx.x) >= outputs_) continue;
+      const auto statistics = row_statistics(a, chain_.width, chain_.epsilon, scratch_);
+#pragma unroll
+      for (int chunk = 0; chunk < Row::kChunks; ++chunk) {
+        if (mine && Row::column(chunk) < chain_.width) {
+          a.v[chunk] = early.apply(chunk, a.v[chunk], statistics);
+        }
+      }
+      for (int output = blockIdx.x; output < outputs_; output += gridDim.x) {
+        const float* weight = chain_.ends.final_weight + static_cast<std::int64_t>(output) * chain_.width;
+        float sum = 0.0f;
+#pragma unroll
+        for (int chunk = 0; chunk < Row::kChunks; ++chunk) {
+          if (!mine || Row::column(chunk) >= chain_.width) continue;
+          const auto weights = load_four(weight + Row::column(chunk));
+#pragma unroll
+          for (int i = 0; i < 4; ++i) sum = fmaf(a.v[chunk].v[i], weights.v[i], sum);
+        }
+        sum = sum_over_row<kThreadsPerRow>(sum, scratch_ + 2 * kRowWarps) + chain_.ends.final_bias[output];
+        if (mine && thread() % kThreadsPerRow == 0) {
+          pass_on_at(places_.outputs + static_cast<std::int64_t>(row) * 2 * chain_.channels + output, sum,
+                     outputs_written_);
+        }
+        sync_block();  // the scratch is used again
+      }
+    }
+  }
+
+  __device__ __forceinline__ float await_output(int row, int output) {
+    return await(chain_.exchange + places_.outputs + static_cast<std::int64_t>(row) * 2 * chain_.channels + output,
+                 outputs_written_ & 1, watchdog_);
+  }
+
+  // x after the step, in every block.
+  __device__ __forceinline__ void update(int step) {
+    const int channels = chain_.channels;
+    const bool guided = chain_.halves == 2;
+    for (int i = thread(); i < chain_.tokens * channels; i += kChainThreads) {
+      const int token = i / channels, channel = i % channels;
+      const float noise = step > 0 ? noise_at(chain_.noise, step, token, channel, channels) : 0.0f;
+      const StepTable table = chain_.tables[step];
+      const float scale = guided ? chain_.scale[token] : 1.0f, temperature = *chain_.temperature;
+      Output out = {};
+      out.eps = await_output(token, channel);
+      if (chain_.learned) out.v = await_output(token, channels + channel);
+      if (guided) out.eps_u = await_output(chain_.tokens + token, channel);
+      const Step after = reverse_step(x_[i], out, table, guided, scale, temperature, noise, step == 0);
+      x_[i] = after.x;
+      log_stds_[i] = after.log_std;
+    }
+    if (step == 0) return;
+    sync_block();
+    for (int token = thread(); token < chain_.tokens; token += kChainThreads) {
+      for (int channel = 0; channel < channels; ++channel) path_[token] += log_stds_[token * channels + channel];
+    }
+  }
+
+  __device__ __forceinline__ void store_results() {
+    if (blockIdx.x != 0) return;
+    const bool broken = load_relaxed(reinterpret_cast<const std::uint32_t*>(chain_.error)) != 0;
+    for (int i = thread(); i < chain_.tokens * chain_.channels; i += kChainThreads) {
+      chain_.x[i] = broken ? NAN : x_[i];
+      if (chain_.start == 0) chain_.log_std[i] = log_stds_[i];
+    }
+    for (int token = thread(); token < chain_.tokens; token += kChainThreads) chain_.path[token] += path_[token];
+  }
+
+  const Persistent& chain_;
+  int columns_, first_column_, rows_, outputs_, stride_;
+  ExchangeLayout places_;
+  Watchdog watchdog_;
+  unsigned h_written_ = 0, activations_written_ = 0, outputs_written_ = 0;
+  unsigned char* ring_;
+  T* operand_;
+  float *sums_, *own_h_, *biases_, *input_weight_, *input_bias_, *x_, *log_stds_, *path_, *scratch_;
+  BlockWeights* blocks_;
+  const void** layers_;
+};
+
+template <typename T, int Rows, bool Resident>
+__global__ void __launch_bounds__(kChainThreads, 1) persistent_kernel(Persistent chain, PersistentPlan plan) {
+  ChainBlock<T, Rows, Resident>(chain, plan).run(plan.stage_pieces);
+}
+
+}  // namespace cspd

@@ -1,0 +1,159 @@
+// Rows of the residual stream, spread over the threads of a block, and what is done with a whole row: LayerNorm,
+// modulation, the input projection.
+#pragma once
+
+#include "cspd/device.cuh"
+#include "cspd/parameters.h"
+
+namespace cspd {
+
+constexpr int kMaxWidth = 2048;
+constexpr int kRowThreads = 256;  // of a block
+constexpr int kRowWarps = kRowThreads / kWarp;
+
+// One thread's part of a row that ``Threads`` threads share: columns 4 (index + Threads i) .. + 3, 0 beyond the width.
+template <int Threads>
+struct RowPart {
+  static constexpr int kChunks = kMaxWidth / 4 / Threads;
+  Vector<float, 4> v[kChunks];
+
+  static __device__ __forceinline__ int column(int chunk) {
+    return 4 * (static_cast<int>(threadIdx.x) % Threads + Threads * chunk);
+  }
+};
+
+template <typename T>
+__device__ __forceinline__ Vector<float, 4> load_four(const T* at) {
+  const auto loaded = *reinterpret_cast<const Vector<T, 4>*>(at);
+  Vector<float, 4> values;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) values.v[i] = to_float(loaded.v[i]);
+  return values;
+}
+
+template <typename T>
+__device__ __forceinline__ void store_four(T* at, const Vector<float, 4>& values) {
+  Vector<T, 4> stored;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) stored.v[i] = from_float<T>(values.v[i]);
+  *reinterpret_cast<Vector<T, 4>*>(at) = stored;
+}
+
+// The sum over the threads that share a row, the same bits in each. ``scratch`` has kRowWarps floats, and every
+// thread of the block calls this; between two calls with one scratch there must be another wait of the block.
+template <int Threads>
+__device__ __forceinline__ float sum_over_row(float value, float* scratch) {
+  value = sum_over<kWarp>(value);
+  if constexpr (Threads > kWarp) {
+    if (lane() == 0) scratch[warp()] = value;
+    sync_block();
+    constexpr int kWarps = Threads / kWarp;
+    value = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kWarps; ++i) value += scratch[warp() / kWarps * kWarps + i];
+  }
+  return value;
+}
+
+struct Statistics {
+  float mean, inverse_std;
+};
+
+// Of a row's values, in two passes over registers: no difference of large squares. ``scratch``: 2 kRowWarps floats.
+template <int Threads>
+__device__ __forceinline__ Statistics row_statistics(const RowPart<Threads>& row, int width, float epsilon,
+                                                     float* scratch) {
+  float sum = 0.0f;
+#pragma unroll
+  for (int chunk = 0; chunk < row.kChunks; ++chunk) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) sum += row.v[chunk].v[i];
+  }
+  const float mean = sum_over_row<Threads>(sum, scratch) / static_cast<float>(width);
+  float squares = 0.0f;
+#pragma unroll
+  for (int chunk = 0; chunk < row.kChunks; ++chunk) {
+    if (row.column(chunk) >= width) continue;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float deviation = row.v[chunk].v[i] - mean;
+      squares = fmaf(deviation, deviation, squares);
+    }
+  }
+  const float variance = sum_over_row<Threads>(squares, scratch + kRowWarps) / static_cast<float>(width);
+  return {mean, 1.0f / sqrtf(variance + epsilon)};
+}
+
+// What one thread needs of a modulation for its part of a row: asked for before the row is there, as far as the
+// registers of a thread with a long part go, and else when it is used.
+template <int Threads, typename T>
+class ModulationPart {
+ public:
+  __device__ __forceinline__ ModulationPart(const Modulation<T>& modulation, std::int64_t row, int width)
+      : gain_(modulation.gain), offset_(modulation.offset), mods_(modulation.mods + row * modulation.stride) {
+    width_ = width;
+#pragma unroll
+    for (int chunk = 0; chunk < kChunks; ++chunk) {
+      const int column = RowPart<Threads>::column(chunk);
+      if (column >= width) continue;
+      if (kModsEarly) mods_of_[chunk] = load_mods(column);
+      if (kGainsEarly && gain_) gains_of_[chunk] = load_gains(column);
+    }
+  }
+
+  // Four columns of the operand.
+  __device__ __forceinline__ Vector<float, 4> apply(int chunk, const Vector<float, 4>& h,
+                                                    const Statistics& statistics) const {
+    const int column = RowPart<Threads>::column(chunk);
+    const Mods mods = kModsEarly ? mods_of_[kModsEarly ? chunk : 0] : load_mods(column);
+    Gains gains = {{{1.0f, 1.0f, 1.0f, 1.0f}}, {}};
+    if (gain_) gains = kGainsEarly ? gains_of_[kGainsEarly ? chunk : 0] : load_gains(column);
+    Vector<float, 4> out;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float normal = fmaf((h.v[i] - statistics.mean) * statistics.inverse_std, gains.gain.v[i],
+                                gains.offset.v[i]);
+      out.v[i] = fmaf(normal, 1.0f + to_float(mods.scale.v[i]), to_float(mods.shift.v[i]));
+    }
+    return out;
+  }
+
+ private:
+  struct Mods {
+    Vector<T, 4> shift, scale;
+  };
+  struct Gains {
+    Vector<float, 4> gain, offset;
+  };
+  static constexpr int kChunks = RowPart<Threads>::kChunks;
+  static constexpr bool kModsEarly = kChunks * sizeof(T) <= 16, kGainsEarly = kChunks <= 4;
+
+  __device__ __forceinline__ Mods load_mods(int column) const {
+    return {*reinterpret_cast<const Vector<T, 4>*>(mods_ + column),
+            *reinterpret_cast<const Vector<T, 4>*>(mods_ + width_ + column)};
+  }
+
+  __device__ __forceinline__ Gains load_gains(int column) const {
+    return {load_four(gain_ + column), load_four(offset_ + column)};
+  }
+
+  const float *gain_, *offset_;
+  const T* mods_;
+  int width_;
+  Mods mods_of_[kModsEarly ? kChunks : 1];
+  Gains gains_of_[kGainsEarly ? kChunks : 1];
+};
+
+// Four columns of the input projection of one token, x [C] @ weight [W, C]^T + bias.
+__device__ __forceinline__ Vector<float, 4> projected(const float* x, const float* weight, const float* bias,
+                                                      int channels, int column) {
+  auto h = load_four(bias + column);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float* weights = weight + static_cast<std::int64_t>(column + i) * channels;
+    for (int c = 0; c < channels; ++c) h.v[i] = fmaf(x[c], weights[c], h.v[i]);
+  }
+  return h;
+}
+
+}  // namespace cspd
