@@ -73,7 +73,7 @@ def copy_sources(folder: Path) -> Path:
 def with_stand_in(folder: Path) -> Path:
     """Put a small module, which needs neither nvcc nor pybind11, in the place of the kernels."""
     csrc = folder / "csrc"
-    for path in [*csrc.glob("*.cu"), *csrc.glob("*.cpp")]:
+    for path in [*csrc.rglob("*.cu"), *csrc.rglob("*.cpp")]:
         path.unlink()
     for name, text in STAND_IN.items():
         path = csrc / "include" / name if name.endswith(".h") else csrc / name
