@@ -140,17 +140,8 @@ def report(heads: dict[str, tuple[int, int, int]], quick: bool, processes: int) 
 
 def print_report(rows: list[dict], path: Path | None) -> None:
     """The table, equal lines once; fails where a kernel does not fit."""
-    columns = (
-        "kernel",
-        "dtype",
-        "tokens",
-        "model",
-        "architecture",
-        "registers",
-        "stack_bytes",
-        "shared_bytes",
-        "warps",
-    )
+    columns = ["kernel", "dtype", "tokens", "model", "architecture", "registers"]
+    columns += ["stack_bytes", "shared_bytes", "warps"]
     lines = [columns, *dict.fromkeys(tuple(str(row[c]) for c in columns) for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines)]
     for line in lines:

@@ -1,36 +1,54 @@
-"""What users install: the wheel's contents and metadata, and imports that need nothing."""
+"""What users install: the wheel's contents and metadata, with the CUDA extension or a reason why it is missing, and
+imports that need nothing.
+"""
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+import sysconfig
+import tarfile
 import zipfile
 from pathlib import Path
 
 import pytest
+from building import ROOT, build_wheel, copy_sources, fake_nvcc, with_stand_in
 
-ROOT = Path(__file__).parent.parent
+TOOLS = "/usr/bin:/bin"
 
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> zipfile.ZipFile:
-    """The wheel of a copy of the sources, so that the checkout stays clean."""
+    """The wheel where there is no CUDA toolkit."""
     work = tmp_path_factory.mktemp("wheel")
-    source = work / "source"
-    source.mkdir()
-    for name in ("cspd_kernels", "python", "pyproject.toml", "setup.py", "README.md", "LICENSE"):
-        subprocess.run(["cp", "-r", ROOT / name, source], check=True)
-    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--quiet", "-w", work, source]
-    # -S-like isolation from the current folder: torch must not be imported to build.
-    subprocess.run(command, check=True, cwd=work, env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(_no_torch(work))})
+    return built(build_wheel(copy_sources(work / "source"), work, work / "no tools"), work)
+
+
+@pytest.fixture
+def source(tmp_path):
+    """Sources whose kernels are a small stand-in."""
+    return with_stand_in(copy_sources(tmp_path / "source"))
+
+
+@pytest.fixture
+def tools(tmp_path):
+    """A PATH with an nvcc that compiles nothing, before any other."""
+    return f"{fake_nvcc(tmp_path / 'tools')}:{TOOLS}"
+
+
+def built(done: subprocess.CompletedProcess, work: Path) -> zipfile.ZipFile:
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return zipfile.ZipFile(next(work.glob("cspd_kernels-*.whl")))
 
 
-def _no_torch(work: Path) -> Path:
-    blocker = work / "blocker"
-    blocker.mkdir()
-    (blocker / "torch.py").write_text("raise ImportError('torch is not there at build time')\n")
-    return blocker
+def record(wheel: zipfile.ZipFile) -> dict:
+    return json.loads(wheel.read("cspd_kernels/_build.json"))
+
+
+def modules(wheel: zipfile.ZipFile) -> list[str]:
+    """The extension modules in it."""
+    return [name for name in wheel.namelist() if name.endswith(".so")]
 
 
 def test_wheel_holds_both_packages_whole(wheel):
@@ -79,3 +97,96 @@ def test_imports_are_quiet_and_light():
     )
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+NOT_FOUND = "nvcc was not found in CUDA_HOME, CUDA_PATH or PATH: install the CUDA toolkit and install again"
+
+
+def test_without_nvcc_the_wheel_is_pure_and_says_why(wheel):
+    assert wheel.filename.endswith("-py3-none-any.whl")
+    assert record(wheel) == {"built": False, "reason": f"when this package was installed, {NOT_FOUND}"}
+    assert modules(wheel) == []
+
+
+def test_with_nvcc_the_wheel_holds_the_extension(source, tools, tmp_path):
+    wheel = built(build_wheel(source, tmp_path, tools), tmp_path)
+    assert modules(wheel) == [f"cspd_kernels/_C{sysconfig.get_config_var('EXT_SUFFIX')}"]
+    assert not wheel.filename.endswith("-any.whl")
+    found = record(wheel)
+    assert (found["built"], found["architectures"], found["ptx"], found["nvcc"]) == (True, [80, 90], [90], "12.8.61")
+    assert found["kernels"][0]["spill_store_bytes"] == 8
+
+
+def test_a_required_extension_that_cannot_be_built_is_an_error(source, tmp_path):
+    done = build_wheel(source, tmp_path, tmp_path / "no tools", CSPD_BUILD_CUDA="1")
+    assert done.returncode != 0
+    assert f"CSPD_BUILD_CUDA=1, but the CUDA extension cannot be built: {NOT_FOUND}" in done.stdout + done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+
+
+def test_the_extension_can_be_skipped(source, tools, tmp_path):
+    wheel = built(build_wheel(source, tmp_path, tools, CSPD_BUILD_CUDA="0"), tmp_path)
+    assert "CSPD_BUILD_CUDA=0 skipped it: install again without" in record(wheel)["reason"]
+    assert wheel.filename.endswith("-py3-none-any.whl")
+    assert not (tmp_path / "tools" / "calls").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("CSPD_BUILD_CUDA", "yes", "expected CSPD_BUILD_CUDA as 1 (required), 0 (skipped) or not set, got 'yes'"),
+        ("CSPD_CUDA_ARCHS", "new", "expected CSPD_CUDA_ARCHS as architectures such as 80;90 or 9.0, got 'new'"),
+    ],
+)
+def test_values_that_mean_nothing_are_refused(source, tools, tmp_path, name, value, message):
+    done = build_wheel(source, tmp_path, tools, **{name: value})
+    assert done.returncode != 0
+    assert message in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("required", [False, True])
+def test_kernels_that_do_not_compile(source, tools, tmp_path, required):
+    (source / "csrc" / "answer.cu").write_text("BROKEN\n")
+    stale = source / "build" / f"lib.{sysconfig.get_platform()}-{sys.implementation.cache_tag}" / "cspd_kernels"
+    stale.mkdir(parents=True)
+    (stale / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}").touch()  # of an earlier build
+    done = build_wheel(source, tmp_path, tools, **({"CSPD_BUILD_CUDA": "1"} if required else {}))
+    error = "answer.cu(7): error: it is broken"
+    if required:
+        assert done.returncode != 0
+        assert "CSPD_BUILD_CUDA=1, but the CUDA extension did not compile: " in done.stdout + done.stderr
+        assert error in done.stdout + done.stderr
+        return
+    wheel = built(done, tmp_path)
+    assert "WARNING: installing cspd-kernels without its CUDA kernels" in done.stdout + done.stderr
+    assert modules(wheel) == []
+    assert record(wheel)["built"] is False
+    assert f"{error}): CSPD_BUILD_CUDA=1 pip install -v . shows all of it" in record(wheel)["reason"]
+
+
+def hook(source: Path, name: str, out: Path, path: str) -> None:
+    """Call a hook of the build backend, as pip does."""
+    code = f"import setuptools.build_meta as backend; backend.{name}({str(out)!r})"
+    subprocess.run([sys.executable, "-c", code], cwd=source, env={"PATH": path}, capture_output=True, check=True)
+
+
+def test_an_editable_installation_builds_in_the_source_tree(source, tools, tmp_path):
+    package, out = source / "cspd_kernels", tmp_path / "out"
+    out.mkdir()
+    hook(source, "build_editable", out, tools)
+    assert json.loads((package / "_build.json").read_text())["built"] is True
+    assert len([*package.glob("_C.*.so")]) == 1
+    hook(source, "build_editable", out, str(tmp_path / "no tools"))
+    assert NOT_FOUND in json.loads((package / "_build.json").read_text())["reason"]
+    assert [*package.glob("_C.*.so")] == []
+
+
+def test_the_source_distribution_builds(source, tmp_path):
+    csrc = {path.relative_to(source).as_posix() for path in (source / "csrc").rglob("*") if path.is_file()}
+    out = tmp_path / "out"
+    out.mkdir()
+    hook(source, "build_sdist", out, str(tmp_path / "no tools"))
+    with tarfile.open(next(out.glob("*.tar.gz"))) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert {"CMakeLists.txt", "setup.py", "pyproject.toml"} | csrc <= names
+    assert not any(name.endswith((".pyc", ".so", "_build.json")) for name in names)

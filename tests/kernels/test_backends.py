@@ -1,16 +1,21 @@
 """Choice of the backend, and what importing the packages leaves behind."""
 
 import importlib.util
-import logging
 import subprocess
 import sys
-import types
 
 import pytest
 import torch
 
-from cspd_kernels import DiffusionHead, accept_reject, available_backends, backends, denoise, log_density_ratio
-from cspd_kernels.backends import BACKENDS, implementation, interpreting, why_unavailable
+from cspd_kernels import (
+    DiffusionHead,
+    accept_reject,
+    available_backends,
+    backends,
+    denoise,
+    log_density_ratio,
+)
+from cspd_kernels.backends import BACKENDS, interpreting, why_unavailable
 from cspd_kernels.testing import random_chains, random_inputs
 
 OPS = ("denoise", "log_density_ratio", "accept_reject")
@@ -42,17 +47,6 @@ def nothing_but_torch(monkeypatch):
 @pytest.fixture
 def no_interpreter(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-
-
-@pytest.fixture
-def fake_triton(monkeypatch):
-    """Triton kernels for every op, "ok" on this machine, which refuse the head "odd"; what is chosen is not loaded."""
-    module = types.SimpleNamespace(why_unsupported=lambda head: "the head is odd" if head == "odd" else None)
-    for op in OPS:
-        monkeypatch.setitem(sys.modules, backends._module(op, "triton"), module)
-    monkeypatch.setattr(backends, "why_unavailable", lambda backend, op="denoise": None)
-    monkeypatch.setattr(backends, "_load", lambda op, backend: (op, backend))
-    return module
 
 
 def test_every_backend_has_a_status():
@@ -130,44 +124,6 @@ def test_interpreting_reads_tritons_own_switch(monkeypatch, no_interpreter, valu
     assert not interpreting()
     monkeypatch.setenv("TRITON_INTERPRET", value)
     assert interpreting() is on
-
-
-@pytest.mark.parametrize("op", OPS)
-def test_automatic_is_triton_on_cuda_devices_and_torch_elsewhere(fake_triton, no_interpreter, op):
-    assert implementation(op, None, CUDA, "any") == (op, "triton")
-    for device in (None, CPU, torch.device("meta")):
-        assert implementation(op, None, device, "any") == (op, "torch")
-
-
-@pytest.mark.parametrize("op", OPS)
-def test_automatic_on_cuda_falls_back_to_torch_with_the_reason_logged_once_per_op(
-    monkeypatch, nothing_but_torch, no_interpreter, caplog, op
-):
-    monkeypatch.setattr(backends, "_load", lambda op, backend: (op, backend))
-    backends.log_once.cache_clear()
-    with caplog.at_level(logging.INFO, "cspd_kernels"):
-        for _ in range(3):
-            assert implementation(op, None, CUDA) == (op, "torch")
-    assert caplog.messages == [f"automatic backend of {op}: torch ({nothing_but_torch})"]
-
-
-def test_a_head_that_the_kernels_refuse(fake_triton, no_interpreter, caplog):
-    backends.log_once.cache_clear()
-    with caplog.at_level(logging.INFO, "cspd_kernels"):
-        assert implementation("denoise", None, CUDA, "odd") == ("denoise", "torch")
-    assert "the head is odd" in caplog.text
-    with pytest.raises(RuntimeError, match="backend='triton' cannot serve denoise: the head is odd"):
-        implementation("denoise", "triton", CUDA, "odd")
-    assert implementation("denoise", "triton") == ("denoise", "triton")  # asked before there is a head
-
-
-def test_kernels_and_tensors_must_be_on_one_side(fake_triton, monkeypatch, no_interpreter):
-    with pytest.raises(RuntimeError, match=r"these are on cpu: .*or set TRITON_INTERPRET=1"):
-        implementation("denoise", "triton", CPU, "any")
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert implementation("denoise", "triton", CPU, "any") == ("denoise", "triton")
-    with pytest.raises(RuntimeError, match=r"TRITON_INTERPRET is set, .*these are on cuda"):
-        implementation("denoise", "triton", CUDA, "any")
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no Triton")

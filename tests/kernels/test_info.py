@@ -9,9 +9,10 @@ import pytest
 import torch
 
 import cspd_kernels
-from cspd_kernels import backends, info
+from cspd_kernels import backends, cuda_support, info
 
 KEYS = {"cspd-kernels", "python", "platform", "torch", "triton", "numpy", "gpus", "backends", "CSPD_BACKEND"}
+KEYS |= {"cuda extension"}
 
 
 def broken(*_):
@@ -48,6 +49,24 @@ def test_devices_are_listed(capsys, monkeypatch):
     assert [gpu["name"] for gpu in json.loads(capsys.readouterr().out)["gpus"]] == ["Card A", "Card B"]
 
 
+def test_the_cuda_extension_and_the_devices_it_covers(capsys, monkeypatch):
+    record = {"built": True, "architectures": [80, 90], "ptx": [], "nvcc": "13.0.88"}
+    gpus = [{"name": "Card A", "capability": "8.6"}, {"name": "Card B", "capability": "10.0"}]
+    monkeypatch.setattr(cuda_support, "build_record", lambda: record)
+    monkeypatch.setattr(info, "_devices", lambda: gpus)
+    info.main(["--json"])
+    assert json.loads(capsys.readouterr().out)["cuda extension"] == {
+        "built": "yes",
+        "for": "8.0, 9.0",
+        "nvcc": "13.0.88",
+        "Card A": "covered",
+        "Card B": "compute capability 10.0 is not covered",
+    }
+    monkeypatch.setattr(cuda_support, "build_record", lambda: {"built": False, "reason": "nobody did"})
+    info.main([])
+    assert "cuda extension:\n  built    no: nobody did\n" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("arguments", [[], ["--json"]])
 @pytest.mark.parametrize(
     ("target", "name"),
@@ -56,6 +75,7 @@ def test_devices_are_listed(capsys, monkeypatch):
         (info, "_version"),
         (info.platform, "machine"),
         (backends, "available_backends"),
+        (cuda_support, "build_record"),
         (torch.cuda, "device_count"),
         (torch, "get_num_threads"),
     ],

@@ -1,0 +1,157 @@
+"""Whether the CUDA extension is there, and which devices it serves; on records and modules that are not real."""
+
+import importlib
+import json
+import types
+
+import pytest
+import torch
+
+from cspd_kernels import cuda_support
+from cspd_kernels.cuda_support import build_record, covers, why_unavailable, why_unsupported_here
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+BUILT = {"built": True, "architectures": [80, 90], "ptx": [90], "nvcc": "13.0.88", "kernels": []}
+
+
+@pytest.fixture(autouse=True)
+def record(monkeypatch, tmp_path):
+    """``record(dict)`` writes what the installation left; nothing until then."""
+    caches = (cuda_support._loaded, cuda_support._why_unsupported_device)
+    for cache in caches:
+        cache.cache_clear()
+    path = tmp_path / "_build.json"
+    monkeypatch.setattr(cuda_support, "RECORD", path)
+    monkeypatch.delenv("CSPD_CUDA_EMULATION", raising=False)
+    yield lambda content: path.write_text(json.dumps(content))
+    for cache in caches:
+        cache.cache_clear()
+
+
+@pytest.fixture
+def extension(record, monkeypatch):
+    """An extension that loads, on a machine with a GPU; what it has, and what the GPU can, may be changed."""
+    module = types.SimpleNamespace(EMULATED=False, capability=(9, 0))
+    record(BUILT)
+    monkeypatch.setattr(importlib, "import_module", {"cspd_kernels._C": module}.__getitem__)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: module.capability)
+    return module
+
+
+@pytest.fixture
+def emulation(extension, monkeypatch):
+    """The environment names a build for the CPU."""
+    monkeypatch.setenv("CSPD_CUDA_EMULATION", "/a/file.so")
+    module = types.SimpleNamespace(EMULATED=True)
+    monkeypatch.setattr(cuda_support, "_loaded_emulation", {"/a/file.so": module}.__getitem__)
+    return module
+
+
+def test_a_source_tree_says_how_to_build():
+    assert build_record() == {"built": False, "reason": why_unavailable()}
+    assert why_unavailable() == "this is a source tree without the extension: pip install -e . builds it"
+    with pytest.raises(RuntimeError, match="the CUDA extension is not there: this is a source tree"):
+        cuda_support.extension()
+    assert not cuda_support.emulated()
+
+
+def test_the_reason_of_the_installation(record):
+    record({"built": False, "reason": "nvcc was not found"})
+    assert why_unavailable() == "nvcc was not found"
+
+
+def test_an_extension_that_loads(extension, monkeypatch):
+    assert cuda_support.extension() is extension
+    assert why_unavailable() is None
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert why_unavailable() == "no CUDA device"
+    assert not cuda_support.emulated()
+
+
+def test_an_extension_that_does_not_load_is_a_reason_and_no_crash(record, monkeypatch):
+    def broken(name):
+        raise ImportError(f"{name}: undefined symbol: cudaFoo")
+
+    record(BUILT)
+    monkeypatch.setattr(importlib, "import_module", broken)
+    reason = "cspd_kernels._C cannot be imported (ImportError: cspd_kernels._C: undefined symbol: cudaFoo)"
+    assert why_unavailable() == f"{reason}: install cspd-kernels again"
+    with pytest.raises(RuntimeError, match="undefined symbol: cudaFoo"):
+        cuda_support.extension()
+
+
+def test_the_extension_is_loaded_once(extension, record, monkeypatch):
+    first = cuda_support.extension()
+    record({"built": False, "reason": "too late"})
+    monkeypatch.setattr(importlib, "import_module", lambda name: pytest.fail(f"{name} is imported again"))
+    assert cuda_support.extension() is first
+
+
+def test_the_emulation_needs_no_device(emulation, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert cuda_support.extension() is emulation
+    assert cuda_support.emulated()
+    assert why_unavailable() is None
+    assert why_unsupported_here(CPU) is None
+    assert why_unsupported_here(CUDA) == (
+        "CSPD_CUDA_EMULATION is set, so the kernels run on CPU tensors, and these are on cuda:0: unset it, or move them"
+    )
+    assert cuda_support.launch_stream(CPU) == 0
+
+
+def test_the_emulation_ends_with_its_variable(emulation, extension, monkeypatch):
+    assert cuda_support.emulated()
+    monkeypatch.delenv("CSPD_CUDA_EMULATION")
+    assert cuda_support.extension() is extension
+    assert "these are on cpu" in why_unsupported_here(CPU)
+
+
+@pytest.mark.parametrize("content", [None, b"not a library"])
+def test_an_emulation_that_does_not_load_is_a_reason(monkeypatch, tmp_path, content):
+    path = tmp_path / "_C.so"
+    if content:
+        path.write_bytes(content)
+    monkeypatch.setenv("CSPD_CUDA_EMULATION", str(path))
+    reason = why_unavailable()
+    assert reason.startswith(f"CSPD_CUDA_EMULATION='{path}' does not load (ImportError: ")
+    assert reason.endswith("unset it, or build that file by python csrc/compile.py --emulated")
+    assert not cuda_support.emulated()
+
+
+@pytest.mark.parametrize(
+    ("architectures", "ptx", "yes", "no"),
+    [
+        ([80], [], [(8, 0), (8, 6), (8, 9)], [(7, 5), (9, 0), (10, 0)]),
+        ([86], [], [(8, 6), (8, 9)], [(8, 0), (9, 0)]),
+        ([90], [90], [(9, 0), (10, 0), (12, 1)], [(8, 0), (8, 9)]),
+        ([80, 90, 100], [100], [(8, 0), (8, 9), (9, 0), (10, 0), (10, 3), (11, 0), (12, 0)], [(7, 5)]),
+        ([80, 103], [103], [(8, 0), (10, 3), (11, 0)], [(9, 0), (10, 0)]),
+        ([], [], [], [(8, 0)]),
+    ],
+)
+def test_coverage(architectures, ptx, yes, no):
+    assert [c for c in yes + no if covers(architectures, ptx, c)] == yes
+
+
+def test_devices_that_are_not_covered(extension):
+    assert why_unsupported_here(CUDA) is None
+    extension.capability = (7, 5)
+    assert why_unsupported_here(CUDA) is None  # a device does not change
+    assert why_unsupported_here(torch.device("cuda", 1)) == (
+        "its kernels were compiled for 8.0, 9.0, PTX 9.0, and this device has compute capability 7.5: "
+        "install again with CSPD_CUDA_ARCHS=7.5"
+    )
+
+
+def test_other_devices(extension, monkeypatch):
+    reason = "its kernels run on CUDA tensors, and these are on cpu: move them, or use backend='torch'"
+    assert why_unsupported_here(CPU) == reason
+    monkeypatch.setattr(torch.version, "hip", "6.0")
+    assert why_unsupported_here(CUDA) == "its kernels are written for NVIDIA devices"
+
+
+def test_launches_go_to_the_current_stream(extension, monkeypatch):
+    streams = {CUDA: types.SimpleNamespace(cuda_stream=7)}
+    monkeypatch.setattr(torch.cuda, "current_stream", streams.__getitem__)
+    assert cuda_support.launch_stream(CUDA) == 7
