@@ -1,10 +1,12 @@
 """Fixtures that every test directory shares."""
 
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from building import compiling
 
 from cspd.models import DiffLoss, GaussianDiffusion
 from cspd_kernels import DiffusionHead, Schedule
@@ -19,6 +21,14 @@ torch.set_num_threads(1)
 # defined, so before the first test module imports Triton. Processes that tests start inherit the choice.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    if "CSPD_CUDA_EMULATION" not in os.environ:
+        # Likewise the CUDA kernels, compiled for the CPU. What has not changed since the last session is not compiled.
+        building = compiling()
+        try:
+            built = building.build_emulated(Path(__file__).parents[1] / ".pytest_cache" / "emulated")
+            os.environ["CSPD_CUDA_EMULATION"] = str(built)
+        except building.BuildError as error:
+            print(f"the tests of the CUDA kernels will be skipped: {error}")
 
 
 def pytest_collection_modifyitems(items):
