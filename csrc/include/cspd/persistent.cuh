@@ -237,14 +237,19 @@ class ChainBlock {
   // Every warp's share of operand @ weights^T, into ``sums_`` [warps, Rows, columns].
   __device__ __forceinline__ void multiply(WeightSupply<T, Resident>& weights, int layer) {
     weights.begin(layer);
+    constexpr int kSpan = Pieces<T>::kSpan;
     const int spans = Pieces<T>::spans(chain_.width);
-    const T* start = operand_ + warp() * spans * Pieces<T>::kSpan + lane() % 4 * Pieces<T>::kPiece;
+    const T* start = operand_ + warp() * spans * kSpan + lane() % 4 * Pieces<T>::kPiece;
     for (int tile = 0; tile < columns_ / kTileColumns; ++tile) {
       TileSum<T, Rows> sum;
-#pragma unroll 4
-      for (int span = 0; span < spans; ++span) {
-        sum.add(weights.next(tile * spans + span), start + span * Pieces<T>::kSpan, stride_);
+      int span = 0;
+#pragma unroll(sizeof(T) == 2 ? 2 : 1)
+      for (; span + 1 < spans; span += 2) {
+        const int piece = tile * spans + span;
+        sum.template add<0>(weights.next(piece), start + span * kSpan, stride_);
+        sum.template add<1>(weights.next(piece + 1), start + (span + 1) * kSpan, stride_);
       }
+      if (span < spans) sum.template add<0>(weights.next(tile * spans + span), start + span * kSpan, stride_);
       sum.store(sums_ + warp() * Rows * columns_ + tile * kTileColumns, columns_);
     }
     sync_block();

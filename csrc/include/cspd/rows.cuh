@@ -59,17 +59,32 @@ struct Statistics {
   float mean, inverse_std;
 };
 
-// Of a row's values, in two passes over registers: no difference of large squares. ``scratch``: 2 kRowWarps floats.
+// How many columns of a row its i-th warp holds.
+template <int Threads>
+__device__ __forceinline__ int columns_of_warp(int i, int width) {
+  int count = 0;
+#pragma unroll
+  for (int chunk = 0; chunk < RowPart<Threads>::kChunks; ++chunk) {
+    const int left = width - 4 * (kWarp * i + Threads * chunk);
+    count += left < 0 ? 0 : left > 4 * kWarp ? 4 * kWarp : left;
+  }
+  return count;
+}
+
+// Of a row's values: every warp those of its own, in two passes over registers, which are then merged by Chan's
+// formula. So there is one wait, and no difference of large squares. ``scratch`` [2, kRowWarps] as for sum_over_row.
 template <int Threads>
 __device__ __forceinline__ Statistics row_statistics(const RowPart<Threads>& row, int width, float epsilon,
                                                      float* scratch) {
-  float sum = 0.0f;
+  constexpr int kWarps = Threads / kWarp;
+  const int own = columns_of_warp<Threads>(warp() % kWarps, width);
+  float mean = 0.0f;
 #pragma unroll
   for (int chunk = 0; chunk < row.kChunks; ++chunk) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) sum += row.v[chunk].v[i];
+    for (int i = 0; i < 4; ++i) mean += row.v[chunk].v[i];
   }
-  const float mean = sum_over_row<Threads>(sum, scratch) / static_cast<float>(width);
+  mean = sum_over<kWarp>(mean) / static_cast<float>(own > 0 ? own : 1);
   float squares = 0.0f;
 #pragma unroll
   for (int chunk = 0; chunk < row.kChunks; ++chunk) {
@@ -80,8 +95,25 @@ __device__ __forceinline__ Statistics row_statistics(const RowPart<Threads>& row
       squares = fmaf(deviation, deviation, squares);
     }
   }
-  const float variance = sum_over_row<Threads>(squares, scratch + kRowWarps) / static_cast<float>(width);
-  return {mean, 1.0f / sqrtf(variance + epsilon)};
+  squares = sum_over<kWarp>(squares);
+  if constexpr (kWarps > 1) {
+    if (lane() == 0) {
+      scratch[warp()] = mean;
+      scratch[kRowWarps + warp()] = squares;
+    }
+    sync_block();
+    const float* means = scratch + warp() / kWarps * kWarps;
+    mean = squares = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kWarps; ++i) mean += means[i] * static_cast<float>(columns_of_warp<Threads>(i, width));
+    mean /= static_cast<float>(width);
+#pragma unroll
+    for (int i = 0; i < kWarps; ++i) {
+      const float apart = means[i] - mean;
+      squares += means[kRowWarps + i] + static_cast<float>(columns_of_warp<Threads>(i, width)) * apart * apart;
+    }
+  }
+  return {mean, 1.0f / sqrtf(squares / static_cast<float>(width) + epsilon)};
 }
 
 // What one thread needs of a modulation for its part of a row: asked for before the row is there, as far as the

@@ -119,21 +119,20 @@ class WeightSupply {
 // One thread's share of [Rows, 8] += a [Rows, span] @ weights [8, span]^T, by tensor cores: half-precision types.
 //
 // A piece holds 8 values of k where an instruction wants two pairs 8 apart; in which order k is summed is the same
-// for both operands, so pieces of both are taken as they lie.
+// for both operands, so pieces of both are taken as they lie. An instruction waits for the last one on its sums, so
+// there are two sums for either half of a piece, of even and of odd spans (Lane 0 and 1).
 template <typename T, int Rows>
-struct TileSum {
-  float c[4] = {};
-
+class TileSum {
+ public:
+  template <int Lane>
   __device__ __forceinline__ void add(const Vector<T, 8>& piece, const T* a, int stride) {
     const int g = lane() / 4;
     const auto weights = bit_cast<Vector<std::uint32_t, 4>>(piece);
     Vector<std::uint32_t, 4> low = {}, high = {};
     if (g < Rows) low = *reinterpret_cast<const Vector<std::uint32_t, 4>*>(a + g * stride);
     if (Rows > 8) high = *reinterpret_cast<const Vector<std::uint32_t, 4>*>(a + (g + 8) * stride);
-#pragma unroll
-    for (int i = 0; i < 4; i += 2) {
-      multiply_tile<T>(c, {low.v[i], high.v[i], low.v[i + 1], high.v[i + 1]}, {weights.v[i], weights.v[i + 1]});
-    }
+    multiply_tile<T>(c_[Lane][0], {low.v[0], high.v[0], low.v[1], high.v[1]}, {weights.v[0], weights.v[1]});
+    multiply_tile<T>(c_[Lane][1], {low.v[2], high.v[2], low.v[3], high.v[3]}, {weights.v[2], weights.v[3]});
   }
 
   // Leave the sums in ``out`` [Rows, columns].
@@ -142,32 +141,44 @@ struct TileSum {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       if (g + 8 * half >= Rows) continue;
-      *reinterpret_cast<Vector<float, 2>*>(out + (g + 8 * half) * columns + 2 * q) = {{c[2 * half], c[2 * half + 1]}};
+      Vector<float, 2> sums;
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int at = 2 * half + i;
+        sums.v[i] = (c_[0][0][at] + c_[0][1][at]) + (c_[1][0][at] + c_[1][1][at]);
+      }
+      *reinterpret_cast<Vector<float, 2>*>(out + (g + 8 * half) * columns + 2 * q) = sums;
     }
   }
+
+ private:
+  float c_[2][2][4] = {};
 };
 
 // The same in float32.
 template <int Rows>
-struct TileSum<float, Rows> {
-  float c[Rows] = {};
-
+class TileSum<float, Rows> {
+ public:
+  template <int Lane>
   __device__ __forceinline__ void add(const Vector<float, 4>& piece, const float* a, int stride) {
 #pragma unroll
     for (int row = 0; row < Rows; ++row) {
       const auto values = *reinterpret_cast<const Vector<float, 4>*>(a + row * stride);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) c[row] = fmaf(values.v[i], piece.v[i], c[row]);
+      for (int i = 0; i < 4; ++i) c_[row] = fmaf(values.v[i], piece.v[i], c_[row]);
     }
   }
 
   __device__ __forceinline__ void store(float* out, int columns) {
 #pragma unroll
     for (int row = 0; row < Rows; ++row) {
-      const float sum = sum_over<4>(c[row]);
+      const float sum = sum_over<4>(c_[row]);
       if (lane() % 4 == 0) out[row * columns + lane() / 4] = sum;
     }
   }
+
+ private:
+  float c_[Rows] = {};
 };
 
 }  // namespace cspd
