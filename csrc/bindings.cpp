@@ -43,8 +43,8 @@ Operand operand(int type) {
 void log_density_ratio(Address x, Address mean_q, Address log_q, Address path_q, Address mean_p, Address log_p,
                        Address path_p, Address relaxations, float relaxation, Address out, std::int64_t n, int channels,
                        bool released, Address stream) {
-  const cspd::Judged judged = {x, {mean_q, log_q, path_q}, {mean_p, log_p, path_p}, relaxations, relaxation,
-                               n, channels, released};
+  const cspd::Judged judged = {
+      x, {mean_q, log_q, path_q}, {mean_p, log_p, path_p}, relaxations, relaxation, n, channels, released};
   check(cspd::log_density_ratio(judged, out, stream), "log_density_ratio");
 }
 
@@ -52,8 +52,8 @@ void accept_reject(Address x, Address mean_q, Address log_q, Address path_q, Add
                    Address path_p, Address relaxations, float relaxation, Address sample, Address rows, Address token,
                    Address accepted, Address tries, Address log_ratio, std::int64_t n, int channels, std::uint64_t seed,
                    int max_tries, bool released, bool closed_form, int multiprocessors, Address stream) {
-  const cspd::Judged judged = {x, {mean_q, log_q, path_q}, {mean_p, log_p, path_p}, relaxations, relaxation,
-                               n, channels, released};
+  const cspd::Judged judged = {
+      x, {mean_q, log_q, path_q}, {mean_p, log_p, path_p}, relaxations, relaxation, n, channels, released};
   const cspd::Redraw redraw = {sample, rows, seed, max_tries, token, accepted, tries, log_ratio};
   check(cspd::accept_reject(judged, redraw, closed_form, multiprocessors, stream), "accept_reject");
 }
@@ -83,9 +83,20 @@ void residual(int type, Address product, Address bias, Address mods, Address h, 
 void update(Address final_operand, Address final_weight, Address final_bias, Address coefficients, Address temperature,
             Address scale, Address x, Address noise, Address seed, Address addresses, int step, Address log_std,
             Address path, std::int64_t n, int channels, bool learned, int width, Address stream) {
-  const cspd::Update arguments = {final_operand, {nullptr, nullptr, final_weight, final_bias}, coefficients,
-                                  temperature, scale, x, {noise, 0, seed, addresses}, log_std, path, n, step, channels,
-                                  width, learned};
+  const cspd::Update arguments = {final_operand,
+                                  {nullptr, nullptr, final_weight, final_bias},
+                                  coefficients,
+                                  temperature,
+                                  scale,
+                                  x,
+                                  {noise, 0, seed, addresses},
+                                  log_std,
+                                  path,
+                                  n,
+                                  step,
+                                  channels,
+                                  width,
+                                  learned};
   check(cspd::update(arguments, stream), "update");
 }
 
@@ -100,11 +111,13 @@ void persistent(int type, const cspd::PersistentPlan& plan, Address blocks, Addr
                 std::int64_t noise_step, Address seed, Address addresses, Address log_std, Address path,
                 Address exchange, Address error, int n, int halves, int channels, bool learned, int depth, int width,
                 float epsilon, int first, int start, int stop, std::uint64_t timeout_ns, int silent, Address stream) {
-  const cspd::Persistent chain = {blocks, mods, mods_block, final_mods,
-                                  {input_weight, input_bias, final_weight, final_bias}, coefficients, temperature,
-                                  scale, x, {noise, noise_step, seed, addresses}, log_std, path, exchange, error, n,
-                                  halves, channels, depth, width, learned, epsilon, first, start, stop, timeout_ns,
-                                  silent};
+  const cspd::Persistent chain = {
+      blocks,       mods,        mods_block, final_mods, {input_weight, input_bias, final_weight, final_bias},
+      coefficients, temperature, scale,      x,          {noise, noise_step, seed, addresses},
+      log_std,      path,        exchange,   error,      n,
+      halves,       channels,    depth,      width,      learned,
+      epsilon,      first,       start,      stop,       timeout_ns,
+      silent};
   check(cspd::persistent(operand(type), chain, plan, stream), "persistent");
 }
 

@@ -5,6 +5,7 @@ import os
 import numpy as np
 import pytest
 import torch
+from building import emulation
 
 from cspd.models import DiffLoss, GaussianDiffusion
 from cspd_kernels import DiffusionHead, Schedule
@@ -16,9 +17,12 @@ from cspd_kernels.testing import randomize_
 torch.set_num_threads(1)
 
 # Without a device the Triton kernels run in Triton's interpreter. It is chosen once and for all when a kernel is
-# defined, so before the first test module imports Triton. Processes that tests start inherit the choice.
+# defined, so before the first test module imports Triton. Processes that tests start inherit the choice. The CUDA
+# kernels run in their emulation, which takes half a minute to compile the first time.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    if "CSPD_CUDA_EMULATION" not in os.environ and (module := emulation()):
+        os.environ["CSPD_CUDA_EMULATION"] = str(module)
 
 
 def pytest_collection_modifyitems(items):

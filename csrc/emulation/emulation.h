@@ -168,9 +168,7 @@ void multiply_tile(float (&c)[4], const std::uint32_t (&a)[4], const std::uint32
   for (int i = 0; i < 4; ++i) mine.words[i] = a[i];
   for (int i = 0; i < 2; ++i) mine.words[4 + i] = b[i];
   const auto* all = emulation::exchange(mine);
-  const auto half = [](std::uint32_t word, int i) {
-    return to_float(T{static_cast<std::uint16_t>(word >> 16 * i)});
-  };
+  const auto half = [](std::uint32_t word, int i) { return to_float(T{static_cast<std::uint16_t>(word >> 16 * i)}); };
   const int g = static_cast<int>(threadIdx.x % 32) / 4, q = static_cast<int>(threadIdx.x % 32) % 4;
   for (int i = 0; i < 4; ++i) {
     const int row = g + i / 2 * 8, column = 2 * q + i % 2;

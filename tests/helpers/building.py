@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import shutil
 import subprocess
 import sys
@@ -59,6 +60,13 @@ def compiling(root: Path = ROOT) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def emulation() -> Path | None:
+    """The CUDA kernels compiled for the CPU, by way of a folder that stays; None without a C++ compiler."""
+    if shutil.which(os.environ.get("CXX") or "g++") is None:
+        return None
+    return compiling().build_emulated(ROOT / "build" / "emulated")
 
 
 def copy_sources(folder: Path) -> Path:

@@ -127,10 +127,10 @@ __device__ __forceinline__ std::uint64_t nanoseconds() {
 // c += a b, [16, 8] += [16, 16] [16, 8], as the lanes of a warp hold them (PTX, mma.m16n8k16): of a the pairs
 // (row g, k 2 q), (g + 8, 2 q), (g, 2 q + 8), (g + 8, 2 q + 8); of b (k 2 q, column g), (2 q + 8, g); of c the pairs
 // (g, column 2 q), (g + 8, 2 q), with g = lane / 4 and q = lane % 4.
-#define CSPD_MMA(type)                                                                                       \
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." type "." type                                        \
-               ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                        \
-               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                              \
+#define CSPD_MMA(type)                                                                \
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." type "." type                 \
+               ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                       \
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]))
 
 template <typename T>

@@ -26,8 +26,8 @@ __global__ void __launch_bounds__(kElementThreads)
 
 // value [rows, W] = silu(value + bias [W]), in place.
 template <typename T>
-__global__ void __launch_bounds__(kElementThreads) bias_silu_kernel(T* value, const T* bias, int width,
-                                                                    std::int64_t chunks) {
+__global__ void __launch_bounds__(kElementThreads)
+    bias_silu_kernel(T* value, const T* bias, int width, std::int64_t chunks) {
   const std::int64_t chunk = static_cast<std::int64_t>(blockIdx.x) * kElementThreads + threadIdx.x;
   if (chunk >= chunks) return;
   const auto added = load_four(bias + chunk * 4 % width);
@@ -67,9 +67,8 @@ __global__ void __launch_bounds__(kRowThreads)
 // h += gate (product + bias), and the next layer's operand from the new h. A block a row; the gate is the third
 // column block of ``mods`` [rows, 3 W].
 template <typename T, typename Out>
-__global__ void __launch_bounds__(kRowThreads)
-    residual_kernel(const T* product, const T* bias, const T* mods, float* h, Modulation<T> next, Out* operand,
-                    int width) {
+__global__ void __launch_bounds__(kRowThreads) residual_kernel(const T* product, const T* bias, const T* mods, float* h,
+                                                               Modulation<T> next, Out* operand, int width) {
   float* scratch = shared_memory<float>();
   const std::int64_t start = static_cast<std::int64_t>(blockIdx.x) * width;
   RowPart<kRowThreads> row = {};

@@ -60,7 +60,7 @@ struct AnyModulation {
 
 // Where a step's noise comes from: stored, or addressed where ``noise`` is null.
 struct Noise {
-  const float* noise;                    // [N, C] of step 0, and ``stride`` floats further for every step
+  const float* noise;  // [N, C] of step 0, and ``stride`` floats further for every step
   std::int64_t stride;
   const std::int64_t *seed, *addresses;  // [1], [N]
 };
@@ -72,7 +72,7 @@ struct Ends {
 };
 
 struct Update {
-  const float* operand;              // [M, W], of the final layer
+  const float* operand;  // [M, W], of the final layer
   Ends ends;
   const StepTable* table;            // of this step
   const float *temperature, *scale;  // [1], [N]; scale is null without guidance
@@ -93,17 +93,17 @@ struct BlockWeights {
 
 // How the persistent kernel is cut for a device.
 struct PersistentPlan {
-  int blocks;             // of the grid, all at the same time; 0 where it does not fit
-  int columns;            // of every layer that a block makes, a multiple of 8
-  int stage_pieces;       // pieces of 16 bytes a thread holds in one stage of its weights
-  bool resident;          // whether a block's weights of all layers stay in its shared memory
+  int blocks;        // of the grid, all at the same time; 0 where it does not fit
+  int columns;       // of every layer that a block makes, a multiple of 8
+  int stage_pieces;  // pieces of 16 bytes a thread holds in one stage of its weights
+  bool resident;     // whether a block's weights of all layers stay in its shared memory
   std::size_t shared_bytes;
   std::int64_t exchange_words;  // of 4 bytes, through which blocks pass values to each other
 };
 
 struct Persistent {
   const BlockWeights* blocks;  // [D], in device memory
-  const void *mods;            // [D, ..., 3 W] of type T, rows of step i from (i - first) M, blocks ``mods_block`` apart
+  const void* mods;  // [D, ..., 3 W] of type T, rows of step i from (i - first) M, blocks ``mods_block`` apart
   std::int64_t mods_block;
   const void* final_mods;  // [..., 2 W]
   Ends ends;

@@ -87,8 +87,7 @@ class ChainBlock {
         watchdog_(chain.error, chain.timeout_ns) {
     const int layer_pieces = Pieces<T>::of_layer(chain.width, columns_);
     const int slots = Resident ? 2 * chain.depth * layer_pieces : kStages * plan.stage_pieces;
-    const auto layout =
-        shared_layout<T>(Rows, chain.tokens, chain.channels, chain.width, chain.depth, columns_, slots);
+    const auto layout = shared_layout<T>(Rows, chain.tokens, chain.channels, chain.width, chain.depth, columns_, slots);
     auto* memory = shared_memory<unsigned char>();
     ring_ = memory + layout.weights;
     operand_ = reinterpret_cast<T*>(memory + layout.operand);

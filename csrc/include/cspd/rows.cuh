@@ -111,8 +111,8 @@ class ModulationPart {
     Vector<float, 4> out;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const float normal = fmaf((h.v[i] - statistics.mean) * statistics.inverse_std, gains.gain.v[i],
-                                gains.offset.v[i]);
+      const float normal =
+          fmaf((h.v[i] - statistics.mean) * statistics.inverse_std, gains.gain.v[i], gains.offset.v[i]);
       out.v[i] = fmaf(normal, 1.0f + to_float(mods.scale.v[i]), to_float(mods.shift.v[i]));
     }
     return out;

@@ -188,8 +188,8 @@ __device__ __forceinline__ int in_closed_form(const Judged& judged, const Redraw
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const Gaussians g = models.at(quad, i);
-      const double apart = (static_cast<double>(g.mean_p) - static_cast<double>(g.mean_q)) *
-                           exp(-static_cast<double>(g.log_p));
+      const double apart =
+          (static_cast<double>(g.mean_p) - static_cast<double>(g.mean_q)) * exp(-static_cast<double>(g.log_p));
       d[quad][i] = first_channel<Lanes>(quad) + i < judged.channels ? apart : 0.0;
       square += d[quad][i] * d[quad][i];
     }
