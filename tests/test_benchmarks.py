@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from importlib.machinery import ModuleSpec
@@ -11,6 +12,9 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from chains import counted, kernels_of
+
+from cspd_kernels.testing import random_inputs
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
@@ -44,6 +48,33 @@ def test_rows_of_a_small_head(benchmarks, monkeypatch, capsys, tmp_path):
     written = json.loads((tmp_path / "r.json").read_text())
     assert written["rows"][0]["ratio"] == pytest.approx(rows[0].baseline_seconds / rows[0].seconds)
     assert written["environment"]["backends"]["torch"] == "ok"
+
+
+def test_only_what_runs_on_a_device_is_measured_beside_torch(benchmarks, monkeypatch):
+    kernels = benchmarks.kernels
+    monkeypatch.setattr(kernels, "why_unavailable", lambda name, op: None)  # as with an interpreter and an emulation
+    assert kernels.serving("denoise", torch.device("cpu")) == ["torch"]
+    assert kernels.why_not_measured("denoise", "cuda", torch.device("cpu")) == "it runs on GPUs"
+
+    def implementation(op, backend, device):
+        if backend == "triton":
+            raise RuntimeError("made of wood")
+
+    monkeypatch.setattr(kernels, "implementation", implementation)
+    assert kernels.serving("denoise", torch.device("cuda")) == ["torch", "cuda"]
+    assert kernels.why_not_measured("denoise", "triton", torch.device("cuda")) == "made of wood"
+
+
+def test_persistent_rows_run_the_persistent_kernel(benchmarks, make_head, backend, monkeypatch):
+    head, used = make_head(), []
+    persistent = kernels_of(backend).persistent
+    monkeypatch.setattr(persistent, "run_steps", counted(persistent.run_steps, used))
+    assert benchmarks.kernels._serves_persistent(backend, head, 2)
+    out = benchmarks.kernels._persistent(head, *random_inputs(head, 2, 0), backend=backend)
+    assert len(used) == 1
+    assert not out.sample.isnan().any()
+    assert "CSPD_PERSISTENT_MAX_TOKENS" not in os.environ
+    assert not benchmarks.kernels._serves_persistent(backend, make_head(depth=0), 2)
 
 
 @pytest.mark.parametrize("error", [1.0, float("nan")])

@@ -123,7 +123,7 @@ def test_a_row_of_nan_is_never_accepted_and_spoils_no_other(judge, residual, nam
 @pytest.mark.parametrize("backend", ["torch", "triton", "cuda"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_extreme_ratios(device_of, backend, dtype):
-    device = device_of(backend)
+    device = torch.device("cpu") if backend == "torch" else device_of(backend)
     x, draft, target = extreme(256, dtype)
     chains = x.to(device), cast(draft, device), cast(target, device)
     for sigma in ("paper", "released"):

@@ -12,7 +12,6 @@ from ...head import DiffusionHead
 from .chain import Tables
 from .cuda_chain import DTYPE_CODES, CudaChain
 
-MAX_ROWS = 16  # of one tile of the tensor cores
 _SHARED_LIMITS = {(8, 0): 163 << 10, (8, 7): 163 << 10, (9, 0): 227 << 10, (10, 0): 227 << 10, (10, 3): 227 << 10}
 
 
@@ -27,7 +26,8 @@ def shared_limit(device: torch.device) -> int:
 
 
 def plan_of(head: DiffusionHead, tokens: int, halves: int):
-    """How the kernel would run so many tokens of this head: ``blocks`` (0: it does not fit the device), and more."""
+    """How the kernel would run so many tokens of this head: ``blocks`` (0: they are more than 16 rows, or do not fit
+    the device), and more."""
     return extension().persistent_plan(
         DTYPE_CODES[head.dtype], tokens * halves, tokens, head.channels, head.width, head.depth,
         multiprocessors(head.device), shared_limit(head.device),
@@ -37,15 +37,13 @@ def plan_of(head: DiffusionHead, tokens: int, halves: int):
 class PersistentChain(CudaChain):
     """A chain whose steps are one launch a workspace of modulations."""
 
-    timeout_ns = 2_000_000_000  # a barrier takes about a microsecond
+    timeout_ns = 2_000_000_000  # one wait takes about a microsecond
     silent = -1  # a block that tells the others nothing, for tests of what happens then
 
     @staticmethod
     def serves(head: DiffusionHead, tables: Tables, tokens: int, guided: bool) -> bool:
         """Whether the kernel covers so many tokens of this head."""
-        halves = 2 if guided else 1
-        fits = tables.serves_persistent and tokens * halves <= MAX_ROWS
-        return fits and plan_of(head, tokens, halves).blocks > 0
+        return tables.serves_persistent and plan_of(head, tokens, 2 if guided else 1).blocks > 0
 
     def __init__(self, head, tokens, guided, noise, steps, static):
         super().__init__(head, tokens, guided, noise, steps, static)
