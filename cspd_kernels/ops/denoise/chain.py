@@ -36,8 +36,8 @@ class Tables:
         if int(self.gave_up):
             self.gave_up.zero_()
             raise RuntimeError(
-                "the persistent denoising kernel of an earlier call gave up waiting for its other blocks, and that call's "
-                f"tokens are NaN: another stream may have held the device. Set {PERSISTENT_VARIABLE}=0"
+                "the persistent denoising kernel of an earlier call gave up waiting for its other blocks, and that "
+                f"call's tokens are NaN: another stream may have held the device. Set {PERSISTENT_VARIABLE}=0"
             )
 
 
