@@ -2,7 +2,7 @@
 //
 // Every thread of a block is a fiber. It runs until it waits for others (block, warp, another block's words), then
 // another one runs; which one is drawn anew every round (CSPD_EMULATION_SEED), so that a missing wait shows as a
-// changing result. Shared memory starts as NaNs. Background copies happen when they are waited for, at the latest
+// changing result, and one block at a time sleeps while the others run ahead. Shared memory starts as NaNs. Background copies happen when they are waited for, at the latest
 // moment allowed. Fibers that all wait for each other are an error, not a hang.
 //
 // Not shown here: what a cache or a reordered store would hide, speed, and limits of a device.

@@ -7,7 +7,7 @@
 // It takes memory that is zero at the start, where the first writing has bit 1, and two things of its users. A thread
 // reads every writing of its words: reads of one place by one thread are in order, so what it finds is the latest
 // writing or the one before, which has the other bit. And a place is written again only by a block that has since
-// read something from every reader, which passes on nothing before it has read the place.
+// read something from every block that reads the place, which that block passed on after all of its threads had.
 //
 // Who waits too long sets an error flag; then nobody waits any more, and values mean nothing.
 #pragma once
