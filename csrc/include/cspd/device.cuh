@@ -35,7 +35,10 @@ cudaError_t launch(void (*kernel)(Parameters...), const Grid& grid, cudaStream_t
   if (grid.shared_bytes > 48 << 10) {
     const auto bytes = static_cast<int>(grid.shared_bytes);
     const auto set = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-    if (set != cudaSuccess) return set;
+    if (set != cudaSuccess) {
+      cudaGetLastError();
+      return set;
+    }
   }
   cudaLaunchAttribute attribute;
   attribute.id = cudaLaunchAttributeCooperative;
@@ -48,8 +51,8 @@ cudaError_t launch(void (*kernel)(Parameters...), const Grid& grid, cudaStream_t
   config.attrs = &attribute;
   config.numAttrs = grid.cooperative ? 1 : 0;
   const auto launched = cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
-  const auto last = cudaGetLastError();  // not to be found by whoever asks next
-  return launched != cudaSuccess ? launched : last;
+  cudaGetLastError();  // not to be found by whoever asks next
+  return launched;
 }
 
 template <typename T>
