@@ -14,6 +14,7 @@ namespace {
 
 constexpr std::size_t kStackBytes = 64 << 10;
 constexpr int kWarp = 32;
+constexpr int kSleep = 40;  // rounds: longer than the others take from one word of this block's to the next
 
 struct Copy {
   void* to;
@@ -119,14 +120,22 @@ bool run_blocks(std::int64_t first, std::int64_t last, int threads, std::size_t 
     fiber.start.uc_link = nullptr;
     makecontext(&fiber.start, enter, 0);
   }
-  // Warps in a new order every round, threads of a warp from either end.
+  // Warps in a new order every round, threads of a warp from either end. One block of several sleeps for a while, then
+  // another: those that run get as far as they can without it.
+  std::size_t asleep = blocks.size();
+  int round = 0;
   std::vector<std::size_t> order;
   for (std::size_t i = 0; i < fibers.size(); i += kWarp) order.push_back(i);
   std::size_t left = fibers.size();
   while (left > 0) {
     std::shuffle(order.begin(), order.end(), random);
     bool moved = false;
+    if (blocks.size() > 1 && round++ % kSleep == 0) asleep = random() % (blocks.size() + 1);  // the last one: nobody
     for (const std::size_t start : order) {
+      if (start / threads == asleep) {
+        moved = true;
+        continue;
+      }
       const std::size_t count = std::min<std::size_t>(kWarp, fibers.size() - start);
       const bool backwards = random() & 1;
       for (std::size_t k = 0; k < count; ++k) {

@@ -2,8 +2,9 @@
 //
 // Every thread of a block is a fiber. It runs until it waits for others (block, warp, another block's words), then
 // another one runs; which one is drawn anew every round (CSPD_EMULATION_SEED), so that a missing wait shows as a
-// changing result. Shared memory starts as NaNs. Background copies happen when they are waited for, at the latest
-// moment allowed. Fibers that all wait for each other are an error, not a hang.
+// changing result, and one block at a time sleeps while the others run ahead. Shared memory starts as NaNs. Background
+// copies happen when they are waited for, at the latest moment allowed. Fibers that all wait for each other are an
+// error, not a hang.
 //
 // Not shown here: what a cache or a reordered store would hide, speed, and limits of a device.
 #pragma once
@@ -151,6 +152,11 @@ void copy_async_wait() {
 template <typename T>
 T load_relaxed(const T* at) {
   return *at;
+}
+
+template <typename T>
+T load_relaxed_if(bool wanted, const T* at, std::uint32_t otherwise) {
+  return wanted ? *at : T{{otherwise, otherwise, otherwise, otherwise}};
 }
 
 inline void store_relaxed(std::uint32_t* at, std::uint32_t word) { *at = word; }

@@ -35,7 +35,10 @@ cudaError_t launch(void (*kernel)(Parameters...), const Grid& grid, cudaStream_t
   if (grid.shared_bytes > 48 << 10) {
     const auto bytes = static_cast<int>(grid.shared_bytes);
     const auto set = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-    if (set != cudaSuccess) return set;
+    if (set != cudaSuccess) {
+      cudaGetLastError();
+      return set;
+    }
   }
   cudaLaunchAttribute attribute;
   attribute.id = cudaLaunchAttributeCooperative;
@@ -48,8 +51,8 @@ cudaError_t launch(void (*kernel)(Parameters...), const Grid& grid, cudaStream_t
   config.attrs = &attribute;
   config.numAttrs = grid.cooperative ? 1 : 0;
   const auto launched = cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
-  const auto last = cudaGetLastError();  // not to be found by whoever asks next
-  return launched != cudaSuccess ? launched : last;
+  cudaGetLastError();  // not to be found by whoever asks next
+  return launched;
 }
 
 template <typename T>
@@ -93,19 +96,24 @@ __device__ __forceinline__ void copy_async_wait() {
 
 // Words that blocks pass to each other while they run: each is read and written whole, past the caches of one
 // multiprocessor, and in no order with any other.
-__device__ __forceinline__ Vector<std::uint32_t, 4> load_relaxed(const Vector<std::uint32_t, 4>* at) {
-  Vector<std::uint32_t, 4> words;
-  asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(words.v[0]), "=r"(words.v[1]), "=r"(words.v[2]), "=r"(words.v[3])
-               : "l"(at)
-               : "memory");
-  return words;
-}
-
 __device__ __forceinline__ std::uint32_t load_relaxed(const std::uint32_t* at) {
   std::uint32_t word;
   asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(word) : "l"(at) : "memory");
   return word;
+}
+
+// Four of them where ``wanted``, else ``otherwise`` four times: without a branch, so that several are under way
+// together.
+__device__ __forceinline__ Vector<std::uint32_t, 4> load_relaxed_if(bool wanted, const Vector<std::uint32_t, 4>* at,
+                                                                    std::uint32_t otherwise) {
+  Vector<std::uint32_t, 4> words = {{otherwise, otherwise, otherwise, otherwise}};
+  asm volatile(
+      "{ .reg .pred wanted; setp.ne.u32 wanted, %5, 0;"
+      " @wanted ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4]; }"
+      : "+r"(words.v[0]), "+r"(words.v[1]), "+r"(words.v[2]), "+r"(words.v[3])
+      : "l"(at), "r"(static_cast<unsigned>(wanted))
+      : "memory");
+  return words;
 }
 
 __device__ __forceinline__ void store_relaxed(std::uint32_t* at, std::uint32_t word) {

@@ -7,7 +7,7 @@
 // It takes memory that is zero at the start, where the first writing has bit 1, and two things of its users. A thread
 // reads every writing of its words: reads of one place by one thread are in order, so what it finds is the latest
 // writing or the one before, which has the other bit. And a place is written again only by a block that has since
-// read something from every reader, which passes on nothing before it has read the place.
+// read something from every block that reads the place, which that block passed on after all of its threads had.
 //
 // Who waits too long sets an error flag; then nobody waits any more, and values mean nothing.
 #pragma once
@@ -64,23 +64,31 @@ __device__ __forceinline__ float await(const std::uint32_t* word, unsigned bit, 
 template <int Threads>
 __device__ __forceinline__ RowPart<Threads> await_row(const std::uint32_t* words, int width, unsigned bit,
                                                       Watchdog& watchdog) {
-  RowPart<Threads> row = {};
-  bool here;
+  using Part = RowPart<Threads>;
+  Vector<std::uint32_t, 4> got[Part::kChunks];
+  const auto* first = reinterpret_cast<const Vector<std::uint32_t, 4>*>(words + Part::column(0));
+  std::uint32_t ones;  // counted, as ptxas puts the tests of single words between the loads
   watchdog.start();
   do {
-    here = true;
 #pragma unroll
-    for (int chunk = 0; chunk < row.kChunks; ++chunk) {
-      const int column = row.column(chunk);
-      if (column >= width) continue;
-      const auto got = load_relaxed(reinterpret_cast<const Vector<std::uint32_t, 4>*>(words + column));
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        here = here && (got.v[i] & 1) == bit;
-        row.v[chunk].v[i] = bit_cast<float>(got.v[i]);
-      }
+    for (int chunk = 0; chunk < Part::kChunks; ++chunk) {
+      got[chunk] = load_relaxed_if(Part::column(chunk) < width, first + Threads * chunk, bit);
     }
-  } while (!here && watchdog.patient());
+    ones = 0;
+#pragma unroll
+    for (int chunk = 0; chunk < Part::kChunks; ++chunk) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) ones += got[chunk].v[i] & 1;
+    }
+  } while (ones != 4 * Part::kChunks * bit && watchdog.patient());
+  Part row;
+#pragma unroll
+  for (int chunk = 0; chunk < Part::kChunks; ++chunk) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      row.v[chunk].v[i] = Part::column(chunk) < width ? bit_cast<float>(got[chunk].v[i]) : 0.0f;
+    }
+  }
   return row;
 }
 

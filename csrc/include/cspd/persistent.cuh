@@ -57,14 +57,15 @@ CSPD_HD SharedLayout shared_layout(int rows, int tokens, int channels, int width
   return layout;
 }
 
-// Places of the exchange buffer.
+// Places of the exchange buffer. What the last network block leaves in h, ``final_h``, has one of its own: not every
+// block shows that it has read it (exchange.cuh) before the next step's h is written, but all do within that step.
 struct ExchangeLayout {
-  std::int64_t h, activations, outputs, words;
+  std::int64_t h, activations, final_h, outputs, words;
 };
 
 CSPD_HD ExchangeLayout exchange_layout(int rows, int channels, int width) {
   const std::int64_t row_words = static_cast<std::int64_t>(rows) * width;
-  return {0, row_words, 2 * row_words, (2 * row_words + 2 * rows * channels + 3) / 4 * 4};
+  return {0, row_words, 2 * row_words, 3 * row_words, (3 * row_words + 2 * rows * channels + 3) / 4 * 4};
 }
 
 // ``Rows`` is the number of rows, rounded up to 2, 4, 8 or 16.
@@ -177,13 +178,15 @@ class ChainBlock {
       for (int channel = 0; channel < chain_.channels; ++channel) {
         h = fmaf(x_[token * chain_.channels + channel], input_weight_[c * chain_.channels + channel], h);
       }
-      for (int half = 0; half < chain_.halves; ++half) write_h(token + half * chain_.tokens, c, h);
+      for (int half = 0; half < chain_.halves; ++half) {
+        write_h(places_.h, token + half * chain_.tokens, c, h, h_written_);
+      }
     }
   }
 
-  __device__ __forceinline__ void write_h(int row, int c, float value) {
+  __device__ __forceinline__ void write_h(std::int64_t place, int row, int c, float value, unsigned times) {
     own_h_[row * columns_ + c] = value;
-    pass_on_at(places_.h + static_cast<std::int64_t>(row) * chain_.width + first_column_ + c, value, h_written_);
+    pass_on_at(place + static_cast<std::int64_t>(row) * chain_.width + first_column_ + c, value, times);
   }
 
   __device__ __forceinline__ void pass_on_at(std::int64_t place, float value, unsigned times) {
@@ -191,9 +194,9 @@ class ChainBlock {
   }
 
   // A row that every block has columns of, as it comes in; modulations and the like are asked for before.
-  __device__ __forceinline__ Row await_h(int row) {
-    const auto* words = chain_.exchange + places_.h + static_cast<std::int64_t>(row) * chain_.width;
-    return await_row<kThreadsPerRow>(words, chain_.width, h_written_ & 1, watchdog_);
+  __device__ __forceinline__ Row await_h(std::int64_t place, int row, unsigned times) {
+    const auto* words = chain_.exchange + place + static_cast<std::int64_t>(row) * chain_.width;
+    return await_row<kThreadsPerRow>(words, chain_.width, times & 1, watchdog_);
   }
 
   // The first layer's operand.
@@ -206,7 +209,7 @@ class ChainBlock {
       const bool mine = row < rows_;
       const ModulationPart<kThreadsPerRow, T> early(modulation, mine ? row : 0, chain_.width);
       Row h = {};
-      if (mine) h = await_h(row);
+      if (mine) h = await_h(places_.h, row, h_written_);
       const auto statistics = row_statistics(h, chain_.width, chain_.epsilon, scratch_);
 #pragma unroll
       for (int chunk = 0; chunk < Row::kChunks; ++chunk) {
@@ -282,18 +285,20 @@ class ChainBlock {
 
   // ``gate`` is that of the thread's first value, asked for early.
   __device__ __forceinline__ void add_residual(int block, const T* mods, float gate) {
-    ++h_written_;
+    const bool last = block == chain_.depth - 1;
+    const std::int64_t place = last ? places_.final_h : places_.h;
+    const unsigned times = last ? ++final_h_written_ : ++h_written_;
     for (int i = thread(); i < rows_ * columns_; i += kChainThreads) {
       if (i != thread()) gate = gate_at(mods, i);
       if (first_column_ + i % columns_ >= chain_.width) continue;
-      write_h(i / columns_, i % columns_, fmaf(gate, layer_value(2 * block + 1, i), own_h_[i]));
+      write_h(place, i / columns_, i % columns_, fmaf(gate, layer_value(2 * block + 1, i), own_h_[i]), times);
     }
   }
 
-  // The channels of the final layer that are this block's. Every block reads h, also one that has none: see
-  // exchange.cuh.
+  // The channels of the final layer that are this block's, if any are.
   __device__ __forceinline__ void final_layer(const T* mods) {
     ++outputs_written_;
+    if (static_cast<int>(blockIdx.x) >= outputs_) return;
     const Modulation<T> modulation = {nullptr, nullptr, mods, 2 * chain_.width, chain_.epsilon};
 #pragma unroll 1
     for (int pass = 0; pass < kPasses; ++pass) {
@@ -302,8 +307,7 @@ class ChainBlock {
       const ModulationPart<kThreadsPerRow, T> early(modulation, mine ? row : 0, chain_.width);
       int output = static_cast<int>(blockIdx.x);
       Row weights = final_weights(output), a = {};
-      if (mine) a = await_h(row);
-      if (output >= outputs_) continue;
+      if (mine) a = await_h(places_.final_h, row, final_h_written_);
       const auto statistics = row_statistics(a, chain_.width, chain_.epsilon, scratch_);
 #pragma unroll
       for (int chunk = 0; chunk < Row::kChunks; ++chunk) {
@@ -386,7 +390,7 @@ class ChainBlock {
   int columns_, first_column_, rows_, outputs_, stride_;
   ExchangeLayout places_;
   Watchdog watchdog_;
-  unsigned h_written_ = 0, activations_written_ = 0, outputs_written_ = 0;
+  unsigned h_written_ = 0, activations_written_ = 0, final_h_written_ = 0, outputs_written_ = 0;
   unsigned char* ring_;
   T* operand_;
   float *sums_, *own_h_, *biases_, *input_weight_, *input_bias_, *x_, *log_stds_, *path_, *scratch_;
