@@ -1,6 +1,12 @@
 // Memory, launches and repetitions for tests of kernels, on a device or emulated.
 #pragma once
 
+#ifdef CSPD_EMULATED
+#include <signal.h>
+#include <sys/mman.h>
+#endif
+
+#include <algorithm>
 #include <cstdlib>
 #include <initializer_list>
 #include <vector>
@@ -24,27 +30,55 @@ inline void succeed(cudaError_t error, const char* file, int line, const char* w
 
 #ifdef CSPD_EMULATED
 
+// A fiber has touched a page that it may not.
+inline void on_fault(int) {
+  std::printf("a kernel read or wrote beyond an array%s%s\n", check::context.empty() ? "" : " in ",
+              check::context.c_str());
+  std::fflush(stdout);
+  std::_Exit(1);
+}
+inline void watch_for_faults() {
+  static char stack[1 << 16];
+  stack_t there = {};
+  there.ss_sp = stack;
+  there.ss_size = sizeof(stack);
+  struct sigaction action = {};
+  action.sa_handler = on_fault;
+  action.sa_flags = SA_ONSTACK;
+  sigaltstack(&there, nullptr);
+  for (const int fault : {SIGSEGV, SIGBUS}) sigaction(fault, &action, nullptr);
+}
+
 inline bool there_is_one() { return true; }
 inline void synchronise() {}
-inline void* allocate(std::size_t bytes) { return std::aligned_alloc(256, (bytes + 255) / 256 * 256); }
-inline void release(void* at) { std::free(at); }
+// Up to a page that nobody may touch, so that reading beyond the end shows, too.
+inline std::size_t pages(std::size_t bytes) { return (bytes + 4095) / 4096 * 4096; }
+inline unsigned char* allocate(std::size_t bytes) {
+  void* at = mmap(nullptr, pages(bytes) + 4096, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (at == MAP_FAILED) std::abort();
+  auto* start = static_cast<unsigned char*>(at);
+  if (mprotect(start + pages(bytes), 4096, PROT_NONE) != 0) std::abort();
+  return start + (pages(bytes) - bytes);
+}
+inline void release(unsigned char* at, std::size_t bytes) { munmap(at - (pages(bytes) - bytes), pages(bytes) + 4096); }
 inline void copy(void* to, const void* from, std::size_t bytes) { std::memcpy(to, from, bytes); }
 inline void fill(void* at, int value, std::size_t bytes) { std::memset(at, value, bytes); }
 constexpr bool kEmulated = true;
 
 #else
 
+inline void watch_for_faults() {}
 inline bool there_is_one() {
   int count = 0;
   return cudaGetDeviceCount(&count) == cudaSuccess && count > 0;
 }
 inline void synchronise() { SUCCEED(cudaDeviceSynchronize()); }
-inline void* allocate(std::size_t bytes) {
+inline unsigned char* allocate(std::size_t bytes) {
   void* at = nullptr;
   SUCCEED(cudaMalloc(&at, bytes));
-  return at;
+  return static_cast<unsigned char*>(at);
 }
-inline void release(void* at) { SUCCEED(cudaFree(at)); }
+inline void release(unsigned char* at, std::size_t) { SUCCEED(cudaFree(at)); }
 inline void copy(void* to, const void* from, std::size_t bytes) {
   if (bytes > 0) SUCCEED(cudaMemcpy(to, from, bytes, cudaMemcpyDefault));
 }
@@ -61,9 +95,9 @@ constexpr bool kEmulated = false;
 template <typename T>
 class Array {
  public:
-  // The array starts ``offset`` values behind a boundary of 256 bytes.
-  explicit Array(std::size_t count, std::size_t offset = 0) : count_(count), offset_(offset) {
-    memory_ = static_cast<unsigned char*>(allocate(bytes()));
+  // The array starts ``offset`` values behind a boundary of 16 bytes.
+  explicit Array(std::size_t count, std::size_t offset = 0)
+      : count_(count), offset_(offset), memory_(allocate(bytes())) {
     fill(memory_, kPoison, bytes());
   }
   Array(const std::vector<T>& values, std::size_t offset = 0) : Array(values.size(), offset) { set(values); }
@@ -72,11 +106,10 @@ class Array {
   Array& operator=(const Array&) = delete;
   ~Array() {
     check_walls();
-    release(memory_);
+    release(memory_, bytes());
   }
 
   T* get() const { return reinterpret_cast<T*>(memory_ + front()); }
-  std::size_t size() const { return count_; }
 
   void set(const std::vector<T>& values) {
     if (values.size() != count_) std::abort();
@@ -98,10 +131,15 @@ class Array {
 
  private:
   static constexpr unsigned char kPoison = 0xff;
-  static constexpr std::size_t kWall = 4096;
 
-  std::size_t front() const { return kWall + offset_ * sizeof(T); }
-  std::size_t bytes() const { return front() + count_ * sizeof(T) + kWall; }
+  // A tool that watches every access sees where the memory ends if there is no wall; and where it is emulated, the
+  // wall behind is a page.
+  static std::size_t wall() { return small ? 0 : 4096; }
+  std::size_t front() const { return wall() + offset_ * sizeof(T); }
+  std::size_t bytes() const {
+    const std::size_t end = front() + count_ * sizeof(T);
+    return kEmulated ? (end + 15) / 16 * 16 : std::max(end + wall(), std::size_t{1});
+  }
 
   std::vector<unsigned char> all() const {
     std::vector<unsigned char> values(bytes());
@@ -111,10 +149,10 @@ class Array {
 
   void check_walls() const {
     const auto values = all();
+    const std::size_t end = front() + count_ * sizeof(T);
     for (std::size_t i = 0; i < values.size(); ++i) {
-      if (i == front()) i += count_ * sizeof(T);
+      if (values[i] == kPoison || (i >= front() && i < end)) continue;
       const auto place = (static_cast<long>(i) - static_cast<long>(front())) / static_cast<long>(sizeof(T));
-      if (values[i] == kPoison) continue;
       check::result(false, __FILE__, __LINE__,
                     "place " + check::text(place) + " of an array of " + check::text(count_) + " was written");
       return;
@@ -149,6 +187,7 @@ auto in_any_order(const Compute& compute, int orders = 4) {
 template <typename Tests>
 int program(const char* name, int argc, char** argv, const Tests& tests) {
   small = argc > 1 && std::string(argv[1]) == "small";
+  watch_for_faults();
   if (!there_is_one()) {
     std::printf("%s: no CUDA device\n", name);
     return kSkipped;

@@ -59,6 +59,8 @@ void ratios_of_equal_models() {
   }
   // At a scale whose inverse is infinite.
   CHECK_EQUAL(cspd::log_ratio_term(2.0f, {2.0f, -200.0f, 2.0f, -200.0f}, 1.0f), 0.0f);
+  // Scales so far apart that their ratio is infinite, at the mean of both.
+  CHECK_EQUAL(cspd::log_ratio_term(0.0f, {0.0f, -30.0f, 0.0f, 60.0f}, 1.0f), -90.0f);
   CHECK_EQUAL(cspd::inverse_std(-200.0f), FLT_MAX);
   CHECK_NEAR(cspd::inverse_std(1.5f), std::exp(-1.5), 2e-7);
 }

@@ -102,16 +102,39 @@ void what_is_not_finite() {
       for (auto* path : {&window.path_q, &window.path_p}) {
         for (const float bad : {NAN, INFINITY, -INFINITY}) (*path)[token++] = bad;
       }
-      // Equal models, of which no try is ever kept; and a target without variance.
+      // Equal models, of which no try is ever kept; and a target without variance, or with
+      // so little that the distance is infinite.
       for (int c = 0; c < channels; ++c) {
         window.mean_q[token * channels + c] = window.mean_p[token * channels + c];
         window.log_q[token * channels + c] = window.log_p[token * channels + c];
         window.log_p[(token + 1) * channels + c] = -INFINITY;
+        window.log_p[(token + 2) * channels + c] = window.log_q[(token + 2) * channels + c] = -600.0f;
       }
       window.path_q[token] = window.path_p[token];
       window.relaxation = 1e-3f;
       check_all(window, 0, 1, closed_form);
     }
+  }
+}
+
+// Models nearly equal and far apart, draws that start far below the mean and that do not exist.
+void extremes_of_the_closed_form() {
+  constexpr int kChannelsHere = 4;
+  const std::vector<double> starts = {-1e6, -50.0, -7.0, -3.0, 0.0, 2.0, 5.9, 6.1, 100.0};
+  for (const double distance : {1e-12, 1e-8, 1e-6, 1e-3, 1.0, 20.0, 1e6}) {
+    const check::In in("distance " + check::text(distance));
+    constexpr int kEach = 12;
+    Window window(static_cast<std::int64_t>(starts.size()) * kEach, kChannelsHere, true, 9);
+    window.relaxation = 0.0f;
+    for (std::size_t i = 0; i < window.x.size(); ++i) {
+      window.log_p[i] = window.log_q[i] = window.mean_q[i] = window.mean_p[i] = 0.0f;
+      if (i % kChannelsHere == 1) window.mean_p[i] = static_cast<float>(distance);
+    }
+    for (std::int64_t i = 0; i < window.tokens; ++i) {
+      window.path_q[i] = static_cast<float>(-distance * (starts[i / kEach] + 0.5 * distance));
+      window.path_p[i] = 0.0f;
+    }
+    check_all(window, 0, 1, true);
   }
 }
 
@@ -170,6 +193,7 @@ int main(int argc, char** argv) {
     any_matrix_off_its_boundary();
     any_number_of_tries();
     what_is_not_finite();
+    extremes_of_the_closed_form();
     batches();
     any_order();
     channels_beyond_the_kernels();
