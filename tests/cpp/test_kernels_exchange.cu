@@ -1,0 +1,156 @@
+// Words that the blocks of one launch pass to each other, written many times and read by all.
+#include <algorithm>
+
+#include "cspd/exchange.cuh"
+#include "device.h"
+
+namespace {
+
+using device::Array;
+
+constexpr int kThreads = 64, kModulus = 1009;
+constexpr std::uint64_t kTimeout = 20'000'000'000;
+
+__device__ int next_value(int sum, int block) { return (sum * 3 + 7 * block + 1) % kModulus; }
+
+// Rounds go to two places in turn: who writes a place again has since read the other from everybody, who wrote that
+// after having read this.
+__device__ int place_of(int round) { return round % 2; }
+__device__ unsigned bit_of(int round) { return (round + 1) / 2 & 1; }
+
+// Every round each block passes on one word, all threads of all blocks read all words, and the next value follows from
+// the sum. ``words`` [2, blocks]; ``out`` [blocks, threads]: the last sums.
+__global__ void relay_kernel(std::uint32_t* words, std::int32_t* error, int rounds, int silent, int* out) {
+  cspd::Watchdog watchdog(error, kTimeout / (silent < 0 ? 1 : 10000));
+  const int block = static_cast<int>(blockIdx.x), blocks = static_cast<int>(gridDim.x);
+  int sum = block;
+  for (int round = 1; round <= rounds; ++round) {
+    std::uint32_t* row = words + place_of(round) * blocks;
+    if (threadIdx.x == 0 && block != silent) {
+      cspd::pass_on(row + block, static_cast<float>(next_value(sum, block)), bit_of(round));
+    }
+    sum = 0;
+    for (int k = 0; k < blocks; ++k) sum += static_cast<int>(rintf(cspd::await(row + k, bit_of(round), watchdog)));
+    cspd::sync_block();  // the block passes on nothing before all its threads have read
+  }
+  out[block * kThreads + threadIdx.x] = sum;
+}
+
+// The same with whole rows: ``words`` [2, width], of which every block writes its share.
+__global__ void rows_kernel(std::uint32_t* words, std::int32_t* error, int width, int rounds, int* out) {
+  cspd::Watchdog watchdog(error, kTimeout);
+  const int block = static_cast<int>(blockIdx.x), blocks = static_cast<int>(gridDim.x);
+  int sum = block;
+  for (int round = 1; round <= rounds; ++round) {
+    for (int i = block + blocks * static_cast<int>(threadIdx.x); i < width; i += blocks * kThreads) {
+      cspd::pass_on(words + place_of(round) * width + i, static_cast<float>(next_value(sum, i)), bit_of(round));
+    }
+    const auto row = cspd::await_row<kThreads>(words + place_of(round) * width, width, bit_of(round), watchdog);
+    float mine = 0.0f;
+    for (const auto& chunk : row.v) {
+      for (const float value : chunk.v) mine += rintf(value);
+    }
+    float* scratch = cspd::shared_memory<float>();
+    mine = cspd::sum_over<32>(mine);
+    if (cspd::lane() == 0) scratch[cspd::warp()] = mine;
+    cspd::sync_block();
+    sum = static_cast<int>(scratch[0] + scratch[1]) % kModulus;
+    cspd::sync_block();
+  }
+  out[block * kThreads + threadIdx.x] = sum;
+}
+
+void check_sums(const std::vector<int>& got, int expected) {
+  CHECK_EQUAL(std::count(got.begin(), got.end(), expected), static_cast<std::ptrdiff_t>(got.size()));
+}
+
+int rounds() { return device::small ? 20 : device::kEmulated ? 200 : 20000; }
+
+void single_words(int blocks) {
+  const auto out = device::in_any_order([&] {
+    const Array<std::uint32_t> words(std::vector<std::uint32_t>(2 * blocks, 0));
+    const Array<std::int32_t> error({0});
+    const Array<int> out(blocks * kThreads);
+    RUN(cspd::launch(relay_kernel, cspd::Grid{blocks, kThreads, 0, true}, nullptr, words.get(), error.get(), rounds(),
+                     -1, out.get()));
+    CHECK_EQUAL(error.host()[0], 0);
+    return out.host();
+  });
+  std::vector<int> sums(blocks);
+  for (int k = 0; k < blocks; ++k) sums[k] = k;
+  for (int round = 0; round < rounds(); ++round) {
+    int sum = 0;
+    for (int k = 0; k < blocks; ++k) sum += (sums[k] * 3 + 7 * k + 1) % kModulus;
+    std::fill(sums.begin(), sums.end(), sum);
+  }
+  check_sums(out, sums[0]);
+}
+
+void rows(int blocks, int width) {
+  const auto out = device::in_any_order([&] {
+    const Array<std::uint32_t> words(std::vector<std::uint32_t>(2 * width, 0));
+    const Array<std::int32_t> error({0});
+    const Array<int> out(blocks * kThreads);
+    RUN(cspd::launch(rows_kernel, cspd::Grid{blocks, kThreads, 2 * sizeof(float), true}, nullptr, words.get(),
+                     error.get(), width, rounds() / 4, out.get()));
+    CHECK_EQUAL(error.host()[0], 0);
+    return out.host();
+  });
+  std::vector<int> sums(blocks);
+  for (int k = 0; k < blocks; ++k) sums[k] = k;
+  for (int round = 0; round < rounds() / 4; ++round) {
+    int sum = 0;
+    for (int i = 0; i < width; ++i) sum += (sums[i % blocks] * 3 + 7 * i + 1) % kModulus;
+    std::fill(sums.begin(), sums.end(), sum % kModulus);
+  }
+  check_sums(out, sums[0]);
+}
+
+void a_silent_block() {
+  constexpr int kBlocks = 3;
+  const Array<std::uint32_t> words(std::vector<std::uint32_t>(2 * kBlocks, 0));
+  const Array<std::int32_t> error({0});
+  const Array<int> out(kBlocks * kThreads);
+  RUN(cspd::launch(relay_kernel, cspd::Grid{kBlocks, kThreads, 0, true}, nullptr, words.get(), error.get(), 5, 1,
+                   out.get()));
+  CHECK_EQUAL(error.host()[0], 1);
+}
+
+__global__ void bits_kernel(const float* values, std::uint32_t* words, float* back, std::int32_t* error) {
+  cspd::Watchdog watchdog(error, kTimeout);
+  const auto i = threadIdx.x;
+  for (unsigned bit = 0; bit < 2; ++bit) {
+    cspd::pass_on(words + i, values[i], bit);
+    back[2 * i + bit] = cspd::await(words + i, bit, watchdog);
+  }
+}
+
+// A value changes by one unit in the last place at most, and the bit is there.
+void values_and_bits() {
+  const std::vector<float> values = {0.0f, 1.0f, -1.0f, 0.1f, -3.7e-5f, 1.5e30f, 3.4028235e38f, 1e-40f};
+  const Array<float> in(values), back(2 * values.size());
+  const Array<std::uint32_t> words(values.size());
+  const Array<std::int32_t> error({0});
+  RUN(cspd::launch(bits_kernel, cspd::Grid{1, static_cast<int>(values.size())}, nullptr, in.get(), words.get(),
+                   back.get(), error.get()));
+  const auto got = back.host();
+  for (std::size_t i = 0; i < got.size(); ++i) {
+    const auto bits = cspd::bit_cast<std::uint32_t>(got[i]);
+    CHECK_EQUAL(bits & 1, i % 2);
+    CHECK_EQUAL(bits >> 1, cspd::bit_cast<std::uint32_t>(values[i / 2]) >> 1);
+  }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  return device::program("exchange", argc, argv, [] {
+    for (const int blocks : {1, 2, 7, device::kEmulated ? 16 : 64}) single_words(blocks);
+    rows(1, 16);
+    rows(5, 64);
+    rows(3, 272);
+    rows(8, 2048);
+    values_and_bits();
+    a_silent_block();
+  });
+}

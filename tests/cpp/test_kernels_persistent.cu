@@ -1,0 +1,205 @@
+// The chain in one launch, against double loops: sizes, types, plans, chunks of steps, and what happens when a block
+// stays silent.
+#include "chains.h"
+#include "cspd/weights.cuh"
+
+namespace {
+
+using cspd::bfloat16;
+using cspd::float16;
+
+constexpr std::size_t kShared = 160 << 10;
+
+template <typename T>
+double tolerance() {
+  return sizeof(T) == 4 ? 2e-5 : 4 * Type<T>::kRounding;
+}
+
+template <typename T>
+cspd::PersistentPlan plan_of(const Size& size, int multiprocessors, std::size_t shared_limit = kShared) {
+  return cspd::persistent_plan(Type<T>::kOperand, size.rows(), size.tokens, size.channels, size.width, size.depth,
+                               multiprocessors, shared_limit);
+}
+
+void check_results(const Results& got, const Results& expected, double within) {
+  CHECK_ALL_NEAR(got.x, expected.x, within);
+  CHECK_ALL_NEAR(got.log_std, expected.log_std, within);
+  CHECK_ALL_NEAR(got.path, expected.path, within);
+}
+
+template <typename T>
+Results run(const Inputs<T>& in, const cspd::PersistentPlan& plan) {
+  CHECK(plan.blocks > 0);
+  const ChainOnDevice<T> chain(in, plan);
+  RUN(chain.launch(chain.arguments(0, 0, in.size.steps)));
+  CHECK_EQUAL(chain.error(), 0);
+  return chain.results();
+}
+
+// Every cut of this size for so many multiprocessors: resident, or in stages of every length that some limit of
+// shared memory leads to.
+template <typename T>
+std::vector<cspd::PersistentPlan> all_plans(const Size& size, int multiprocessors) {
+  std::vector<cspd::PersistentPlan> plans;
+  for (std::size_t limit = 8 << 10; limit <= kShared; limit += 1 << 10) {
+    const auto plan = plan_of<T>(size, multiprocessors, limit);
+    if (plan.blocks == 0) continue;
+    CHECK(plan.shared_bytes <= limit);
+    const bool known =
+        !plans.empty() && plans.back().resident == plan.resident && plans.back().stage_pieces == plan.stage_pieces;
+    if (!known) plans.push_back(plan);
+  }
+  return plans;
+}
+
+template <typename T>
+void check_plans(const Size& size, const std::vector<int>& multiprocessors) {
+  const check::In in(std::string(Type<T>::kName) + ", " + size.text());
+  const Inputs<T> inputs(size);
+  const auto expected = plain_chain(inputs);
+  for (const int count : multiprocessors) {
+    for (const auto& plan : all_plans<T>(size, count)) {
+      const check::In cut(check::text(plan.blocks) + " blocks, " + check::text(plan.columns) + " columns, " +
+                          (plan.resident ? "resident" : check::text(plan.stage_pieces) + " pieces a stage"));
+      CHECK(plan.blocks <= count);
+      check_results(run(inputs, plan), expected, tolerance<T>());
+    }
+  }
+}
+
+template <typename T>
+void check_size(const Size& size, int multiprocessors) {
+  const check::In in(std::string(Type<T>::kName) + ", " + size.text());
+  const Inputs<T> inputs(size);
+  check_results(run(inputs, plan_of<T>(size, multiprocessors)), plain_chain(inputs), tolerance<T>());
+}
+
+template <typename T>
+void every_type() {
+  // Rows 1 .. 16, with and without guidance: each number of rows that the kernel is compiled for, full and not.
+  for (int tokens = 1; tokens <= 16; ++tokens) {
+    if (device::small && tokens % 5 != 1) continue;
+    check_size<T>({tokens, 5, 48, 1, 2, false, tokens % 3 != 0, tokens % 2 == 0}, 3);
+    if (tokens <= 8) check_size<T>({tokens, 3, 32, 2, 2, true, tokens % 3 != 1, tokens % 2 == 1}, 2);
+  }
+  // Columns beyond the width in the last block; more outputs of the final layer than blocks, and fewer.
+  check_plans<T>({3, 4, 80, 2, 3}, device::small ? std::vector<int>{3} : std::vector<int>{1, 3, 7});
+  check_size<T>({2, 64, 16, 1, 2, true}, 2);
+  check_size<T>({1, 1, 112, 3, 2, false, false}, 7);
+  if (!device::small) check_size<T>({2, 16, 1040, 1, 1, true}, 7);
+}
+
+void uneven_stages() {
+  bool seen = false;
+  for (const auto& plan : all_plans<float16>({3, 4, 80, 2, 3}, 1)) {
+    const int pieces = cspd::Pieces<float16>::of_layer(80, plan.columns);
+    seen = seen || (!plan.resident && plan.stage_pieces > 1 && pieces % plan.stage_pieces != 0);
+  }
+  CHECK(seen);
+}
+
+template <typename T>
+void chunks_of_steps() {
+  const Size size = {3, 4, 48, 2, 5, true, true, false};
+  const Inputs<T> in(size);
+  const auto expected = plain_chain(in);
+  for (const auto& bounds : std::vector<std::vector<int>>{{5, 0}, {5, 3, 0}, {5, 4, 3, 2, 1, 0}}) {
+    for (const bool own_mods : {false, true}) {  // of the chunk's steps only, or of all
+      const ChainOnDevice<T> chain(in, plan_of<T>(size, 3));
+      for (std::size_t i = 0; i + 1 < bounds.size(); ++i) {
+        RUN(chain.launch(chain.arguments(own_mods ? bounds[i + 1] : 0, bounds[i + 1], bounds[i])));
+      }
+      check_results(chain.results(), expected, tolerance<T>());
+    }
+  }
+}
+
+// As many launches on one exchange buffer as a long chain has chunks, and steps enough for every word's bit to turn.
+template <typename T>
+void any_order() {
+  const Size size = {2, 3, 64, 1, device::small ? 3 : 6, true};
+  const Inputs<T> in(size);
+  for (const std::size_t limit : {std::size_t{24} << 10, kShared}) {
+    device::in_any_order(
+        [&] {
+          const auto got = run(in, plan_of<T>(size, 5, limit));
+          Doubles all = got.x;
+          all.insert(all.end(), got.log_std.begin(), got.log_std.end());
+          all.insert(all.end(), got.path.begin(), got.path.end());
+          return all;
+        },
+        6);
+  }
+}
+
+template <typename T>
+void a_silent_block() {
+  const Size size = {2, 3, 48, 1, 2};
+  const Inputs<T> in(size);
+  for (const int multiprocessors : {1, 3}) {
+    const auto plan = plan_of<T>(size, multiprocessors);
+    for (int silent = 0; silent < plan.blocks; ++silent) {
+      const ChainOnDevice<T> chain(in, plan);
+      auto arguments = chain.arguments(0, 0, size.steps);
+      arguments.silent = silent;
+      arguments.timeout_ns = 3'000'000;
+      RUN(chain.launch(arguments));
+      CHECK_EQUAL(chain.error(), 1);
+      for (const double x : chain.results().x) CHECK(std::isnan(x));
+    }
+  }
+}
+
+void sizes_beyond_the_kernel() {
+  const Size good = {2, 3, 48, 1, 2};
+  CHECK(plan_of<float>(good, 3).blocks == 3);
+  std::vector<Size> bad(9, good);
+  bad[0].tokens = 0;
+  bad[1].tokens = 17;
+  bad[2].tokens = 9, bad[2].guided = true;
+  bad[3].channels = 0;
+  bad[4].channels = 65;
+  bad[5].width = 0;
+  bad[6].width = 56;
+  bad[7].width = 2064;
+  bad[8].depth = 0;
+  for (const auto& size : bad) {
+    CHECK_EQUAL(plan_of<float>(size, 3).blocks, 0);
+    CHECK_EQUAL(plan_of<bfloat16>(size, 3).blocks, 0);
+  }
+  CHECK_EQUAL(plan_of<float>(good, 0).blocks, 0);
+  CHECK_EQUAL(plan_of<float>(good, 3, 8 << 10).blocks, 0);
+
+  const Inputs<float> in(good);
+  const ChainOnDevice<float> chain(in, plan_of<float>(good, 3));
+  auto arguments = chain.arguments(0, 0, 2);
+  const auto refused = [&](const cspd::Persistent& wrong, const cspd::PersistentPlan& plan) {
+    CHECK(cspd::persistent(cspd::Operand::kFloat32, wrong, plan, nullptr) == cudaErrorInvalidValue);
+  };
+  refused(arguments, {});
+  for (const int tokens : {0, 17}) {
+    arguments.tokens = tokens;
+    refused(arguments, plan_of<float>(good, 3));
+  }
+  device::synchronise();
+  CHECK(chain.untouched());
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  return device::program("persistent", argc, argv, [] {
+    every_type<float>();
+    every_type<float16>();
+    every_type<bfloat16>();
+    uneven_stages();
+    chunks_of_steps<float>();
+    chunks_of_steps<bfloat16>();
+    any_order<float>();
+    any_order<float16>();
+    a_silent_block<float>();
+    a_silent_block<bfloat16>();
+    sizes_beyond_the_kernel();
+    if (!device::small) check_size<float16>({1, 2, 2048, 1, 1}, 7);
+  });
+}

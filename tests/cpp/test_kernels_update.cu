@@ -1,0 +1,94 @@
+// The end of a reverse step: final layer, guidance, posterior, noise.
+#include "layers.h"
+
+namespace {
+
+using device::Array;
+
+struct Case {
+  int tokens, channels, width, step;
+  bool guided, learned, addressed;
+};
+
+std::vector<float> update(const Case& c) {
+  const check::In in(check::text(c.tokens) + " tokens of " + check::text(c.channels) + " channels, width " +
+                     check::text(c.width) + ", step " + check::text(c.step) + (c.guided ? ", guided" : "") +
+                     (c.learned ? ", learned" : "") + (c.addressed ? ", addressed" : ""));
+  Random random(1);
+  const int rows = c.guided ? 2 * c.tokens : c.tokens, outputs = c.learned ? 2 * c.channels : c.channels;
+  const auto count = static_cast<std::size_t>(c.tokens) * c.channels;
+  const Tensor<float> operand(random.normals(static_cast<std::size_t>(rows) * c.width)),
+      weight(random.normals(outputs * c.width, 1.0 / std::sqrt(c.width))), bias(random.normals(outputs)),
+      temperature({0.9f}), scale(random.normals(c.tokens, 1.0, 2.0)), x(random.normals(count)),
+      noise(random.normals(count)), path(random.normals(c.tokens));
+  std::vector<std::int64_t> rows_of_noise;
+  for (int token = 0; token < c.tokens; ++token) rows_of_noise.push_back(5 * token + (std::int64_t{1} << 35));
+  const Array<std::int64_t> seed({-77}), addresses(rows_of_noise);
+  const Array<cspd::StepTable> table({table_of(c.step)});
+  const Array<float> log_std(count);
+  const cspd::Update arguments = {operand.get(),
+                                  {nullptr, nullptr, weight.get(), bias.get()},
+                                  table.get(),
+                                  temperature.get(),
+                                  c.guided ? scale.get() : nullptr,
+                                  x.array.get(),
+                                  {c.addressed ? nullptr : noise.get(), 0, seed.get(), addresses.get()},
+                                  log_std.get(),
+                                  path.array.get(),
+                                  c.tokens,
+                                  c.step,
+                                  c.channels,
+                                  c.width,
+                                  c.learned};
+  RUN(cspd::update(arguments, nullptr));
+
+  const auto network = linear(operand.values, weight.values, bias.values);
+  Doubles expected_x, expected_log_std, expected_path = path.values;
+  for (int token = 0; token < c.tokens; ++token) {
+    for (int channel = 0; channel < c.channels; ++channel) {
+      const std::size_t at = static_cast<std::size_t>(token) * c.channels + channel;
+      double eps = network[token * outputs + channel];
+      const double eps_u = c.guided ? network[(c.tokens + token) * outputs + channel] : 0.0;
+      if (c.guided) eps = eps_u + scale.values[token] * (eps - eps_u);
+      const double v = c.learned ? network[token * outputs + c.channels + channel] : 0.0;
+      const double drawn = c.addressed ? cspd::normal_at(static_cast<std::uint64_t>(-77), rows_of_noise[token], c.step,
+                                                         channel, cspd::kStreamStep)
+                                       : noise.values[at];
+      const auto step = plain_step(x.values[at], eps, v, table_of(c.step), temperature.values[0], drawn, c.step == 0);
+      expected_x.push_back(step.x);
+      expected_log_std.push_back(step.log_std);
+      if (c.step > 0) expected_path[token] += step.log_std;
+    }
+  }
+  const auto got = x.array.host();
+  CHECK_ALL_NEAR(got, expected_x, 1e-5);
+  CHECK_ALL_NEAR(path.array.host(), expected_path, 1e-5);
+  if (c.step == 0) {
+    CHECK_ALL_NEAR(log_std.host(), expected_log_std, 1e-5);
+  } else {
+    CHECK(log_std.untouched());
+  }
+  return got;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  return device::program("update", argc, argv, [] {
+    // Up to 256 tokens a block has one token, and then four, the last block perhaps fewer.
+    for (const int tokens : {0, 1, 5, 256, 257, 300, 515}) {
+      if (device::small && tokens > 5 && tokens != 257) continue;
+      for (int flags = 0; flags < 16; ++flags) {
+        update({tokens, 3, 48, flags & 8 ? 2 : 0, (flags & 1) != 0, (flags & 2) != 0, (flags & 4) != 0});
+      }
+    }
+    for (const int width : {16, 48, 1040, 2048}) {
+      for (const int tokens : {2, width > 1000 ? 3 : 259}) update({tokens, 16, width, 1, true, true, true});
+    }
+    for (const int channels : {1, 8, 9, 64}) update({3, channels, 32, 3, true, true, true});
+    update({257, 64, 16, 1, false, true, false});
+    for (const int tokens : {3, 258}) {
+      device::in_any_order([&] { return update({tokens, 20, 48, 1, true, true, true}); });
+    }
+  });
+}
