@@ -1,16 +1,10 @@
-#include "cspd/persistent.cuh"
-
-#include <type_traits>
-
+#include "cspd/persistent_launch.cuh"
 #include "cspd/types.cuh"
 
 namespace cspd {
 namespace {
 
-constexpr int kMaxRows = 16, kMaxChannels = 64;
-
-// Rows as the kernel is compiled for.
-int rounded_up(int rows) { return rows <= 2 ? 2 : rows <= 4 ? 4 : rows <= 8 ? 8 : 16; }
+constexpr int kMaxChannels = 64;
 
 template <typename T>
 PersistentPlan plan_of(int rows, int tokens, int channels, int width, int depth, int multiprocessors,
@@ -19,7 +13,7 @@ PersistentPlan plan_of(int rows, int tokens, int channels, int width, int depth,
   const int tiles = width / kTileColumns;
   plan.columns = kTileColumns * ((tiles + multiprocessors - 1) / multiprocessors);
   const auto bytes = [&](int slots) {
-    return shared_layout<T>(rounded_up(rows), tokens, channels, width, depth, plan.columns, slots).bytes;
+    return shared_layout<T>(compiled_rows(rows), tokens, channels, width, depth, plan.columns, slots).bytes;
   };
   const int layer_pieces = Pieces<T>::of_layer(width, plan.columns);
   // float32 weights of the released heads do not fit anywhere.
@@ -37,17 +31,6 @@ PersistentPlan plan_of(int rows, int tokens, int channels, int width, int depth,
   plan.shared_bytes = bytes(slots);
   plan.exchange_words = exchange_layout(rows, channels, width).words;
   return plan;
-}
-
-// ``use`` with the number of rows that the kernel is compiled for.
-template <typename Use>
-cudaError_t with_rows(int rows, const Use& use) {
-  switch (rounded_up(rows)) {
-    case 2: return use(std::integral_constant<int, 2>{});
-    case 4: return use(std::integral_constant<int, 4>{});
-    case 8: return use(std::integral_constant<int, 8>{});
-    default: return use(std::integral_constant<int, 16>{});
-  }
 }
 
 }  // namespace
@@ -68,17 +51,7 @@ cudaError_t persistent(Operand type, const Persistent& chain, const PersistentPl
   if (plan.blocks < 1 || rows < 1 || rows > kMaxRows) return cudaErrorInvalidValue;
   const auto cleared = cudaMemsetAsync(chain.exchange, 0, plan.exchange_words * sizeof(std::uint32_t), stream);
   if (cleared != cudaSuccess) return cleared;
-  const Grid grid{plan.blocks, kChainThreads, plan.shared_bytes, true};
-  return with_type(type, [&](auto value) {
-    using T = decltype(value);
-    return with_rows(rows, [&](auto compiled_rows) {
-      constexpr int kRows = decltype(compiled_rows)::value;
-      if constexpr (sizeof(T) == 2) {
-        if (plan.resident) return launch(persistent_kernel<T, kRows, true>, grid, stream, chain, plan);
-      }
-      return launch(persistent_kernel<T, kRows, false>, grid, stream, chain, plan);
-    });
-  });
+  return with_type(type, [&](auto value) { return launch_chain<decltype(value)>(chain, plan, stream); });
 }
 
 }  // namespace cspd

@@ -1,0 +1,3 @@
+#include "cspd/persistent_launch.cuh"
+
+template cudaError_t cspd::launch_chain<float>(const cspd::Persistent&, const cspd::PersistentPlan&, cudaStream_t);
