@@ -17,6 +17,7 @@ import torch
 RECORD = Path(__file__).with_name("_build.json")  # written by setup.py
 # Names a build of the kernels for the CPU, made by `python csrc/compile.py --emulated`: slow, for tests.
 EMULATION_VARIABLE = "CSPD_CUDA_EMULATION"
+_OLDEST_CAPABILITY = (8, 0)  # background copies, tensor cores for bfloat16
 
 
 def extension() -> ModuleType:
@@ -42,9 +43,9 @@ def why_unavailable() -> str | None:
     loaded = _loaded(os.environ.get(EMULATION_VARIABLE, ""))
     if isinstance(loaded, str):
         return loaded
-    if loaded.EMULATED or torch.cuda.is_available():
+    if loaded.EMULATED:
         return None
-    return "no CUDA device"
+    return _why_too_old(compiling=False) if torch.cuda.is_available() else "no CUDA device"
 
 
 def build_record() -> dict:
@@ -103,11 +104,31 @@ def _why_unsupported_device(device: torch.device) -> str | None:
     if torch.version.hip is not None:
         return "its kernels are written for NVIDIA devices"
     record, capability = build_record(), torch.cuda.get_device_capability(device)
-    if covers(record["architectures"], record["ptx"], capability):
+    if capability < _OLDEST_CAPABILITY:
+        needed, got = _dotted(_OLDEST_CAPABILITY), _dotted(capability)
+        return f"its kernels need compute capability {needed}, and this device has {got}"
+    if covers(record["architectures"], (), capability):
         return None
+    if covers((), record["ptx"], capability):
+        return _why_too_old(compiling=True)
     return (
         f"its kernels were compiled for {compiled_for(record)}, and this device has compute capability "
         f"{_dotted(capability)}: install again with CSPD_CUDA_ARCHS={_dotted(capability)}"
+    )
+
+
+@functools.cache
+def _why_too_old(compiling: bool) -> str | None:
+    """None where the driver runs what the extension's toolkit has built (13000 is CUDA 13.0), else the reason. Any
+    driver of the same major version does, but to compile PTX it must be as new as the toolkit.
+    """
+    driver, toolkit = extension().driver_version(), extension().runtime_version()
+    if driver >= toolkit or (not compiling and driver // 1000 == toolkit // 1000):
+        return None
+    has, built = (f"{version // 1000}.{version % 1000 // 10}" for version in (driver, toolkit))
+    return (
+        f"its kernels were built by CUDA {built}, and the driver is for CUDA {has}: update the driver, or install "
+        f"again with an nvcc of CUDA {has}"
     )
 
 

@@ -121,6 +121,12 @@ void persistent(int type, const cspd::PersistentPlan& plan, Address blocks, Addr
   check(cspd::persistent(operand(type), chain, plan, stream), "persistent");
 }
 
+// Versions such as 12040 for 12.4; a driver's is 0 where there is none.
+int version(cudaError_t (*of)(int*)) {
+  int value = 0;
+  return of(&value) == cudaSuccess ? value : 0;
+}
+
 }  // namespace
 
 namespace pybind11::detail {
@@ -163,6 +169,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("input", &input, unlocked);
   m.def("residual", &residual, unlocked);
   m.def("update", &update, unlocked);
+  m.def("driver_version", [] { return version(cudaDriverGetVersion); });
+  m.def("runtime_version", [] { return version(cudaRuntimeGetVersion); });
   m.def("persistent_plan", &persistent_plan);
   m.def("persistent", &persistent, unlocked);
 }

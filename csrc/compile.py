@@ -22,6 +22,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 DEFAULT_ARCHITECTURES = (80, 90, 100)
+OLDEST_ARCHITECTURE = 80  # background copies, tensor cores for bfloat16
 ARCHITECTURES_VARIABLE = "CSPD_CUDA_ARCHS"
 RECORD = "_build.json"
 
@@ -102,6 +103,8 @@ def architectures(wanted: str, supported: list[int]) -> list[int]:
     chosen = sorted({int(word.replace(".", "")) for word in words})
     if missing := [str(a) for a in chosen if a not in supported]:
         raise ValueError(f"{ARCHITECTURES_VARIABLE}={wanted!r}: this nvcc knows {known}, and not {', '.join(missing)}")
+    if chosen[0] < OLDEST_ARCHITECTURE:
+        raise ValueError(f"{ARCHITECTURES_VARIABLE}={wanted!r}: the kernels need {OLDEST_ARCHITECTURE} or later")
     return chosen
 
 

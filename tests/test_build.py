@@ -117,6 +117,11 @@ def test_architectures_that_mean_nothing(wanted):
         compile_py.architectures(wanted, SUPPORTED)
 
 
+def test_architectures_older_than_the_kernels():
+    with pytest.raises(ValueError, match=r"CSPD_CUDA_ARCHS='90;75': the kernels need 80 or later"):
+        compile_py.architectures("90;75", SUPPORTED)
+
+
 def test_architectures_that_nvcc_does_not_know():
     with pytest.raises(ValueError, match=r"this nvcc knows 75, 80, .*, and not 9, 110$"):
         compile_py.architectures("9;80;11.0", SUPPORTED)

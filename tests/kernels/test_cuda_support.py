@@ -17,7 +17,7 @@ BUILT = {"built": True, "architectures": [80, 90], "ptx": [90], "nvcc": "13.0.88
 @pytest.fixture(autouse=True)
 def record(monkeypatch, tmp_path):
     """``record(dict)`` writes what the installation left; nothing until then."""
-    caches = (cuda_support._loaded, cuda_support._why_unsupported_device)
+    caches = (cuda_support._loaded, cuda_support._why_unsupported_device, cuda_support._why_too_old)
     for cache in caches:
         cache.cache_clear()
     path = tmp_path / "_build.json"
@@ -31,7 +31,8 @@ def record(monkeypatch, tmp_path):
 @pytest.fixture
 def extension(record, monkeypatch):
     """An extension that loads, on a machine with a GPU; what it has, and what the GPU can, may be changed."""
-    module = types.SimpleNamespace(EMULATED=False, capability=(9, 0))
+    module = types.SimpleNamespace(EMULATED=False, capability=(9, 0), driver=13000)
+    module.driver_version, module.runtime_version = lambda: module.driver, lambda: 13000
     record(BUILT)
     monkeypatch.setattr(importlib, "import_module", {"cspd_kernels._C": module}.__getitem__)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -134,14 +135,38 @@ def test_coverage(architectures, ptx, yes, no):
     assert [c for c in yes + no if covers(architectures, ptx, c)] == yes
 
 
-def test_devices_that_are_not_covered(extension):
+def test_devices_that_are_not_covered(extension, record):
     assert why_unsupported_here(CUDA) is None
-    extension.capability = (7, 5)
+    record(BUILT | {"ptx": []})
+    extension.capability = (10, 0)
     assert why_unsupported_here(CUDA) is None  # a device does not change
     assert why_unsupported_here(torch.device("cuda", 1)) == (
-        "its kernels were compiled for 8.0, 9.0, PTX 9.0, and this device has compute capability 7.5: "
-        "install again with CSPD_CUDA_ARCHS=7.5"
+        "its kernels were compiled for 8.0, 9.0, and this device has compute capability 10.0: "
+        "install again with CSPD_CUDA_ARCHS=10.0"
     )
+    extension.capability = (7, 5)
+    needed = "its kernels need compute capability 8.0, and this device has 7.5"
+    assert why_unsupported_here(torch.device("cuda", 2)) == needed
+
+
+@pytest.mark.parametrize(("driver", "why"), [(13000, None), (13010, None), (12080, "12.8"), (0, "0.0")])
+def test_a_driver_older_than_the_toolkit(extension, driver, why):
+    extension.driver = driver
+    assert why_unavailable() == (
+        why
+        and f"its kernels were built by CUDA 13.0, and the driver is for CUDA {why}: update the driver, or install "
+        f"again with an nvcc of CUDA {why}"
+    )
+
+
+@pytest.mark.parametrize(("capability", "served"), [((9, 0), True), ((10, 0), False)])
+def test_ptx_needs_a_driver_as_new_as_the_toolkit(extension, capability, served):
+    extension.capability, extension.driver = capability, 13000
+    extension.runtime_version = lambda: 13010
+    assert why_unavailable() is None
+    reason = why_unsupported_here(CUDA)
+    assert (reason is None) is served
+    assert served or "built by CUDA 13.1, and the driver is for CUDA 13.0" in reason
 
 
 def test_other_devices(extension, monkeypatch):

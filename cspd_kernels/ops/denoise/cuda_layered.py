@@ -42,7 +42,7 @@ class LayeredChain(CudaChain):
             ]
             operands.append((0, 0, self.final_mods[of_step].data_ptr(), self.final_operand.data_ptr()))
             kernels.input(
-                code, self.x.data_ptr(), head.input_weight.data_ptr(), head.input_bias.data_ptr(), self.h.data_ptr(),
+                code, self.x.data_ptr(), tables.input_weight.data_ptr(), head.input_bias.data_ptr(), self.h.data_ptr(),
                 *operands[0], self.tokens, self.halves, head.channels, width, eps, stream,
             )  # fmt: skip
             for b, m, following in zip(head.blocks, mods, operands[1:]):

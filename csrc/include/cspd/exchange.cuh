@@ -5,9 +5,10 @@
 // memory stand between writing and reading, and the value is changed by one unit in the last place at most.
 //
 // It takes memory that is zero at the start, where the first writing has bit 1, and two things of its users. A thread
-// reads every writing of its words: reads of one place by one thread are in order, so what it finds is the latest
-// writing or the one before, which has the other bit. And a place is written again only by a block that has since
-// read something from every block that reads the place, which that block passed on after all of its threads had.
+// reads every writing of its words: reads of one place by one thread are in order (PTX: coherence), so what it finds is
+// the latest writing or the one before, which has the other bit. And a place is written again only by a block that has
+// since read something from every block that reads the place, which that block passed on after all of its threads had:
+// to read the new writing there, a thread would have to read what depends on its own reading (PTX: no thin air).
 //
 // Who waits too long sets an error flag; then nobody waits any more, and values mean nothing.
 #pragma once
@@ -35,8 +36,9 @@ class Watchdog {
       store_relaxed(error_, 1);
       fence();  // before anything that is computed from what has not come
       gave_up_ = true;
-    } else {
-      gave_up_ = load_relaxed(error_) != 0;
+    } else if (load_relaxed(error_) != 0) {
+      fence();  // likewise
+      gave_up_ = true;
     }
     return !gave_up_;
   }
@@ -53,11 +55,21 @@ __device__ __forceinline__ void pass_on(std::uint32_t* word, float value, unsign
   store_relaxed(word, (bit_cast<std::uint32_t>(value) & ~1u) | bit);
 }
 
-__device__ __forceinline__ float await(const std::uint32_t* word, unsigned bit, Watchdog& watchdog) {
+// Single words, asked for together.
+template <int Count>
+__device__ __forceinline__ void await(const std::uint32_t* const (&words)[Count], float (&values)[Count], unsigned bit,
+                                      Watchdog& watchdog) {
+  std::uint32_t got[Count], ones;
   watchdog.start();
-  std::uint32_t got = load_relaxed(word);
-  while ((got & 1) != bit && watchdog.patient()) got = load_relaxed(word);
-  return bit_cast<float>(got);
+  do {
+#pragma unroll
+    for (int i = 0; i < Count; ++i) got[i] = load_relaxed(words[i]);
+    ones = 0;
+#pragma unroll
+    for (int i = 0; i < Count; ++i) ones += got[i] & 1;
+  } while (ones != Count * bit && watchdog.patient());
+#pragma unroll
+  for (int i = 0; i < Count; ++i) values[i] = bit_cast<float>(got[i]);
 }
 
 // A thread's part of a row; all of it is asked for at once.

@@ -37,7 +37,8 @@ __global__ void __launch_bounds__(kElementThreads)
   store_four(value + chunk * 4, now);
 }
 
-// h of the first layer from x [N, C], for both halves under guidance, and the first block's operand. A block a token.
+// h of the first layer from x [N, C] and weight [C, W], for both halves under guidance, and the first block's operand.
+// A block a token.
 template <typename T, typename Out>
 __global__ void __launch_bounds__(kRowThreads)
     input_kernel(const float* x, const float* weight, const float* bias, float* h, Modulation<T> modulation,
@@ -48,7 +49,7 @@ __global__ void __launch_bounds__(kRowThreads)
 #pragma unroll
   for (int chunk = 0; chunk < row.kChunks; ++chunk) {
     const int column = row.column(chunk);
-    if (column < width) row.v[chunk] = projected(x + token * channels, weight, bias, channels, column);
+    if (column < width) row.v[chunk] = projected(x + token * channels, weight, bias, channels, column, width);
   }
   const auto statistics = row_statistics(row, width, modulation.epsilon, scratch);
   for (int half = 0; half < halves; ++half) {

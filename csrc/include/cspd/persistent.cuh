@@ -103,6 +103,7 @@ class ChainBlock {
     scratch_ = reinterpret_cast<float*>(memory + layout.scratch);
     blocks_ = reinterpret_cast<BlockWeights*>(memory + layout.blocks);
     layers_ = reinterpret_cast<const void**>(memory + layout.layers);
+    first_ = item(thread());
   }
 
   __device__ __forceinline__ void run(int stage_pieces) {
@@ -120,21 +121,42 @@ class ChainBlock {
         normalise(block, mods);
         multiply(weights, 2 * block);
         pass_on_activations(block);
-        const float gate = gate_at(mods, thread());
+        weights.end();
+        const float gate = gate_at(mods, first_);
         await_activations();
         multiply(weights, 2 * block + 1);
         add_residual(block, mods, gate);
+        weights.end();
       }
       final_layer(static_cast<const T*>(chain_.final_mods) + row * 2 * chain_.width);
       update(step);
       sync_block();
       if (step > chain_.start) project();
+      if (step > 0) add_path();
     }
     store_results();
   }
 
  private:
   static __device__ __forceinline__ int thread() { return static_cast<int>(threadIdx.x); }
+
+  // One of the block's values of a layer, in the order in which threads take them.
+  struct Item {
+    int index, row, c, column;  // column is that of the layer, c the block's
+  };
+
+  // Divides, which takes long: a thread's first item is found out once.
+  __device__ __forceinline__ Item item(int index) const {
+    return {index, index / columns_, index % columns_, first_column_ + index % columns_};
+  }
+
+  // ``use`` with every item of this thread that there is.
+  template <typename Use>
+  __device__ __forceinline__ void for_items(const Use& use) const {
+    for (Item i = first_; i.index < rows_ * columns_; i = item(i.index + kChainThreads)) {
+      if (i.column < chain_.width) use(i);
+    }
+  }
 
   __device__ __forceinline__ bool speaks() const { return static_cast<int>(blockIdx.x) != chain_.silent; }
 
@@ -157,9 +179,9 @@ class ChainBlock {
       const T* bias = static_cast<const T*>(layer % 2 ? block.bias1 : block.bias0);
       biases_[i] = column < width ? to_float(bias[column]) : 0.0f;
     }
-    for (int i = thread(); i < columns_ * channels; i += kChainThreads) {
-      const int column = first_column_ + i / channels;
-      input_weight_[i] = column < width ? chain_.ends.input_weight[column * channels + i % channels] : 0.0f;
+    for (int i = thread(); i < channels * columns_; i += kChainThreads) {  // [C, columns]: no two lanes on one bank
+      const int column = first_column_ + i % columns_;
+      input_weight_[i] = column < width ? chain_.ends.input_weight[column * channels + i / columns_] : 0.0f;
     }
     for (int i = thread(); i < columns_; i += kChainThreads) {
       input_bias_[i] = first_column_ + i < width ? chain_.ends.input_bias[first_column_ + i] : 0.0f;
@@ -168,25 +190,22 @@ class ChainBlock {
     for (int i = thread(); i < chain_.tokens; i += kChainThreads) path_[i] = 0.0f;
   }
 
-  // h of the block's columns, from x.
+  // h of the block's columns, from x: the same for both halves.
   __device__ __forceinline__ void project() {
     ++h_written_;
-    for (int i = thread(); i < chain_.tokens * columns_; i += kChainThreads) {
-      const int token = i / columns_, c = i % columns_;
-      if (first_column_ + c >= chain_.width) continue;
-      float h = input_bias_[c];
+    for_items([&](const Item& i) {
+      const float* x = x_ + (i.row < chain_.tokens ? i.row : i.row - chain_.tokens) * chain_.channels;
+      float h = input_bias_[i.c];
       for (int channel = 0; channel < chain_.channels; ++channel) {
-        h = fmaf(x_[token * chain_.channels + channel], input_weight_[c * chain_.channels + channel], h);
+        h = fmaf(x[channel], input_weight_[channel * columns_ + i.c], h);
       }
-      for (int half = 0; half < chain_.halves; ++half) {
-        write_h(places_.h, token + half * chain_.tokens, c, h, h_written_);
-      }
-    }
+      write_h(places_.h, i, h, h_written_);
+    });
   }
 
-  __device__ __forceinline__ void write_h(std::int64_t place, int row, int c, float value, unsigned times) {
-    own_h_[row * columns_ + c] = value;
-    pass_on_at(place + static_cast<std::int64_t>(row) * chain_.width + first_column_ + c, value, times);
+  __device__ __forceinline__ void write_h(std::int64_t place, const Item& i, float value, unsigned times) {
+    own_h_[i.index] = value;
+    pass_on_at(place + i.row * chain_.width + i.column, value, times);
   }
 
   __device__ __forceinline__ void pass_on_at(std::int64_t place, float value, unsigned times) {
@@ -245,42 +264,44 @@ class ChainBlock {
     const T* start = operand_ + warp() * spans * kSpan + lane() % 4 * Pieces<T>::kPiece;
     for (int tile = 0; tile < columns_ / kTileColumns; ++tile) {
       TileSum<T, Rows> sum;
-      int span = 0;
-#pragma unroll(sizeof(T) == 2 ? 2 : 1)
-      for (; span + 1 < spans; span += 2) {
-        const int piece = tile * spans + span;
-        sum.template add<0>(weights.next(piece), start + span * kSpan, stride_);
-        sum.template add<1>(weights.next(piece + 1), start + (span + 1) * kSpan, stride_);
+      const T* a = start;
+      if constexpr (Resident) {
+        int span = 0;
+#pragma unroll 2
+        for (; span + 1 < spans; span += 2, a += 2 * kSpan) {
+          sum.template add<0>(weights.next(), a, stride_);
+          sum.template add<1>(weights.next(), a + kSpan, stride_);
+        }
+        if (span < spans) sum.template add<0>(weights.next(), a, stride_);
+      } else {
+        // Not unrolled: a ring takes much code.
+#pragma unroll 1
+        for (int span = 0; span < spans; ++span, a += kSpan) sum.template add<0>(weights.next(), a, stride_);
       }
-      if (span < spans) sum.template add<0>(weights.next(tile * spans + span), start + span * kSpan, stride_);
       sum.store(sums_ + warp() * Rows * columns_ + tile * kTileColumns, columns_);
     }
     sync_block();
   }
 
-  // The block's i-th value of a layer: row i / columns, column i % columns.
-  __device__ __forceinline__ float layer_value(int layer, int i) const {
-    float value = biases_[layer * columns_ + i % columns_];
+  __device__ __forceinline__ float layer_value(int layer, const Item& i) const {
+    float value = biases_[layer * columns_ + i.c];
 #pragma unroll
-    for (int w = 0; w < kChainWarps; ++w) value += sums_[w * Rows * columns_ + i];
+    for (int w = 0; w < kChainWarps; ++w) value += sums_[w * Rows * columns_ + i.index];
     return value;
   }
 
   __device__ __forceinline__ void pass_on_activations(int block) {
     ++activations_written_;
-    for (int i = thread(); i < rows_ * columns_; i += kChainThreads) {
-      const int row = i / columns_, column = first_column_ + i % columns_;
-      if (column >= chain_.width) continue;
-      pass_on_at(places_.activations + static_cast<std::int64_t>(row) * chain_.width + column,
-                 silu(layer_value(2 * block, i)), activations_written_);
-    }
+    for_items([&](const Item& i) {
+      pass_on_at(places_.activations + i.row * chain_.width + i.column, silu(layer_value(2 * block, i)),
+                 activations_written_);
+    });
   }
 
-  // The gate of the block's i-th value, 0 beyond the last.
-  __device__ __forceinline__ float gate_at(const T* mods, int i) const {
-    const int row = i / columns_, column = first_column_ + i % columns_;
-    if (row >= rows_ || column >= chain_.width) return 0.0f;
-    return to_float(mods[(static_cast<std::int64_t>(row) * 3 + 2) * chain_.width + column]);
+  // 0 beyond the last value.
+  __device__ __forceinline__ float gate_at(const T* mods, const Item& i) const {
+    if (i.row >= rows_ || i.column >= chain_.width) return 0.0f;
+    return to_float(mods[(3 * i.row + 2) * chain_.width + i.column]);
   }
 
   // ``gate`` is that of the thread's first value, asked for early.
@@ -288,11 +309,10 @@ class ChainBlock {
     const bool last = block == chain_.depth - 1;
     const std::int64_t place = last ? places_.final_h : places_.h;
     const unsigned times = last ? ++final_h_written_ : ++h_written_;
-    for (int i = thread(); i < rows_ * columns_; i += kChainThreads) {
-      if (i != thread()) gate = gate_at(mods, i);
-      if (first_column_ + i % columns_ >= chain_.width) continue;
-      write_h(place, i / columns_, i % columns_, fmaf(gate, layer_value(2 * block + 1, i), own_h_[i]), times);
-    }
+    for_items([&](const Item& i) {
+      const float strength = i.index == first_.index ? gate : gate_at(mods, i);
+      write_h(place, i, fmaf(strength, layer_value(2 * block + 1, i), own_h_[i.index]), times);
+    });
   }
 
   // The channels of the final layer that are this block's, if any are.
@@ -307,6 +327,7 @@ class ChainBlock {
       const ModulationPart<kThreadsPerRow, T> early(modulation, mine ? row : 0, chain_.width);
       int output = static_cast<int>(blockIdx.x);
       Row weights = final_weights(output), a = {};
+      float bias = chain_.ends.final_bias[output];
       if (mine) a = await_h(places_.final_h, row, final_h_written_);
       const auto statistics = row_statistics(a, chain_.width, chain_.epsilon, scratch_);
 #pragma unroll
@@ -322,13 +343,16 @@ class ChainBlock {
 #pragma unroll
           for (int i = 0; i < 4; ++i) sum = fmaf(a.v[chunk].v[i], weights.v[chunk].v[i], sum);
         }
-        sum = sum_over_row<kThreadsPerRow>(sum, scratch_ + 2 * kRowWarps) + chain_.ends.final_bias[output];
+        sum = sum_over_row<kThreadsPerRow>(sum, scratch_ + 2 * kRowWarps) + bias;
         if (mine && thread() % kThreadsPerRow == 0) {
           pass_on_at(places_.outputs + static_cast<std::int64_t>(row) * 2 * chain_.channels + output, sum,
                      outputs_written_);
         }
         output += static_cast<int>(gridDim.x);
-        if (output < outputs_) weights = final_weights(output);
+        if (output < outputs_) {
+          weights = final_weights(output);
+          bias = chain_.ends.final_bias[output];
+        }
         sync_block();  // the scratch is used again
       }
     }
@@ -347,9 +371,8 @@ class ChainBlock {
     return weights;
   }
 
-  __device__ __forceinline__ float await_output(int row, int output) {
-    return await(chain_.exchange + places_.outputs + static_cast<std::int64_t>(row) * 2 * chain_.channels + output,
-                 outputs_written_ & 1, watchdog_);
+  __device__ __forceinline__ const std::uint32_t* output_word(int row, int output) const {
+    return chain_.exchange + places_.outputs + row * 2 * chain_.channels + output;
   }
 
   // x after the step, in every block.
@@ -361,23 +384,31 @@ class ChainBlock {
       const float noise = step > 0 ? noise_at(chain_.noise, step, token, channel, channels) : 0.0f;
       const StepTable table = chain_.tables[step];
       const float scale = guided ? chain_.scale[token] : 1.0f, temperature = *chain_.temperature;
-      Output out = {};
-      out.eps = await_output(token, channel);
-      if (chain_.learned) out.v = await_output(token, channels + channel);
-      if (guided) out.eps_u = await_output(chain_.tokens + token, channel);
+      // What there is none of is the word of eps once more.
+      const auto* eps = output_word(token, channel);
+      const std::uint32_t* const words[] = {eps, chain_.learned ? output_word(token, channels + channel) : eps,
+                                            guided ? output_word(chain_.tokens + token, channel) : eps};
+      float values[3];
+      await(words, values, outputs_written_ & 1, watchdog_);
+      const Output out = {values[0], chain_.learned ? values[1] : 0.0f, values[2]};
       const Step after = reverse_step(x_[i], out, table, guided, scale, temperature, noise, step == 0);
       x_[i] = after.x;
       log_stds_[i] = after.log_std;
     }
-    if (step == 0) return;
-    sync_block();
+  }
+
+  // After the update's wait; nobody waits for this.
+  __device__ __forceinline__ void add_path() {
     for (int token = thread(); token < chain_.tokens; token += kChainThreads) {
-      for (int channel = 0; channel < channels; ++channel) path_[token] += log_stds_[token * channels + channel];
+      float sum = 0.0f;
+      for (int channel = 0; channel < chain_.channels; ++channel) sum += log_stds_[token * chain_.channels + channel];
+      path_[token] += sum;
     }
   }
 
   __device__ __forceinline__ void store_results() {
     if (blockIdx.x != 0) return;
+    fence();  // what came from who gave up came after the flag
     const bool broken = load_relaxed(reinterpret_cast<const std::uint32_t*>(chain_.error)) != 0;
     for (int i = thread(); i < chain_.tokens * chain_.channels; i += kChainThreads) {
       chain_.x[i] = broken ? NAN : x_[i];
@@ -388,6 +419,7 @@ class ChainBlock {
 
   const Persistent& chain_;
   int columns_, first_column_, rows_, outputs_, stride_;
+  Item first_;
   ExchangeLayout places_;
   Watchdog watchdog_;
   unsigned h_written_ = 0, activations_written_ = 0, final_h_written_ = 0, outputs_written_ = 0;

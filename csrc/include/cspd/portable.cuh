@@ -88,6 +88,15 @@ CSPD_HD float16 from_float<float16>(float value) {
 #endif
 }
 
+// To two units in the last place.
+CSPD_HD float inverse_square_root(float value) {
+#ifdef __CUDA_ARCH__
+  return rsqrtf(value);
+#else
+  return 1.0f / std::sqrt(value);
+#endif
+}
+
 CSPD_HD float silu(float value) { return value / (1.0f + expf(-value)); }
 
 // sin and cos of 2 pi t for t in [0, 1].

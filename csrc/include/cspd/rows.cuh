@@ -81,21 +81,21 @@ __device__ __forceinline__ Statistics row_statistics(const RowPart<Threads>& row
   float mean = 0.0f;
 #pragma unroll
   for (int chunk = 0; chunk < row.kChunks; ++chunk) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) mean += row.v[chunk].v[i];
+    const auto& v = row.v[chunk].v;
+    mean += (v[0] + v[1]) + (v[2] + v[3]);  // short chains: others wait for this
   }
-  mean = sum_over<kWarp>(mean) / static_cast<float>(own > 0 ? own : 1);
+  mean = sum_over<kWarp>(mean) * (1.0f / static_cast<float>(own > 0 ? own : 1));
   float squares = 0.0f;
 #pragma unroll
   for (int chunk = 0; chunk < row.kChunks; ++chunk) {
     if (row.column(chunk) >= width) continue;
+    float d[4];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float deviation = row.v[chunk].v[i] - mean;
-      squares = fmaf(deviation, deviation, squares);
-    }
+    for (int i = 0; i < 4; ++i) d[i] = row.v[chunk].v[i] - mean;
+    squares += fmaf(d[0], d[0], d[1] * d[1]) + fmaf(d[2], d[2], d[3] * d[3]);
   }
   squares = sum_over<kWarp>(squares);
+  const float inverse_width = 1.0f / static_cast<float>(width);
   if constexpr (kWarps > 1) {
     if (lane() == 0) {
       scratch[warp()] = mean;
@@ -105,15 +105,17 @@ __device__ __forceinline__ Statistics row_statistics(const RowPart<Threads>& row
     const float* means = scratch + warp() / kWarps * kWarps;
     mean = squares = 0.0f;
 #pragma unroll
-    for (int i = 0; i < kWarps; ++i) mean += means[i] * static_cast<float>(columns_of_warp<Threads>(i, width));
-    mean /= static_cast<float>(width);
+    for (int i = 0; i < kWarps; ++i) {
+      mean = fmaf(means[i], static_cast<float>(columns_of_warp<Threads>(i, width)), mean);
+    }
+    mean *= inverse_width;
 #pragma unroll
     for (int i = 0; i < kWarps; ++i) {
       const float apart = means[i] - mean;
-      squares += means[kRowWarps + i] + static_cast<float>(columns_of_warp<Threads>(i, width)) * apart * apart;
+      squares += fmaf(apart * apart, static_cast<float>(columns_of_warp<Threads>(i, width)), means[kRowWarps + i]);
     }
   }
-  return {mean, 1.0f / sqrtf(squares / static_cast<float>(width) + epsilon)};
+  return {mean, inverse_square_root(fmaf(squares, inverse_width, epsilon))};
 }
 
 // What one thread needs of a modulation for its part of a row: asked for before the row is there, as far as the
@@ -176,14 +178,14 @@ class ModulationPart {
   Gains gains_of_[kGainsEarly ? kChunks : 1];
 };
 
-// Four columns of the input projection of one token, x [C] @ weight [W, C]^T + bias.
+// Four columns of the input projection of one token, x [C] @ weight [C, W] + bias.
 __device__ __forceinline__ Vector<float, 4> projected(const float* x, const float* weight, const float* bias,
-                                                      int channels, int column) {
+                                                      int channels, int column, int width) {
   auto h = load_four(bias + column);
+  for (int c = 0; c < channels; ++c) {
+    const auto weights = load_four(weight + c * width + column);
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const float* weights = weight + static_cast<std::int64_t>(column + i) * channels;
-    for (int c = 0; c < channels; ++c) h.v[i] = fmaf(x[c], weights[c], h.v[i]);
+    for (int i = 0; i < 4; ++i) h.v[i] = fmaf(x[c], weights.v[i], h.v[i]);
   }
   return h;
 }

@@ -34,20 +34,26 @@ struct Pieces {
 template <typename T, bool Resident>
 class WeightSupply {
  public:
+  using Piece = Vector<T, Pieces<T>::kPiece>;
+
   // ``layers`` [count] are addresses of [W, W] weights, in shared memory; ``ring`` is the block's.
   __device__ __forceinline__ WeightSupply(unsigned char* ring, const void* const* layers, int count, int steps,
                                           int width, int first_column, int columns, int stage_pieces)
-      : ring_(ring), layers_(layers), count_(count), width_(width), columns_(columns), stage_pieces_(stage_pieces) {
-    const int g = lane() / 4, q = lane() % 4;
-    spans_ = Pieces<T>::spans(width);
-    layer_pieces_ = Pieces<T>::of_layer(width, columns);
-    column_ = first_column + g;
-    k_ = warp() * spans_ * Pieces<T>::kSpan + q * Pieces<T>::kPiece;
+      : ring_(reinterpret_cast<Piece*>(ring) + threadIdx.x),
+        layers_(layers),
+        count_(count),
+        width_(width),
+        spans_(Pieces<T>::spans(width)),
+        layer_pieces_(Pieces<T>::of_layer(width, columns)),
+        stage_pieces_(stage_pieces),
+        column_(first_column + lane() / 4),
+        k_(warp() * spans_ * Pieces<T>::kSpan + lane() % 4 * Pieces<T>::kPiece) {
     if constexpr (Resident) {
-      for (int layer = 0; layer < count; ++layer) copy(layer, 0, layer_pieces_, layer * layer_pieces_);
+      copy(count * layer_pieces_, 0);
       copy_async_commit();
     } else {
-      stages_ = static_cast<std::int64_t>(steps) * count * stages_of_layer();
+      left_ = steps * count * ((layer_pieces_ + stage_pieces - 1) / stage_pieces);
+#pragma unroll 1
       for (int i = 0; i < kStages; ++i) refill();
     }
   }
@@ -58,62 +64,71 @@ class WeightSupply {
       if (!arrived_) copy_async_wait<0>();
       arrived_ = true;
       slot_ = layer * layer_pieces_;
+    } else {
+      in_layer_ = 0;
     }
   }
 
-  // The next piece of the layer: piece p of tile p / spans, span p % spans.
-  __device__ __forceinline__ Vector<T, Pieces<T>::kPiece> next(int piece) {
+  // The next piece of the layer: span after span of its first tile, then of the next.
+  __device__ __forceinline__ Piece next() {
     if constexpr (Resident) {
-      return at(slot_ + piece);
+      return at(slot_++);
     } else {
-      const int part = piece % stage_pieces_;
-      if (part == 0) copy_async_wait<kStages - 1>();
-      const auto value = at(static_cast<int>(used_ % kStages) * stage_pieces_ + part);
-      if (part == stage_pieces_ - 1 || piece == layer_pieces_ - 1) {
-        ++used_;
-        refill();
+      if (part_ == 0) copy_async_wait<kStages - 1>();
+      const Piece piece = at(used_stage_ * stage_pieces_ + part_);
+      const bool layer_ends = ++in_layer_ == layer_pieces_;
+      if (++part_ == stage_pieces_ || layer_ends) {
+        part_ = 0;
+        used_stage_ = (used_stage_ + 1) % kStages;
+        // The last stage of a layer is refilled when others no longer wait for the layer.
+        if (!layer_ends) refill();
       }
-      return value;
+      return piece;
     }
+  }
+
+  // After what the layer has made has been passed on.
+  __device__ __forceinline__ void end() {
+    if constexpr (!Resident) refill();
   }
 
  private:
-  using Piece = Vector<T, Pieces<T>::kPiece>;
+  __device__ __forceinline__ Piece& at(int slot) { return ring_[slot * kChainThreads]; }
 
-  __device__ __forceinline__ int stages_of_layer() const { return (layer_pieces_ + stage_pieces_ - 1) / stage_pieces_; }
-
-  __device__ __forceinline__ Piece& at(int slot) {
-    return reinterpret_cast<Piece*>(ring_)[static_cast<std::size_t>(slot) * kChainThreads + threadIdx.x];
-  }
-
-  __device__ __forceinline__ void copy(int layer, int begin, int end, int slot) {
-    const T* weight = static_cast<const T*>(layers_[layer]);
-    for (int piece = begin; piece < end; ++piece) {
-      const int column = column_ + piece / spans_ * kTileColumns, k = k_ + piece % spans_ * Pieces<T>::kSpan;
+  // The next pieces that have not been asked for, into slots from ``slot`` on.
+  __device__ __forceinline__ void copy(int pieces, int slot) {
+#pragma unroll 1
+    for (int i = 0; i < pieces; ++i) {
+      const T* weight = static_cast<const T*>(layers_[layer_]);
+      const int column = column_ + tile_ * kTileColumns, k = k_ + span_ * Pieces<T>::kSpan;
       const bool valid = column < width_ && k < width_;
-      copy_async(&at(slot + piece - begin), valid ? weight + static_cast<std::int64_t>(column) * width_ + k : weight,
-                 valid);
+      copy_async(&at(slot + i), valid ? weight + static_cast<std::int64_t>(column) * width_ + k : weight, valid);
+      if (++span_ < spans_) continue;
+      span_ = 0;
+      if (++tile_ * spans_ < layer_pieces_) continue;
+      tile_ = 0;
+      if (++layer_ == count_) layer_ = 0;
     }
   }
 
   // The next stage that is not yet under way; past the last one an empty group, so that groups can be counted.
   __device__ __forceinline__ void refill() {
-    if (asked_ < stages_) {
-      const int of_layer = stages_of_layer();
-      const int layer = static_cast<int>(asked_ / of_layer % count_), begin = asked_ % of_layer * stage_pieces_;
-      const int end = begin + stage_pieces_ < layer_pieces_ ? begin + stage_pieces_ : layer_pieces_;
-      copy(layer, begin, end, static_cast<int>(asked_ % kStages) * stage_pieces_);
-      ++asked_;
+    if (left_ > 0) {
+      const int asked = tile_ * spans_ + span_, rest = layer_pieces_ - asked;
+      copy(rest < stage_pieces_ ? rest : stage_pieces_, asked_stage_ * stage_pieces_);
+      asked_stage_ = (asked_stage_ + 1) % kStages;
+      --left_;
     }
     copy_async_commit();
   }
 
-  unsigned char* ring_;
+  Piece* ring_;  // the thread's own column of it
   const void* const* layers_;
-  int count_, width_, columns_, stage_pieces_, spans_, layer_pieces_, column_, k_;
-  int slot_ = 0;
+  int count_, width_, spans_, layer_pieces_, stage_pieces_, column_, k_;
+  int layer_ = 0, tile_ = 0, span_ = 0;  // of the next piece to ask for
+  int slot_ = 0;                         // resident: of the next piece to use
   bool arrived_ = false;
-  std::int64_t stages_ = 0, asked_ = 0, used_ = 0;
+  int left_ = 0, asked_stage_ = 0, used_stage_ = 0, part_ = 0, in_layer_ = 0;  // in the ring
 };
 
 // One thread's share of [Rows, 8] += a [Rows, span] @ weights [8, span]^T, by tensor cores: half-precision types.
