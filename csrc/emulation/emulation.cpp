@@ -120,13 +120,16 @@ bool run_blocks(std::int64_t first, std::int64_t last, int threads, std::size_t 
     fiber.start.uc_link = nullptr;
     makecontext(&fiber.start, enter, 0);
   }
-  // Warps in a new order every round, threads of a warp from either end. One block of several sleeps for a while, then
-  // another: those that run get as far as they can without it.
+  // Warps in a new order every round, threads of a warp from either end. About every other warp sits a round out, so
+  // that one may be ahead of another by more than what lies between two waits; a round after one without any progress
+  // is for all. And one block of several sleeps for a while, then another: those that run get as far as they can
+  // without it.
   std::size_t asleep = blocks.size();
   int round = 0;
   std::vector<std::size_t> order;
   for (std::size_t i = 0; i < fibers.size(); i += kWarp) order.push_back(i);
   std::size_t left = fibers.size();
+  bool for_all = false;
   while (left > 0) {
     std::shuffle(order.begin(), order.end(), random);
     bool moved = false;
@@ -137,7 +140,9 @@ bool run_blocks(std::int64_t first, std::int64_t last, int threads, std::size_t 
         continue;
       }
       const std::size_t count = std::min<std::size_t>(kWarp, fibers.size() - start);
-      const bool backwards = random() & 1;
+      const auto drawn = random();
+      if (!for_all && (drawn & 2)) continue;
+      const bool backwards = drawn & 1;
       for (std::size_t k = 0; k < count; ++k) {
         Fiber& fiber = fibers[start + (backwards ? count - 1 - k : k)];
         if (!fiber.ready()) continue;
@@ -146,7 +151,8 @@ bool run_blocks(std::int64_t first, std::int64_t last, int threads, std::size_t 
         left -= fiber.ended;
       }
     }
-    if (!moved) return false;
+    if (!moved && for_all) return false;
+    for_all = !moved;
   }
   return true;
 }

@@ -5,7 +5,7 @@
 
 #include "layers.h"
 
-constexpr float kChainEpsilon = 1e-6f;
+constexpr float kChainEpsilon = 0.1f;  // large enough to show
 
 // Which chain.
 struct Size {

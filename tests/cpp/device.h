@@ -61,8 +61,12 @@ inline unsigned char* allocate(std::size_t bytes) {
   return start + (pages(bytes) - bytes);
 }
 inline void release(unsigned char* at, std::size_t bytes) { munmap(at - (pages(bytes) - bytes), pages(bytes) + 4096); }
-inline void copy(void* to, const void* from, std::size_t bytes) { std::memcpy(to, from, bytes); }
-inline void fill(void* at, int value, std::size_t bytes) { std::memset(at, value, bytes); }
+inline void copy(void* to, const void* from, std::size_t bytes) {
+  if (bytes > 0) std::memcpy(to, from, bytes);
+}
+inline void fill(void* at, int value, std::size_t bytes) {
+  if (bytes > 0) std::memset(at, value, bytes);
+}
 constexpr bool kEmulated = true;
 
 #else
