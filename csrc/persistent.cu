@@ -49,9 +49,10 @@ PersistentPlan persistent_plan(Operand type, int rows, int tokens, int channels,
 cudaError_t persistent(Operand type, const Persistent& chain, const PersistentPlan& plan, cudaStream_t stream) {
   const int rows = chain.tokens * chain.halves;
   if (plan.blocks < 1 || rows < 1 || rows > kMaxRows) return cudaErrorInvalidValue;
-  const auto cleared = cudaMemsetAsync(chain.exchange, 0, plan.exchange_words * sizeof(std::uint32_t), stream);
-  if (cleared != cudaSuccess) return cleared;
-  return with_type(type, [&](auto value) { return launch_chain<decltype(value)>(chain, plan, stream); });
+  return with_type(type, [&](auto value) {
+    const auto cleared = cudaMemsetAsync(chain.exchange, 0, plan.exchange_words * sizeof(std::uint32_t), stream);
+    return cleared == cudaSuccess ? launch_chain<decltype(value)>(chain, plan, stream) : cleared;
+  });
 }
 
 }  // namespace cspd

@@ -120,15 +120,15 @@ bool run_blocks(std::int64_t first, std::int64_t last, int threads, std::size_t 
     fiber.start.uc_link = nullptr;
     makecontext(&fiber.start, enter, 0);
   }
-  // Warps in a new order every round, threads of a warp from either end. About every other warp sits a round out, so
-  // that one may be ahead of another by more than what lies between two waits; a round after one without any progress
-  // is for all. And one block of several sleeps for a while, then another: those that run get as far as they can
-  // without it.
+  // Warps in a new order every round, threads of a warp from either end. Now and then a warp sits some rounds out, so
+  // that others get ahead of it by more than what lies between two waits; a round after one without any progress is for
+  // all. And one block of several sleeps for longer, then another: the others get as far as they can without it.
   std::size_t asleep = blocks.size();
   int round = 0;
   std::vector<std::size_t> order;
   for (std::size_t i = 0; i < fibers.size(); i += kWarp) order.push_back(i);
   std::size_t left = fibers.size();
+  std::vector<unsigned> sits_out(order.size());
   bool for_all = false;
   while (left > 0) {
     std::shuffle(order.begin(), order.end(), random);
@@ -141,8 +141,13 @@ bool run_blocks(std::int64_t first, std::int64_t last, int threads, std::size_t 
       }
       const std::size_t count = std::min<std::size_t>(kWarp, fibers.size() - start);
       const auto drawn = random();
-      if (!for_all && (drawn & 2)) continue;
-      const bool backwards = drawn & 1;
+      unsigned& rounds = sits_out[start / kWarp];
+      if (rounds == 0 && drawn % 16 < 2) rounds = drawn >> 8 & 15;
+      if (!for_all && rounds > 0) {
+        --rounds;
+        continue;
+      }
+      const bool backwards = drawn >> 16 & 1;
       for (std::size_t k = 0; k < count; ++k) {
         Fiber& fiber = fibers[start + (backwards ? count - 1 - k : k)];
         if (!fiber.ready()) continue;

@@ -191,7 +191,8 @@ class ChainOnDevice {
 
   Results results() const { return {doubles(x_.host()), doubles(log_std_.host()), doubles(path_.host())}; }
   int error() const { return error_.host()[0]; }
-  bool untouched() const { return log_std_.untouched() && exchange_.untouched() && x_.host() == in_.x.typed; }
+  bool has_log_std() const { return !log_std_.untouched(); }
+  bool untouched() const { return !has_log_std() && exchange_.untouched() && x_.host() == in_.x.typed; }
 
  private:
   const Inputs<T>& in_;

@@ -18,6 +18,13 @@ __device__ int next_value(int sum, int block) { return (sum * 3 + 7 * block + 1)
 __device__ int place_of(int round) { return round % 2; }
 __device__ unsigned bit_of(int round) { return (round + 1) / 2 & 1; }
 
+__device__ float await_one(const std::uint32_t* word, unsigned bit, cspd::Watchdog& watchdog) {
+  const std::uint32_t* const words[] = {word};
+  float values[1];
+  cspd::await(words, values, bit, watchdog);
+  return values[0];
+}
+
 // Every round each block passes on one word, all threads of all blocks read all words, and the next value follows from
 // the sum. ``words`` [2, blocks]; ``out`` [blocks, threads]: the last sums.
 __global__ void relay_kernel(std::uint32_t* words, std::int32_t* error, int rounds, int silent, int* out) {
@@ -30,7 +37,7 @@ __global__ void relay_kernel(std::uint32_t* words, std::int32_t* error, int roun
       cspd::pass_on(row + block, static_cast<float>(next_value(sum, block)), bit_of(round));
     }
     sum = 0;
-    for (int k = 0; k < blocks; ++k) sum += static_cast<int>(rintf(cspd::await(row + k, bit_of(round), watchdog)));
+    for (int k = 0; k < blocks; ++k) sum += static_cast<int>(rintf(await_one(row + k, bit_of(round), watchdog)));
     cspd::sync_block();  // the block passes on nothing before all its threads have read
   }
   out[block * kThreads + threadIdx.x] = sum;
@@ -121,7 +128,7 @@ __global__ void bits_kernel(const float* values, std::uint32_t* words, float* ba
   const auto i = threadIdx.x;
   for (unsigned bit = 0; bit < 2; ++bit) {
     cspd::pass_on(words + i, values[i], bit);
-    back[2 * i + bit] = cspd::await(words + i, bit, watchdog);
+    back[2 * i + bit] = await_one(words + i, bit, watchdog);
   }
 }
 

@@ -79,19 +79,28 @@ struct OperandOut {
   Doubles host() const { return affine ? doubles(typed.host()) : doubles(plain.host()); }
 };
 
+// Of a matrix [rows, columns].
+Doubles transposed(const Doubles& matrix, int rows, int columns) {
+  Doubles result(matrix.size());
+  for (int row = 0; row < rows; ++row) {
+    for (int column = 0; column < columns; ++column) result[column * rows + row] = matrix[row * columns + column];
+  }
+  return result;
+}
+
 template <typename T>
 void input(int width, int tokens, int halves, int channels, bool affine) {
   Random random(3);
   const int rows = tokens * halves;
   // Far from 0 beside its spread: no difference of large squares gets this right.
-  const Tensor<float> x(random.normals(tokens * channels)), weight(random.normals(width * channels)),
+  const Tensor<float> x(random.normals(tokens * channels)), weight(random.normals(channels * width)),
       bias(random.normals(width, 1.0, 30.0));
   const Following<T> following(random, rows, width, affine);
   const OperandOut<T> operand(static_cast<std::size_t>(rows) * width, affine);
   const Array<float> h(static_cast<std::size_t>(rows) * width);
   RUN(cspd::input(Type<T>::kOperand, x.get(), weight.get(), bias.get(), h.get(), following.get(), operand.get(), tokens,
                   halves, channels, width, nullptr));
-  auto expected = linear(x.values, weight.values, bias.values);
+  auto expected = linear(x.values, transposed(weight.values, channels, width), bias.values);
   if (halves == 2) expected.insert(expected.end(), expected.begin(), expected.begin() + tokens * width);
   CHECK_ALL_NEAR(h.host(), expected, 3e-6);
   CHECK_ALL_NEAR(operand.host(), following.plain(expected, width), following.rounding() + 2e-5);

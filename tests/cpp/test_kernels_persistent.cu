@@ -108,6 +108,7 @@ void chunks_of_steps() {
       const ChainOnDevice<T> chain(in, plan_of<T>(size, 3));
       for (std::size_t i = 0; i + 1 < bounds.size(); ++i) {
         RUN(chain.launch(chain.arguments(own_mods ? bounds[i + 1] : 0, bounds[i + 1], bounds[i])));
+        CHECK_EQUAL(chain.has_log_std(), bounds[i + 1] == 0);
       }
       check_results(chain.results(), expected, tolerance<T>());
     }
