@@ -44,6 +44,7 @@ __global__ void __launch_bounds__(kRowThreads)
     input_kernel(const float* x, const float* weight, const float* bias, float* h, Modulation<T> modulation,
                  Out* operand, std::int64_t tokens, int halves, int channels, int width) {
   float* scratch = shared_memory<float>();
+  const RowShape<kRowThreads> shape(width);
   const std::int64_t token = blockIdx.x;
   RowPart<kRowThreads> row = {};
 #pragma unroll
@@ -51,7 +52,7 @@ __global__ void __launch_bounds__(kRowThreads)
     const int column = row.column(chunk);
     if (column < width) row.v[chunk] = projected(x + token * channels, weight, bias, channels, column, width);
   }
-  const auto statistics = row_statistics(row, width, modulation.epsilon, scratch);
+  const auto statistics = row_statistics(row, shape, width, modulation.epsilon, scratch);
   for (int half = 0; half < halves; ++half) {
     const std::int64_t to = token + half * tokens;
     const ModulationPart<kRowThreads, T> mods(modulation, to, width);
@@ -71,6 +72,7 @@ template <typename T, typename Out>
 __global__ void __launch_bounds__(kRowThreads) residual_kernel(const T* product, const T* bias, const T* mods, float* h,
                                                                Modulation<T> next, Out* operand, int width) {
   float* scratch = shared_memory<float>();
+  const RowShape<kRowThreads> shape(width);
   const std::int64_t start = static_cast<std::int64_t>(blockIdx.x) * width;
   RowPart<kRowThreads> row = {};
   const ModulationPart<kRowThreads, T> early(next, blockIdx.x, width);
@@ -85,7 +87,7 @@ __global__ void __launch_bounds__(kRowThreads) residual_kernel(const T* product,
     for (int i = 0; i < 4; ++i) row.v[chunk].v[i] = fmaf(gate.v[i], value.v[i] + added.v[i], row.v[chunk].v[i]);
     store_four(h + start + column, row.v[chunk]);
   }
-  const auto statistics = row_statistics(row, width, next.epsilon, scratch);
+  const auto statistics = row_statistics(row, shape, width, next.epsilon, scratch);
 #pragma unroll
   for (int chunk = 0; chunk < row.kChunks; ++chunk) {
     const int column = row.column(chunk);

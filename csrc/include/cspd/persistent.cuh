@@ -85,6 +85,7 @@ class ChainBlock {
         outputs_(chain.learned ? 2 * chain.channels : chain.channels),
         stride_(operand_stride<T>(chain.width)),
         places_(exchange_layout(rows_, chain.channels, chain.width)),
+        shape_(chain.width),
         watchdog_(chain.error, chain.timeout_ns) {
     const int layer_pieces = Pieces<T>::of_layer(chain.width, columns_);
     const int slots = Resident ? 2 * chain.depth * layer_pieces : kStages * plan.stage_pieces;
@@ -229,7 +230,7 @@ class ChainBlock {
       const ModulationPart<kThreadsPerRow, T> early(modulation, mine ? row : 0, chain_.width);
       Row h = {};
       if (mine) h = await_h(places_.h, row, h_written_);
-      const auto statistics = row_statistics(h, chain_.width, chain_.epsilon, scratch_);
+      const auto statistics = row_statistics(h, shape_, chain_.width, chain_.epsilon, scratch_);
 #pragma unroll
       for (int chunk = 0; chunk < Row::kChunks; ++chunk) {
         const int column = Row::column(chunk);
@@ -329,7 +330,7 @@ class ChainBlock {
       Row weights = final_weights(output), a = {};
       float bias = chain_.ends.final_bias[output];
       if (mine) a = await_h(places_.final_h, row, final_h_written_);
-      const auto statistics = row_statistics(a, chain_.width, chain_.epsilon, scratch_);
+      const auto statistics = row_statistics(a, shape_, chain_.width, chain_.epsilon, scratch_);
 #pragma unroll
       for (int chunk = 0; chunk < Row::kChunks; ++chunk) {
         if (mine && Row::column(chunk) < chain_.width) {
@@ -421,6 +422,7 @@ class ChainBlock {
   int columns_, first_column_, rows_, outputs_, stride_;
   Item first_;
   ExchangeLayout places_;
+  RowShape<kThreadsPerRow> shape_;
   Watchdog watchdog_;
   unsigned h_written_ = 0, activations_written_ = 0, final_h_written_ = 0, outputs_written_ = 0;
   unsigned char* ring_;

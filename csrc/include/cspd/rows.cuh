@@ -59,32 +59,44 @@ struct Statistics {
   float mean, inverse_std;
 };
 
-// How many columns of a row its i-th warp holds.
+// How a row of a width is spread over the warps that share it. Divides, so it is found out before anyone waits.
 template <int Threads>
-__device__ __forceinline__ int columns_of_warp(int i, int width) {
-  int count = 0;
+struct RowShape {
+  static constexpr int kWarps = Threads / kWarp;
+  float inverse_width, inverse_own;  // of the whole row, of the columns of this thread's warp
+  float shares[kWarps];              // of each warp in the whole row
+
+  __device__ __forceinline__ explicit RowShape(int width) {
+    inverse_width = 1.0f / static_cast<float>(width);
+    int own = 0;
 #pragma unroll
-  for (int chunk = 0; chunk < RowPart<Threads>::kChunks; ++chunk) {
-    const int left = width - 4 * (kWarp * i + Threads * chunk);
-    count += left < 0 ? 0 : left > 4 * kWarp ? 4 * kWarp : left;
+    for (int i = 0; i < kWarps; ++i) {
+      int count = 0;
+#pragma unroll
+      for (int chunk = 0; chunk < RowPart<Threads>::kChunks; ++chunk) {
+        const int left = width - 4 * (kWarp * i + Threads * chunk);
+        count += left < 0 ? 0 : left > 4 * kWarp ? 4 * kWarp : left;
+      }
+      shares[i] = static_cast<float>(count) * inverse_width;
+      if (i == warp() % kWarps) own = count;
+    }
+    inverse_own = 1.0f / static_cast<float>(own > 0 ? own : 1);
   }
-  return count;
-}
+};
 
 // Of a row's values: every warp those of its own, in two passes over registers, which are then merged by Chan's
 // formula. So there is one wait, and no difference of large squares. ``scratch`` [2, kRowWarps] as for sum_over_row.
 template <int Threads>
-__device__ __forceinline__ Statistics row_statistics(const RowPart<Threads>& row, int width, float epsilon,
-                                                     float* scratch) {
+__device__ __forceinline__ Statistics row_statistics(const RowPart<Threads>& row, const RowShape<Threads>& shape,
+                                                     int width, float epsilon, float* scratch) {
   constexpr int kWarps = Threads / kWarp;
-  const int own = columns_of_warp<Threads>(warp() % kWarps, width);
   float mean = 0.0f;
 #pragma unroll
   for (int chunk = 0; chunk < row.kChunks; ++chunk) {
     const auto& v = row.v[chunk].v;
     mean += (v[0] + v[1]) + (v[2] + v[3]);  // short chains: others wait for this
   }
-  mean = sum_over<kWarp>(mean) * (1.0f / static_cast<float>(own > 0 ? own : 1));
+  mean = sum_over<kWarp>(mean) * shape.inverse_own;
   float squares = 0.0f;
 #pragma unroll
   for (int chunk = 0; chunk < row.kChunks; ++chunk) {
@@ -95,7 +107,7 @@ __device__ __forceinline__ Statistics row_statistics(const RowPart<Threads>& row
     squares += fmaf(d[0], d[0], d[1] * d[1]) + fmaf(d[2], d[2], d[3] * d[3]);
   }
   squares = sum_over<kWarp>(squares);
-  const float inverse_width = 1.0f / static_cast<float>(width);
+  float variance = squares * shape.inverse_width;
   if constexpr (kWarps > 1) {
     if (lane() == 0) {
       scratch[warp()] = mean;
@@ -103,19 +115,16 @@ __device__ __forceinline__ Statistics row_statistics(const RowPart<Threads>& row
     }
     sync_block();
     const float* means = scratch + warp() / kWarps * kWarps;
-    mean = squares = 0.0f;
+    mean = variance = 0.0f;
 #pragma unroll
-    for (int i = 0; i < kWarps; ++i) {
-      mean = fmaf(means[i], static_cast<float>(columns_of_warp<Threads>(i, width)), mean);
-    }
-    mean *= inverse_width;
+    for (int i = 0; i < kWarps; ++i) mean = fmaf(means[i], shape.shares[i], mean);
 #pragma unroll
     for (int i = 0; i < kWarps; ++i) {
       const float apart = means[i] - mean;
-      squares += fmaf(apart * apart, static_cast<float>(columns_of_warp<Threads>(i, width)), means[kRowWarps + i]);
+      variance += fmaf(apart * apart, shape.shares[i], means[kRowWarps + i] * shape.inverse_width);
     }
   }
-  return {mean, inverse_square_root(fmaf(squares, inverse_width, epsilon))};
+  return {mean, inverse_square_root(variance + epsilon)};
 }
 
 // What one thread needs of a modulation for its part of a row: asked for before the row is there, as far as the
