@@ -16,10 +16,11 @@ import torch
 from cspd.models import DiffLoss
 from cspd_kernels import Denoised, DiffusionHead, PhiloxNoise
 from cspd_kernels.crossover import PERSISTENT_LIMIT
-from cspd_kernels.cuda_support import build_record
+from cspd_kernels.cuda_support import build_record, extension
 from cspd_kernels.ops.accept_reject import RESIDUALS
 from cspd_kernels.ops.accept_reject.triton import accept_reject
 from cspd_kernels.ops.denoise.chain import Tables
+from cspd_kernels.ops.denoise.cuda_chain import DTYPE_CODES
 from cspd_kernels.ops.denoise.triton_chain import LayeredChain
 from cspd_kernels.ops.denoise.triton_persistent import PersistentChain
 from cspd_kernels.ops.density_ratio.triton import log_density_ratio
@@ -30,6 +31,8 @@ TOKENS = (1, 2, 4, 8, 16, 64, 128, 512)  # every tile of the table
 QUICK_TOKENS = (1, 64, 512)
 DTYPES = (torch.bfloat16, torch.float32)  # float16 compiles to what bfloat16 does
 CASES = ((True, True), (False, False))  # guided, Philox noise; the first needs more registers
+MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}  # A100, H100 and H200, B200
+PLANNED_ROWS = (2, 16)
 VERDICT_CHANNELS = (1, 4, 16, 32, 64, 100, 256)
 QUICK_VERDICT_CHANNELS = (16, 256)
 
@@ -106,6 +109,32 @@ def cuda_rows(record: dict) -> list[dict]:
     return rows
 
 
+def plan_rows(heads: dict[str, tuple[int, int, int]]) -> list[dict]:
+    """The shared memory that launches of the persistent CUDA kernel ask for, which is not known to the compiler: one
+    block a multiprocessor, on the largest device of every architecture."""
+    rows = []
+    for model, (depth, width, _) in heads.items():
+        for dtype in DTYPES:
+            for tokens in PLANNED_ROWS:
+                for architecture, multiprocessors in MULTIPROCESSORS.items():
+                    limit = SHARED_LIMITS[architecture]
+                    plan = extension().persistent_plan(
+                        DTYPE_CODES[dtype], tokens, tokens, CHANNELS, width, depth, multiprocessors, limit
+                    )
+                    kept = "weights stay" if plan.resident else "weights stream"
+                    described = {"kernel": f"persistent_kernel: {plan.blocks} blocks, {kept}", "backend": "cuda"}
+                    described |= {"model": model, "tokens": tokens, "dtype": str(dtype).removeprefix("torch.")}
+                    described |= {
+                        "architecture": architecture,
+                        "registers": "above",
+                        "stack_bytes": "above",
+                        "warps": 8,
+                    }
+                    fits = 0 < plan.blocks <= multiprocessors and plan.shared_bytes <= limit
+                    rows.append(described | {"shared_bytes": plan.shared_bytes, "warps": 8, "fits": fits})
+    return rows
+
+
 def _run(work: tuple) -> list[dict]:
     """In a process of its own; launches do not travel between processes, so it records them itself."""
     function, *arguments = work
@@ -135,7 +164,7 @@ def report(heads: dict[str, tuple[int, int, int]], quick: bool, processes: int) 
     if not record["built"]:
         print(f"no CUDA kernels: {record['reason']}")
         return rows
-    return rows + cuda_rows(record)
+    return rows + cuda_rows(record) + plan_rows(heads)
 
 
 def print_report(rows: list[dict], path: Path | None) -> None:

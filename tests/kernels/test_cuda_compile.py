@@ -78,15 +78,35 @@ def test_the_extension_imports_without_a_gpu_and_without_torch(build):
 # --- the report ---
 
 
-def test_a_cuda_kernel_that_spills_fails_the_report(monkeypatch, tmp_path):
+@pytest.fixture
+def compile_report(monkeypatch):
     monkeypatch.syspath_prepend(str(compile_py.HERE.parent / "benchmarks"))
     import compile_report
 
+    yield compile_report
+    sys.modules.pop("compile_report")
+
+
+def test_launches_of_the_persistent_kernel_fit_every_architecture(compile_report, device_of):
+    device_of("cuda")
+    rows = compile_report.plan_rows({"MAR-B": (6, 1024, 768), "MAR-H": (12, 1536, 1280)})
+    assert all(row["fits"] for row in rows)
+    assert {(row["architecture"], row["model"]) for row in rows} == {
+        (architecture, model) for architecture in SHARED_LIMITS for model in ("MAR-B", "MAR-H")
+    }
+    stay = [r for r in rows if "weights stay" in r["kernel"]]
+    assert {(r["model"], r["dtype"], r["architecture"], r["tokens"]) for r in stay} == {
+        ("MAR-B", "bfloat16", architecture, 2) for architecture in (90, 100)
+    }
+    too_large = compile_report.plan_rows({"wide": (1, 2064, 768)})
+    assert not any(row["fits"] for row in too_large)
+
+
+def test_a_cuda_kernel_that_spills_fails_the_report(compile_report, tmp_path):
     kernel = {"kernel": "k<4>", "architecture": 90, "registers": 40, "stack_bytes": 16, "spill_store_bytes": 0}
     kernel |= {"spill_load_bytes": 0, "shared_bytes": 100, "barriers": 1}
     spills = [kernel | {"spill_store_bytes": 4}, kernel | {"spill_load_bytes": 4}, kernel | {"shared_bytes": 1 << 20}]
     rows = compile_report.cuda_rows({"kernels": [kernel, *spills]})
-    sys.modules.pop("compile_report")
     assert [row["fits"] for row in rows] == [True, False, False, False]
     compile_report.print_report(rows[:1], None)
     with pytest.raises(SystemExit):
