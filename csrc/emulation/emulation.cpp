@@ -1,5 +1,8 @@
+// Some compilers check a longjmp by default, and take one from a fiber's stack to another's for a damaged one.
+#undef _FORTIFY_SOURCE
 #include "emulation.h"
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>

@@ -9,7 +9,6 @@
 // Not shown here: what a cache or a reordered store would hide, speed, and limits of a device.
 #pragma once
 
-#include <csetjmp>
 #include <cstddef>
 #include <functional>
 #include <tuple>
