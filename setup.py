@@ -22,7 +22,7 @@ spec.loader.exec_module(compiling)
 choice = os.environ.get(SWITCH, "")
 if choice not in ("", "0", "1"):
     raise SystemExit(f"expected {SWITCH} as 1 (required), 0 (skipped) or not set, got {choice!r}")
-missing = f"{SWITCH}=0 skipped it: install again without" if choice == "0" else compiling.why_not()
+missing = f"{SWITCH}=0 skipped it: install again without that variable" if choice == "0" else compiling.why_not()
 
 
 def leave_out(folder: Path, reason: str) -> None:

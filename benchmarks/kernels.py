@@ -72,7 +72,7 @@ def denoise_rows(model: str, rows: int, backends: list[str], runs: int, device: 
         products = captured(library_products(narrow, rows), device)
         baselines["library products alone bfloat16"] = (products, (torch.bfloat16,))
     contenders = {
-        f"{backend} {_name(dtype)}": (dtype, partial(denoise, head, backend=backend))
+        f"{backend} {_name(dtype)}": (dtype, partial(_up_to, 0, head, backend=backend))
         for backend in backends
         for dtype, head in heads.items()
     }
@@ -81,7 +81,7 @@ def denoise_rows(model: str, rows: int, backends: list[str], runs: int, device: 
             for dtype, head in heads.items():
                 name = f"{backend} persistent {_name(dtype)}"
                 if _serves_persistent(backend, head, rows):
-                    contenders[name] = (dtype, partial(_persistent, head, backend=backend))
+                    contenders[name] = (dtype, partial(_up_to, PERSISTENT_LIMIT, head, backend=backend))
                 else:
                     print(f"denoise, {name}, {model} N={rows}: not measured, its kernel does not cover this size here")
     functions = {name: function for name, (function, _) in baselines.items()}
@@ -108,13 +108,17 @@ def _serves_persistent(backend: str, head: DiffusionHead, rows: int) -> bool:
     return kernels.persistent.serves(head, Tables(head), bucket(rows), guided=False)
 
 
-def _persistent(head: DiffusionHead, *inputs, backend: str):
-    """The chain with the persistent kernel switched on."""
-    os.environ[PERSISTENT_VARIABLE] = str(PERSISTENT_LIMIT)
+def _up_to(tokens: int, head: DiffusionHead, *inputs, backend: str):
+    """The chain with the persistent kernel for up to so many tokens, whatever the environment and the table say."""
+    before = os.environ.get(PERSISTENT_VARIABLE)
+    os.environ[PERSISTENT_VARIABLE] = str(tokens)
     try:
         return denoise(head, *inputs, backend=backend)
     finally:
-        del os.environ[PERSISTENT_VARIABLE]
+        if before is None:
+            del os.environ[PERSISTENT_VARIABLE]
+        else:
+            os.environ[PERSISTENT_VARIABLE] = before
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -126,7 +130,9 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one size per op, few runs: a check, not a measurement")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path, metavar="FILE")
-    parser.add_argument("--compile-report", action="store_true", help="compile the Triton kernels, needs no GPU")
+    parser.add_argument(
+        "--compile-report", action="store_true", help="registers, spills, shared memory of all kernels; no GPU needed"
+    )
     args = parser.parse_args()
     if args.compile_report:
         import compile_report  # needs Triton

@@ -45,7 +45,12 @@ def why_unavailable() -> str | None:
         return loaded
     if loaded.EMULATED:
         return None
-    return _why_too_old(compiling=False) if torch.cuda.is_available() else "no CUDA device"
+    if not torch.cuda.is_available():
+        return "no CUDA device: use backend='torch'"
+    if reason := _why_too_old(compiling=False):
+        return reason
+    reasons = [_why_unsupported_device(torch.device("cuda", i)) for i in range(torch.cuda.device_count())]
+    return reasons[0] if reasons and None not in reasons else None
 
 
 def build_record() -> dict:
@@ -55,7 +60,10 @@ def build_record() -> dict:
     try:
         return json.loads(RECORD.read_text())
     except FileNotFoundError:
-        return {"built": False, "reason": "this is a source tree without the extension: pip install -e . builds it"}
+        return {
+            "built": False,
+            "reason": "this is a source tree without the extension: pip install -e . builds it where nvcc is found",
+        }
 
 
 @functools.cache
@@ -102,11 +110,15 @@ def _why_unsupported_device(device: torch.device) -> str | None:
     if device.type != "cuda":
         return f"its kernels run on CUDA tensors, and these are on {device}: move them, or use backend='torch'"
     if torch.version.hip is not None:
-        return "its kernels are written for NVIDIA devices"
-    record, capability = build_record(), torch.cuda.get_device_capability(device)
+        return "its kernels are written for NVIDIA devices: use backend='torch'"
+    return why_not_covered(build_record(), torch.cuda.get_device_capability(device))
+
+
+def why_not_covered(record: dict, capability: tuple[int, int]) -> str | None:
+    """None where what an installation has built runs on devices of this compute capability, else the reason."""
     if capability < _OLDEST_CAPABILITY:
         needed, got = _dotted(_OLDEST_CAPABILITY), _dotted(capability)
-        return f"its kernels need compute capability {needed}, and this device has {got}"
+        return f"its kernels need compute capability {needed}, and this device has {got}: use backend='torch'"
     if covers(record["architectures"], (), capability):
         return None
     if covers((), record["ptx"], capability):

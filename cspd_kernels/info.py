@@ -67,15 +67,15 @@ def _backends() -> dict[str, str]:
 
 
 def _cuda_extension() -> dict[str, str]:
-    from .cuda_support import build_record, compiled_for, covers
+    from .cuda_support import build_record, compiled_for, why_not_covered
 
     record = build_record()
     if not record["built"]:
         return {"built": f"no: {record['reason']}"}
     report = {"built": "yes", "for": compiled_for(record), "nvcc": record["nvcc"]}
     for gpu in _devices():
-        covered = covers(record["architectures"], record["ptx"], tuple(map(int, gpu["capability"].split("."))))
-        report[gpu["name"]] = "covered" if covered else f"compute capability {gpu['capability']} is not covered"
+        capability = tuple(map(int, gpu["capability"].split(".")))
+        report[gpu["name"]] = why_not_covered(record, capability) or "covered"
     return report
 
 
@@ -96,6 +96,7 @@ def collect() -> dict:
         "cpu capability": _guarded(_torch(lambda torch: torch.backends.cpu.get_cpu_capability())),
         "backends": _guarded(_backends),
         "CSPD_PERSISTENT_MAX_TOKENS": os.environ.get("CSPD_PERSISTENT_MAX_TOKENS", "not set (as measured per device)"),
+        "CSPD_CUDA_EMULATION": os.environ.get("CSPD_CUDA_EMULATION", "not set"),
         "CSPD_BACKEND": os.environ.get("CSPD_BACKEND", "not set (automatic)"),
     }
 

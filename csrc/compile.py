@@ -241,16 +241,14 @@ def parse_ptxas(text: str) -> list[dict]:
     kernels = []
     for block in re.split(r"(?=Compiling entry function ')", text)[1:]:
         name, architecture = re.match(r"Compiling entry function '(.+)' for 'sm_(\d+)", block).groups()
-        frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", block)
-        stack, stores, loads = (sum(map(int, column)) for column in zip(*frames))
         kernels.append(
             {
                 "kernel": _short(name),
                 "architecture": int(architecture),
                 "registers": _number(r"Used (\d+) registers", block),
-                "stack_bytes": stack,
-                "spill_store_bytes": stores,
-                "spill_load_bytes": loads,
+                "stack_bytes": _number(r"(\d+) bytes stack frame", block),
+                "spill_store_bytes": _number(r"(\d+) bytes spill stores", block),
+                "spill_load_bytes": _number(r"(\d+) bytes spill loads", block),
                 "shared_bytes": _number(r"(\d+) bytes smem", block),
                 "barriers": _number(r"used (\d+) barriers", block),
             }
@@ -259,8 +257,8 @@ def parse_ptxas(text: str) -> list[dict]:
 
 
 def _number(pattern: str, text: str) -> int:
-    found = re.search(pattern, text)
-    return int(found[1]) if found else 0
+    """The sum of all that it finds; 0 where that is nothing: an installation does not fail for its report."""
+    return sum(map(int, re.findall(pattern, text)))
 
 
 def _short(name: str) -> str:

@@ -67,13 +67,19 @@ def test_only_what_runs_on_a_device_is_measured_beside_torch(benchmarks, monkeyp
 
 def test_persistent_rows_run_the_persistent_kernel(benchmarks, make_head, backend, monkeypatch):
     head, used = make_head(), []
-    persistent = kernels_of(backend).persistent
-    monkeypatch.setattr(persistent, "run_steps", counted(persistent.run_steps, used))
+    kinds = kernels_of(backend)
+    for kind in (kinds.layered, kinds.persistent):
+        monkeypatch.setattr(kind, "run_steps", counted(kind.run_steps, used))
     assert benchmarks.kernels._serves_persistent(backend, head, 2)
-    out = benchmarks.kernels._persistent(head, *random_inputs(head, 2, 0), backend=backend)
-    assert len(used) == 1
-    assert not out.sample.isnan().any()
-    assert "CSPD_PERSISTENT_MAX_TOKENS" not in os.environ
+    for before in (None, "7"):
+        if before:
+            monkeypatch.setenv("CSPD_PERSISTENT_MAX_TOKENS", before)
+        for tokens, kind in ((0, kinds.layered), (16, kinds.persistent)):
+            used.clear()
+            out = benchmarks.kernels._up_to(tokens, head, *random_inputs(head, 2, 0), backend=backend)
+            assert {type(chain) for chain in used} == {kind}
+            assert not out.sample.isnan().any()
+            assert os.environ.get("CSPD_PERSISTENT_MAX_TOKENS") == before
     assert not benchmarks.kernels._serves_persistent(backend, make_head(depth=0), 2)
 
 

@@ -138,6 +138,8 @@ def test_what_ptxas_says_of_every_kernel():
         "spill_store_bytes": 572, "spill_load_bytes": 598, "shared_bytes": 0, "barriers": 0,
     }  # fmt: skip
     assert compile_py.parse_ptxas("ptxas info    : 0 bytes gmem\n") == []
+    (unknown,) = compile_py.parse_ptxas("ptxas info    : Compiling entry function 'k' for 'sm_90'\nnothing more\n")
+    assert (unknown["kernel"], unknown["registers"], unknown["stack_bytes"]) == ("k", 0, 0)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,6 @@
 // Not shown here: what a cache or a reordered store would hide, speed, and limits of a device.
 #pragma once
 
-#include <csetjmp>
 #include <cstddef>
 #include <functional>
 #include <tuple>
@@ -89,6 +88,7 @@ void yield();
 void copy_later(void* to, const void* from, bool valid);
 void commit_copies();
 void wait_for_copies(int pending);
+// Of this thread's own work: a busy machine must not make waits seem long.
 std::uint64_t nanoseconds();
 
 template <typename T>

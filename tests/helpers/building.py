@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -63,10 +64,18 @@ def compiling(root: Path = ROOT) -> ModuleType:
 
 
 def emulation() -> Path | None:
-    """The CUDA kernels compiled for the CPU, by way of a folder that stays; None without a C++ compiler."""
-    if shutil.which(os.environ.get("CXX") or "g++") is None:
+    """The CUDA kernels compiled for the CPU, by way of a folder that stays; None without a C++ compiler, and where the
+    emulation's fibers are not known."""
+    compiler = shlex.split(os.environ.get("CXX", "")) or ["g++"]
+    if not sys.platform.startswith("linux") or shutil.which(compiler[0]) is None:
         return None
-    return compiling().build_emulated(ROOT / "build" / "emulated")
+    import fcntl
+
+    folder = ROOT / "build" / "emulated"
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:  # one test session at a time
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return compiling().build_emulated(folder)
 
 
 def copy_sources(folder: Path) -> Path:

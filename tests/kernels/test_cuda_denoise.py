@@ -61,9 +61,9 @@ def test_weights_stay_in_shared_memory_or_pass_through_it(make_head, persistent,
     assert plan_of(head, 2, 2).resident
     check(head, 2, True)
     monkeypatch.setattr(cuda_persistent, "shared_limit", lambda device: plan.shared_bytes - 1)
-    if plan_of(head, 2, 2).blocks:
-        assert not plan_of(head, 2, 2).resident
-        check(head, 2, True)
+    assert plan_of(head, 2, 2).blocks
+    assert not plan_of(head, 2, 2).resident
+    check(head, 2, True)
 
 
 def test_what_fits_no_shared_memory_is_left_to_the_layered_chain(make_head, monkeypatch, used):

@@ -36,6 +36,7 @@ def extension(record, monkeypatch):
     record(BUILT)
     monkeypatch.setattr(importlib, "import_module", {"cspd_kernels._C": module}.__getitem__)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: module.capability)
     return module
 
@@ -51,7 +52,10 @@ def emulation(extension, monkeypatch):
 
 def test_a_source_tree_says_how_to_build():
     assert build_record() == {"built": False, "reason": why_unavailable()}
-    assert why_unavailable() == "this is a source tree without the extension: pip install -e . builds it"
+    assert (
+        why_unavailable()
+        == "this is a source tree without the extension: pip install -e . builds it where nvcc is found"
+    )
     with pytest.raises(RuntimeError, match="the CUDA extension is not there: this is a source tree"):
         cuda_support.extension()
     assert not cuda_support.emulated()
@@ -66,7 +70,7 @@ def test_an_extension_that_loads(extension, monkeypatch):
     assert cuda_support.extension() is extension
     assert why_unavailable() is None
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert why_unavailable() == "no CUDA device"
+    assert why_unavailable() == "no CUDA device: use backend='torch'"
     assert not cuda_support.emulated()
 
 
@@ -145,8 +149,16 @@ def test_devices_that_are_not_covered(extension, record):
         "install again with CSPD_CUDA_ARCHS=10.0"
     )
     extension.capability = (7, 5)
-    needed = "its kernels need compute capability 8.0, and this device has 7.5"
+    needed = "its kernels need compute capability 8.0, and this device has 7.5: use backend='torch'"
     assert why_unsupported_here(torch.device("cuda", 2)) == needed
+
+
+@pytest.mark.parametrize("second", [(9, 0), (7, 5)])
+def test_a_machine_is_served_where_one_of_its_devices_is(extension, monkeypatch, second):
+    capabilities = [(7, 5), second]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capabilities[device.index])
+    reason = "its kernels need compute capability 8.0, and this device has 7.5: use backend='torch'"
+    assert why_unavailable() == (None if second == (9, 0) else reason)
 
 
 @pytest.mark.parametrize(("driver", "why"), [(13000, None), (13010, None), (12080, "12.8"), (0, "0.0")])
@@ -163,8 +175,8 @@ def test_a_driver_older_than_the_toolkit(extension, driver, why):
 def test_ptx_needs_a_driver_as_new_as_the_toolkit(extension, capability, served):
     extension.capability, extension.driver = capability, 13000
     extension.runtime_version = lambda: 13010
-    assert why_unavailable() is None
     reason = why_unsupported_here(CUDA)
+    assert why_unavailable() == reason
     assert (reason is None) is served
     assert served or "built by CUDA 13.1, and the driver is for CUDA 13.0" in reason
 
@@ -173,7 +185,7 @@ def test_other_devices(extension, monkeypatch):
     reason = "its kernels run on CUDA tensors, and these are on cpu: move them, or use backend='torch'"
     assert why_unsupported_here(CPU) == reason
     monkeypatch.setattr(torch.version, "hip", "6.0")
-    assert why_unsupported_here(CUDA) == "its kernels are written for NVIDIA devices"
+    assert why_unsupported_here(CUDA) == "its kernels are written for NVIDIA devices: use backend='torch'"
 
 
 def test_launches_go_to_the_current_stream(extension, monkeypatch):

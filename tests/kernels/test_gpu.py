@@ -4,7 +4,7 @@ import gc
 
 import pytest
 import torch
-from chains import assert_agrees, assert_close, definition
+from chains import assert_agrees, assert_close, definition, kernels_of
 from dispatch_modes import no_wait_for_cuda
 from small_models import sample, small_mar
 
@@ -141,20 +141,23 @@ def test_heads_of_the_released_sizes(backend, mar_head, name, dtype, rows):
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda v: str(v).removeprefix("torch."))
 @pytest.mark.parametrize("guided", [False, True])
 def test_persistent_kernel_agrees_with_the_layered_ones_and_float64(
-    backend, mar_head, monkeypatch, dtype, rows, guided
+    backend, mar_head, monkeypatch, used, dtype, rows, guided
 ):
     head = mar_head("MAR-B", dtype)
     layered = call(backend, head, rows, 2, guided)
+    used.clear()
     monkeypatch.setenv("CSPD_PERSISTENT_MAX_TOKENS", "16")
     for seed in range(3):
         inputs = random_inputs(head, rows, seed, guided)
         assert_agrees(head, *inputs, cfg_scale=2.5 if guided else 1.0, backend=backend)
     assert_close(call(backend, head, rows, 2, guided), layered, 1e-5 if dtype == torch.float32 else 2e-2)
+    kernels, beyond = kernels_of(backend), backend == "cuda" and guided and rows > 8  # of a tile of 16 rows
+    assert {type(chain) for chain in used} == {kernels.layered if beyond else kernels.persistent}
 
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("busy", [False, True])
-def test_persistent_kernel_many_times(backend, make_diffloss, monkeypatch, busy):
+def test_persistent_kernel_many_times(backend, make_diffloss, monkeypatch, used, busy):
     """Its blocks find each other every time, also where another stream keeps the device busy."""
     monkeypatch.setenv("CSPD_PERSISTENT_MAX_TOKENS", "16")
     module = make_diffloss("mild", 6, channels=16, cond_channels=768, width=1024, steps=2, scale=1 / 32).cuda()
@@ -172,6 +175,7 @@ def test_persistent_kernel_many_times(backend, make_diffloss, monkeypatch, busy)
         if i % 1000 == 0:
             torch.cuda.synchronize()  # or one stream would run far ahead of the other
     assert int(wrong) == 0
+    assert {type(chain) for chain in used} == {kernels_of(backend).persistent}
 
 
 def test_a_block_that_stays_silent_is_noticed(mar_head, device_of, monkeypatch):

@@ -60,7 +60,8 @@ def test_the_cuda_extension_and_the_devices_it_covers(capsys, monkeypatch):
         "for": "8.0, 9.0",
         "nvcc": "13.0.88",
         "Card A": "covered",
-        "Card B": "compute capability 10.0 is not covered",
+        "Card B": "its kernels were compiled for 8.0, 9.0, and this device has compute capability 10.0: install again "
+        "with CSPD_CUDA_ARCHS=10.0",
     }
     monkeypatch.setattr(cuda_support, "build_record", lambda: {"built": False, "reason": "nobody did"})
     info.main([])

@@ -7,7 +7,6 @@ from dataclasses import fields
 
 import torch
 
-from ...cuda_support import why_unsupported_here
 from ...head import Block, DiffusionHead
 from .cuda_layered import LayeredChain
 from .cuda_persistent import PersistentChain
@@ -22,7 +21,7 @@ def why_unsupported(head: DiffusionHead) -> str | None:
     """None when the kernels cover this head, else the limit it exceeds."""
     if head not in _REASONS:  # its tensors are up to a hundred, and never change
         _REASONS[head] = why_not_covered(head) or _why_not_read_wide(head)
-    return _REASONS[head] or why_unsupported_here(head.device)
+    return _REASONS[head]
 
 
 def _why_not_read_wide(head: DiffusionHead) -> str | None:

@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import torch
 
-from ...cuda_support import extension, launch_stream, why_unsupported_here
-from .shared import on, why_too_wide
+from ...cuda_support import extension, launch_stream
+from .shared import on
+from .shared import why_too_wide as why_unsupported
 
-
-def why_unsupported(x: torch.Tensor) -> str | None:
-    """None when the kernels cover tokens like x (N, C), else the limit they exceed."""
-    return why_too_wide(x) or why_unsupported_here(x.device)
+__all__ = ["log_density_ratio", "operands", "pointers", "why_unsupported"]
 
 
 def operands(x, draft, target, relaxation) -> tuple[list[torch.Tensor], float]:
