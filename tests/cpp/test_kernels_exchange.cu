@@ -123,6 +123,22 @@ void a_silent_block() {
   CHECK_EQUAL(error.host()[0], 1);
 }
 
+// Waits that are longer than the timeout together, each of them shorter.
+__global__ void waits_kernel(std::int32_t* error, std::uint64_t timeout) {
+  cspd::Watchdog watchdog(error, timeout);
+  for (int wait = 0; wait < 8; ++wait) {
+    watchdog.start();
+    const std::uint64_t begin = cspd::nanoseconds();
+    while (cspd::nanoseconds() - begin < timeout / 4 && watchdog.patient()) continue;
+  }
+}
+
+void many_short_waits() {
+  const Array<std::int32_t> error({0});
+  RUN(cspd::launch(waits_kernel, cspd::Grid{1, 1}, nullptr, error.get(), std::uint64_t{100'000'000}));
+  CHECK_EQUAL(error.host()[0], 0);
+}
+
 __global__ void bits_kernel(const float* values, std::uint32_t* words, float* back, std::int32_t* error) {
   cspd::Watchdog watchdog(error, kTimeout);
   const auto i = threadIdx.x;
@@ -159,5 +175,6 @@ int main(int argc, char** argv) {
     rows(8, 2048);
     values_and_bits();
     a_silent_block();
+    many_short_waits();
   });
 }

@@ -118,18 +118,20 @@ void chunks_of_steps() {
 // As many launches on one exchange buffer as a long chain has chunks, and steps enough for every word's bit to turn.
 template <typename T>
 void any_order() {
-  const Size size = {2, 3, 64, 1, device::small ? 3 : 6, true};
-  const Inputs<T> in(size);
-  for (const std::size_t limit : {std::size_t{24} << 10, kShared}) {
-    device::in_any_order(
-        [&] {
-          const auto got = run(in, plan_of<T>(size, 5, limit));
-          Doubles all = got.x;
-          all.insert(all.end(), got.log_std.begin(), got.log_std.end());
-          all.insert(all.end(), got.path.begin(), got.path.end());
-          return all;
-        },
-        6);
+  for (const int tokens : {2, 4}) {  // rows of several warps, and of one: those do not wait for each other
+    const Size size = {tokens, 3, 64, 2, device::small ? 3 : 6, true};
+    const Inputs<T> in(size);
+    for (const auto& plan : all_plans<T>(size, 5)) {
+      device::in_any_order(
+          [&] {
+            const auto got = run(in, plan);
+            Doubles all = got.x;
+            all.insert(all.end(), got.log_std.begin(), got.log_std.end());
+            all.insert(all.end(), got.path.begin(), got.path.end());
+            return all;
+          },
+          6);
+    }
   }
 }
 

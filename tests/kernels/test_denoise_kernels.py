@@ -256,6 +256,23 @@ def test_a_chain_that_stopped_waiting_gives_nan_and_the_next_call_says_so(backen
     assert_close(run_chain(chain, head, inputs), definition(head, *inputs, 0.9), 1e-5)
 
 
+@torch.no_grad()
+def test_calls_that_stopped_waiting_are_told_of_once_however_many(backend, make_head, multiprocessors):
+    multiprocessors(1)
+    head = make_head()
+    tables, (_, _, noise) = Tables(head), random_inputs(head, 1, 0)
+    chain = kernels_of(backend).persistent(head, 1, False, noise, 2, static=True)
+    chain.error.fill_(1)
+    for calls in (1, 2, 1):
+        for _ in range(calls):
+            chain.results(1, 1.0, tables)
+        if head.device.type == "cuda":
+            torch.cuda.synchronize()
+        with pytest.raises(RuntimeError, match="gave up waiting"):
+            tables.check()
+        tables.check()
+
+
 def test_persistent_takes_up_to_the_given_number_of_tokens(backend, make_head, monkeypatch, multiprocessors, used):
     multiprocessors(1)
     monkeypatch.setenv("CSPD_PERSISTENT_MAX_TOKENS", "2")
