@@ -17,6 +17,7 @@ from cspd.models import DiffLoss
 from cspd_kernels import Denoised, DiffusionHead, PhiloxNoise
 from cspd_kernels.crossover import PERSISTENT_LIMIT
 from cspd_kernels.cuda_support import build_record, extension
+from cspd_kernels.devices import SHARED_LIMITS
 from cspd_kernels.ops.accept_reject import RESIDUALS
 from cspd_kernels.ops.accept_reject.triton import accept_reject
 from cspd_kernels.ops.denoise.chain import Tables
@@ -24,7 +25,7 @@ from cspd_kernels.ops.denoise.cuda_chain import DTYPE_CODES
 from cspd_kernels.ops.denoise.triton_chain import LayeredChain
 from cspd_kernels.ops.denoise.triton_persistent import PersistentChain
 from cspd_kernels.ops.density_ratio.triton import log_density_ratio
-from cspd_kernels.triton_report import ARCHITECTURES, SHARED_LIMITS, Launch, compiled, recorded_launches
+from cspd_kernels.triton_report import ARCHITECTURES, Launch, compiled, recorded_launches
 
 CHANNELS = 16
 TOKENS = (1, 2, 4, 8, 16, 64, 128, 512)  # every tile of the table

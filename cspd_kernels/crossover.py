@@ -25,9 +25,9 @@ def fastest(op: str, device: torch.device, tokens: int | None) -> str | None:
     return next((choice for limit, choice in _measured(op, device) if limit is None or tokens <= limit), None)
 
 
-def persistent_max_tokens(device: torch.device, backend: str) -> int:
-    """Up to how many tokens the persistent kernel of a backend serves: ``CSPD_PERSISTENT_MAX_TOKENS``, else the table,
-    else 0.
+def prefers_persistent(backend: str, device: torch.device, tokens: int) -> bool:
+    """Whether a backend is to take its persistent kernel for so many tokens: ``CSPD_PERSISTENT_MAX_TOKENS``, else
+    where the table names it.
 
     Raises:
         ValueError: the variable is not a number from 0 to 16.
@@ -35,9 +35,8 @@ def persistent_max_tokens(device: torch.device, backend: str) -> int:
     if value := os.environ.get(PERSISTENT_VARIABLE):
         if not value.isdecimal() or int(value) > PERSISTENT_LIMIT:
             raise ValueError(f"expected {PERSISTENT_VARIABLE} as a number from 0 to {PERSISTENT_LIMIT}, got {value!r}")
-        return int(value)
-    limits = [limit for limit, choice in _measured("denoise", device) if choice == f"{backend} persistent"]
-    return max(limits, default=0)
+        return tokens <= int(value)
+    return fastest("denoise", device, tokens) == f"{backend} persistent"
 
 
 def _measured(op: str, device: torch.device) -> tuple[tuple[int | None, str], ...]:

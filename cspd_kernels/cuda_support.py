@@ -169,5 +169,5 @@ def launch_stream(device: torch.device) -> int:
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
-    """How many of the device's blocks certainly run at the same time."""
+    """Of the device; a few where the kernels are emulated."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4

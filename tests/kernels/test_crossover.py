@@ -5,7 +5,7 @@ import torch
 
 from cspd_kernels import crossover
 from cspd_kernels.backends import BACKENDS
-from cspd_kernels.crossover import FASTEST, PERSISTENT_LIMIT, fastest, persistent_max_tokens
+from cspd_kernels.crossover import FASTEST, PERSISTENT_LIMIT, fastest, prefers_persistent
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 CHAIN = ((2, "cuda persistent"), (4, "cuda"), (8, "triton persistent"), (64, "torch"))
@@ -50,20 +50,20 @@ def test_what_was_not_measured_has_no_choice(card, monkeypatch):
     assert fastest("denoise", CUDA, 1) is None
 
 
-def test_each_backend_has_its_own_crossover_to_the_persistent_kernel(card):
-    assert persistent_max_tokens(CUDA, "cuda") == 2
-    assert persistent_max_tokens(CUDA, "triton") == 8
-    assert persistent_max_tokens(CUDA, "torch") == 0
-    assert persistent_max_tokens(CPU, "triton") == 0
+def test_the_persistent_kernel_is_taken_where_the_table_names_it(card):
+    taken = {backend: [n for n in range(1, 17) if prefers_persistent(backend, CUDA, n)] for backend in BACKENDS}
+    assert taken == {"torch": [], "triton": [5, 6, 7, 8], "cuda": [1, 2]}
+    assert not prefers_persistent("triton", CPU, 5)
 
 
 @pytest.mark.parametrize("backend", ["triton", "cuda"])
 def test_the_switch_goes_before_the_table(card, monkeypatch, backend):
-    for value in ("0", "5", "16"):
-        monkeypatch.setenv("CSPD_PERSISTENT_MAX_TOKENS", value)
-        assert persistent_max_tokens(CUDA, backend) == persistent_max_tokens(CPU, backend) == int(value)
+    for value in (0, 5, 16):
+        monkeypatch.setenv("CSPD_PERSISTENT_MAX_TOKENS", str(value))
+        for device in (CUDA, CPU):
+            assert [n for n in range(1, 20) if prefers_persistent(backend, device, n)] == list(range(1, value + 1))
     monkeypatch.setenv("CSPD_PERSISTENT_MAX_TOKENS", "")  # counts as not set
-    assert persistent_max_tokens(CPU, backend) == 0
+    assert not prefers_persistent(backend, CPU, 1)
 
 
 @pytest.mark.parametrize("value", ["17", "-1", "1.5", "all", "²"])
@@ -72,7 +72,7 @@ def test_the_switch_takes_a_small_number(monkeypatch, value):
     with pytest.raises(
         ValueError, match=f"expected CSPD_PERSISTENT_MAX_TOKENS as a number from 0 to 16, got '{value}'"
     ):
-        persistent_max_tokens(CUDA, "cuda")
+        prefers_persistent("cuda", CUDA, 1)
 
 
 def test_the_name_is_that_of_the_device(monkeypatch):

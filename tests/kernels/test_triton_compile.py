@@ -16,7 +16,8 @@ from triton._C.libtriton import native_specialize_impl
 from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime.jit import JITFunction
 
-from cspd_kernels.triton_report import ARCHITECTURES, SHARED_LIMITS, Resources, recorded_launches
+from cspd_kernels.devices import SHARED_LIMITS
+from cspd_kernels.triton_report import ARCHITECTURES, Resources, recorded_launches
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 VERDICTS = {"_log_density_ratio_kernel": {""}, "_accept_reject_kernel": {" rejection", " closed_form"}}

@@ -3,26 +3,13 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 
 from ...cuda_support import extension, launch_stream, multiprocessors
+from ...devices import shared_limit
 from ...head import DiffusionHead
 from .chain import Tables
 from .cuda_chain import DTYPE_CODES, CudaChain
-
-_SHARED_LIMITS = {(8, 0): 163 << 10, (8, 7): 163 << 10, (9, 0): 227 << 10, (10, 0): 227 << 10, (10, 3): 227 << 10}
-
-
-@functools.cache
-def shared_limit(device: torch.device) -> int:
-    """Bytes of shared memory that a block may opt in to."""
-    if device.type != "cuda":
-        return 227 << 10
-    properties = torch.cuda.get_device_properties(device)
-    by_capability = _SHARED_LIMITS.get((properties.major, properties.minor), 99 << 10)
-    return getattr(properties, "shared_memory_per_block_optin", by_capability)  # not in every supported PyTorch
 
 
 def plan_of(head: DiffusionHead, tokens: int, halves: int):

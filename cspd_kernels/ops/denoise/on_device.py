@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from ...backends import log_once
-from ...crossover import persistent_max_tokens
+from ...crossover import prefers_persistent
 from ...graphs import CALLER_CAPTURES, Plan, PlanCache, why_not_here
 from ...head import DiffusionHead
 from ...noise import PhiloxNoise
@@ -110,7 +110,7 @@ def _chain(kernels, head, cond, x, noise, temperature, cfg_scale, limit, graph_l
     tokens = min(bucket(rows), limit)
     steps = min(head.num_steps, max(1, min(limit, graph_limit) // tokens))
     kind = kernels.layered
-    if rows <= persistent_max_tokens(head.device, kernels.backend):
+    if prefers_persistent(kernels.backend, head.device, rows):
         kind = kernels.persistent if kernels.persistent.serves(head, shared.tables, tokens, guided) else kind
     philox = isinstance(noise, PhiloxNoise)
     if reason is None and (0 if philox else 4 * noise[:, :1].numel() * tokens) > GRAPH_BYTES // 2:

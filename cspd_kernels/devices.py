@@ -1,0 +1,20 @@
+"""What devices have, for plans and reports of all backends."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+SHARED_LIMITS = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes of shared memory one block may have
+_LEAST_SHARED = 99 << 10  # of every architecture from 8.0 on
+
+
+@functools.cache
+def shared_limit(device: torch.device) -> int:
+    """Bytes of shared memory that a block may opt in to; where kernels are emulated, the most that any device has."""
+    if device.type != "cuda":
+        return max(SHARED_LIMITS.values())
+    properties = torch.cuda.get_device_properties(device)
+    by_architecture = SHARED_LIMITS.get(10 * properties.major + properties.minor, _LEAST_SHARED)
+    return getattr(properties, "shared_memory_per_block_optin", by_architecture)  # not in every supported PyTorch
