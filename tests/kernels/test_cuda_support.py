@@ -9,6 +9,7 @@ import torch
 
 from cspd_kernels import cuda_support
 from cspd_kernels.cuda_support import build_record, covers, why_unavailable, why_unsupported_here
+from cspd_kernels.ops.denoise import cuda as denoise_cuda
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 BUILT = {"built": True, "architectures": [80, 90], "ptx": [90], "nvcc": "13.0.88", "kernels": []}
@@ -132,6 +133,7 @@ def test_an_emulation_that_does_not_load_is_a_reason(monkeypatch, tmp_path, cont
         ([90], [90], [(9, 0), (10, 0), (12, 1)], [(8, 0), (8, 9)]),
         ([80, 90, 100], [100], [(8, 0), (8, 9), (9, 0), (10, 0), (10, 3), (11, 0), (12, 0)], [(7, 5)]),
         ([80, 103], [103], [(8, 0), (10, 3), (11, 0)], [(9, 0), (10, 0)]),
+        ([], [90], [(9, 0), (10, 0)], [(8, 9)]),
         ([], [], [], [(8, 0)]),
     ],
 )
@@ -151,6 +153,8 @@ def test_devices_that_are_not_covered(extension, record):
     extension.capability = (7, 5)
     needed = "its kernels need compute capability 8.0, and this device has 7.5: use backend='torch'"
     assert why_unsupported_here(torch.device("cuda", 2)) == needed
+    extension.capability = (8, 0)
+    assert why_unsupported_here(torch.device("cuda", 3)) is None
 
 
 @pytest.mark.parametrize("second", [(9, 0), (7, 5)])
@@ -181,9 +185,9 @@ def test_ptx_needs_a_driver_as_new_as_the_toolkit(extension, capability, served)
     assert served or "built by CUDA 13.1, and the driver is for CUDA 13.0" in reason
 
 
-def test_other_devices(extension, monkeypatch):
+def test_other_devices(extension, head, monkeypatch):
     reason = "its kernels run on CUDA tensors, and these are on cpu: move them, or use backend='torch'"
-    assert why_unsupported_here(CPU) == reason
+    assert why_unsupported_here(CPU) == denoise_cuda.why_unsupported(head) == reason
     monkeypatch.setattr(torch.version, "hip", "6.0")
     assert why_unsupported_here(CUDA) == "its kernels are written for NVIDIA devices: use backend='torch'"
 

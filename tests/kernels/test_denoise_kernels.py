@@ -82,7 +82,7 @@ def test_fixed_variance(backend, make_head, shape, guided):
 def test_addressed_noise(backend, make_head, shape, guided):
     head = make_head(steps=3)
     cond, x, _ = random_inputs(head, 5, 2, guided)
-    assert_agrees(head, cond, x, addressed(head, 5), cfg_scale=3.0 if guided else 1.0, backend=backend)
+    assert_agrees(head, cond, x, addressed(head, 5, 2**63 - guided), cfg_scale=3.0 if guided else 1.0, backend=backend)
 
 
 @pytest.mark.parametrize(
@@ -275,9 +275,9 @@ def test_calls_that_stopped_waiting_are_told_of_once_however_many(backend, make_
 
 def test_persistent_takes_up_to_the_given_number_of_tokens(backend, make_head, monkeypatch, multiprocessors, used):
     multiprocessors(1)
-    monkeypatch.setenv("CSPD_PERSISTENT_MAX_TOKENS", "2")
+    monkeypatch.setenv("CSPD_PERSISTENT_MAX_TOKENS", "3")
     head = make_head()
-    for rows in (2, 3):
+    for rows in (3, 4):
         assert_agrees(head, *random_inputs(head, rows, 0), backend=backend)
     kernels = kernels_of(backend)
     assert [type(chain) for chain in used] == [kernels.persistent, kernels.layered]

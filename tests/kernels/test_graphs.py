@@ -317,6 +317,13 @@ def test_every_kind_of_call_has_a_plan_of_its_own(call, plans, make_head, device
     assert len(plans(head)) == len(kinds) + 2
 
 
+def test_a_graph_holds_the_modulations_of_a_few_steps(call, plans, make_head, device, monkeypatch):
+    head = make_head(steps=3)
+    monkeypatch.setattr(on_device, "GRAPH_WORKSPACE_BYTES", 2 * 2 * 48 * 6 * 4)  # two steps of two rows
+    call(head, 2)
+    assert [plan.value.steps for plan in plans(head)._plans.values()] == [2]
+
+
 def test_two_heads_in_turn_keep_apart(call, plans, make_head, device):
     heads = make_head(seed=0), make_head(seed=1)
     for seed in range(3):

@@ -40,8 +40,8 @@ def test_the_persistent_switch_takes_a_small_number(backend, make_head, monkeypa
 
 
 def unaligned(value):
-    """The same values, an element behind a boundary."""
-    return torch.cat([value.flatten()[:1], value.flatten()])[1:].view_as(value)
+    """The same values, two elements behind a boundary."""
+    return torch.cat([value.flatten()[:2], value.flatten()])[2:].view_as(value)
 
 
 def test_persistent_leaves_unaligned_weights_to_the_layered_chain(backend, make_head):
@@ -75,7 +75,7 @@ CHANGES = {
 @pytest.mark.parametrize("name", CHANGES)
 def test_weights_behind_a_boundary_are_refused_by_name_and_served_by_others(cuda, name):
     head = CHANGES[name](cuda, unaligned)
-    message = "weights on 16-byte boundaries, and {} lies 4 bytes behind one: use backend='triton' or 'torch'"
+    message = "weights on 16-byte boundaries, and {} lies 8 bytes behind one: use backend='triton' or 'torch'"
     with pytest.raises(RuntimeError) as error:
         denoise(head, *random_inputs(head, 2, 0), backend="cuda")
     assert f"backend='cuda' cannot serve denoise: its kernels read {message.format(name)}" in str(error.value)
