@@ -65,11 +65,12 @@ void enter() {
   _longjmp(scheduler, 1);
 }
 
-void leave() {
+__attribute__((noinline)) void leave() {
   if (_setjmp(current->place) == 0) _longjmp(scheduler, 1);
 }
 
-void resume(Fiber& fiber) {
+// Not inlined: a function that calls setjmp may lose its variables.
+__attribute__((noinline)) void resume(Fiber& fiber) {
   current = &fiber;
   threadIdx = fiber.thread;
   blockIdx = fiber.block;
@@ -125,8 +126,9 @@ bool run_blocks(std::int64_t first, std::int64_t last, int threads, std::size_t 
   }
   // Warps in a new order every round, threads of a warp from either end. Now and then a warp sits some rounds out, so
   // that others get ahead of it by more than what lies between two waits; a round after one without any progress is for
-  // all. And one block of several sleeps for longer, then another: the others get as far as they can without it.
-  std::size_t asleep = blocks.size();
+  // all. And one block of several, or one warp of it, sleeps for longer, then another: the others get as far as they
+  // can without it.
+  std::size_t asleep = blocks.size(), one_asleep = ~std::size_t{0};
   int round = 0;
   std::vector<std::size_t> order;
   for (std::size_t i = 0; i < fibers.size(); i += kWarp) order.push_back(i);
@@ -136,9 +138,12 @@ bool run_blocks(std::int64_t first, std::int64_t last, int threads, std::size_t 
   while (left > 0) {
     std::shuffle(order.begin(), order.end(), random);
     bool moved = false;
-    if (blocks.size() > 1 && round++ % kSleep == 0) asleep = random() % (blocks.size() + 1);  // the last one: nobody
+    if (blocks.size() > 1 && round++ % kSleep == 0) {
+      asleep = random() % (blocks.size() + 1);  // the last one: nobody
+      one_asleep = asleep < blocks.size() && random() % 2 ? asleep * warps + random() % warps : order.size();
+    }
     for (const std::size_t start : order) {
-      if (start / threads == asleep) {
+      if (one_asleep < order.size() ? start / kWarp == one_asleep : start / threads == asleep) {
         moved = true;
         continue;
       }
