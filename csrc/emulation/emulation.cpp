@@ -69,7 +69,15 @@ __attribute__((noinline)) void leave() {
   if (_setjmp(current->place) == 0) _longjmp(scheduler, 1);
 }
 
-// Not inlined: a function that calls setjmp may lose its variables.
+// Not inlined, like all that calls setjmp or getcontext: its caller could lose variables.
+__attribute__((noinline)) void prepare(Fiber& fiber, char* stack) {
+  getcontext(&fiber.start);
+  fiber.start.uc_stack.ss_sp = stack;
+  fiber.start.uc_stack.ss_size = kStackBytes;
+  fiber.start.uc_link = nullptr;
+  makecontext(&fiber.start, enter, 0);
+}
+
 __attribute__((noinline)) void resume(Fiber& fiber) {
   current = &fiber;
   threadIdx = fiber.thread;
@@ -118,11 +126,7 @@ bool run_blocks(std::int64_t first, std::int64_t last, int threads, std::size_t 
     fiber.thread = {thread};
     fiber.block = {static_cast<unsigned>(first + static_cast<std::int64_t>(i / threads))};
     fiber.home = &block;
-    getcontext(&fiber.start);
-    fiber.start.uc_stack.ss_sp = stacks[i].get();
-    fiber.start.uc_stack.ss_size = kStackBytes;
-    fiber.start.uc_link = nullptr;
-    makecontext(&fiber.start, enter, 0);
+    prepare(fiber, stacks[i].get());
   }
   // Warps in a new order every round, threads of a warp from either end. Now and then a warp sits some rounds out, so
   // that others get ahead of it by more than what lies between two waits; a round after one without any progress is for
