@@ -9,6 +9,8 @@ from cspd_kernels import Denoised, accept_reject, log_density_ratio
 from cspd_kernels.ops.accept_reject import reference
 from cspd_kernels.testing import random_chains
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # of the interpreter's numpy
+
 FIELDS = [(chain, field) for chain in ("draft", "target") for field in ("mean", "log_std", "path_log_std")]
 
 
