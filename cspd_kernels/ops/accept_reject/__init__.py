@@ -12,6 +12,7 @@ from ..denoise import Denoised
 from ..density_ratio import check
 
 RESIDUALS = ("rejection", "closed_form")
+_MOST_TRIES = 2**31 - 1024  # kernels count tries in 32 bits, some beyond the last
 _SAME_LOG_STD = 1e-5  # two sigmas nearer than this are one
 
 
@@ -93,7 +94,7 @@ def accept_reject(
         raise ValueError(f"accept_reject expected max_tries as an int >= 0, got {max_tries!r}")
     _check_residual(draft, target, residual, target_sigma)
     run = implementation("accept_reject", backend, x.device, x, tokens=len(x))
-    return Verdict(*run(x, draft, target, seed, rows, relaxation, sigma, max_tries, residual))
+    return Verdict(*run(x, draft, target, seed, rows, relaxation, sigma, min(max_tries, _MOST_TRIES), residual))
 
 
 def check_method(who: str, residual, target_sigma) -> None:

@@ -12,7 +12,6 @@ from ..density_ratio.cuda import operands, pointers, why_unsupported
 from ..density_ratio.shared import on
 
 __all__ = ["accept_reject", "why_unsupported"]
-_MOST_TRIES = 2**31 - 1024  # tries are counted in 32 bits, some beyond the last
 
 
 def accept_reject(x, draft, target, seed, rows, relaxation, sigma, max_tries, residual):
@@ -28,7 +27,7 @@ def accept_reject(x, draft, target, seed, rows, relaxation, sigma, max_tries, re
             extension().accept_reject(
                 *pointers(tensors), relaxation, sample.data_ptr(), rows.data_ptr(), token.data_ptr(),
                 accepted.data_ptr(), tries.data_ptr(), log_ratio.data_ptr(), n, channels, seed,
-                min(max_tries, _MOST_TRIES), sigma == "released", residual == "closed_form",
+                max_tries, sigma == "released", residual == "closed_form",
                 multiprocessors(x.device), launch_stream(x.device),
             )  # fmt: skip
     return token, accepted, tries, log_ratio

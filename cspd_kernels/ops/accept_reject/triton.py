@@ -12,7 +12,6 @@ from ..density_ratio.triton_terms import load, path_term
 from .triton_redraw import by_rejection, in_closed_form, uniform_of
 
 __all__ = ["accept_reject", "why_unsupported"]
-_MOST_TRIES = 2**31 - 1024  # tries are counted in 32 bits, some beyond the last
 
 
 @triton.jit(do_not_specialize=["N", "seed_low", "seed_high", "max_tries"])
@@ -87,7 +86,7 @@ def accept_reject(x, draft, target, seed, rows, relaxation, sigma, max_tries, re
         with on(x.device):
             _accept_reject_kernel[(triton.cdiv(n, rows_at_once),)](
                 *tensors, target.sample, rows, token, accepted, tries, log_ratio, n, _signed(seed), _signed(seed >> 32),
-                min(max_tries, _MOST_TRIES), *strides, *target.sample.stride(), rows.stride(0),
+                max_tries, *strides, *target.sample.stride(), rows.stride(0),
                 C=channels, BG=groups, R=rows_at_once, K=tries_at_once, PER_TOKEN=isinstance(relaxation, torch.Tensor),
                 RELEASED=sigma == "released", CLOSED_FORM=residual == "closed_form", num_warps=1, **OPTIONS,
             )  # fmt: skip

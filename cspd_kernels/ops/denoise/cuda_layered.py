@@ -32,27 +32,25 @@ class LayeredChain(CudaChain):
     def run_steps(self, head, tables, start, stop) -> None:
         kernels, stream, code = extension(), launch_stream(head.device), DTYPE_CODES[head.dtype]
         rows, width, eps = self.rows, head.width, head.norm_eps
+        norms = [(b.norm_weight.data_ptr(), b.norm_bias.data_ptr()) for b in head.blocks]
+        weights = [(b.weight0.t(), b.bias0.data_ptr(), b.weight1.t(), b.bias1.data_ptr()) for b in head.blocks]
         for step in reversed(range(start, stop)):
             of_step = slice((step - start) * rows, (step - start + 1) * rows)
             mods = [m.data_ptr() for m in self.mods[:, of_step]]
             # How h becomes the operand of every block and of the final layer: its norm, its modulation, and where to.
-            operands = [
-                (b.norm_weight.data_ptr(), b.norm_bias.data_ptr(), m, self.operand.data_ptr())
-                for b, m in zip(head.blocks, mods)
-            ]
+            operands = [(*norm, m, self.operand.data_ptr()) for norm, m in zip(norms, mods)]
             operands.append((0, 0, self.final_mods[of_step].data_ptr(), self.final_operand.data_ptr()))
             kernels.input(
                 code, self.x.data_ptr(), tables.input_weight.data_ptr(), head.input_bias.data_ptr(), self.h.data_ptr(),
                 *operands[0], self.tokens, self.halves, head.channels, width, eps, stream,
             )  # fmt: skip
-            for b, m, following in zip(head.blocks, mods, operands[1:]):
-                torch.mm(self.operand, b.weight0.t(), out=self.hidden)
-                kernels.bias_silu(code, self.hidden.data_ptr(), b.bias0.data_ptr(), rows, width, stream)
-                torch.mm(self.hidden, b.weight1.t(), out=self.product)
+            for (weight0, bias0, weight1, bias1), m, following in zip(weights, mods, operands[1:]):
+                torch.mm(self.operand, weight0, out=self.hidden)
+                kernels.bias_silu(code, self.hidden.data_ptr(), bias0, rows, width, stream)
+                torch.mm(self.hidden, weight1, out=self.product)
                 kernels.residual(
-                    code, self.product.data_ptr(), b.bias1.data_ptr(), m, self.h.data_ptr(), *following, rows, width,
-                    eps, stream,
-                )  # fmt: skip
+                    code, self.product.data_ptr(), bias1, m, self.h.data_ptr(), *following, rows, width, eps, stream
+                )
             kernels.update(
                 self.final_operand.data_ptr(), head.final_weight.data_ptr(), head.final_bias.data_ptr(),
                 tables.coefficients[step].data_ptr(), self.temperature.data_ptr(), self.scale_pointer,
