@@ -6,12 +6,13 @@ import contextlib
 import itertools
 import math
 import weakref
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 import torch.nn as nn
 
 from .schedule import Schedule
+from .structure import why_not_a_head
 
 _STREAM_FIELDS = (
     "norm_weight", "norm_bias", "time_embedding", "input_weight", "input_bias", "final_weight", "final_bias",
@@ -73,6 +74,7 @@ class DiffusionHead:
         time_embedding: (T, W), ``time_embed(schedule.timesteps)``: it does not depend on the data.
         norm_eps: the epsilon of every LayerNorm.
         handle: the int that stands for this head, and for no other, in the arguments of an op.
+        copies: (packed, weight of the module) of everything that had to be converted or copied.
     """
 
     schedule: Schedule
@@ -88,6 +90,8 @@ class DiffusionHead:
     final_mod_bias: torch.Tensor
     final_weight: torch.Tensor  # (2C, W): eps, v; (C, W) with a fixed variance
     final_bias: torch.Tensor
+
+    copies = ()  # no field: of the head that was packed from a module, not of what is made from it
 
     def __post_init__(self):
         object.__setattr__(self, "handle", next(_handles))
@@ -188,111 +192,63 @@ class DiffusionHead:
         if problem:
             kind = type(diffloss).__name__
             raise TypeError(f"DiffusionHead.from_module expected a DiffLoss-like module, got {kind}: {problem}")
-        net = diffloss.net
         schedule = Schedule.from_diffusion(diffloss.gen_diffusion)
+        return cls.from_network(diffloss.net, schedule, dtype=dtype, device=device)
+
+    @classmethod
+    @torch.no_grad()
+    def from_network(
+        cls, net: nn.Module, schedule: Schedule, *, dtype: torch.dtype | None = None, device=None
+    ) -> DiffusionHead:
+        """As :meth:`from_module`, of a network that has the structure and a schedule to sample it with."""
         device = torch.device(device) if device is not None else net.input_proj.weight.device
         if dtype is None:
             dtype = call_dtype(device, net.input_proj.weight.dtype)
         _check_dtype(dtype)
-        stream = stream_dtype(dtype)
+        stream, copies = stream_dtype(dtype), []
+
+        def take(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+            packed = weight.detach().to(device, dtype).contiguous()
+            if packed.numel() and packed.data_ptr() != weight.data_ptr():
+                copies.append((packed, weight))
+            return packed
 
         def gemm(layer: nn.Linear, dtype: torch.dtype = dtype) -> tuple[torch.Tensor, torch.Tensor]:
-            weight = layer.weight.detach()
-            bias = layer.bias.detach() if layer.bias is not None else weight.new_zeros(weight.shape[0])
-            return weight.to(device, dtype).contiguous(), bias.to(device, dtype).contiguous()
+            none = layer.bias is None
+            bias = torch.zeros(layer.out_features, device=device, dtype=dtype) if none else take(layer.bias, dtype)
+            return take(layer.weight, dtype), bias
 
         def norm(layer: nn.LayerNorm) -> tuple[torch.Tensor, torch.Tensor]:
             width = net.input_proj.out_features
-            weight = layer.weight if layer.weight is not None else torch.ones(width)
-            bias = layer.bias if layer.bias is not None else torch.zeros(width)
-            return weight.detach().to(device, stream).contiguous(), bias.detach().to(device, stream).contiguous()
+            weight, bias = (
+                make(width, device=device, dtype=stream) if value is None else take(value, stream)
+                for value, make in ((layer.weight, torch.ones), (layer.bias, torch.zeros))
+            )
+            return weight, bias
 
         blocks = tuple(
             Block(*norm(b.in_ln), *gemm(b.mlp[0]), *gemm(b.mlp[2]), *gemm(b.adaLN_modulation[-1]))
             for b in net.res_blocks
         )
-        timesteps = torch.tensor(schedule.timesteps, device=device)
-        return cls(
+        head = cls(
             schedule,
             dtype,
             float(net.final_layer.norm_final.eps),
-            _time_embedding(net.time_embed, timesteps, stream),
+            time_embedding(net.time_embed, schedule, device, stream),
             *gemm(net.cond_embed),
             *gemm(net.input_proj, stream),
             blocks,
             *gemm(net.final_layer.adaLN_modulation[-1]),
             *gemm(net.final_layer.linear, stream),
         )
+        object.__setattr__(head, "copies", tuple(copies))
+        return head
 
-
-def why_not_a_head(module: nn.Module) -> str | None:
-    """None when the module has the structure of a diffusion head, else what is missing or different."""
-    paths = [
-        "in_channels", "gen_diffusion", "net.input_proj", "net.cond_embed", "net.res_blocks",
-        "net.time_embed.mlp", "net.time_embed.frequency_embedding_size",
-        "net.final_layer.norm_final", "net.final_layer.linear", "net.final_layer.adaLN_modulation",
-    ]  # fmt: skip
-    missing = [path for path in paths if _find(module, path) is None]
-    if missing:
-        return "it lacks " + ", ".join(missing)
-    net = module.net
-    for i, block in enumerate(net.res_blocks):
-        missing = [name for name in ("in_ln", "mlp", "adaLN_modulation") if _find(block, name) is None]
-        if missing:
-            return f"net.res_blocks[{i}] lacks " + ", ".join(missing)
-        if not _is_mlp(block.mlp):
-            return f"net.res_blocks[{i}].mlp is not Linear, SiLU, Linear"
-    if not _is_mlp(net.time_embed.mlp):
-        return "net.time_embed.mlp is not Linear, SiLU, Linear"
-    width, channels = getattr(net.input_proj, "out_features", 0), module.in_channels
-    out = getattr(net.final_layer.linear, "out_features", 0)
-    if out not in (channels, 2 * channels):
-        return f"net.final_layer puts out {out} channels; {channels} (eps) or {2 * channels} (eps, v) are understood"
-    linears = {
-        "net.input_proj": (net.input_proj, channels, width),
-        "net.cond_embed": (net.cond_embed, None, width),
-        "net.final_layer.linear": (net.final_layer.linear, width, out),
-        "net.final_layer.adaLN_modulation[-1]": (_last(net.final_layer.adaLN_modulation), width, 2 * width),
-        "net.time_embed.mlp[2]": (net.time_embed.mlp[2], None, width),
-    }
-    for i, block in enumerate(net.res_blocks):
-        linears[f"net.res_blocks[{i}].adaLN_modulation[-1]"] = (_last(block.adaLN_modulation), width, 3 * width)
-        linears[f"net.res_blocks[{i}].mlp[0]"] = (block.mlp[0], width, width)
-        linears[f"net.res_blocks[{i}].mlp[2]"] = (block.mlp[2], width, width)
-    for name, (layer, fan_in, fan_out) in linears.items():
-        if not isinstance(layer, nn.Linear):
-            return f"{name} is {type(layer).__name__}, not Linear"
-        if layer.out_features != fan_out or fan_in not in (None, layer.in_features):
-            got = f"{layer.in_features} -> {layer.out_features}"
-            return f"{name} is {got}, expected {fan_in or 'any'} -> {fan_out}"
-    norms = {f"net.res_blocks[{i}].in_ln": block.in_ln for i, block in enumerate(net.res_blocks)}
-    norms["net.final_layer.norm_final"] = net.final_layer.norm_final
-    for name, norm in norms.items():
-        if not isinstance(norm, nn.LayerNorm) or tuple(norm.normalized_shape) != (width,):
-            return f"{name} is {norm}, not a LayerNorm of width {width}"
-    if net.final_layer.norm_final.weight is not None:
-        return "net.final_layer.norm_final has affine parameters"
-    epsilons = {norm.eps for norm in norms.values()}
-    if len(epsilons) != 1:
-        return f"its LayerNorms differ in eps: {sorted(epsilons)}"
-    return None
-
-
-def _find(module, path: str):
-    for name in path.split("."):
-        module = getattr(module, name, None)
-    return module
-
-
-def _is_mlp(module) -> bool:
-    kinds = (nn.Linear, nn.SiLU, nn.Linear)
-    return isinstance(module, nn.Sequential) and len(module) == 3 and all(map(isinstance, module, kinds))
-
-
-def _last(module):
-    """The layer after the SiLU of a modulation, None if it is not SiLU, layer."""
-    fits = isinstance(module, nn.Sequential) and len(module) == 2 and isinstance(module[0], nn.SiLU)
-    return module[1] if fits else None
+    @torch.no_grad()
+    def with_schedule(self, net: nn.Module, schedule: Schedule) -> DiffusionHead:
+        """The same weights under another schedule; ``net`` is the network that this head was packed from."""
+        embedding = time_embedding(net.time_embed, schedule, self.device, self.time_embedding.dtype)
+        return replace(self, schedule=schedule, time_embedding=embedding)
 
 
 def _check_dtype(dtype: torch.dtype) -> None:
@@ -301,21 +257,30 @@ def _check_dtype(dtype: torch.dtype) -> None:
         raise ValueError(f"DiffusionHead expected dtype one of {names}, got {dtype}: pass dtype=torch.float32")
 
 
-def _time_embedding(time_embed: nn.Module, timesteps: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+@torch.no_grad()
+def time_embedding(time_embed: nn.Module, schedule: Schedule, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
     """(T, W): sinusoidal features, cosines first, through the embedding's MLP, in ``dtype`` throughout.
 
     The features themselves are float32 whatever ``dtype``: that is the definition trained networks saw.
     """
-    mlp = [p.detach().to(timesteps.device, dtype) for layer in (time_embed.mlp[0], time_embed.mlp[2])
+    mlp = [p.detach().to(device, dtype) for layer in (time_embed.mlp[0], time_embed.mlp[2])
            for p in (layer.weight, layer.bias)]  # fmt: skip
-    size = time_embed.frequency_embedding_size
-    half = size // 2
-    # In this order of operations: trained networks saw its rounding.
-    freqs = torch.exp(-math.log(10000.0) * torch.arange(half, dtype=torch.float32, device="cpu") / half).to(
-        timesteps.device
-    )
-    angles = timesteps[:, None].float() * freqs
-    features = torch.cat([angles.cos(), angles.sin(), angles.new_zeros(len(angles), size % 2)], dim=1).to(dtype)
-    with without_autocast(timesteps.device):
+    features = _features(schedule, time_embed.frequency_embedding_size, device, dtype)
+    with without_autocast(device):
         hidden = nn.functional.silu(nn.functional.linear(features, mlp[0], mlp[1]))
         return nn.functional.linear(hidden, mlp[2], mlp[3])
+
+
+def _features(schedule: Schedule, size: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """(T, size); kept with the schedule, as they are asked for again where weights are watched."""
+    kept = schedule.__dict__.setdefault("_features", {})
+    key = (size, device, dtype)
+    if key not in kept:
+        half = size // 2
+        timesteps = torch.tensor(schedule.timesteps, device=device)
+        # In this order of operations: trained networks saw its rounding.
+        exponents = torch.arange(half, dtype=torch.float32, device="cpu")
+        freqs = torch.exp(-math.log(10000.0) * exponents / half).to(device)
+        angles = timesteps[:, None].float() * freqs
+        kept[key] = torch.cat([angles.cos(), angles.sin(), angles.new_zeros(len(angles), size % 2)], dim=1).to(dtype)
+    return kept[key]

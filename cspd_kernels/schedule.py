@@ -8,6 +8,14 @@ from dataclasses import dataclass
 import numpy as np
 
 _VARIANCES = ("learned", "fixed_small", "fixed_large")
+# Names of a diffusion object's tables and of ours.
+_TABLES = {
+    "sqrt_recip_alphas_cumprod": "sqrt_recip_acp",
+    "sqrt_recipm1_alphas_cumprod": "sqrt_recipm1_acp",
+    "posterior_mean_coef1": "coef1",
+    "posterior_mean_coef2": "coef2",
+    "posterior_log_variance_clipped": "log_posterior",
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,7 +98,8 @@ class Schedule:
 
         Raises:
             TypeError: the object has no betas, or is a list of objects.
-            ValueError: the network predicts something other than the noise (epsilon).
+            ValueError: the network predicts something other than the noise (epsilon), or a table of the
+                object does not follow from its betas.
         """
         obj = getattr(obj, "schedule", obj)
         if isinstance(obj, cls):
@@ -103,8 +112,8 @@ class Schedule:
         betas = getattr(obj, "betas", None)
         if betas is None:
             raise TypeError(
-                f"Schedule.from_diffusion expected an object with `betas` (a respaced Gaussian diffusion), "
-                f"got {type(obj).__name__} without: build the schedule with Schedule.cosine or Schedule.linear"
+                "Schedule.from_diffusion expected a Gaussian diffusion object, with betas, got "
+                f"{type(obj).__name__} without: another kind of sampler, which these kernels do not compute"
             )
         mean_type = getattr(getattr(obj, "model_mean_type", None), "name", "EPSILON")
         if mean_type != "EPSILON":
@@ -114,7 +123,15 @@ class Schedule:
         timesteps = getattr(obj, "timestep_map", None)
         if timesteps is None:
             timesteps = np.arange(len(betas))
-        return cls(np.asarray(betas), np.asarray(timesteps), variance)
+        schedule = cls(np.asarray(betas), np.asarray(timesteps), variance)
+        for theirs, ours in _TABLES.items():
+            table = getattr(obj, theirs, None)
+            if table is not None and not np.allclose(table, getattr(schedule, ours), rtol=1e-6, atol=1e-12):
+                raise ValueError(
+                    f"Schedule.from_diffusion expected {theirs} as it follows from betas, got a table of its own in "
+                    f"{type(obj).__name__}"
+                )
+        return schedule
 
     @classmethod
     def cosine(cls, num_steps: int, *, train_steps: int = 1000, variance: str = "learned") -> Schedule:

@@ -20,7 +20,7 @@ def randomize_(diffloss: nn.Module, seed: int, scale: float = 0.02) -> nn.Module
     generator = torch.Generator().manual_seed(seed)
     for parameter in diffloss.parameters():
         if parameter.numel() and bool((parameter == parameter.flatten()[0]).all()):
-            values = torch.randn(parameter.shape, generator=generator, device="cpu") * scale
+            values = torch.randn(parameter.shape, generator=generator, dtype=torch.float32, device="cpu") * scale
             parameter.add_(values.to(parameter))
     return diffloss
 
@@ -33,7 +33,9 @@ def random_inputs(head: DiffusionHead, rows: int, seed: int, guided: bool = Fals
         (rows, head.channels),
         (head.num_steps, rows, head.channels),
     ]
-    return tuple(torch.randn(shape, generator=generator, device="cpu").to(head.device) for shape in shapes)
+    return tuple(
+        torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu").to(head.device) for shape in shapes
+    )
 
 
 def random_chains(rows: int, channels: int, seed: int, shift: float = 0.5, scale: float = 0.2):
@@ -42,7 +44,7 @@ def random_chains(rows: int, channels: int, seed: int, shift: float = 0.5, scale
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape):
-        return torch.randn(*shape, generator=generator, device="cpu")
+        return torch.randn(*shape, generator=generator, dtype=torch.float32, device="cpu")
 
     mean_q, log_q = normal(rows, channels), 0.3 * normal(rows, channels) - 1.0
     mean_p = mean_q + shift * log_q.exp() * normal(rows, channels)

@@ -5,6 +5,7 @@
 """
 
 from . import models
+from .describe import describe
 from .patching import is_patched, patch, patched, unpatch
 from .policies import AdaptiveDraft, SimilarityRelaxation, Window
 from .speculative import SpecDecodeRunner
@@ -14,6 +15,7 @@ __all__ = [
     "SimilarityRelaxation",
     "SpecDecodeRunner",
     "Window",
+    "describe",
     "is_patched",
     "models",
     "patch",

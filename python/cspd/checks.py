@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import logging
 import math
 from numbers import Integral, Real
 
@@ -9,17 +11,20 @@ import numpy as np
 import torch
 
 from cspd_kernels import Schedule
-from cspd_kernels.head import why_not_a_head
 from cspd_kernels.noise import check_seed
 from cspd_kernels.ops.accept_reject import check_method
 from cspd_kernels.ops.density_ratio import SIGMAS
+from cspd_kernels.structure import why_not_a_head, why_not_plain
 
-from .heads import verify_network
+from .heads import FoundHead, unwrapped
+from .verify import CannotRunError, DiffersError, check_sample
 
+_logger = logging.getLogger("cspd")
 _MODEL_INTERFACE = (
     "seq_len", "token_embed_dim", "diffloss", "fake_latent", "class_emb",
     "forward_mae_encoder", "forward_mae_decoder", "unpatchify",
 )  # fmt: skip
+_METHODS = {"forward_mae_encoder": ("x", "mask", "class_embedding"), "forward_mae_decoder": ("x", "mask")}
 
 
 def check_models(draft, target) -> None:
@@ -30,6 +35,8 @@ def check_models(draft, target) -> None:
             raise TypeError(
                 f"expected {role}_model as a MAR object, got {type(model).__name__} without " + ", ".join(missing)
             )
+        for name, parameters in _METHODS.items():
+            _check_method(role, model, name, parameters)
     for name in ("seq_len", "token_embed_dim"):
         ours, theirs = getattr(draft, name), getattr(target, name)
         if ours != theirs:
@@ -37,7 +44,7 @@ def check_models(draft, target) -> None:
     for role, model in (("draft", draft), ("target", target)):
         if (problem := why_not_a_head(model.diffloss)) is not None:
             raise ValueError(f"expected the {role}'s diffloss as a diffusion head: {problem}")
-        verify_network(f"the {role}'s diffloss", model.diffloss)
+        check_sampling(role, model.diffloss)
     ours, theirs = (Schedule.from_diffusion(model.diffloss.gen_diffusion) for model in (draft, target))
     if ours.num_steps != theirs.num_steps:
         raise ValueError(
@@ -49,6 +56,40 @@ def check_models(draft, target) -> None:
             "expected draft and target with the same noise schedule (their trajectories are compared step by "
             "step), got different betas"
         )
+
+
+def _check_method(role: str, model, name: str, parameters: tuple[str, ...]) -> None:
+    """Raise where a method of the model cannot be called with just these arguments."""
+    method = getattr(model, name)
+    try:
+        signature = inspect.signature(method)
+    except (TypeError, ValueError):  # a builtin, or the like
+        return
+    try:
+        signature.bind(*parameters)
+    except TypeError as error:
+        raise ValueError(
+            f"expected {role}_model ({type(model).__name__}) with {name}({', '.join(parameters)}), got "
+            f"{name}{signature}: {error}"
+        ) from None
+
+
+def check_sampling(role: str, diffloss) -> None:
+    """Raise where a model's own ``sample`` is not the plain ancestral one, which is all that a run computes."""
+    name = f"the {role}'s diffloss ({type(diffloss).__name__})"
+    net, reason = unwrapped(diffloss.net)
+    if (reason := reason or why_not_plain(net)) is not None:
+        raise ValueError(f"expected {name} as its weights say: {reason}")
+    try:
+        outcome = check_sample(FoundHead(name, diffloss, net, [diffloss.gen_diffusion]))
+    except DiffersError as error:
+        raise ValueError(f"expected {name} to sample as MAR does: {error}") from None
+    except CannotRunError as error:
+        _logger.info("%s could not be compared with its own sample, which does not run here: %s", name, error)
+        return
+    if not outcome.plain or not all(outcome.plain.values()):
+        reason = "; ".join(dict.fromkeys(outcome.own)) or "its sample does more than its loop"
+        raise ValueError(f"expected {name} to sample as MAR does, with nothing before or after the loop: {reason}")
 
 
 def check_options(seq_len: int, inner_temperature, ratio, sigma, max_tries) -> None:
@@ -123,7 +164,7 @@ def check_run(draft, target, bsz, labels, temperature, cfg, seed, first_image, o
     if orders is not None and (orders.shape != (bsz, length) or orders.dtype != torch.int64):
         raise ValueError(f"expected orders as int64 ({bsz}, {length}), got {orders.dtype} {tuple(orders.shape)}")
     on_cpu = orders is not None and orders.device.type == "cpu"
-    if on_cpu and not (orders.sort(1).values == torch.arange(length)).all():
+    if on_cpu and not (orders.sort(1).values == torch.arange(length, device="cpu")).all():
         raise ValueError(f"expected every row of orders to be a permutation of 0..{length - 1}")
     if seed is not None:
         check_seed(seed)

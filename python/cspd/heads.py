@@ -2,155 +2,233 @@
 
 from __future__ import annotations
 
-import copy
-import logging
 import operator
+import threading
+import weakref
+from collections import OrderedDict
+from dataclasses import dataclass, field
 from itertools import chain
 
 import torch
 import torch.nn as nn
 
-from cspd_kernels import DiffusionHead
-from cspd_kernels.head import call_dtype, why_not_a_head, without_autocast
-from cspd_kernels.ops.denoise.reference import network
-from cspd_kernels.testing import randomize_
+from cspd_kernels import DiffusionHead, Schedule
+from cspd_kernels.head import call_dtype
+from cspd_kernels.live import LiveWeights
+from cspd_kernels.structure import compiled_from, why_not_a_network, why_not_plain
 
-_logger = logging.getLogger("cspd")
+from .diffusions import LOOPS, NotServedError, diffusions_of
+
+_MAX_SCHEDULES = 64  # of one network, whose packed heads share their weights
 
 
-def find_heads(model: nn.Module) -> dict[str, nn.Module]:
-    """Every diffusion head in the module tree by name, found by structure.
+@dataclass(frozen=True)
+class FoundHead:
+    """A module that holds a head's network as ``net``, and the diffusion objects that sample with it."""
+
+    name: str
+    module: nn.Module
+    net: nn.Module  # without wrappers
+    diffusions: list[object] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Found:
+    """The heads of a model, and the reasons against modules that look like one."""
+
+    heads: list[FoundHead]
+    near: dict[str, str]
+
+
+def look_for_heads(model: nn.Module) -> Found:
+    """Every diffusion head in the module tree, found by structure."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected a torch.nn.Module that holds a diffusion head, got {type(model).__name__}")
+    heads, near = [], {}
+    everywhere = diffusions_of(model)
+    for path, module in model.named_modules():
+        net = module._modules.get("net")  # its own: compiled modules and the like pass attributes on
+        if net is None and type(module).__name__ != "DiffLoss":
+            continue
+        name = f"{_plain(path) or 'the model itself'} ({type(module).__name__})"
+        inner, reason = (None, "it lacks net") if net is None else unwrapped(net)
+        reason = reason or why_not_a_network(inner) or why_not_plain(inner)
+        diffusions = diffusions_of(module) or everywhere
+        if reason is None and not diffusions:
+            reason = f"it holds no diffusion object with {LOOPS[0]}, so it has a sampling loop of its own"
+        if reason is None:
+            heads.append(FoundHead(name, module, inner, diffusions))
+        elif net is None or hasattr(inner, "res_blocks"):
+            near[name] = reason
+    return Found(heads, near)
+
+
+def find_heads(model: nn.Module) -> Found:
+    """As :func:`look_for_heads`, of a model that has at least one.
 
     Raises:
         ValueError: there is none; the message lists what was looked for and what came near.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"expected a torch.nn.Module that holds a diffusion head, got {type(model).__name__}")
-    heads, near = {}, []
-    for name, module in model.named_modules():
-        reason = why_not_a_head(module)
-        if reason is None:
-            heads[name] = module
-        elif hasattr(getattr(module, "net", None), "res_blocks") or type(module).__name__ == "DiffLoss":
-            near.append(f"\n  {name or '(the model itself)'} ({type(module).__name__}): {reason}")
-    if not heads:
+    found = look_for_heads(model)
+    if not found.heads:
+        near = "".join(f"\n  {name}: {reason}" for name, reason in found.near.items())
         raise ValueError(
-            f"no diffusion head found in {type(model).__name__}. Looked for modules with in_channels, gen_diffusion "
-            "and a net of input_proj, time_embed, cond_embed, res_blocks and final_layer (DiffLoss of LTH14/mar)."
-            + (" These came near:" + "".join(near) if near else " No module came near.")
+            f"no diffusion head found in {type(model).__name__} that can be served; it is left unpatched. Looked for "
+            "modules with a net of input_proj, time_embed, cond_embed, res_blocks and final_layer, and a diffusion "
+            "object with p_sample_loop (DiffLoss of LTH14/mar)."
+            + (" These came near:" + near if near else " No module came near.")
         )
-    if near:
-        _logger.warning(
-            "only some of the heads of %s can be served; these cannot:%s", type(model).__name__, "".join(near)
-        )
-    return heads
+    return found
+
+
+def unwrapped(net: nn.Module) -> tuple[nn.Module, str | None]:
+    """The network inside of ``torch.compile``, DDP and DataParallel; and what else wraps it, None if nothing does."""
+    while True:
+        kind = type(net).__name__
+        if "_orig_mod" in net._modules:
+            net = net._modules["_orig_mod"]
+        elif kind in ("DistributedDataParallel", "DataParallel"):
+            net = net._modules["module"]
+        else:
+            sharded = any(type(m).__name__ == "FullyShardedDataParallel" for m in net.modules())
+            return net, "its weights are sharded by FullyShardedDataParallel" if sharded else None
+
+
+def _plain(path: str) -> str:
+    wrappers = ("_orig_mod", "_fsdp_wrapped_module")
+    return ".".join(name for name in path.split(".") if name not in wrappers)
 
 
 class HeadCache:
-    """The packed head of one module, packed again exactly when its weights or schedule changed.
+    """The packed forms of one network, up to date at every call.
 
-    A change is seen by the modules and parameters themselves and by the parameters' storage, type,
-    shape and version counter. Writes through ``parameter.data`` bypass the counter and are not seen
-    where the packed values are not the parameters themselves (operands of another type, the time
-    embedding): call ``cspd.patch`` again after such writes.
+    By operand type; and by schedule, of which a head may have several: those share their weights.
+
+    Args:
+        weights: ``"live"`` looks at the network at every :meth:`get`: at its modules, hooks and
+            memory, and at the values of what had to be converted (:mod:`cspd_kernels.live`).
+            ``"frozen"`` packs once and looks at nothing.
     """
 
-    def __init__(self, module: nn.Module):
-        self.module = module
-        self._packed: dict[torch.dtype, tuple[_Source, DiffusionHead]] = {}
+    def __init__(self, net: nn.Module, weights: str = "live"):
+        self.net, self.weights = net, weights
+        self._lock = threading.RLock()
+        self._forms: dict[torch.dtype, _Form] = {}
+        self._source: _Source | None = None
 
     def __getstate__(self) -> dict:
-        return {"module": self.module, "_packed": {}}  # copies and pickles pack their own
+        return {"net": self.net, "weights": self.weights}  # copies and pickles pack their own
 
-    def get(self, dtype: torch.dtype | None = None) -> DiffusionHead:
-        """The head with operands of ``dtype``; None follows autocast, else the weights' type."""
-        if dtype is None:
-            weight = self.module.net.input_proj.weight
-            dtype = call_dtype(weight.device, weight.dtype)
-        if dtype not in self._packed or not self._packed[dtype][0].is_current(self.module):
-            self._packed = {k: v for k, v in self._packed.items() if v[0].is_current(self.module)}
-            self._packed[dtype] = (_Source(self.module), DiffusionHead.from_module(self.module, dtype=dtype))
-        return self._packed[dtype][1]
+    def __setstate__(self, state: dict) -> None:
+        self.__init__(**state)
+
+    def clear(self) -> None:
+        """Forget what is packed, and free its memory."""
+        with self._lock:
+            self._forms, self._source = {}, None
+
+    def get(self, schedule: Schedule, dtype: torch.dtype | None = None) -> DiffusionHead:
+        """The head with operands of ``dtype``; None follows autocast, else the weights' type.
+
+        Raises:
+            NotServedError: the network cannot be read, or computes more than its weights say.
+        """
+        with self._lock, torch.inference_mode(False), torch.no_grad():
+            if self._source is None or (self.weights == "live" and not self._source.is_current()):
+                self.clear()
+                if (reason := why_not_a_network(self.net) or why_not_plain(self.net)) is not None:
+                    raise NotServedError(reason)
+                weight = self.net.input_proj.weight
+                if weight.is_meta:
+                    raise NotServedError("its weights are on the meta device: offloaded, or not loaded yet")
+                self._source = _Source(self.net, weakref.WeakMethod(self.clear))
+            if dtype is None:
+                dtype = call_dtype(self._source.device, self._source.dtype)
+            form = self._forms.get(dtype)
+            if form is None:
+                form = self._forms[dtype] = _Form(self.net, schedule, dtype, self.weights == "live")
+                return form.heads[schedule]
+            return form.get(schedule)
+
+
+class _Form:
+    """The heads of one operand type, by schedule."""
+
+    def __init__(self, net: nn.Module, schedule: Schedule, dtype: torch.dtype, live: bool):
+        self.net = net
+        self.first = DiffusionHead.from_network(net, schedule, dtype=dtype)
+        self.heads = OrderedDict([(schedule, self.first)])
+        self.live = LiveWeights(net, self.first) if live else None
+
+    def get(self, schedule: Schedule) -> DiffusionHead:
+        if self.live is not None:
+            self.live.refresh(list(self.heads.values()))
+        head = self.heads.get(schedule)
+        if head is None:
+            head = self.heads[schedule] = self.first.with_schedule(self.net, schedule)
+            if len(self.heads) > _MAX_SCHEDULES:
+                self.heads.popitem(last=False)
+        else:
+            self.heads.move_to_end(schedule)
+        return head
 
 
 class _Source:
-    """What a head was packed from.
+    """What a network looked like when it was packed, but for the values of its weights.
 
     It is asked at every call, and walking the module tree would take longer than everything else the
-    host does there: the tables that the modules keep their children in are remembered and compared
-    instead. It holds the members, the tensors and the schedule, so that no new one can take the place
-    of an old one in memory and be mistaken for it; an address then tells the device, too.
+    host does there: the tables that the modules keep their children, weights and hooks in are
+    remembered and compared instead. Of the weights' memory it holds no part, so that a model that
+    moves on leaves none behind; when that memory goes, ``released`` is called at once.
     """
 
-    def __init__(self, module: nn.Module):
-        self.net, self.schedule = module.net, _schedule(module)
-        self.tables = [table for m in self.net.modules() for table in (m._modules, m._parameters) if table]
-        self.members = list(chain.from_iterable(map(dict.values, self.tables)))
-        self.parameters = list(self.net.parameters())
-        self.tensors = [p.detach() for p in self.parameters]
-        # Inference tensors keep no version counter: their changes cannot be told.
-        self.trackable = not any(p.is_inference() for p in self.parameters)
-        self.state = self._state() if self.trackable else None
+    def __init__(self, net: nn.Module, released: weakref.WeakMethod):
+        modules = list(net.modules())
+        self.modules, self.kinds = modules, [*map(type, modules)]
+        self.forwards = [(kind, kind.forward) for kind in set(self.kinds)]
+        self.own = [m.__dict__ for m in modules]
+        self.own_forwards = [own.get("forward") for own in self.own]
+        self.hooks = [hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
+        self.tables = [table for m in modules for table in (m._modules, m._parameters) if table]
+        self.members = [*chain.from_iterable(map(dict.values, self.tables))]
+        self.parameters = list(net.parameters())
+        self.device, self.dtype = net.input_proj.weight.device, net.input_proj.weight.dtype
+        self.state = self._state()
 
-    def is_current(self, module: nn.Module) -> bool:
-        if not self.trackable or module.net is not self.net or _schedule(module) is not self.schedule:
+        def gone(_, released=released):
+            self.dead = True
+            if (method := released()) is not None:
+                method()
+
+        self.dead = False
+        self.storages = [weakref.ref(p.untyped_storage(), gone) for p in self.parameters]
+
+    def is_current(self) -> bool:
+        if self.dead or any(self.hooks) or [*map(type, self.modules)] != self.kinds:
             return False
-        members = list(chain.from_iterable(map(dict.values, self.tables)))
+        if not all(map(operator.is_, [own.get("forward") for own in self.own], self.own_forwards)):
+            return False
+        if not all(kind.forward is forward for kind, forward in self.forwards):
+            return False
+        members = [*chain.from_iterable(map(dict.values, self.tables))]
         same = len(members) == len(self.members) and all(map(operator.is_, members, self.members))
         return same and self._state() == self.state
 
     def _state(self) -> list[tuple]:
-        return [(p.data_ptr(), p._version, p.dtype, p.shape) for p in self.parameters]
+        return [(p.data_ptr(), p.dtype, p.shape, p.stride()) for p in self.parameters]
 
 
-def _schedule(module: nn.Module):
-    return getattr(module.gen_diffusion, "schedule", module.gen_diffusion)
-
-
-@torch.no_grad()
-def verify_network(name: str, module: nn.Module) -> None:
-    """Compare the module's own network with the definition, on random rows at two timesteps.
-
-    A fork may keep the names and change the arithmetic (another embedding, another order); this
-    turns a silently wrong image into an error. The comparison runs on a copy whose constant
-    parameters are made random: a freshly built head puts out zeros whatever it computes. Only the
-    network is compared, not the sampling loop around it.
-
-    Raises:
-        ValueError: the outputs differ, or the network cannot be called as ``net(x, t, c)``.
-    """
-    device = module.net.input_proj.weight.device
-    if device.type == "meta":
-        return
-    twin = _Twin(copy.deepcopy(module.net).float().eval(), module.in_channels, module.gen_diffusion)
-    randomize_(twin, seed=0, scale=0.3)
-    head = DiffusionHead.from_module(twin, dtype=torch.float32)
-    generator = torch.Generator().manual_seed(0)
-    x, c = (
-        torch.randn(2, n, generator=generator, device="cpu").to(device) for n in (head.channels, head.cond_channels)
-    )
-    for step in {0, head.num_steps // 2}:
-        t = torch.full((2,), int(head.schedule.timesteps[step]), device=device)
-        with without_autocast(device):
-            y = head.time_embedding[step] + nn.functional.linear(c, head.cond_weight, head.cond_bias)
-            expected = network(head, x, y)
-            try:
-                actual = twin.net(x, t, c)
-            except Exception as error:
-                raise ValueError(f"{name}: its network cannot be called as net(x, t, c): {error}") from error
-        difference, scale = float((actual - expected).abs().max()), float(expected.abs().max())
-        # Wide enough for TF32 matrix products.
-        if not difference <= 1e-2 * scale:
-            raise ValueError(
-                f"{name} ({type(module).__name__}) has the parts of a MAR diffusion head but computes something else: "
-                f"its output differs by {difference / scale:.2g} of the largest value on random rows. It is not "
-                "supported; leave it unpatched."
-            )
-
-
-class _Twin(nn.Module):
-    """A head around a copied network."""
-
-    def __init__(self, net: nn.Module, in_channels: int, gen_diffusion):
-        super().__init__()
-        self.net, self.in_channels, self.gen_diffusion = net, in_channels, gen_diffusion
+def bound_network(function) -> tuple[nn.Module, str] | None:
+    """(network, name of its method) of what a sampling loop is given to call; None for any other function."""
+    function = compiled_from(function)
+    if isinstance(function, nn.Module):
+        owner, name = function, "forward"
+    else:
+        owner, name = getattr(function, "__self__", None), getattr(function, "__name__", "")
+        if not isinstance(owner, nn.Module):
+            return None
+        name = "forward" if name in ("__call__", "_wrapped_call_impl", "_call_impl") else name
+        replaced = compiled_from(owner.__dict__.get(name))
+        if replaced is not None and replaced != function:
+            return None  # something else stands there now
+    return unwrapped(owner)[0], name

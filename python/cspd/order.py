@@ -73,7 +73,7 @@ def known_of(orders: torch.Tensor, length: int) -> torch.Tensor:
 
 def mask_of(orders: torch.Tensor, length: int) -> torch.Tensor:
     """(B, L) float32 mask, 1 where a token is still to be drawn."""
-    mask = torch.zeros(orders.shape, device=orders.device)
+    mask = torch.zeros(orders.shape, dtype=torch.float32, device=orders.device)
     return mask.scatter_(1, orders[:, :length], 1.0)
 
 

@@ -1,44 +1,77 @@
-"""``patch``: replace the sampling loop of every diffusion head in a model, in place, per instance."""
+"""``patch``: the kernels take over the sampling loop of every diffusion head in a model, in place, per instance."""
 
 from __future__ import annotations
 
 import contextlib
-import inspect
 import logging
+import threading
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 
-from cspd_kernels import Denoised, PhiloxNoise, denoise
 from cspd_kernels.backends import implementation, untraced
-from cspd_kernels.head import OPERAND_DTYPES, stream_dtype
+from cspd_kernels.head import OPERAND_DTYPES
 
-from .heads import HeadCache, find_heads, verify_network
+from .describe import describe_head
+from .diffusions import NotServedError
+from .heads import FoundHead, HeadCache, find_heads
+from .loop import PATCHES, Call, LoopHook, finish, loops_entered, patch_of, run_call
+from .verify import CannotRunError, DiffersError, check_loop, check_sample, plain_call
 
 _logger = logging.getLogger("cspd")
-_METHODS = ("sample", "sample_with_noise", "sample_with_inter_noise")
-_NOISES = ("upstream", "philox")
+_NOISES, _WEIGHTS = ("upstream", "philox"), ("live", "frozen")
+_lock = threading.RLock()  # patching and unpatching, of any model
 
 
-def patch(model: nn.Module, *, backend: str | None = None, dtype: torch.dtype | None = None, noise: str = "upstream"):
+@dataclass(frozen=True)
+class Options:
+    """What :func:`patch` was asked for."""
+
+    backend: str | None = None
+    dtype: torch.dtype | None = None
+    noise: str = "upstream"
+    weights: str = "live"
+
+    def check(self) -> None:
+        if self.noise not in _NOISES:
+            raise ValueError(f"patch expected noise one of {_NOISES}, got {self.noise!r}")
+        if self.weights not in _WEIGHTS:
+            raise ValueError(f"patch expected weights one of {_WEIGHTS}, got {self.weights!r}")
+        if self.dtype is not None and self.dtype not in OPERAND_DTYPES:
+            raise ValueError(f"patch expected dtype None or one of {OPERAND_DTYPES}, got {self.dtype!r}")
+        implementation("denoise", self.backend)
+
+
+def patch(
+    model: nn.Module,
+    *,
+    backend: str | None = None,
+    dtype: torch.dtype | None = None,
+    noise: str = "upstream",
+    weights: str = "live",
+) -> nn.Module:
     """Make every diffusion head of a model sample through :func:`cspd_kernels.denoise`.
 
     Exact: the same seed gives the same tokens, up to rounding. In place and per instance: classes,
-    other models, ``state_dict``, ``isinstance``, device moves and copies are as before, and weights
-    that change later are picked up. Patching again replaces the options.
+    other models, ``state_dict``, ``isinstance``, device moves and copies are as before. Patching again
+    replaces the options.
 
-    Replaced are ``sample(z, temperature, cfg)`` of LTH14/mar and, where the module has them,
-    ``sample_with_noise`` and ``sample_with_inter_noise`` of MarkXCloud/CSpD (its distribution
-    manager is filled as before). Calls with further arguments of a fork that the kernels do not
-    know run the replaced code, with one warning. Under guidance 2N rows come back as before; the
-    last N, which callers drop, repeat the first. The network's weights are read, its ``forward`` is
-    not called: hooks on it do not run while patched.
+    Taken over is ``p_sample_loop`` of the diffusion objects that the model holds, and
+    ``p_sample_loop_with_noise`` of MarkXCloud/CSpD (its distribution manager is filled as before). The
+    head's own ``sample`` runs as it is. A loop that is not MAR's in everything it is given runs its own
+    code, and so does a network that computes more than its weights say (hooks, replaced or computed
+    layers); the log tells why, once.
 
-    On a GPU the host waits nowhere that the replaced code does not: as there, a guidance scale that
-    lies on the device is read once, because the number of rows depends on it. A temperature there is
-    read, too. Python numbers cost no wait. ``torch.compile`` of a model around it breaks its graph at
-    these methods.
+    Before anything is changed, a small copy of each head with random weights samples with and without
+    the kernels; a difference refuses. Where its own code does not run here, the first call that can
+    compares.
+
+    Under guidance 2N rows come back as before; the last N, which callers drop, repeat the first. On a
+    GPU the host waits nowhere that the replaced code does not; a temperature there is read. Weights are
+    looked at at every call, so that they are never stale. ``torch.compile`` of a model around it breaks
+    its graph at the loop.
 
     Args:
         model: any module tree that holds one or more heads.
@@ -46,181 +79,276 @@ def patch(model: nn.Module, *, backend: str | None = None, dtype: torch.dtype | 
         dtype: type of the matrix products' operands (float32, bfloat16, float16); None follows
             autocast at the call, else the weights' type. The residual stream stays float32.
         noise: ``"upstream"`` draws the numbers of the replaced code in its order; ``"philox"`` draws
-            one seed per call and stores no noise.
+            one seed per call and stores no noise of the steps.
+        weights: ``"live"`` sees every change at the next call; ``"frozen"`` looks at nothing after the
+            first one, for serving: patch again after a change.
 
     Returns:
         The same model.
 
     Raises:
-        TypeError, ValueError: nothing to patch, or a head that is not covered; nothing was changed.
+        TypeError, ValueError: nothing to patch, or a head that samples differently; nothing was changed.
         RuntimeError: the backend cannot serve.
     """
-    if noise not in _NOISES:
-        raise ValueError(f"patch expected noise one of {_NOISES}, got {noise!r}")
-    if dtype is not None and dtype not in OPERAND_DTYPES:
-        raise ValueError(f"patch expected dtype None or one of {OPERAND_DTYPES}, got {dtype!r}")
-    implementation("denoise", backend)
-    heads = find_heads(model)
-    patches = []
-    for name, head in heads.items():
-        if not callable(getattr(head, "sample", None)):
-            raise ValueError(f"patch expected {name or 'the head'} ({type(head).__name__}) to have a method sample")
-        verify_network(name or type(head).__name__, head)
-        patches.append(_HeadPatch(head, backend, dtype, noise))
-    for head_patch in patches:
-        head_patch.install()
+    options = Options(backend, dtype, noise, weights)
+    options.check()
+    with _lock:
+        patches = _prepare(model, options)
+        _install(patches)
+        for head_patch in patches:
+            _logger.info("cspd.patch: %s", describe_head(head_patch.found, head_patch))
     return model
 
 
 def unpatch(model: nn.Module) -> nn.Module:
     """Undo :func:`patch`; a model that is not patched is left as it is. Returns the model."""
-    for module in model.modules():
-        if (installed := _installed(module)) is not None:
-            installed.remove()
+    with _lock:
+        for head_patch in [p for module in model.modules() for p in module.__dict__.get(PATCHES, ())]:
+            head_patch.remove()
     return model
 
 
 def is_patched(model: nn.Module) -> bool:
     """Whether any diffusion head of the model is patched."""
-    return any(_installed(module) is not None for module in model.modules())
+    return any(module.__dict__.get(PATCHES) for module in model.modules())
 
 
 @contextlib.contextmanager
 def patched(model: nn.Module, **options) -> Iterator[nn.Module]:
-    """Patch for the length of a ``with`` block; afterwards the model is as it was, also after an exception."""
-    before = [installed for module in model.modules() if (installed := _installed(module)) is not None]
-    patch(model, **options)
+    """Patch for the length of a ``with`` block; afterwards the model is as it was, also after an exception.
+
+    Blocks may overlap, in several threads too: the last one to begin decides the options, and the model
+    is patched until the last one ends.
+    """
+    options = Options(**options)
+    options.check()
+    with _lock:
+        patches = _prepare(model, options)
+        _install(patches, replace=False)
     try:
         yield model
     finally:
-        unpatch(model)
-        for head_patch in before:
+        with _lock:
+            for head_patch in patches:
+                head_patch.remove()
+
+
+def _prepare(model: nn.Module, options: Options) -> list[HeadPatch]:
+    """A compared patch for each head of a model, not installed.
+
+    Raises:
+        ValueError: there is no head, or one samples differently.
+    """
+    found = find_heads(model)
+    patches, left = [], dict(found.near)
+    for head in found.heads:
+        head_patch = HeadPatch(head, options)
+        if (reason := head_patch.compare()) is None:
+            patches.append(head_patch)
+        else:
+            left[head.name] = reason
+    if not patches:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in left.items())
+        raise ValueError(f"no head of {type(model).__name__} can be served, and all are left unpatched: {reasons}")
+    for name, reason in left.items():
+        _logger.warning("cspd.patch: %s is left unpatched: %s", name, reason)
+    return patches
+
+
+def _install(patches: list[HeadPatch], replace: bool = True) -> None:
+    """All of them or none."""
+    done = []
+    try:
+        for head_patch in patches:
+            done.append(head_patch)
             head_patch.install()
+    except Exception:
+        for head_patch in done:
+            head_patch.remove()
+        raise
+    if replace:
+        for head_patch in patches:
+            for older in [p for p in head_patch.net.__dict__[PATCHES] if p is not head_patch]:
+                older.remove()
 
 
-def _installed(module: nn.Module) -> _HeadPatch | None:
-    owner = getattr(module.__dict__.get("sample"), "__self__", None)
-    return owner if isinstance(owner, _HeadPatch) else None
+class HeadPatch:
+    """The patch of one head: what it was asked for, its packed weights, and which kinds of calls were compared.
 
+    It stands on the head's network, where the hooks of the diffusion objects find it, so that a deep
+    copy or a pickle of the model carries a patch of its own.
+    """
 
-class _HeadPatch:
-    """The replacement methods of one head. Installed as bound methods on the instance, so that a deep
-    copy or a pickle of the model carries a patch of its own, bound to the copied head."""
+    def __init__(self, found: FoundHead, options: Options):
+        self.found, self.options = found, options
+        self.cache = HeadCache(found.net, options.weights)
+        self.verdicts: dict[tuple, str | None] = {}  # kind of call -> why it is not served
+        self.draws: dict[tuple, str] = {}
+        self.told: list[str] = []
+        self.hooks: list[LoopHook] = []
 
-    def __init__(self, module: nn.Module, backend: str | None, dtype: torch.dtype | None, noise: str):
-        self.module = module
-        self.backend, self.dtype, self.noise = backend, dtype, noise
-        self.cache = HeadCache(module)
-        self.replaced: dict[str, object] = {}  # methods that already stood on the instance
-        self.warned = False
+    @property
+    def name(self) -> str:
+        return self.found.name
+
+    @property
+    def net(self) -> nn.Module:
+        return self.found.net
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "verdicts": {}, "draws": {}}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        for hook in self.hooks:
+            hook.users.add(self)
+
+    def compare(self) -> str | None:
+        """Sample with and without the kernels on a copy; None where some call is served, else why none is.
+
+        Raises:
+            ValueError: the two differ.
+        """
+        found = self.found
+        _check_values(found, self.options.dtype)
+        try:
+            outcome = check_sample(found)
+            if not outcome.kinds:
+                return "; ".join(dict.fromkeys(outcome.own))
+            self.verdicts = dict.fromkeys(outcome.kinds)
+            for reason in outcome.own:
+                self.tell(reason)
+        except CannotRunError as error:
+            self._compare_loops(str(error))
+        except DiffersError as error:
+            raise ValueError(f"{self.name} samples differently and is left unpatched: {error}") from None
+        return None
+
+    def _compare_loops(self, why: str) -> None:
+        """Its own ``sample`` did not run: compare the loops by themselves, as far as those run."""
+        compared, failure = 0, None
+        for diffusion in self.found.diffusions:
+            for method in ("forward", "forward_with_cfg"):
+                if not hasattr(self.net, method):
+                    continue
+                call = plain_call(self.net, method)
+                try:
+                    check_loop(call, diffusion)
+                    compared, self.verdicts[call.kind] = compared + 1, None
+                except CannotRunError as error:
+                    failure = error
+                except DiffersError as error:
+                    raise ValueError(f"{self.name} samples differently and is left unpatched: {error}") from None
+        if compared:
+            _logger.info("cspd.patch: %s: its sample did not run on a copy (%s); its loop was compared", self.name, why)
+        else:
+            why = f"{why}; {failure}" if failure is not None and str(failure) != why else why
+            _logger.info(
+                "cspd.patch: %s: its own code does not run here, so its first call compares: %s", self.name, why
+            )
 
     def install(self) -> None:
-        if (installed := _installed(self.module)) is not None:
-            installed.remove()
-        for name in _METHODS:
-            if callable(getattr(self.module, name, None)):
-                if name in self.module.__dict__:
-                    self.replaced[name] = self.module.__dict__[name]
-                setattr(self.module, name, getattr(self, name))
-        self.signature = inspect.signature(self._original("sample"))
+        self.net.__dict__.setdefault(PATCHES, []).append(self)
+        for diffusion in self.found.diffusions:
+            hook = LoopHook.of(diffusion)
+            if hook is None:
+                hook = LoopHook(diffusion)
+                hook.install()
+            hook.users.add(self)
+            self.hooks.append(hook)
+        sample = self.found.module.__dict__.get("sample")
+        if callable(getattr(self.found.module, "sample", None)) and not isinstance(sample, WatchedSample):
+            self.found.module.__dict__["sample"] = WatchedSample(self.found.module, self.net)
 
     def remove(self) -> None:
-        for name in _METHODS:
-            if getattr(self.module.__dict__.get(name), "__self__", None) is self:
-                delattr(self.module, name)
-        for name, method in self.replaced.items():
-            setattr(self.module, name, method)
-        self.replaced = {}
+        patches = self.net.__dict__.get(PATCHES, [])
+        if self in patches:
+            patches.remove(self)
+        if not patches:
+            self.net.__dict__.pop(PATCHES, None)
+            if isinstance(watched := self.found.module.__dict__.get("sample"), WatchedSample):
+                watched.remove()
+        for hook in self.hooks:
+            hook.users.discard(self)
+            if not hook.users:
+                hook.remove()
+        self.hooks = []
+        self.cache.clear()
 
-    def _original(self, name: str):
-        return self.replaced.get(name) or getattr(type(self.module), name).__get__(self.module)
+    def take(self, call: Call, hook: LoopHook) -> torch.Tensor:
+        """Serve a call of a hooked loop.
 
-    # Untraced: torch's own random numbers, and HeadCache looks at the parameters themselves.
-    @untraced
-    def sample(self, z, *args, **kwargs):
-        """Tokens for conditions z; see :func:`patch`. Arguments and defaults are those of the replaced method."""
-        call = self.signature.bind(z, *args, **kwargs)
-        if not call.arguments.keys() <= {"z", "temperature", "cfg"}:
-            return self._delegate(z, *args, **kwargs)
-        call.apply_defaults()
-        temperature, cfg = call.arguments.get("temperature", 1.0), call.arguments.get("cfg", 1.0)
-        head, cfg, rows = self._call(z, cfg)
-        if self.noise == "philox":
-            seed = int(torch.randint(2**63 - 1, (), device="cpu"))
-            noise = PhiloxNoise(seed, torch.arange(rows, device=head.device))
-            x_T = noise.x_T(head.channels)  # noqa: N806
+        Raises:
+            NotServedError: the loop's own code must run; nothing was drawn.
+        """
+        schedule, kind = hook.tables.schedule(), hook.kind(call)
+        if kind not in self.verdicts:
+            self._compare_now(kind, call, hook)
+        if (reason := self.verdicts[kind]) is not None:
+            raise NotServedError(reason)
+        options = self.options
+        head = self.cache.get(schedule, options.dtype)
+        draw = self.draws.get(kind, "cpu")
+        out = run_call(call, head, backend=options.backend, philox=options.noise == "philox", draw=draw)
+        return finish(call, out, hook.diffusion)
+
+    def _compare_now(self, kind: tuple, call: Call, hook: LoopHook) -> None:
+        """A kind of call that was not seen when the head was patched: it is compared before it is served."""
+        with _lock:
+            try:
+                self.draws[kind], self.verdicts[kind] = check_loop(call, hook.diffusion), None
+            except CannotRunError as error:
+                self.verdicts[kind] = f"its own loop does not run on a copy to be compared with: {error}"
+            except DiffersError as error:
+                self.verdicts[kind] = f"{error}"
+
+    def tell(self, reason: str) -> None:
+        """Log once why the head's own code runs."""
+        if reason not in self.told:
+            self.told.append(reason)
+            _logger.warning("cspd.patch: %s runs its own code, unaccelerated: %s", self.name, reason)
+
+
+class WatchedSample:
+    """A head's own ``sample``; where it never comes to a loop that is hooked, that is told."""
+
+    def __init__(self, module: nn.Module, net: nn.Module):
+        self.module, self.net = module, net
+        self.replaced = module.__dict__.get("sample")
+
+    def __getattr__(self, name: str):
+        if name == "__wrapped__":  # signature, name and docstring are the original's
+            return self.original()
+        raise AttributeError(name)
+
+    def original(self):
+        return self.replaced or getattr(type(self.module), "sample").__get__(self.module)  # noqa: B009
+
+    def remove(self) -> None:
+        if self.replaced is None:
+            del self.module.__dict__["sample"]
         else:
-            x_T = _draw_first(head, rows)  # noqa: N806
-            noise = _draw(head, len(z), rows)
-        return self._finish(self._denoise(head, z, x_T, noise, temperature, cfg), cfg, path=False)
+            self.module.__dict__["sample"] = self.replaced
 
     @untraced
-    def sample_with_noise(self, z, noise, temperature=1.0, cfg=1.0):
-        """As ``sample`` from a given first noise (N or, under guidance, 2N rows)."""
-        head, cfg, rows = self._call(z, cfg)
-        out = self._denoise(head, z, noise[:rows], _draw(head, len(z), rows), temperature, cfg)
-        return self._finish(out, cfg, path=False)
+    def __call__(self, *args, **kwargs):
+        before = loops_entered()
+        result = self.original()(*args, **kwargs)
+        if loops_entered() == before and (head_patch := patch_of(self.net)) is not None:
+            head_patch.tell("its sample ran without p_sample_loop: by a sampler of its own")
+        return result
 
-    @untraced
-    def sample_with_inter_noise(self, z, noise, inter_noise, temperature=1.0, cfg=1.0):
-        """As ``sample`` from given noises: x_T, and (T, N or 2N, C) of the steps or None to draw it."""
-        head, cfg, rows = self._call(z, cfg)
-        steps = inter_noise[:, :rows] if inter_noise is not None else _draw(head, len(z), rows)
-        return self._finish(self._denoise(head, z, noise[:rows], steps, temperature, cfg), cfg, path=True)
 
-    def _finish(self, out: Denoised, cfg: float, path: bool) -> torch.Tensor:
-        """The tokens of a chain; the distribution of its last step goes to CSpD's manager where there is one."""
-        guided = cfg != 1.0
-        tokens = torch.cat([out.sample, out.sample]) if guided else out.sample
-        manager = getattr(self.module.gen_diffusion, "manager", None)
-        if manager is not None:
-            double = 2 if guided else 1
-            manager.sample, manager.mean = tokens, out.mean.repeat(double, 1)
-            manager.variance = out.log_std.exp().repeat(double, 1)  # a standard deviation, despite its name
-            if path:  # only its sum over the channels is ever used
-                manager.log_var = (out.path_log_std[:, None] / out.mean.shape[1]).repeat(double, out.mean.shape[1])
-        return tokens
-
-    def _call(self, z, cfg):
-        """(head, cfg as a number, rows) of a call. A scale on a device is read, as the replaced code reads it."""
-        cfg = float(cfg)
-        guided = cfg != 1.0
-        if guided and len(z) % 2:
-            raise ValueError(f"sample expected 2N rows of z, conditional first, for cfg {cfg}, got {len(z)}")
-        return self.cache.get(self.dtype), cfg, len(z) // 2 if guided else len(z)
-
-    def _denoise(self, head, z, x_T, noise, temperature, cfg) -> Denoised:  # noqa: N803
-        # The type of the arithmetic is the head's, also where the model around it is wider.
-        stream = stream_dtype(head.dtype)
-        z, x_T = (v.to(stream) if v.dtype == torch.float64 else v for v in (z, x_T))  # noqa: N806
-        if isinstance(noise, torch.Tensor):
-            noise = noise.to(stream)
-        return denoise(head, z, x_T, noise, temperature=float(temperature), cfg_scale=cfg, backend=self.backend)
-
-    def _delegate(self, *args, **kwargs):
-        if not self.warned:
-            _logger.warning(
-                "cspd.patch: %s.sample was called with arguments beyond (z, temperature, cfg), signature %s; "
-                "such calls run the unpatched code",
-                type(self.module).__name__,
-                self.signature,
+def _check_values(found: FoundHead, dtype: torch.dtype | None) -> None:
+    for name, weight in found.net.named_parameters(prefix="net"):
+        if weight.is_meta:
+            return
+        if not bool(torch.isfinite(weight).all()):
+            raise ValueError(
+                f"{found.name} is left unpatched: expected finite weights, got NaN or infinity in {name}: load weights "
+                "that did not diverge"
             )
-            self.warned = True
-        return self._original("sample")(*args, **kwargs)
-
-
-def _draw_first(head, rows: int) -> torch.Tensor:
-    """x_T (rows, C), drawn as the replaced code does, by the default generator: the CPU's."""
-    x_T = torch.randn(rows, head.channels)  # noqa: N806
-    # From other memory the copy would wait for all that the device has yet to do. While the caller captures a graph it
-    # must fail, as before: replays would read memory that is long somebody else's.
-    pinned = x_T.device.type == "cpu" and head.device.type == "cuda" and not torch.cuda.is_current_stream_capturing()
-    if pinned:
-        x_T = x_T.pin_memory()  # noqa: N806
-    return x_T.to(head.device, non_blocking=pinned)
-
-
-def _draw(head, drawn_rows: int, rows: int) -> torch.Tensor:
-    """(T, rows, C): the replaced code draws ``drawn_rows`` rows at every step, T-1 first and 0 included."""
-    steps = [torch.randn(drawn_rows, head.channels, device=head.device)[:rows] for _ in range(head.num_steps)]
-    return torch.stack(steps[::-1])
+        if dtype == torch.float16 and weight.numel() and float(weight.abs().max()) > torch.finfo(dtype).max:
+            raise ValueError(
+                f"{found.name} is left unpatched: {name} holds values beyond float16's range: use dtype=torch.bfloat16"
+            )

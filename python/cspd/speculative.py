@@ -9,10 +9,12 @@ from collections.abc import Callable, Iterator
 import torch
 from tqdm import tqdm
 
+from cspd_kernels import DiffusionHead
 from cspd_kernels.backends import implementation
 
 from .checks import check_models, check_num_draft, check_options, check_residual, check_run
-from .heads import HeadCache
+from .diffusions import Tables
+from .heads import HeadCache, unwrapped
 from .order import Plan, WindowPlan, by_token, plan_steps, random_orders, to_device
 from .policies import Window, draft_length
 from .stats import PREFILLED, Recorder, RunStats
@@ -87,7 +89,8 @@ class SpecDecodeRunner:
         self.backend, self.dtype, self.max_tries = backend, dtype, max_tries
         self.residual, self.target_sigma = residual, target_sigma
         self._models = {"draft": draft_model, "target": target_model}
-        self._heads = {role: HeadCache(model.diffloss) for role, model in self._models.items()}
+        self._caches: dict[str, HeadCache] = {}
+        self._diffusions: dict[str, Tables] = {}
         self._tables: dict[tuple, bool] = {}  # by model and its own methods: whether its conditions come by tables
         for role, model in self._models.items():
             if not getattr(model, "training", False):
@@ -209,7 +212,7 @@ class SpecDecodeRunner:
         seed = int(torch.randint(2**63 - 1, (), device="cpu")) if seed is None else seed
         # What may wait for the device, and what comes from the host, goes before the first kernel.
         by_tables = {role: self._by_tables(role) for role in self._models}
-        heads = {role: cache.get(self.dtype) for role, cache in self._heads.items()}
+        heads = {role: self._head(role) for role in self._models}
         labels = None if labels is None else to_device(labels, device)
         relaxation = self.inner_temperature
         if isinstance(relaxation, torch.Tensor):
@@ -223,7 +226,7 @@ class SpecDecodeRunner:
             for role, module in self._models.items()
         }
         return RunState(
-            tokens=torch.zeros(bsz, self.seq_len, self.token_embed_dim, device=device),
+            tokens=torch.zeros(bsz, self.seq_len, self.token_embed_dim, dtype=torch.float32, device=device),
             outcome=torch.full(orders.shape, PREFILLED, dtype=torch.int8, device=device),
             plan=Plan(orders, images, steps, guided, not all(by_tables.values()), tables),
             prefilled=sum(step.index < self.ratio * num_iter - 1e-9 for step in steps),
@@ -234,6 +237,16 @@ class SpecDecodeRunner:
             backend=self.backend,
             rule={name: getattr(self, name) for name in ("sigma", "max_tries", "residual", "target_sigma")},
         )
+
+    def _head(self, role: str) -> DiffusionHead:
+        """A model's packed head as its weights, its network and its schedule are now."""
+        diffloss = self._models[role].diffloss
+        net, _ = unwrapped(diffloss.net)
+        if role not in self._caches or self._caches[role].net is not net:
+            self._caches[role] = HeadCache(net)
+        if role not in self._diffusions or self._diffusions[role].diffusion is not diffloss.gen_diffusion:
+            self._diffusions[role] = Tables(diffloss.gen_diffusion)
+        return self._caches[role].get(self._diffusions[role].schedule(), self.dtype)
 
     def _by_tables(self, role: str) -> bool:
         """Whether a model's conditions are computed by tables; compared once, when it is first in eval mode."""

@@ -97,7 +97,7 @@ class Recorder:
         seconds = dict.fromkeys(("draft", "target", "verify", "total"), 0.0)
         for name, start, end in self._spans:
             seconds[name] += start.elapsed_time(end) / 1e3 if self._cuda else end - start
-        sums = torch.stack(self._sums).cpu() if self._sums else torch.zeros(0, 3, device="cpu")
+        sums = torch.stack(self._sums).cpu() if self._sums else torch.zeros(0, 3, dtype=torch.float32, device="cpu")
         counts = torch.tensor(self._tokens, dtype=torch.float32, device="cpu")
         drafted = int(counts.sum())
         means = sums / counts[:, None].clamp(min=1)

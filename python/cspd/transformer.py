@@ -39,7 +39,7 @@ def encode(model, tokens: torch.Tensor, known: torch.Tensor, class_embedding: to
     The class tokens come first, then the known tokens in the order of the table.
     """
     position = model.encoder_pos_embed_learned
-    x = model.z_proj(tokens.to(model.z_proj.weight.dtype)) + position[:, model.buffer_size :]
+    x = model.z_proj(_as_weights(tokens, model.z_proj)) + position[:, model.buffer_size :]
     buffer = class_embedding.to(position.dtype)[:, None] + position[:, : model.buffer_size]
     x = model.z_proj_ln(torch.cat([buffer, _rows(x, known)], dim=1))
     return model.encoder_norm(_run(model, model.encoder_blocks, x))
@@ -112,7 +112,7 @@ def why_not_by_tables(model) -> str | None:
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape):
-        return torch.randn(*shape, generator=generator, device="cpu").to(device)
+        return torch.randn(*shape, generator=generator, dtype=torch.float32, device="cpu").to(device)
 
     orders = torch.stack([torch.randperm(length, generator=generator, device="cpu") for _ in range(2)]).to(device)
     tokens = random(2, length, model.token_embed_dim)
@@ -120,7 +120,7 @@ def why_not_by_tables(model) -> str | None:
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         for count in sorted({0, length // 3, length - 1}):
             known, where = orders[:, :count].sort(dim=1).values, orders[:, count:].sort(dim=1).values
-            mask = torch.ones(orders.shape, device=device).scatter_(1, known, 0.0)
+            mask = torch.ones(orders.shape, dtype=torch.float32, device=device).scatter_(1, known, 0.0)
             try:
                 expected = conditions_by_masks(model, tokens, mask, embedding, where).float()
                 actual = conditions(model, tokens, known, embedding, where).float()
@@ -133,6 +133,12 @@ def why_not_by_tables(model) -> str | None:
             if not difference <= (1e-3 if weight.dtype in (torch.float32, torch.float64) else 2e-2) * scale:
                 return f"with {count} tokens known its conditions differ by {difference / scale:.2g} of the largest"
     return None
+
+
+def _as_weights(x: torch.Tensor, layer) -> torch.Tensor:
+    """x in the type of a layer's weights; a quantised layer, whose weights are no tensor, takes it as it is."""
+    weight = layer.weight
+    return x.to(weight.dtype) if isinstance(weight, torch.Tensor) and weight.is_floating_point() else x
 
 
 def _rows(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:

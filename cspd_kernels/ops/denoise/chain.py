@@ -18,7 +18,7 @@ class Tables:
         s = head.schedule
         upper, lower = (s.log_beta, s.log_posterior) if head.learned_variance else (s.fixed_log_variance,) * 2
         columns = [s.sqrt_recip_acp, s.sqrt_recipm1_acp, s.coef1, s.coef2, 0.5 * upper, 0.5 * lower]
-        table = torch.zeros(s.num_steps, 8, device="cpu")
+        table = torch.zeros(s.num_steps, 8, dtype=torch.float32, device="cpu")
         for i, column in enumerate(columns):
             table[:, i] = torch.from_numpy(column.copy())
         self.coefficients = to_device(table, head.device)  # (T, 8), float32

@@ -176,8 +176,8 @@ class PersistentChain(LayeredChain):
     def __init__(self, head, tokens, guided, noise, steps, static):
         super().__init__(head, tokens, guided, noise, steps, static)
         device = head.device
-        self.outputs = torch.zeros(3, tokens, head.channels, device=device)
-        self.both_x = torch.zeros(2, tokens, head.channels, device=device)
+        self.outputs = torch.zeros(3, tokens, head.channels, dtype=torch.float32, device=device)
+        self.both_x = torch.zeros(2, tokens, head.channels, dtype=torch.float32, device=device)
         # Step i reads half i % 2 and writes the other; the result is that of step 0.
         self.x, self.result = self.both_x[(head.num_steps - 1) % 2], self.both_x[1]
         self.counter = torch.zeros(1, dtype=torch.int64, device=device)

@@ -159,10 +159,24 @@ class DiffLoss(nn.Module):
         """Tokens for conditions z: (N, Z) -> (N, C); with guidance z and the result have 2N rows,
         conditional first. The first noise comes from the CPU generator, the others from the device's.
         """
-        if cfg != 1.0:
-            noise = torch.randn(z.shape[0] // 2, self.in_channels).to(z.device)
-            noise = torch.cat([noise, noise])
-            model, kwargs = self.net.forward_with_cfg, dict(c=z, cfg_scale=cfg)
-            return self.gen_diffusion.p_sample_loop(model, noise, temperature, kwargs)
-        noise = torch.randn(z.shape[0], self.in_channels).to(z.device)
-        return self.gen_diffusion.p_sample_loop(self.net, noise, temperature, dict(c=z))
+        guided = cfg != 1.0
+        noise = _first_noise(len(z) // 2 if guided else len(z), self.in_channels, z.device)
+        noise = torch.cat([noise, noise]) if guided else noise
+        return self.gen_diffusion.p_sample_loop(
+            self.net.forward_with_cfg if guided else self.net.forward,
+            noise.shape,
+            noise,
+            clip_denoised=False,
+            model_kwargs=dict(c=z, cfg_scale=cfg) if guided else dict(c=z),
+            progress=False,
+            temperature=temperature,
+        )
+
+
+def _first_noise(rows: int, channels: int, device: torch.device) -> torch.Tensor:
+    """x_T (rows, C) of the CPU's generator, on a device."""
+    noise = torch.randn(rows, channels, device="cpu")
+    # From other memory the copy would wait for all that the device has yet to do. While the caller captures a graph it
+    # must fail: replays would read memory that is long somebody else's.
+    pinned = device.type == "cuda" and not torch.cuda.is_current_stream_capturing()
+    return (noise.pin_memory() if pinned else noise).to(device, non_blocking=pinned)

@@ -10,6 +10,7 @@ import math
 
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
 from cspd_kernels import Schedule
 
@@ -29,29 +30,61 @@ class GaussianDiffusion:
         return self.schedule.num_steps
 
     def posterior(self, out: torch.Tensor, x: torch.Tensor, i: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and log variance of reverse step i, (N, C) each, from the network's output (N, C or 2C)."""
+        """Mean and log variance of reverse step i, (N, C) each, from the network's output (N, C or 2C).
+
+        At least float32, as the tables are, whatever the types of x and of the output.
+        """
+        return self._mean(out, self._x0(out, x, i), x, i)
+
+    def _x0(self, out: torch.Tensor, x: torch.Tensor, i: int) -> torch.Tensor:
+        eps = _wide(out[:, : x.shape[1]])
+        return float(self.schedule.sqrt_recip_acp[i]) * _wide(x) - float(self.schedule.sqrt_recipm1_acp[i]) * eps
+
+    def _mean(self, out, x0, x, i: int) -> tuple[torch.Tensor, torch.Tensor]:
         s, channels = self.schedule, x.shape[1]
-        eps = out[:, :channels]
-        x0 = float(s.sqrt_recip_acp[i]) * x - float(s.sqrt_recipm1_acp[i]) * eps
-        mean = float(s.coef1[i]) * x0 + float(s.coef2[i]) * x
+        mean = float(s.coef1[i]) * x0 + float(s.coef2[i]) * _wide(x)
         if out.shape[1] == channels:
             return mean, torch.full_like(mean, float(s.fixed_log_variance[i]))
-        frac = (out[:, channels:] + 1) / 2
+        frac = _wide((out[:, channels:] + 1) / 2)
         return mean, frac * float(s.log_beta[i]) + (1 - frac) * float(s.log_posterior[i])
 
     @torch.no_grad()
-    def p_sample_loop(self, model, noise: torch.Tensor, temperature: float = 1.0, model_kwargs=None) -> torch.Tensor:
-        """Run all T reverse steps from ``noise`` (N, C); every step draws ``randn_like(x)``, the last one included.
+    def p_sample_loop(
+        self,
+        model,
+        shape,
+        noise: torch.Tensor | None = None,
+        clip_denoised: bool = True,
+        denoised_fn=None,
+        cond_fn=None,
+        model_kwargs: dict | None = None,
+        device=None,
+        progress: bool = False,
+        temperature: float = 1.0,
+    ) -> torch.Tensor:
+        """Run all T reverse steps; every step draws ``randn_like(x)``, the last one included.
+
+        Arguments, defaults and random numbers are those of LTH14/mar's loop.
 
         Args:
             model: ``model(x, t, **model_kwargs)`` with t (N,) int64 -> (N, C) or (N, 2C).
+            shape: (N, C). noise: x_T of that shape; None draws it by the CPU's generator.
+            clip_denoised: clip x0 to [-1, 1] at every step. denoised_fn: applied to x0 before that.
+            cond_fn: ``cond_fn(x, t, **model_kwargs)``, a gradient that the mean is moved along.
+            device: of drawn noise; None is the CPU. progress: show a tqdm bar.
         """
-        x = noise
-        for i in reversed(range(self.num_timesteps)):
+        kwargs = model_kwargs or {}
+        x = torch.randn(*shape, device="cpu").to(device or "cpu") if noise is None else noise
+        for i in tqdm(range(self.num_timesteps - 1, -1, -1), disable=not progress):
             t = torch.full((x.shape[0],), int(self.schedule.timesteps[i]), device=x.device)
-            mean, log_variance = self.posterior(model(x, t, **(model_kwargs or {})), x, i)
-            noise = torch.randn_like(x)
-            x = mean if i == 0 else mean + torch.exp(0.5 * log_variance) * noise * temperature
+            out = model(x, t, **kwargs)
+            x0 = self._x0(out, x, i)
+            x0 = x0 if denoised_fn is None else denoised_fn(x0)
+            mean, log_variance = self._mean(out, x0.clamp(-1, 1) if clip_denoised else x0, x, i)
+            drawn = torch.randn_like(x)
+            if cond_fn is not None:
+                mean = mean + log_variance.exp() * cond_fn(x, t, **kwargs).float()
+            x = mean if i == 0 else mean + torch.exp(0.5 * log_variance) * drawn * temperature
         return x
 
     def training_losses(self, model, x0: torch.Tensor, t: torch.Tensor, model_kwargs=None) -> torch.Tensor:
@@ -87,3 +120,7 @@ class GaussianDiffusion:
         nll = 0.5 * (math.log(2 * math.pi) + log_variance + (x0 - mean) ** 2 * torch.exp(-log_variance))
         bound = torch.where(t[:, None] == 0, nll, kl)
         return loss + bound.mean(1) / math.log(2.0)
+
+
+def _wide(x: torch.Tensor) -> torch.Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))

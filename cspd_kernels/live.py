@@ -1,0 +1,97 @@
+"""Packed weights that follow their module's, whatever changes those: a fused optimiser, ``.data``, a broadcast.
+
+None of these moves a version counter, so values are looked at, all of them, at every call. What a head shares with
+its module is read there and needs no look; what it had to convert or copy does, and so does the time embedding.
+
+On the CPU every such weight has a fingerprint, read at the speed of memory, and what changed is copied again. On a
+device the host must not wait for an answer: there a kernel compares and copies (:mod:`cspd_kernels.triton_refresh`),
+or everything is copied where it cannot run.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn as nn
+
+from .backends import log_once, why_unavailable
+from .head import DiffusionHead, time_embedding
+
+_LANES = 4093  # a prime: rows and columns of a matrix fall on other lanes, so their order counts
+_SMALL = 1 << 14  # elements; below, a copy is compared
+
+
+class LiveWeights:
+    """What of one packed head, and of those that share its weights, must follow the module.
+
+    Args:
+        net: the network that ``head`` was packed from by :meth:`DiffusionHead.from_network`.
+    """
+
+    def __init__(self, net: nn.Module, head: DiffusionHead):
+        self.net, self.copies, self.device = net, head.copies, head.device
+        layers = (net.time_embed.mlp[0], net.time_embed.mlp[2])
+        self._time = [weight for layer in layers for weight in (layer.weight, layer.bias)]
+        self._on_device = None
+        if self.device.type == "cpu":
+            self._prints = [fingerprint(source) for _, source in self.copies]
+            self._time_prints = [fingerprint(weight) for weight in self._time]
+        elif self.copies:
+            self._on_device = _copier(self.copies, self.device)
+
+    @torch.no_grad()
+    def refresh(self, heads: list[DiffusionHead]) -> None:
+        """Bring what was converted up to date, and the time embeddings of the heads that share it. Never waits."""
+        if self.device.type == "cpu":
+            self._compare(heads)
+        else:
+            if self._on_device is not None:
+                self._on_device()
+            self._embed(heads)
+
+    def _compare(self, heads: list[DiffusionHead]) -> None:
+        for i, (packed, source) in enumerate(self.copies):
+            now = fingerprint(source)
+            if not same(now, self._prints[i]):
+                packed.copy_(source)
+                self._prints[i] = now
+        now = [fingerprint(weight) for weight in self._time]
+        if not all(map(same, now, self._time_prints)):
+            self._embed(heads)
+            self._time_prints = now
+
+    def _embed(self, heads: list[DiffusionHead]) -> None:
+        for head in heads:
+            embedding = head.time_embedding
+            embedding.copy_(time_embedding(self.net.time_embed, head.schedule, self.device, embedding.dtype))
+
+
+def fingerprint(weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Integers that tell two states of a weight apart: its bits, or sums of them over lanes.
+
+    A single changed bit always shows; so does another order of rows or columns.
+    """
+    flat = weight.detach()
+    flat = (flat if flat.is_contiguous() else flat.contiguous()).view(-1)
+    size = flat.element_size()
+    if flat.numel() > _SMALL and flat.numel() * size % 8 == 0 and flat.storage_offset() * size % 8 == 0:
+        words = flat.view(torch.int64)
+        whole = len(words) // _LANES * _LANES
+        return words[:whole].view(-1, _LANES).sum(dim=0), words[whole:].clone()
+    return (flat.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[size]).clone(),)
+
+
+def same(a: tuple[torch.Tensor, ...], b: tuple[torch.Tensor, ...]) -> bool:
+    """Whether two fingerprints are equal."""
+    return len(a) == len(b) and all(map(torch.equal, a, b))
+
+
+def _copier(copies, device: torch.device):
+    """A function that queues the update of all copies on a device."""
+    reason = f"no kernels for {device.type}" if device.type != "cuda" else why_unavailable("triton")
+    if reason is None:
+        from .triton_refresh import Refresh
+
+        return Refresh(copies)
+    log_once(f"converted weights are converted again at every call, as they cannot be compared on the device: {reason}")
+    packed, sources = zip(*((packed, source.detach()) for packed, source in copies))
+    return lambda: torch._foreach_copy_(packed, sources)

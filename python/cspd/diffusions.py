@@ -1,0 +1,92 @@
+"""The diffusion objects that a model holds: finding them, and reading their tables as they are now."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from enum import Enum
+
+import numpy as np
+import torch
+import torch.nn as nn
+
+from cspd_kernels import Schedule
+
+LOOPS = ("p_sample_loop", "p_sample_loop_with_noise")  # of LTH14/mar; of MarkXCloud/CSpD
+
+
+class NotServedError(ValueError):
+    """The kernels cannot stand in for a module's own code; the message says why."""
+
+
+def diffusions_of(module: nn.Module) -> list[object]:
+    """Every diffusion object that a module tree holds: as an attribute, or in lists and dictionaries of one."""
+    found = {}
+    for part in module.modules():
+        for value in (part, *vars(part).values()):
+            for candidate in _held(value, depth=3):
+                if callable(getattr(type(candidate), LOOPS[0], None)) and hasattr(candidate, "__dict__"):
+                    found[id(candidate)] = candidate
+    return list(found.values())
+
+
+def _held(value, depth: int) -> Iterator[object]:
+    if isinstance(value, (list, tuple, dict)):
+        if depth:
+            for item in value.values() if isinstance(value, dict) else value:
+                yield from _held(item, depth - 1)
+    else:
+        yield value
+
+
+class Tables:
+    """The schedule of one diffusion object, read again exactly when the object has changed."""
+
+    def __init__(self, diffusion):
+        self.diffusion, self._read = diffusion, None
+
+    def __getstate__(self) -> dict:
+        return {"diffusion": self.diffusion, "_read": None}
+
+    def schedule(self) -> Schedule:
+        """The tables as they are now.
+
+        Raises:
+            NotServedError: it is no ancestral sampler of a network that predicts the noise.
+        """
+        return self._current()[1]
+
+    def sort(self) -> tuple:
+        """The object without its tables and its number of steps: of a list of them many are of one sort."""
+        return self._current()[2]
+
+    def _current(self) -> tuple:
+        state = self._state()
+        if self._read is None or not _same(self._read[0], state):
+            try:
+                schedule = Schedule.from_diffusion(self.diffusion)
+            except (TypeError, ValueError) as error:
+                raise NotServedError(str(error)) from None
+            self._read = (state, schedule, self._sort())
+        return self._read
+
+    def _state(self) -> list:
+        """What a loop may depend on: every attribute, and the contents of the two that are easily edited in place."""
+        own = vars(self.diffusion)
+        betas, steps = own.get("betas"), own.get("timestep_map")
+        contents = [betas.tobytes() if isinstance(betas, np.ndarray) else None, None if steps is None else tuple(steps)]
+        return [*(value for name, value in own.items() if name not in LOOPS), *contents]
+
+    def _sort(self) -> tuple:
+        kinds, told = (str, bool, int, float, type(None), Enum), []
+        for name, value in sorted(vars(self.diffusion).items()):
+            if name in LOOPS or isinstance(value, (np.ndarray, torch.Tensor, list, set, tuple, dict, Schedule)):
+                continue
+            counts = isinstance(value, int) and not isinstance(value, bool) and "steps" in name
+            plain = value if isinstance(value, kinds) else id(value) if callable(value) else None
+            told.append((name, None if counts else plain))
+        return type(self.diffusion), tuple(told)
+
+
+def _same(a: list, b: list) -> bool:
+    """Whether two states are the same objects, and their contents equal."""
+    return len(a) == len(b) and all(x is y for x, y in zip(a[:-2], b)) and a[-2:] == b[-2:]
