@@ -17,7 +17,8 @@ from cspd_kernels.ops.density_ratio import SIGMAS
 from cspd_kernels.structure import why_not_a_head, why_not_plain
 
 from .heads import FoundHead, unwrapped
-from .verify import CannotRunError, DiffersError, check_sample
+from .twin import CannotRunError
+from .verify import DiffersError, check_sample
 
 _logger = logging.getLogger("cspd")
 _MODEL_INTERFACE = (
@@ -81,7 +82,7 @@ def check_sampling(role: str, diffloss) -> None:
     if (reason := reason or why_not_plain(net)) is not None:
         raise ValueError(f"expected {name} as its weights say: {reason}")
     try:
-        outcome = check_sample(FoundHead(name, diffloss, net, [diffloss.gen_diffusion]))
+        outcome = check_sample(FoundHead(name, diffloss, net, {"gen_diffusion": diffloss.gen_diffusion}))
     except DiffersError as error:
         raise ValueError(f"expected {name} to sample as MAR does: {error}") from None
     except CannotRunError as error:

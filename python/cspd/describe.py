@@ -23,11 +23,13 @@ class HeadDescription:
     Attributes:
         name: path and class of the module that holds it.
         channels, width, depth, cond_channels: C, W, D and Z of its network.
-        num_steps: T of each diffusion object that the kernels can sample with.
+        samplers: its diffusion objects by the attribute that holds them: their T, or why the kernels
+            cannot stand in for them.
         dtype: operand type that a call would have now. weights: type of the weights. device: theirs.
         backend: what would serve it, or why nothing can.
         patched: whether its loops are taken over.
-        own_code: what runs its own code, and why.
+        own_code: reasons that calls have run their own code for, so far.
+        untouched: sampling methods that patch does not look at; a loop that they call may be served.
     """
 
     name: str
@@ -35,22 +37,30 @@ class HeadDescription:
     width: int
     depth: int
     cond_channels: int
-    num_steps: tuple[int, ...]
+    samplers: dict[str, str]
     dtype: torch.dtype
     weights: torch.dtype
     device: torch.device
     backend: str
     patched: bool
     own_code: tuple[str, ...]
+    untouched: tuple[str, ...]
 
-    def __str__(self) -> str:
-        steps = ", ".join(map(str, self.num_steps)) or "no"
+    @property
+    def line(self) -> str:
+        """The first line of the page."""
         kinds = _short(self.dtype) if self.dtype == self.weights else f"{_short(self.dtype)} of {_short(self.weights)}"
-        line = (
-            f"{self.name}: C={self.channels} W={self.width} D={self.depth} Z={self.cond_channels}, {steps} steps, "
+        return (
+            f"{self.name}: C={self.channels} W={self.width} D={self.depth} Z={self.cond_channels}, "
             f"{kinds} on {self.device}, backend {self.backend}, {'patched' if self.patched else 'not patched'}"
         )
-        return line + "".join(f"\n    own code: {reason}" for reason in self.own_code)
+
+    def __str__(self) -> str:
+        lines = [self.line, *(f"  {name}: {what}" for name, what in self.samplers.items())]
+        lines += [f"  ran its own code: {reason}" for reason in self.own_code]
+        if self.untouched:
+            lines.append(f"  not taken over: {', '.join(self.untouched)}")
+        return "\n".join(lines)
 
 
 @dataclass(frozen=True)
@@ -90,43 +100,45 @@ def describe_head(found: FoundHead, head_patch=None) -> HeadDescription:
     options = head_patch.options if head_patch is not None else None
     dtype = options.dtype if options is not None and options.dtype is not None else None
     dtype = dtype or call_dtype(weight.device, weight.dtype)
-    steps, own = [], list(head_patch.told) if head_patch is not None else []
-    for diffusion in found.diffusions:
+    samplers, schedule = {}, None
+    for path, diffusion in found.diffusions.items():
         try:
-            steps.append(Schedule.from_diffusion(diffusion))
+            schedule = Schedule.from_diffusion(diffusion)
+            what = f"{schedule.num_steps} steps"
         except (TypeError, ValueError) as error:
-            own.append(f"{type(diffusion).__name__}: {error}")
-    methods = {name for name in dir(type(found.module)) if name.startswith("sample") and name != "sample"}
-    methods |= {
-        name
-        for diffusion in found.diffusions
-        for name in dir(type(diffusion))
-        if name.endswith("sample_loop") and name not in LOOPS
-    }
-    if others := sorted(methods):
-        own.append(f"whatever of {', '.join(others)} does not come to {LOOPS[0]}")
+            what = f"own code: {error}"
+        name = path.partition("[")[0]  # of a list, all in one line
+        samplers[name] = what if samplers.get(name, what) == what else f"{samplers[name]}, {what}"
     return HeadDescription(
         name=found.name,
         channels=net.input_proj.in_features,
         width=net.input_proj.out_features,
         depth=len(net.res_blocks),
         cond_channels=net.cond_embed.in_features,
-        num_steps=tuple(sorted({schedule.num_steps for schedule in steps})),
+        samplers=samplers,
         dtype=dtype,
         weights=weight.dtype,
         device=weight.device,
-        backend=_backend(net, steps, dtype, weight.device, options.backend if options is not None else None),
+        backend=_backend(net, schedule, dtype, weight.device, options.backend if options is not None else None),
         patched=head_patch is not None,
-        own_code=tuple(own),
+        own_code=tuple(head_patch.told) if head_patch is not None else (),
+        untouched=_untouched(found),
     )
 
 
-def _backend(net: nn.Module, schedules: list[Schedule], dtype, device: torch.device, asked: str | None) -> str:
+def _untouched(found: FoundHead) -> tuple[str, ...]:
+    names = {name for name in dir(type(found.module)) if name.startswith("sample") and name != "sample"}
+    for diffusion in found.diffusions.values():
+        names |= {name for name in dir(type(diffusion)) if name.endswith("sample_loop") and name not in LOOPS}
+    return tuple(sorted(names))
+
+
+def _backend(net: nn.Module, schedule: Schedule | None, dtype, device: torch.device, asked: str | None) -> str:
     if device.type == "meta":
         return "none: its weights are on the meta device"
-    if not schedules:
+    if schedule is None:
         return "none: no diffusion object that the kernels can sample with"
-    head = DiffusionHead.from_network(net, schedules[0], dtype=dtype)
+    head = DiffusionHead.from_network(net, schedule, dtype=dtype)
     try:
         module = implementation("denoise", asked, device, head).__module__.rpartition(".")[2]
     except RuntimeError as error:

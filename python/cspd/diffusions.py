@@ -18,24 +18,24 @@ class NotServedError(ValueError):
     """The kernels cannot stand in for a module's own code; the message says why."""
 
 
-def diffusions_of(module: nn.Module) -> list[object]:
-    """Every diffusion object that a module tree holds: as an attribute, or in lists and dictionaries of one."""
+def diffusions_of(module: nn.Module) -> dict[str, object]:
+    """Every diffusion object that a module tree holds, as an attribute or in lists and dictionaries of one, by path."""
     found = {}
-    for part in module.modules():
-        for value in (part, *vars(part).values()):
-            for candidate in _held(value, depth=3):
+    for prefix, part in module.named_modules():
+        for name, value in (("", part), *vars(part).items()):
+            for path, candidate in _held(".".join(filter(None, (prefix, name))), value, depth=3):
                 if callable(getattr(type(candidate), LOOPS[0], None)) and hasattr(candidate, "__dict__"):
-                    found[id(candidate)] = candidate
-    return list(found.values())
+                    found.setdefault(id(candidate), (path, candidate))
+    return dict(found.values())
 
 
-def _held(value, depth: int) -> Iterator[object]:
+def _held(path: str, value, depth: int) -> Iterator[tuple[str, object]]:
     if isinstance(value, (list, tuple, dict)):
         if depth:
-            for item in value.values() if isinstance(value, dict) else value:
-                yield from _held(item, depth - 1)
+            for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+                yield from _held(f"{path}[{key!r}]", item, depth - 1)
     else:
-        yield value
+        yield path, value
 
 
 class Tables:
@@ -74,7 +74,7 @@ class Tables:
         own = vars(self.diffusion)
         betas, steps = own.get("betas"), own.get("timestep_map")
         contents = [betas.tobytes() if isinstance(betas, np.ndarray) else None, None if steps is None else tuple(steps)]
-        return [*(value for name, value in own.items() if name not in LOOPS), *contents]
+        return [type(self.diffusion), *(value for name, value in own.items() if name not in LOOPS), *contents]
 
     def _sort(self) -> tuple:
         kinds, told = (str, bool, int, float, type(None), Enum), []

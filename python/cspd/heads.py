@@ -29,7 +29,12 @@ class FoundHead:
     name: str
     module: nn.Module
     net: nn.Module  # without wrappers
-    diffusions: list[object] = field(default_factory=list)
+    diffusions: dict[str, object] = field(default_factory=dict)  # by path
+
+    @property
+    def samplers(self) -> list[object]:
+        """The diffusion objects."""
+        return list(self.diffusions.values())
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,8 @@ def look_for_heads(model: nn.Module) -> Found:
         diffusions = diffusions_of(module) or everywhere
         if reason is None and not diffusions:
             reason = f"it holds no diffusion object with {LOOPS[0]}, so it has a sampling loop of its own"
+        if any(inner is head.net for head in heads):
+            continue  # of a module around another one, which passes it on
         if reason is None:
             heads.append(FoundHead(name, module, inner, diffusions))
         elif net is None or hasattr(inner, "res_blocks"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 import threading
 from collections.abc import Iterator
@@ -18,7 +19,8 @@ from .describe import describe_head
 from .diffusions import NotServedError
 from .heads import FoundHead, HeadCache, find_heads
 from .loop import PATCHES, Call, LoopHook, finish, loops_entered, patch_of, run_call
-from .verify import CannotRunError, DiffersError, check_loop, check_sample, plain_call
+from .twin import CannotRunError
+from .verify import DiffersError, check_loop, check_sample, plain_call
 
 _logger = logging.getLogger("cspd")
 _NOISES, _WEIGHTS = ("upstream", "philox"), ("live", "frozen")
@@ -96,7 +98,7 @@ def patch(
         patches = _prepare(model, options)
         _install(patches)
         for head_patch in patches:
-            _logger.info("cspd.patch: %s", describe_head(head_patch.found, head_patch))
+            _logger.info("cspd.patch: %s", describe_head(head_patch.found, head_patch).line)
     return model
 
 
@@ -198,6 +200,12 @@ class HeadPatch:
     def __getstate__(self) -> dict:
         return {**self.__dict__, "verdicts": {}, "draws": {}}
 
+    def __deepcopy__(self, memo: dict) -> HeadPatch:
+        twin = memo[id(self)] = self.__class__.__new__(self.__class__)
+        compared = {name: dict(getattr(self, name)) for name in ("verdicts", "draws")}
+        twin.__setstate__({**copy.deepcopy(self.__getstate__(), memo), **compared})
+        return twin
+
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
         for hook in self.hooks:
@@ -227,7 +235,7 @@ class HeadPatch:
     def _compare_loops(self, why: str) -> None:
         """Its own ``sample`` did not run: compare the loops by themselves, as far as those run."""
         compared, failure = 0, None
-        for diffusion in self.found.diffusions:
+        for diffusion in self.found.samplers:
             for method in ("forward", "forward_with_cfg"):
                 if not hasattr(self.net, method):
                     continue
@@ -249,7 +257,7 @@ class HeadPatch:
 
     def install(self) -> None:
         self.net.__dict__.setdefault(PATCHES, []).append(self)
-        for diffusion in self.found.diffusions:
+        for diffusion in self.found.samplers:
             hook = LoopHook.of(diffusion)
             if hook is None:
                 hook = LoopHook(diffusion)

@@ -1,0 +1,206 @@
+"""Small copies of a head with random weights, which sample by the head's own classes while somebody watches.
+
+The weights are cut to a small width and made random: a freshly built head puts out zeros whatever it computes, and
+trained ones may hide a difference. The released weights are never copied.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+import torch.nn as nn
+
+from cspd_kernels import Schedule
+from cspd_kernels.head import without_autocast
+from cspd_kernels.structure import linears, norms
+
+from .diffusions import LOOPS, NotServedError
+from .heads import HeadCache
+from .loop import PATCHES, Call, LoopHook, finish, run_call
+
+WIDTH = 32
+_SEED = 20240617
+
+
+class CannotRunError(ValueError):
+    """The module's own code does not run on a small copy here; nothing is known."""
+
+
+@dataclass
+class Trial:
+    """The patch of a copied network: runs its own loop, or serves its calls by the torch backend, and keeps notes."""
+
+    net: nn.Module
+    serving: bool
+    steps: int | None = None  # only so many of the last ones
+    draw: str = "cpu"
+    calls: list[Call] = field(default_factory=list)
+    kinds: set[tuple] = field(default_factory=set)
+    reasons: list[str] = field(default_factory=list)
+    evaluations: int = 0  # of the network by its own loop
+    tokens: torch.Tensor | None = None  # of the last call that was served
+
+    def __post_init__(self):
+        self.cache = HeadCache(self.net)
+        if not self.serving:
+            self.net.time_embed.register_forward_pre_hook(self._count)
+
+    def _count(self, *_) -> None:
+        self.evaluations += 1
+
+    def take(self, call: Call, hook: LoopHook) -> torch.Tensor:
+        schedule, steps = hook.tables.schedule(), self.steps
+        self.calls.append(call)
+        self.kinds.add(hook.kind(call))
+        if not self.serving:
+            raise NotServedError("")
+        if steps is not None and steps < schedule.num_steps:
+            schedule = Schedule(schedule.betas[:steps], schedule.timesteps[:steps], schedule.variance)
+        head = self.cache.get(schedule, torch.float32)
+        out = run_call(call, head, backend="torch", philox=False, draw=self.draw)
+        self.tokens = finish(call, out, hook.diffusion)
+        return self.tokens
+
+    def tell(self, reason: str) -> None:
+        if reason:
+            self.reasons.append(reason)
+
+
+@dataclass
+class Copies:
+    """A copied head that samples by its own code, watched by a :class:`Trial`."""
+
+    trial: Trial
+    diffusions: list
+    module: nn.Module | None
+
+
+def copies_of(
+    net: nn.Module, diffusions: list, module: nn.Module | None = None, *, cut: bool, serving: bool, steps: int | None
+) -> Copies:
+    """Copies with random weights, cut to a small width or not, that sample in all steps or in the last few."""
+    memo, sizes, width = {}, [], net.input_proj.out_features
+    small = min(width, WIDTH) if cut else width
+    generator = torch.Generator("cpu").manual_seed(_SEED)
+
+    def fresh(parameter: torch.Tensor | None, *shape: int, scale: float, around: float = 0.0) -> None:
+        if parameter is not None and id(parameter) not in memo:
+            values = around + scale * torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
+            memo[id(parameter)] = nn.Parameter(values.to(parameter.device), requires_grad=False)
+
+    for name, layer in linears(net):
+        narrow = name in ("net.input_proj", "net.cond_embed", "net.time_embed.mlp[0]")
+        fan_in = layer.in_features if narrow else layer.in_features // width * small
+        last = name == "net.final_layer.linear"
+        fan_out = layer.out_features if last else layer.out_features // width * small
+        fresh(layer.weight, fan_out, fan_in, scale=fan_in**-0.5)
+        fresh(layer.bias, fan_out, scale=0.1)
+        sizes.append((fan_in, fan_out))
+    for _, norm in norms(net):
+        fresh(norm.weight, small, scale=0.1, around=1.0)
+        fresh(norm.bias, small, scale=0.1)
+    for part in [net, *(module.modules() if module is not None else ())]:
+        if (patches := part.__dict__.get(PATCHES)) is not None:  # a copy is nobody's yet
+            memo[id(patches)] = []
+    wrapper = module.net if module is not None else net
+    net_copy, layers = copy.deepcopy((net, [layer for _, layer in linears(net)]), memo)
+    while wrapper is not net:  # compiled, or made parallel: the copy is neither
+        memo[id(wrapper)] = net_copy
+        wrapper = wrapper._modules.get("_orig_mod") or wrapper._modules["module"]
+    module, diffusions = copy.deepcopy((module, diffusions), memo)
+    for layer, size in zip(layers, sizes):
+        layer.in_features, layer.out_features = size
+    for _, norm in norms(net_copy):
+        norm.normalized_shape = (small,)
+    for part in (net_copy, module):
+        if part is not None:
+            part.float().eval()
+    trial = Trial(net_copy, serving, steps)
+    net_copy.__dict__[PATCHES] = [trial]
+    for diffusion in diffusions:
+        if (hook := LoopHook.of(diffusion)) is not None:
+            hook.remove()
+        if steps is not None:
+            _last_steps(diffusion, steps)
+        LoopHook(diffusion).install()
+    return Copies(trial, diffusions, module)
+
+
+def _last_steps(diffusion, steps: int) -> None:
+    """Make a diffusion object sample in its last steps alone, in which x stays as large as it starts."""
+    if isinstance(schedule := getattr(diffusion, "schedule", None), Schedule):
+        diffusion.schedule = Schedule(schedule.betas[:steps], schedule.timesteps[:steps], schedule.variance)
+    elif "num_timesteps" in vars(diffusion):
+        diffusion.num_timesteps = min(steps, diffusion.num_timesteps)
+
+
+def normal(shape: tuple, net: nn.Module) -> torch.Tensor:
+    generator = torch.Generator("cpu").manual_seed(_SEED + 1)
+    values = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
+    return values.to(net.input_proj.weight.device)
+
+
+@dataclass
+class Run:
+    """A run from fixed seeds: its result, the generators' states after it, what it set on its diffusion objects."""
+
+    result: object
+    states: list[torch.Tensor]
+    kept: set[str]
+
+
+def seeded(run: Callable[[], object], diffusions: list) -> Run:
+    generators = [torch.default_generator]
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        generators.append(torch.cuda.default_generators[torch.cuda.current_device()])
+    for generator in generators:
+        generator.manual_seed(_SEED)
+    np.random.seed(0)
+    random.seed(0)
+    before = _attributes(diffusions)
+    result = run()
+    after = _attributes(diffusions)
+    kept = {name for name, value in after.items() if name not in before or before[name] is not value}
+    return Run(result, [generator.get_state() for generator in generators], kept)
+
+
+def _attributes(diffusions: list) -> dict[str, object]:
+    """Of the diffusion objects, and of the plain objects that those hold."""
+    found = {}
+    for i, diffusion in enumerate(diffusions):
+        for name, value in vars(diffusion).items():
+            found[f"{i}.{name}"] = value
+            if name not in LOOPS and hasattr(value, "__dict__") and not isinstance(value, (nn.Module, type)):
+                found |= {f"{i}.{name}.{inner}": part for inner, part in vars(value).items()}
+    return found
+
+
+@contextlib.contextmanager
+def quiet(net: nn.Module) -> Iterator[None]:
+    """Nothing of the caller's state has a part in a comparison, and nothing is left of it afterwards."""
+    device = net.input_proj.weight.device
+    if device.type == "meta":
+        raise CannotRunError("its weights are on the meta device")
+    dtype, numbers, python = torch.get_default_dtype(), np.random.get_state(), random.getstate()
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        try:
+            if dtype != torch.float32:
+                torch.set_default_dtype(torch.float32)
+            with torch.inference_mode(False), torch.no_grad(), without_autocast(device):
+                yield
+        finally:
+            if dtype != torch.float32:
+                torch.set_default_dtype(dtype)
+            np.random.set_state(numbers)
+            random.setstate(python)
+
+
+def first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"[:300]
