@@ -11,6 +11,7 @@ import torch
 from ...backends import implementation
 from ...head import DiffusionHead, stream_dtype, without_autocast
 from ...noise import PhiloxNoise
+from .finite import check_result, late_overflows
 
 WORKSPACE_BYTES = 256 << 20
 
@@ -117,6 +118,7 @@ def run(head, cond, x_T, noise, rows, seed, temperature, cfg_scale, backend, wor
     if cfg_scale is not None and cfg_scale.numel() == 1 and cfg_scale.device.type == "cpu":
         cfg_scale = float(cfg_scale)
     _check_values(x_T=x_T, cond=cond, noise=noise, cfg_scale=cfg_scale)
+    overflows = late_overflows(head)
     function = implementation("denoise", backend, head.device, head, tokens=len(x_T))
     stream = stream_dtype(head.dtype)
     noise = PhiloxNoise(seed % 2**64, rows) if noise is None else noise.to(stream)
@@ -126,6 +128,7 @@ def run(head, cond, x_T, noise, rows, seed, temperature, cfg_scale, backend, wor
         cfg_scale = cfg_scale.to(stream).reshape(-1, 1)  # [1 or N, 1]
     with without_autocast(head.device):  # the head's dtype decides, not the caller's autocast
         _, *out = function(head, cond, x_T.to(stream), noise, temperature, cfg_scale, workspace_bytes)
+    check_result(head, out[0], overflows)
     return tuple(value.contiguous() for value in out)  # as fake tensors have it
 
 
