@@ -60,7 +60,8 @@ def test_the_report_leaves_nothing_out(rows):
     for kernel, methods in VERDICTS.items():
         for model in (f"C={channels}{method}" for channels in (16, 256) for method in methods):
             assert {case(r)[1:] for r in rows if (r["kernel"], r["model"]) == (kernel, model)} == types
-    assert {row["kernel"] for row in rows} == LAYERED | {"_persistent_kernel"} | set(VERDICTS)
+    assert {case(r)[1:] for r in rows if r["kernel"] == "_refresh_kernel"} == types
+    assert {row["kernel"] for row in rows} == LAYERED | {"_persistent_kernel", "_refresh_kernel"} | set(VERDICTS)
 
 
 @pytest.fixture
