@@ -199,6 +199,7 @@ class _Source:
         self.tables = [table for m in modules for table in (m._modules, m._parameters) if table]
         self.members = [*chain.from_iterable(map(dict.values, self.tables))]
         self.parameters = list(net.parameters())
+        self.norms = [m for m in modules if isinstance(m, nn.LayerNorm)]
         self.device, self.dtype = net.input_proj.weight.device, net.input_proj.weight.dtype
         self.state = self._state()
 
@@ -221,8 +222,8 @@ class _Source:
         same = len(members) == len(self.members) and all(map(operator.is_, members, self.members))
         return same and self._state() == self.state
 
-    def _state(self) -> list[tuple]:
-        return [(p.data_ptr(), p.dtype, p.shape, p.stride()) for p in self.parameters]
+    def _state(self) -> list:
+        return [(p.data_ptr(), p.dtype, p.shape, p.stride()) for p in self.parameters] + [m.eps for m in self.norms]
 
 
 def bound_network(function) -> tuple[nn.Module, str] | None:

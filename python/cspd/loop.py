@@ -158,6 +158,8 @@ def run_call(call: Call, head: DiffusionHead, *, backend: str | None, philox: bo
         draw: the generator that x_T comes from where it is not given: the CPU's or the device's.
     """
     device, stream, rows = head.device, stream_dtype(head.dtype), call.rows
+    if call.inter_noise is not None and len(call.inter_noise) != head.num_steps:
+        raise NotServedError(f"noise of {len(call.inter_noise)} steps is given for {head.num_steps}")
     x_T = call.noise  # noqa: N806
     if x_T is None:
         x_T = torch.randn(call.shape, device="cpu" if draw == "cpu" else device)  # noqa: N806

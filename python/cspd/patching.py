@@ -7,7 +7,7 @@ import copy
 import logging
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn as nn
@@ -16,11 +16,11 @@ from cspd_kernels.backends import implementation, untraced
 from cspd_kernels.head import OPERAND_DTYPES
 
 from .describe import describe_head
-from .diffusions import NotServedError
+from .diffusions import LOOPS, NotServedError, diffusions_of
 from .heads import FoundHead, HeadCache, find_heads
 from .loop import PATCHES, Call, LoopHook, finish, loops_entered, patch_of, run_call
 from .twin import CannotRunError
-from .verify import DiffersError, check_loop, check_sample, plain_call
+from .verify import DiffersError, check_loop, check_sample, plain_calls
 
 _logger = logging.getLogger("cspd")
 _NOISES, _WEIGHTS = ("upstream", "philox"), ("live", "frozen")
@@ -126,7 +126,7 @@ def patched(model: nn.Module, **options) -> Iterator[nn.Module]:
     options.check()
     with _lock:
         patches = _prepare(model, options)
-        _install(patches, replace=False)
+        _install(patches, instead=False)
     try:
         yield model
     finally:
@@ -157,7 +157,7 @@ def _prepare(model: nn.Module, options: Options) -> list[HeadPatch]:
     return patches
 
 
-def _install(patches: list[HeadPatch], replace: bool = True) -> None:
+def _install(patches: list[HeadPatch], instead: bool = True) -> None:
     """All of them or none."""
     done = []
     try:
@@ -168,7 +168,7 @@ def _install(patches: list[HeadPatch], replace: bool = True) -> None:
         for head_patch in done:
             head_patch.remove()
         raise
-    if replace:
+    if instead:
         for head_patch in patches:
             for older in [p for p in head_patch.net.__dict__[PATCHES] if p is not head_patch]:
                 older.remove()
@@ -224,49 +224,73 @@ class HeadPatch:
             if not outcome.kinds:
                 return "; ".join(dict.fromkeys(outcome.own))
             self.verdicts = dict.fromkeys(outcome.kinds)
+            for loop in LOOPS[1:]:  # which sample does not call
+                self._compare_loops(loop)
             for reason in outcome.own:
                 self.tell(reason)
         except CannotRunError as error:
-            self._compare_loops(str(error))
+            self._without_sample(str(error))
         except DiffersError as error:
             raise ValueError(f"{self.name} samples differently and is left unpatched: {error}") from None
         return None
 
-    def _compare_loops(self, why: str) -> None:
+    def _without_sample(self, why: str) -> None:
         """Its own ``sample`` did not run: compare the loops by themselves, as far as those run."""
-        compared, failure = 0, None
-        for diffusion in self.found.samplers:
-            for method in ("forward", "forward_with_cfg"):
-                if not hasattr(self.net, method):
-                    continue
-                call = plain_call(self.net, method)
-                try:
-                    check_loop(call, diffusion)
-                    compared, self.verdicts[call.kind] = compared + 1, None
-                except CannotRunError as error:
-                    failure = error
-                except DiffersError as error:
-                    raise ValueError(f"{self.name} samples differently and is left unpatched: {error}") from None
-        if compared:
+        results = [self._compare_loops(loop) for loop in LOOPS]
+        if any(agree for agree, _ in results):
             _logger.info("cspd.patch: %s: its sample did not run on a copy (%s); its loop was compared", self.name, why)
         else:
-            why = f"{why}; {failure}" if failure is not None and str(failure) != why else why
+            reasons = "; ".join(dict.fromkeys([why, *(failure for _, failure in results if failure)]))
             _logger.info(
-                "cspd.patch: %s: its own code does not run here, so its first call compares: %s", self.name, why
+                "cspd.patch: %s: its code does not run here, so its first call compares: %s", self.name, reasons
             )
+
+    def _compare_loops(self, loop: str) -> tuple[int, str]:
+        """Compare a loop by itself, as the released code calls it: how many kinds of calls agree, and what else came.
+
+        Raises:
+            DiffersError: from the kernels'.
+        """
+        agree, failure = 0, ""
+        for diffusion in self.found.samplers:
+            if not callable(getattr(diffusion, loop, None)):
+                continue
+            hook = LoopHook.of(diffusion) or LoopHook(diffusion)
+            try:
+                for call in plain_calls(self.net, loop, hook.tables.schedule().num_steps):
+                    kind = hook.kind(call)
+                    if self.verdicts.get(kind, "") is not None:
+                        self.draws[kind], self.verdicts[kind] = check_loop(call, diffusion), None
+                    agree += 1
+            except (CannotRunError, NotServedError) as error:
+                failure = str(error)
+        return agree, failure
 
     def install(self) -> None:
         self.net.__dict__.setdefault(PATCHES, []).append(self)
-        for diffusion in self.found.samplers:
+        self.hook(self.found.diffusions)
+        sample = self.found.module.__dict__.get("sample")
+        if callable(getattr(self.found.module, "sample", None)) and not isinstance(sample, WatchedSample):
+            self.found.module.__dict__["sample"] = WatchedSample(self.found.module, self.net)
+
+    def hook(self, diffusions: dict[str, object]) -> None:
+        """Take over the loops of these diffusion objects, and of no others."""
+        before, self.hooks = self.hooks, []
+        for diffusion in diffusions.values():
             hook = LoopHook.of(diffusion)
             if hook is None:
                 hook = LoopHook(diffusion)
                 hook.install()
             hook.users.add(self)
             self.hooks.append(hook)
-        sample = self.found.module.__dict__.get("sample")
-        if callable(getattr(self.found.module, "sample", None)) and not isinstance(sample, WatchedSample):
-            self.found.module.__dict__["sample"] = WatchedSample(self.found.module, self.net)
+        self.found = replace(self.found, diffusions=diffusions)
+        self._unhook([hook for hook in before if hook not in self.hooks])
+
+    def _unhook(self, hooks: list[LoopHook]) -> None:
+        for hook in hooks:
+            hook.users.discard(self)
+            if not hook.users:
+                hook.remove()
 
     def remove(self) -> None:
         patches = self.net.__dict__.get(PATCHES, [])
@@ -276,10 +300,7 @@ class HeadPatch:
             self.net.__dict__.pop(PATCHES, None)
             if isinstance(watched := self.found.module.__dict__.get("sample"), WatchedSample):
                 watched.remove()
-        for hook in self.hooks:
-            hook.users.discard(self)
-            if not hook.users:
-                hook.remove()
+        self._unhook(self.hooks)
         self.hooks = []
         self.cache.clear()
 
@@ -318,16 +339,21 @@ class HeadPatch:
 
 
 class WatchedSample:
-    """A head's own ``sample``; where it never comes to a loop that is hooked, that is told."""
+    """A head's own ``sample``, watched: diffusion objects that are exchanged are taken over before it runs, and where
+    it never comes to a loop that is, that is told."""
 
     def __init__(self, module: nn.Module, net: nn.Module):
         self.module, self.net = module, net
         self.replaced = module.__dict__.get("sample")
+        self.held = self._held()
 
     def __getattr__(self, name: str):
         if name == "__wrapped__":  # signature, name and docstring are the original's
             return self.original()
         raise AttributeError(name)
+
+    def _held(self) -> dict[str, object]:
+        return {name: value for name, value in self.module.__dict__.items() if hasattr(type(value), LOOPS[0])}
 
     def original(self):
         return self.replaced or getattr(type(self.module), "sample").__get__(self.module)  # noqa: B009
@@ -340,10 +366,15 @@ class WatchedSample:
 
     @untraced
     def __call__(self, *args, **kwargs):
+        if any(self.module.__dict__.get(name) is not value for name, value in self.held.items()):
+            with _lock:
+                self.held = self._held()
+                for head_patch in self.net.__dict__.get(PATCHES, ()):
+                    head_patch.hook(diffusions_of(self.module))
         before = loops_entered()
         result = self.original()(*args, **kwargs)
         if loops_entered() == before and (head_patch := patch_of(self.net)) is not None:
-            head_patch.tell("its sample ran without p_sample_loop: by a sampler of its own")
+            head_patch.tell("its sample ran without a p_sample_loop that was there when it was patched")
         return result
 
 

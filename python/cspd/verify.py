@@ -146,12 +146,12 @@ def _compare(make: Callable[..., Copies], run: Callable[[Copies], object], what:
     return answer
 
 
-def plain_call(net: nn.Module, method: str) -> Call:
-    """A call as ``sample`` of LTH14/mar makes it, of no rows."""
+def plain_call(net: nn.Module, loop: str, method: str, inter_noise: torch.Tensor | None = None) -> Call:
+    """A call as the released ``sample`` makes it, of no rows."""
     weight = net.input_proj.weight
     noise = weight.new_empty(0, net.input_proj.in_features)
     return Call(
-        loop=LOOPS[0],
+        loop=loop,
         net=net,
         method=method,
         nothing=(),
@@ -159,10 +159,19 @@ def plain_call(net: nn.Module, method: str) -> Call:
         cfg_scale=None if method == "forward" else _GUIDANCE,
         shape=tuple(noise.shape),
         noise=noise,
-        inter_noise=None,
+        inter_noise=inter_noise,
         temperature=1.0,
         function=getattr(type(net), method),
     )
+
+
+def plain_calls(net: nn.Module, loop: str, steps: int) -> list[Call]:
+    """Every kind of call that the released code makes of a loop."""
+    given = [None]
+    if loop != LOOPS[0]:
+        given.append(net.input_proj.weight.new_empty(steps, 0, net.input_proj.in_features))
+    methods = [method for method in ("forward", "forward_with_cfg") if hasattr(net, method)]
+    return [plain_call(net, loop, method, noise) for method in methods for noise in given]
 
 
 def _run_loop(call: Call, copies: Copies):
@@ -177,7 +186,8 @@ def _run_loop(call: Call, copies: Copies):
         half = normal((_ROWS // 2, channels), net)
         arguments["noise"] = torch.cat([half, half])
     if call.inter_noise is not None:
-        arguments["inter_noise"] = normal((len(call.inter_noise), *shape), net)
+        steps = min(copies.trial.steps or len(call.inter_noise), len(call.inter_noise))
+        arguments["inter_noise"] = normal((steps, *shape), net)
     known = inspect.signature(hook.original(call.loop)).parameters
     arguments = {name: value for name, value in arguments.items() if name in known}
     return getattr(diffusion, call.loop)(getattr(net, call.method), shape, **arguments)

@@ -121,7 +121,7 @@ def pairs_of(source, packed, device):
     shapes = [(70, 100), (5,), (1, 4096), (4097,), (33, 300)]
     sources = [torch.randn(shape, generator=generator).to(device, source) for shape in shapes]
     sources.append(torch.randn(20, 30, generator=generator).to(device, source).t())
-    return tuple((value.to(packed).contiguous(), value) for value in sources)
+    return tuple((value.clone(memory_format=torch.contiguous_format).to(packed), value) for value in sources)
 
 
 @pytest.mark.parametrize("packed", [torch.float32, torch.float16])  # the interpreter's bfloat16 is wrong
