@@ -20,7 +20,7 @@ from .diffusions import LOOPS, NotServedError, diffusions_of
 from .heads import FoundHead, HeadCache, find_heads
 from .loop import PATCHES, Call, LoopHook, finish, loops_entered, patch_of, run_call
 from .twin import CannotRunError
-from .verify import DiffersError, check_loop, check_sample, plain_calls
+from .verify import NO_LOOP, DiffersError, check_loop, check_sample, plain_calls
 
 _logger = logging.getLogger("cspd")
 _NOISES, _WEIGHTS = ("upstream", "philox"), ("live", "frozen")
@@ -142,17 +142,10 @@ def _prepare(model: nn.Module, options: Options) -> list[HeadPatch]:
         ValueError: there is no head, or one samples differently.
     """
     found = find_heads(model)
-    patches, left = [], dict(found.near)
-    for head in found.heads:
-        head_patch = HeadPatch(head, options)
-        if (reason := head_patch.compare()) is None:
-            patches.append(head_patch)
-        else:
-            left[head.name] = reason
-    if not patches:
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in left.items())
-        raise ValueError(f"no head of {type(model).__name__} can be served, and all are left unpatched: {reasons}")
-    for name, reason in left.items():
+    patches = [HeadPatch(head, options) for head in found.heads]
+    for head_patch in patches:
+        head_patch.compare()
+    for name, reason in found.near.items():
         _logger.warning("cspd.patch: %s is left unpatched: %s", name, reason)
     return patches
 
@@ -211,8 +204,8 @@ class HeadPatch:
         for hook in self.hooks:
             hook.users.add(self)
 
-    def compare(self) -> str | None:
-        """Sample with and without the kernels on a copy; None where some call is served, else why none is.
+    def compare(self) -> None:
+        """Sample with and without the kernels on a copy, and tell what of it runs its own code.
 
         Raises:
             ValueError: the two differ.
@@ -221,8 +214,6 @@ class HeadPatch:
         _check_values(found, self.options.dtype)
         try:
             outcome = check_sample(found)
-            if not outcome.kinds:
-                return "; ".join(dict.fromkeys(outcome.own))
             self.verdicts = dict.fromkeys(outcome.kinds)
             for loop in LOOPS[1:]:  # which sample does not call
                 self._compare_loops(loop)
@@ -232,7 +223,6 @@ class HeadPatch:
             self._without_sample(str(error))
         except DiffersError as error:
             raise ValueError(f"{self.name} samples differently and is left unpatched: {error}") from None
-        return None
 
     def _without_sample(self, why: str) -> None:
         """Its own ``sample`` did not run: compare the loops by themselves, as far as those run."""
@@ -374,7 +364,7 @@ class WatchedSample:
         before = loops_entered()
         result = self.original()(*args, **kwargs)
         if loops_entered() == before and (head_patch := patch_of(self.net)) is not None:
-            head_patch.tell("its sample ran without a p_sample_loop that was there when it was patched")
+            head_patch.tell(NO_LOOP)
         return result
 
 

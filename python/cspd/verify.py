@@ -21,6 +21,7 @@ from .twin import CannotRunError, Copies, Run, copies_of, first_line, normal, qu
 
 _ROWS, _TEMPERATURE, _GUIDANCE, _LAST = 4, 0.8, 2.5, 10
 _GUIDANCE_NAMES = ("cfg", "cfg_scale", "guidance_scale", "guidance")
+NO_LOOP = "its sample runs without p_sample_loop: by a sampler of its own"
 
 
 class DiffersError(ValueError):
@@ -69,7 +70,7 @@ def _compare_samples(found: FoundHead, scale: float, options: dict, outcome: Out
     outcome.own += own.reasons
     outcome.kinds |= own.kinds
     if served is None:
-        outcome.own += [] if own.reasons else ["its sample runs without p_sample_loop: by a sampler of its own"]
+        outcome.own += [] if own.reasons else [NO_LOOP]
         return
     (first, *more), tokens = served.calls, served.tokens
     asked = first.cfg_scale in (None, 1.0) if scale == 1.0 else first.cfg_scale == scale
