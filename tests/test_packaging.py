@@ -89,13 +89,14 @@ def test_version_is_stated_once(wheel):
     assert f"cspd_kernels-{cspd_kernels.__version__}" in wheel.filename
 
 
-def test_imports_are_quiet_and_light():
+def test_imports_are_quiet_and_light(tmp_path):
     code = (
         "import sys, cspd, cspd_kernels\n"
         "heavy = {'triton', 'sklearn', 'scipy', 'PIL', 'matplotlib', 'timm', 'torchvision'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )
-    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False)
+    command = [sys.executable, "-W", "error", "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from typing import TYPE_CHECKING
 
 from .origin import warn_of_a_mixture
@@ -40,16 +41,15 @@ _HOMES = {
     "patched": "patching",
     "unpatch": "patching",
 }
-_MODULES = {"checks", "heads", "models", "order", "patching", "policies", "speculative", "stats", "transformer", "window"}
 
 
 def __getattr__(name: str):
-    if name in _MODULES:
+    if name in _HOMES:
+        value = globals()[name] = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+        return value
+    if not name.startswith("_") and importlib.util.find_spec(f"{__name__}.{name}"):
         return importlib.import_module(f"{__name__}.{name}")
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
-    return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

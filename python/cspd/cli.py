@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
         status, message = 2, error.filename and _one_line(error)
     except (OSError, ValueError, RuntimeError) as error:
         status, message = 2, _one_line(error)
-    # Out here the interrupted frames are gone, and with them a progress bar has ended its line.
+    # Out here the frames of the command are gone: a progress bar has ended its line.
     _discard_output()
     if message:
         print(f"{command}: {message}", file=sys.stderr)

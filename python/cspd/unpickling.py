@@ -63,7 +63,7 @@ _NUMPY = (
 
 
 def why_unreadable(error: Exception) -> str:
-    """One plain line for what ``torch.load(weights_only=True)`` raised: its own messages are pages with escape codes."""
+    """One plain line for what ``torch.load(weights_only=True)`` raised, whose own messages are pages in colours."""
     text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
     if found := re.search(r"GLOBAL ([\w.]+)|but got <class '([\w.]+)'>", text):
         name = found[1] or found[2]

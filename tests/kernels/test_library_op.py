@@ -129,7 +129,6 @@ def test_compiled_in_the_middle_of_a_function(head, kind, backend):
         assert_close(compiled(*arguments(head, kind, rows)), function(*arguments(head, kind, rows)))
 
 
-@pytest.mark.timeout(300)
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
 @pytest.mark.parametrize("kind", ["stored", "addressed", "guided"])
 def test_compiled_by_inductor(head, kind):
@@ -140,7 +139,8 @@ def test_compiled_by_inductor(head, kind):
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_other_numbers_of_rows_seeds_and_scales_do_not_compile_again(head, backend):
+def test_other_numbers_of_rows_seeds_and_scales_do_not_compile_again(head, backend, monkeypatch):
+    monkeypatch.setattr(torch._dynamo.config, "specialize_float", False)  # PyTorch 2.4 has floats as constants
     counter = CompileCounterWithBackend(backend)
     function = middle(head)
     compiled = torch.compile(function, backend=counter, fullgraph=True)
