@@ -89,7 +89,8 @@ def denoise(
             log_std is -inf.
         cfg_scale: guidance. A number; or a tensor of one element (on the head's device or the CPU) or
             of N (one a token, on the head's device), for which the host never waits: guidance is then
-            on exactly when cond has 2N rows.
+            on exactly when cond has 2N rows. In a function under ``torch.compile`` PyTorch 2.4 takes a number for a
+            constant: it compiles again for every other one, eight times at most. It does not for a tensor.
         backend: "torch", "triton", "cuda", or None: ``CSPD_BACKEND``, else automatic.
         workspace_bytes: bound on the memory of the hoisted modulations.
 
