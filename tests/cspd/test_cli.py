@@ -34,9 +34,12 @@ def test_it_runs_as_a_module(module, tmp_path):
     assert "backends:" in done.stdout
 
 
-def python(arguments, folder, **options):
-    options = {"stdout": subprocess.PIPE, **options}
-    return subprocess.run([sys.executable, *arguments], stderr=subprocess.PIPE, text=True, cwd=folder, **options)
+def python(arguments, folder, stdout=subprocess.PIPE):
+    """A run of Python, which keeps what it prints until the end."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    return subprocess.run(
+        [sys.executable, *arguments], stdout=stdout, stderr=subprocess.PIPE, text=True, cwd=folder, env=environment
+    )
 
 
 def test_generate_digits(tmp_path, capsys):
@@ -288,9 +291,12 @@ def test_an_interrupt_ends_the_progress_bar(capsys, monkeypatch, tmp_path):
 
 def test_a_signal_ends_the_process_with_one_line(tmp_path):
     code = (
-        "import os, signal, sys\n"
+        "import os, signal, sys, time\n"
         "import cspd.demo.run\n"
-        "cspd.demo.run.load_pair = lambda: os.kill(os.getpid(), signal.SIGINT)\n"
+        "def load_pair():\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    time.sleep(600)  # it may come a moment later\n"
+        "cspd.demo.run.load_pair = load_pair\n"
         "from cspd.cli import main\n"
         "sys.exit(main(['demo']))\n"
     )
