@@ -293,6 +293,7 @@ def test_a_signal_ends_the_process_with_one_line(tmp_path):
     code = (
         "import os, signal, sys, time\n"
         "import cspd.demo.run\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)  # shells have what runs behind ignore it\n"
         "def load_pair():\n"
         "    os.kill(os.getpid(), signal.SIGINT)\n"
         "    time.sleep(600)  # it may come a moment later\n"
