@@ -26,9 +26,10 @@ KINDS = ["stored", "addressed", "guided", "guided per token", "strided"]
 
 @pytest.fixture(autouse=True)
 def fresh_compiler():
-    """No test sees what another one compiled; the compiler's own deprecation warnings are not ours."""
+    """No test sees what another one compiled, nor that an error in it has left gradients off, as under PyTorch 2.4;
+    the compiler's own deprecation warnings are not ours."""
     torch._dynamo.reset()
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), torch.enable_grad():
         warnings.simplefilter("ignore")
         yield
 
