@@ -15,7 +15,7 @@ import torch.nn as nn
 from cspd_kernels.backends import implementation, untraced
 from cspd_kernels.head import OPERAND_DTYPES
 
-from .describe import describe_head
+from .description import describe_head
 from .diffusions import LOOPS, NotServedError, diffusions_of
 from .heads import FoundHead, HeadCache, find_heads
 from .loop import PATCHES, Call, LoopHook, finish, loops_entered, patch_of, run_call

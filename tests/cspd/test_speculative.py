@@ -363,11 +363,12 @@ def test_labels_must_suit_both_models(pair):
 
 def test_seconds_end_with_the_run(pair):
     runner = cspd.SpecDecodeRunner(*pair)
+    start = time.perf_counter()
     runner.run(1, 4, 2, seed=0)
+    most = time.perf_counter() - start
     time.sleep(0.3)
     seconds = runner.stats.seconds
-    phases = seconds["draft"] + seconds["target"] + seconds["verify"]
-    assert phases <= seconds["total"] < phases + 0.25
+    assert seconds["draft"] + seconds["target"] + seconds["verify"] <= seconds["total"] <= most
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
