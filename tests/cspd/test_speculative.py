@@ -13,6 +13,7 @@ from small_models import small_mar
 
 import cspd
 from cspd import window
+from cspd.models import DiffLoss, GaussianDiffusion
 from cspd.order import mask_lengths
 from cspd_kernels import Denoised
 from cspd_kernels.testing import relative_error
@@ -351,8 +352,42 @@ def test_things_that_are_no_models(pair):
         cspd.SpecDecodeRunner(torch.nn.Linear(2, 2), pair[1])
     odd = small_mar(0, schedule="linear")
     odd.diffloss.net.forward = lambda x, t, c: torch.ones(len(x), 8)
-    with pytest.raises(ValueError, match=r"the target's diffloss .* computes something else"):
+    with pytest.raises(ValueError, match=r"the target's diffloss .* as its weights say: net had its forward replaced"):
         cspd.SpecDecodeRunner(pair[0], odd)
+
+
+@pytest.mark.parametrize("role", ["draft", "target"])
+@pytest.mark.parametrize(
+    ("sample", "match"),
+    [
+        (lambda self, z, temperature=1.0, cfg=1.0: 0.6 * plain(self, z, temperature, cfg), "nothing before or after"),
+        (lambda self, z, temperature=1.0, cfg=1.0: plain(self, z, temperature, 1.5), "nothing before or after"),
+        (lambda self, z, temperature=1.0, cfg=1.0: z[:, :CHANNELS], "by a sampler of its own"),
+    ],
+    ids=["scaled", "always guided", "no loop"],
+)
+def test_heads_that_sample_otherwise(pair, role, sample, match):
+    odd = small_mar(0, schedule="linear")
+    odd.diffloss.__class__ = type("Odd", (DiffLoss,), {"sample": sample})
+    models = {"draft": pair[0], "target": pair[1], role: odd}
+    with pytest.raises(ValueError, match=rf"the {role}'s diffloss \(Odd\) to sample as MAR does.*{match}"):
+        cspd.SpecDecodeRunner(models["draft"], models["target"])
+
+
+def test_a_loop_that_computes_otherwise(pair):
+    class Odd(GaussianDiffusion):
+        def _mean(self, *args):
+            mean, log_variance = super()._mean(*args)
+            return 1.1 * mean, log_variance
+
+    odd = small_mar(0, schedule="linear")
+    odd.diffloss.gen_diffusion = Odd(odd.diffloss.gen_diffusion.schedule)
+    with pytest.raises(ValueError, match=r"the draft's diffloss .* to sample as MAR does: .* differ by \S+ of the"):
+        cspd.SpecDecodeRunner(odd, pair[1])
+
+
+def plain(head, z, temperature, cfg):
+    return DiffLoss.sample(head, z, temperature, cfg)
 
 
 def test_labels_must_suit_both_models(pair):
