@@ -290,6 +290,8 @@ class HeadPatch:
             NotServedError: the loop's own code must run; nothing was drawn.
         """
         schedule, kind = hook.tables.schedule(), hook.kind(call)
+        if call.inter_noise is not None and len(call.inter_noise) != schedule.num_steps:
+            raise NotServedError(f"the noise of the steps is of {len(call.inter_noise)}, not {schedule.num_steps} steps")
         if kind not in self.verdicts:
             self._compare_now(kind, call, hook)
         if (reason := self.verdicts[kind]) is not None:

@@ -224,7 +224,10 @@ def test_unsupported_diffusion_is_refused(make_diffloss):
             r"res_blocks\[0\].adaLN_modulation\[-1\] is 48 -> 96, expected 48 -> 144",
         ),
         (lambda m: setattr(m, "in_channels", C + 1), "net.input_proj is 5 -> 48, expected 6 -> 48"),
-        (lambda m: setattr(m.net.final_layer, "linear", nn.Linear(W + 1, 2 * C)), "linear is 49 -> 10, expected 48 -> 10"),
+        (
+            lambda m: setattr(m.net.final_layer, "linear", nn.Linear(W + 1, 2 * C)),
+            "linear is 49 -> 10, expected 48 -> 10",
+        ),
         (lambda m: setattr(m.net, "input_proj", nn.Linear(C + 1, W)), "net.input_proj is 6 -> 48, expected 5 -> 48"),
     ],
 )

@@ -156,7 +156,11 @@ def test_from_diffusion_unwraps_and_passes_schedules_through():
     ("obj", "error", "message"),
     [
         ([1, 2], TypeError, "expected one diffusion object, got a list of 2"),
-        (SimpleNamespace(), TypeError, "expected a Gaussian diffusion object, with betas, got SimpleNamespace without: another"),
+        (
+            SimpleNamespace(),
+            TypeError,
+            "expected a Gaussian diffusion object, with betas, got SimpleNamespace without: another",
+        ),
         (SimpleNamespace(betas=[0.1], model_mean_type=Mean.START_X), ValueError, "EPSILON, got START_X"),
         (SimpleNamespace(betas=[0.1, math.nan]), ValueError, r"every beta in \(0, 1\]"),
         (SimpleNamespace(betas=[0.1, 0.2], timestep_map=[0]), ValueError, r"timesteps of shape \(2,\), got \(1,\)"),
