@@ -358,7 +358,7 @@ def _check_values(found: FoundHead, dtype: torch.dtype | None) -> None:
                 f"{found.name} is left unpatched: expected finite weights, got NaN or infinity in {name}: load weights "
                 "that did not diverge"
             )
-        if dtype == torch.float16 and weight.numel() and float(weight.abs().max()) > torch.finfo(dtype).max:
+        if dtype == torch.float16 and weight.numel() and float(weight.detach().abs().max()) > torch.finfo(dtype).max:
             raise ValueError(
                 f"{found.name} is left unpatched: {name} holds values beyond float16's range: use dtype=torch.bfloat16"
             )
