@@ -97,8 +97,9 @@ def patch(
     with _lock:
         patches = _prepare(model, options)
         _install(patches)
-        for head_patch in patches:
-            _logger.info("cspd.patch: %s", describe_head(head_patch.found, head_patch).line)
+        if _logger.isEnabledFor(logging.INFO):  # it packs the head
+            for head_patch in patches:
+                _logger.info("cspd.patch: %s", describe_head(head_patch.found, head_patch).line)
     return model
 
 
@@ -291,7 +292,9 @@ class HeadPatch:
         """
         schedule, kind = hook.tables.schedule(), hook.kind(call)
         if call.inter_noise is not None and len(call.inter_noise) != schedule.num_steps:
-            raise NotServedError(f"the noise of the steps is of {len(call.inter_noise)}, not {schedule.num_steps} steps")
+            raise NotServedError(
+                f"the noise of the steps is of {len(call.inter_noise)}, not {schedule.num_steps} steps"
+            )
         if kind not in self.verdicts:
             self._compare_now(kind, call, hook)
         if (reason := self.verdicts[kind]) is not None:

@@ -107,6 +107,9 @@ def copies_of(
     for _, norm in norms(net):
         fresh(norm.weight, small, scale=0.1, around=1.0)
         fresh(norm.bias, small, scale=0.1)
+    for parameter in net.parameters():  # of parts that are not known: they may be trained to anything later
+        if parameter.is_floating_point():
+            fresh(parameter, *parameter.shape, scale=0.5)
     for part in [net, *(module.modules() if module is not None else ())]:
         if (patches := part.__dict__.get(PATCHES)) is not None:  # a copy is nobody's yet
             memo[id(patches)] = []
