@@ -53,7 +53,7 @@ def test_weights_are_never_copied(dtype):
         assert counted.peak >= 4000
         cspd.patch(head, dtype=dtype)
     assert counted.peak < 0.25 * weights
-        gc.collect()
+    gc.collect()
     assert counted.live < 0.01 * weights
     with Allocations() as counted:  # at another kind of call, the first one
         head.gen_diffusion.p_sample_loop(
