@@ -100,7 +100,10 @@ def test_the_loop_is_the_released_one(how):
 
 def test_the_loop_has_the_released_signature_and_moves_the_mean(capsys):
     own = GaussianDiffusion(Schedule.linear(6))
-    names = "model shape noise clip_denoised denoised_fn cond_fn model_kwargs device progress temperature".split()
+    names = [
+        "model", "shape", "noise", "clip_denoised", "denoised_fn", "cond_fn", "model_kwargs", "device", "progress",
+        "temperature",
+    ]  # fmt: skip
     parameters = inspect.signature(own.p_sample_loop).parameters
     assert list(parameters) == names
     defaults = [None, True, None, None, None, None, False, 1.0]

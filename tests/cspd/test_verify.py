@@ -9,10 +9,12 @@ import pytest
 import torch
 import torch.nn as nn
 from foreign import CHANNELS, COND, STEPS, WIDTH, Head, Spaced, conditions, made, run, state, unchanged
+from small_models import small_mar
 
 import cspd
 from cspd import twin
 from cspd.heads import find_heads
+from cspd.models import GaussianDiffusion
 from cspd.verify import DiffersError, check_loop, check_sample, plain_call
 from cspd_kernels.testing import relative_error
 
@@ -29,6 +31,10 @@ def shifted(self, x0, x, i):
 
 def shifted_at_one_step(self, x0, x, i):
     return Spaced.mean(self, x0, x, i) + 0.05 * (i == 4)
+
+
+def shifted_at_the_first_step(self, x0, x, i):
+    return Spaced.mean(self, x0, x, i) + 0.5 * (i == STEPS - 1)
 
 
 def other_draws(self, model, x, i, *rest):
@@ -64,6 +70,7 @@ DIFFERENCES = {
     "scaled": ({"p_sample": scaled}, "differ by .* of the largest value"),
     "shifted": ({"mean": shifted}, "differ by .* of the largest value"),
     "shifted at one step": ({"mean": shifted_at_one_step}, "differ by .* of the largest value"),
+    "shifted at the first step": ({"mean": shifted_at_the_first_step}, "differ by .* of the largest value"),
     "other draws": ({"p_sample": other_draws}, "differ by .* of the largest value"),
     "another temperature": ({"p_sample": colder}, "differ by .* of the largest value"),
     "another generator": ({"p_sample": more_numpy}, "differ by .* of the largest value"),
@@ -104,6 +111,20 @@ def test_differences_of_every_kind_are_found_in_sample(how):
     with pytest.raises(ValueError, match=f"samples differently and is left unpatched: .*{match}"):
         cspd.patch(head)
     assert unchanged(before, state(head))
+
+
+def test_a_difference_at_the_end_is_not_hidden_by_what_grows_before():
+    class Late(GaussianDiffusion):
+        def _mean(self, out, x0, x, i):
+            mean, log_variance = super()._mean(out, x0, x, i)
+            return mean + 0.05 * (i == 0), log_variance
+
+    head = small_mar(num_sampling_steps="100").diffloss  # cosine: x grows by thousands
+    cspd.patch(head)
+    cspd.unpatch(head)
+    head.gen_diffusion = Late(head.gen_diffusion.schedule)
+    with pytest.raises(ValueError, match="samples differently"):
+        cspd.patch(head)
 
 
 def test_weights_that_are_not_known_are_not_taken_for_what_they_are_now():
