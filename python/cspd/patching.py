@@ -97,8 +97,9 @@ def patch(
     with _lock:
         patches = _prepare(model, options)
         _install(patches)
-        for head_patch in patches:
-            _logger.info("cspd.patch: %s", describe_head(head_patch.found, head_patch).line)
+        if _logger.isEnabledFor(logging.INFO):  # it packs the head
+            for head_patch in patches:
+                _logger.info("cspd.patch: %s", describe_head(head_patch.found, head_patch).line)
     return model
 
 
@@ -301,6 +302,10 @@ class HeadPatch:
             NotServedError: the loop's own code must run; nothing was drawn.
         """
         schedule, kind = hook.tables.schedule(), hook.kind(call)
+        if call.inter_noise is not None and len(call.inter_noise) != schedule.num_steps:
+            raise NotServedError(
+                f"the noise of the steps is of {len(call.inter_noise)}, not {schedule.num_steps} steps"
+            )
         if kind not in self.verdicts:
             self._compare_now(kind, call, hook)
         if (reason := self.verdicts[kind]) is not None:
@@ -377,7 +382,7 @@ def _check_values(found: FoundHead, dtype: torch.dtype | None) -> None:
                 f"{found.name} is left unpatched: expected finite weights, got NaN or infinity in {name}: load weights "
                 "that did not diverge"
             )
-        if dtype == torch.float16 and weight.numel() and float(weight.abs().max()) > torch.finfo(dtype).max:
+        if dtype == torch.float16 and weight.numel() and float(weight.detach().abs().max()) > torch.finfo(dtype).max:
             raise ValueError(
                 f"{found.name} is left unpatched: {name} holds values beyond float16's range: use dtype=torch.bfloat16"
             )
