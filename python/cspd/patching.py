@@ -6,19 +6,20 @@ import contextlib
 import copy
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 
-from cspd_kernels.backends import implementation, untraced
+from cspd_kernels.backends import implementation
 from cspd_kernels.head import OPERAND_DTYPES
 
 from .describe import describe_head
-from .diffusions import NotServedError
-from .heads import FoundHead, HeadCache, find_heads
-from .loop import PATCHES, Call, LoopHook, finish, loops_entered, patch_of, run_call
+from .diffusions import Code, NotServedError, diffusions_of
+from .heads import FoundHead, HeadCache, find_heads, unwrapped
+from .loop import PATCHES, Call, LoopHook, finish, run_call
+from .standins import StandIn, WatchedMoves, WatchedSample
 from .twin import CannotRunError
 from .verify import DiffersError, check_loop, check_sample, plain_call
 
@@ -96,17 +97,17 @@ def patch(
     options.check()
     with _lock:
         patches = _prepare(model, options)
-        _install(patches)
-        for head_patch in patches:
-            _logger.info("cspd.patch: %s", describe_head(head_patch.found, head_patch).line)
+        lines = [describe_head(p.found, p).line for p in patches] if _logger.isEnabledFor(logging.INFO) else []
+        older = _patches_in(model)
+        _install(patches, lines)
+        _remove(older)
     return model
 
 
 def unpatch(model: nn.Module) -> nn.Module:
     """Undo :func:`patch`; a model that is not patched is left as it is. Returns the model."""
     with _lock:
-        for head_patch in [p for module in model.modules() for p in module.__dict__.get(PATCHES, ())]:
-            head_patch.remove()
+        _remove(_patches_in(model))
     return model
 
 
@@ -126,13 +127,12 @@ def patched(model: nn.Module, **options) -> Iterator[nn.Module]:
     options.check()
     with _lock:
         patches = _prepare(model, options)
-        _install(patches, replace=False)
+        _install(patches)
     try:
         yield model
     finally:
         with _lock:
-            for head_patch in patches:
-                head_patch.remove()
+            _remove(patches)
 
 
 def _prepare(model: nn.Module, options: Options) -> list[HeadPatch]:
@@ -157,21 +157,30 @@ def _prepare(model: nn.Module, options: Options) -> list[HeadPatch]:
     return patches
 
 
-def _install(patches: list[HeadPatch], replace: bool = True) -> None:
+def _patches_in(model: nn.Module) -> list[HeadPatch]:
+    """All patches of a model's heads, also of networks that the model no longer holds."""
+    modules = dict.fromkeys(model.modules())
+    hooks = [LoopHook.of(diffusion) for diffusion in diffusions_of(model).values()]
+    hooks += [kind.of(module) for module in modules for kind in (WatchedSample, WatchedMoves)]
+    users = [p for hook in hooks if hook is not None for p in hook.users if p.found.module in modules]
+    return list(dict.fromkeys([*(p for module in modules for p in module.__dict__.get(PATCHES, ())), *users]))
+
+
+def _install(patches: list[HeadPatch], lines: Sequence[str] = ()) -> None:
     """All of them or none."""
-    done = []
     try:
         for head_patch in patches:
-            done.append(head_patch)
             head_patch.install()
-    except Exception:
-        for head_patch in done:
-            head_patch.remove()
+        for line in lines:
+            _logger.info("cspd.patch: %s", line)
+    except BaseException:
+        _remove(patches)
         raise
-    if replace:
-        for head_patch in patches:
-            for older in [p for p in head_patch.net.__dict__[PATCHES] if p is not head_patch]:
-                older.remove()
+
+
+def _remove(patches: list[HeadPatch]) -> None:
+    for head_patch in patches:
+        head_patch.remove()
 
 
 class HeadPatch:
@@ -186,8 +195,9 @@ class HeadPatch:
         self.cache = HeadCache(found.net, options.weights)
         self.verdicts: dict[tuple, str | None] = {}  # kind of call -> why it is not served
         self.draws: dict[tuple, str] = {}
+        self.code = Code(map(type, found.net.modules())).functions  # that the verdicts are about
         self.told: list[str] = []
-        self.hooks: list[LoopHook] = []
+        self.hooks: list[LoopHook | StandIn] = []
 
     @property
     def name(self) -> str:
@@ -198,11 +208,11 @@ class HeadPatch:
         return self.found.net
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "verdicts": {}, "draws": {}}
+        return {**self.__dict__, "verdicts": {}, "draws": {}, "code": ()}
 
     def __deepcopy__(self, memo: dict) -> HeadPatch:
         twin = memo[id(self)] = self.__class__.__new__(self.__class__)
-        compared = {name: dict(getattr(self, name)) for name in ("verdicts", "draws")}
+        compared = {"verdicts": dict(self.verdicts), "draws": dict(self.draws), "code": self.code}
         twin.__setstate__({**copy.deepcopy(self.__getstate__(), memo), **compared})
         return twin
 
@@ -257,16 +267,17 @@ class HeadPatch:
 
     def install(self) -> None:
         self.net.__dict__.setdefault(PATCHES, []).append(self)
-        for diffusion in self.found.samplers:
-            hook = LoopHook.of(diffusion)
-            if hook is None:
-                hook = LoopHook(diffusion)
-                hook.install()
+        module = self.found.module
+        hooked = [*((LoopHook, diffusion) for diffusion in self.found.samplers), (WatchedMoves, self.net)]
+        if callable(getattr(module, "sample", None)):
+            hooked.append((WatchedSample, module))
+        for kind, owner in hooked:
+            found = kind.of(owner)
+            hook = kind(owner) if found is None else found
             hook.users.add(self)
             self.hooks.append(hook)
-        sample = self.found.module.__dict__.get("sample")
-        if callable(getattr(self.found.module, "sample", None)) and not isinstance(sample, WatchedSample):
-            self.found.module.__dict__["sample"] = WatchedSample(self.found.module, self.net)
+            if found is None:
+                hook.install()
 
     def remove(self) -> None:
         patches = self.net.__dict__.get(PATCHES, [])
@@ -274,8 +285,6 @@ class HeadPatch:
             patches.remove(self)
         if not patches:
             self.net.__dict__.pop(PATCHES, None)
-            if isinstance(watched := self.found.module.__dict__.get("sample"), WatchedSample):
-                watched.remove()
         for hook in self.hooks:
             hook.users.discard(self)
             if not hook.users:
@@ -289,26 +298,38 @@ class HeadPatch:
         Raises:
             NotServedError: the loop's own code must run; nothing was drawn.
         """
-        schedule, kind = hook.tables.schedule(), hook.kind(call)
-        if kind not in self.verdicts:
-            self._compare_now(kind, call, hook)
-        if (reason := self.verdicts[kind]) is not None:
+        schedule, kind, source = hook.tables.schedule(), hook.kind(call), self.cache.look()
+        if source.code.functions is not self.code:
+            if source.code.functions != self.code:  # what was compared was other code
+                self.verdicts, self.draws = {}, {}
+            self.code = source.code.functions
+        verdicts, draws = self.verdicts, self.draws
+        if kind not in verdicts:
+            self._compare_now(kind, call, hook, verdicts, draws)
+        if (reason := verdicts[kind]) is not None:
             raise NotServedError(reason)
         options = self.options
-        head = self.cache.get(schedule, options.dtype)
-        draw = self.draws.get(kind, "cpu")
+        head = self.cache.get(schedule, options.dtype, source)
+        draw = draws.get(kind, "cpu")
         out = run_call(call, head, backend=options.backend, philox=options.noise == "philox", draw=draw)
         return finish(call, out, hook.diffusion)
 
-    def _compare_now(self, kind: tuple, call: Call, hook: LoopHook) -> None:
+    def _compare_now(self, kind: tuple, call: Call, hook: LoopHook, verdicts: dict, draws: dict) -> None:
         """A kind of call that was not seen when the head was patched: it is compared before it is served."""
         with _lock:
             try:
-                self.draws[kind], self.verdicts[kind] = check_loop(call, hook.diffusion), None
+                draws[kind] = check_loop(call, hook.diffusion)
+                verdicts[kind] = None
             except CannotRunError as error:
-                self.verdicts[kind] = f"its own loop does not run on a copy to be compared with: {error}"
+                verdicts[kind] = f"its own loop does not run on a copy to be compared with: {error}"
             except DiffersError as error:
-                self.verdicts[kind] = f"{error}"
+                verdicts[kind] = f"{error}"
+
+    def left_behind(self) -> str | None:
+        """Why the head does not come to this patch any more, None where it does."""
+        net = self.found.module._modules.get("net")
+        inner = None if net is None else unwrapped(net)[0]
+        return None if inner is self.net else "its network is another one now, or wrapped by another kind: patch again"
 
     def tell(self, reason: str) -> None:
         """Log once why the head's own code runs."""
@@ -317,40 +338,11 @@ class HeadPatch:
             _logger.warning("cspd.patch: %s runs its own code, unaccelerated: %s", self.name, reason)
 
 
-class WatchedSample:
-    """A head's own ``sample``; where it never comes to a loop that is hooked, that is told."""
-
-    def __init__(self, module: nn.Module, net: nn.Module):
-        self.module, self.net = module, net
-        self.replaced = module.__dict__.get("sample")
-
-    def __getattr__(self, name: str):
-        if name == "__wrapped__":  # signature, name and docstring are the original's
-            return self.original()
-        raise AttributeError(name)
-
-    def original(self):
-        return self.replaced or getattr(type(self.module), "sample").__get__(self.module)  # noqa: B009
-
-    def remove(self) -> None:
-        if self.replaced is None:
-            del self.module.__dict__["sample"]
-        else:
-            self.module.__dict__["sample"] = self.replaced
-
-    @untraced
-    def __call__(self, *args, **kwargs):
-        before = loops_entered()
-        result = self.original()(*args, **kwargs)
-        if loops_entered() == before and (head_patch := patch_of(self.net)) is not None:
-            head_patch.tell("its sample ran without p_sample_loop: by a sampler of its own")
-        return result
-
-
 def _check_values(found: FoundHead, dtype: torch.dtype | None) -> None:
     for name, weight in found.net.named_parameters(prefix="net"):
         if weight.is_meta:
             return
+        weight = weight.detach()
         if not bool(torch.isfinite(weight).all()):
             raise ValueError(
                 f"{found.name} is left unpatched: expected finite weights, got NaN or infinity in {name}: load weights "

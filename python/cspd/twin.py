@@ -18,11 +18,12 @@ import torch.nn as nn
 
 from cspd_kernels import Schedule
 from cspd_kernels.head import without_autocast
-from cspd_kernels.structure import linears, norms
+from cspd_kernels.structure import compiled_from, linears, norms
 
 from .diffusions import LOOPS, NotServedError
 from .heads import HeadCache
 from .loop import PATCHES, Call, LoopHook, finish, run_call
+from .standins import StandIn
 
 WIDTH = 32
 _SEED = 20240617
@@ -114,6 +115,8 @@ def copies_of(
         memo[id(wrapper)] = net_copy
         wrapper = wrapper._modules.get("_orig_mod") or wrapper._modules["module"]
     module, diffusions = copy.deepcopy((module, diffusions), memo)
+    for part in [*net_copy.modules(), *(module.modules() if module is not None else ()), *diffusions]:
+        _uncompile(part)
     for layer, size in zip(layers, sizes):
         layer.in_features, layer.out_features = size
     for _, norm in norms(net_copy):
@@ -130,6 +133,16 @@ def copies_of(
             _last_steps(diffusion, steps)
         LoopHook(diffusion).install()
     return Copies(trial, diffusions, module)
+
+
+def _uncompile(part) -> None:
+    """Take off what ``torch.compile`` made of its own methods: in a copy it still runs what it was made from."""
+    for name, value in [*vars(part).items()]:
+        if (function := compiled_from(value)) is not value:
+            while isinstance(owner := getattr(function, "__self__", None), (LoopHook, StandIn)):
+                function = compiled_from(owner.original(name))
+            if getattr(function, "__func__", None) is getattr(type(part), name, ()):
+                del vars(part)[name]
 
 
 def _last_steps(diffusion, steps: int) -> None:
@@ -192,7 +205,9 @@ def quiet(net: nn.Module) -> Iterator[None]:
         try:
             if dtype != torch.float32:
                 torch.set_default_dtype(torch.float32)
-            with torch.inference_mode(False), torch.no_grad(), without_autocast(device):
+            meta = torch.get_default_device().type == "meta"
+            default = torch.device(device) if meta else contextlib.nullcontext()
+            with torch.inference_mode(False), torch.no_grad(), without_autocast(device), default:
                 yield
         finally:
             if dtype != torch.float32:
