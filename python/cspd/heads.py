@@ -28,6 +28,7 @@ from cspd_kernels.structure import (
 
 from .diffusions import LOOPS, Code, NotServedError, diffusions_of
 
+_LAYOUT = (torch.Tensor.data_ptr, torch.Tensor.dtype.__get__, torch.Tensor.size, torch.Tensor.stride)
 _MAX_SCHEDULES = 64  # of one network, whose packed heads share their weights
 
 
@@ -270,8 +271,8 @@ class Source:
         numbers = [self.net.time_embed.frequency_embedding_size, *[norm.eps for norm in self.norms]]
         return numbers == self.constants and self._state() == self.state
 
-    def _state(self) -> list[tuple]:
-        return [(p.data_ptr(), p.dtype, p.shape, p.stride()) for p in self.weights]
+    def _state(self) -> list[list]:
+        return [[*map(read, self.weights)] for read in _LAYOUT]
 
 
 def bound_network(function) -> tuple[nn.Module, str] | None:
@@ -280,7 +281,7 @@ def bound_network(function) -> tuple[nn.Module, str] | None:
     Raises:
         NotServedError: what is around the network computes more.
     """
-    function = compiled_from(function)
+    function = function if isinstance(function, nn.Module) else compiled_from(function)
     if isinstance(function, nn.Module):
         owner, name = function, "forward"
     else:

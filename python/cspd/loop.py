@@ -80,7 +80,8 @@ def read_call(loop: str, arguments: dict, parameters, found: tuple[nn.Module, st
         NotServedError: something that the kernels do not know.
     """
     if found is None or found[1] not in ("forward", "forward_with_cfg"):
-        name = getattr(arguments["model"], "__qualname__", type(arguments["model"]).__name__)
+        given, kind = arguments["model"], type(arguments["model"]).__name__
+        name = f"{given.__qualname__} (a {kind})" if hasattr(given, "__qualname__") else kind
         raise NotServedError(f"the loop is given {name}, not the network's forward or forward_with_cfg")
     net, method = found
     for name, meaning in _PLAIN.items():

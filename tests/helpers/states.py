@@ -64,7 +64,7 @@ def before(change: Callable[[nn.Module], nn.Module | None], sample=sample, **opt
 def changed(change: Callable, model: nn.Module) -> nn.Module:
     torch.manual_seed(7)
     new = change(model)
-    return model if new is None else new
+    return new if hasattr(new, "sample_tokens") else model
 
 
 def _calls(model: nn.Module, twin: nn.Module, sample, messages: list[str] | None = None) -> Outcome:
