@@ -9,7 +9,8 @@ from unittest import mock
 
 import torch
 import torch.nn as nn
-from small_models import sample, small_mar
+from small_models import sample as sample_images
+from small_models import small_mar
 
 import cspd
 import cspd.patching
@@ -26,6 +27,10 @@ class Outcome:
     what: str
     error: float = 0.0
     told: list[str] = field(default_factory=list)
+
+
+def sample(model: nn.Module) -> torch.Tensor:
+    return sample_images(model, num_iter=2)
 
 
 def model_in(seed: int = 0) -> nn.Module:
