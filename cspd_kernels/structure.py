@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from types import FunctionType
 
 import torch
 import torch.nn as nn
@@ -12,6 +13,7 @@ _NETWORK = (
     "input_proj", "cond_embed", "res_blocks", "time_embed.mlp", "time_embed.frequency_embedding_size",
     "final_layer.norm_final", "final_layer.linear", "final_layer.adaLN_modulation",
 )  # fmt: skip
+GLOBAL_HOOKS = (nn.modules.module._global_forward_hooks, nn.modules.module._global_forward_pre_hooks)
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -45,7 +47,8 @@ def _why_not_layers(net: nn.Module, channels: int | None) -> str | None:
     sizes = {"net.input_proj": (channels, width), "net.cond_embed": (None, width)}
     sizes["net.final_layer.linear"] = (width, out)
     sizes["net.final_layer.adaLN_modulation[-1]"] = (width, 2 * width)
-    sizes["net.time_embed.mlp[0]"], sizes["net.time_embed.mlp[2]"] = (None, width), (width, width)
+    features = net.time_embed.frequency_embedding_size
+    sizes["net.time_embed.mlp[0]"], sizes["net.time_embed.mlp[2]"] = (features, width), (width, width)
     for i in range(len(net.res_blocks)):
         sizes[f"net.res_blocks[{i}].adaLN_modulation[-1]"] = (width, 3 * width)
         sizes[f"net.res_blocks[{i}].mlp[0]"] = sizes[f"net.res_blocks[{i}].mlp[2]"] = (width, width)
@@ -99,12 +102,19 @@ def why_not_weights(net: nn.Module) -> str | None:
             weight = getattr(layer, role, None)
             if weight is None:
                 continue
+            if role in layer.__dict__:
+                more = why_not_as_written(layer) or f"holds its {role} neither as a parameter nor as a buffer"
+                return f"{name} {more}"
             if type(weight) not in (torch.Tensor, nn.Parameter):
                 return f"{name}.{role} is of {kind_of(weight)}: sharded (DTensor) or quantised weights are not read"
             if weight.dtype not in _FLOATS:
                 return f"{name}.{role} is {weight.dtype}: quantised weights are not read"
             if weight.numel() and not weight.is_meta and weight.untyped_storage().nbytes() == 0:
                 return f"{name}.{role} has no memory: its values are sharded or offloaded elsewhere"
+            if tuple(weight.shape) != (shape := _shape(layer, role)):
+                return (
+                    f"{name}.{role} is of shape {tuple(weight.shape)}, expected {shape}: sharded weights are not read"
+                )
             devices.add(weight.device)
     if len(devices) > 1:
         offloaded = ": on the meta device they are offloaded" if torch.device("meta") in devices else ""
@@ -112,12 +122,25 @@ def why_not_weights(net: nn.Module) -> str | None:
     return None
 
 
+def _shape(layer: nn.Module, role: str) -> tuple[int, ...]:
+    if isinstance(layer, nn.LayerNorm):
+        return tuple(layer.normalized_shape)
+    return (layer.out_features, layer.in_features)[: 2 if role == "weight" else 1]
+
+
+def constants(net: nn.Module) -> list:
+    """The numbers beside its weights that a network is packed with."""
+    return [net.time_embed.frequency_embedding_size, *(norm.eps for _, norm in norms(net))]
+
+
 def why_not_plain(net: nn.Module) -> str | None:
     """None when what the layers compute follows from their weights, else the layer that computes more.
 
-    A forward that was replaced or that a subclass has of its own (LoRA), hooks, weights that are
-    computed at every call (weight_norm, parametrizations, pruning).
+    Methods that were replaced, a forward that a subclass has of its own (LoRA), hooks, also those of
+    all modules, weights that are computed at every call (weight_norm, parametrizations, pruning).
     """
+    if names := _names(*GLOBAL_HOOKS):
+        return f"torch runs a global hook at every module ({names})"
     for name, module in net.named_modules(prefix="net"):
         if (reason := why_not_as_written(module)) is not None:
             return f"{name} {reason}"
@@ -137,18 +160,28 @@ def why_not_as_written(module: nn.Module) -> str | None:
         return "has parametrizations, which compute its weights at every call"
     for what, hooks in (("forward hook", module._forward_hooks), ("forward pre-hook", module._forward_pre_hooks)):
         if hooks:
-            names = ", ".join(sorted({getattr(h, "__name__", type(h).__name__) for h in hooks.values()}))
-            return f"has a {what} ({names})"
-    forward = compiled_from(module.__dict__.get("forward"))
-    if forward is not None and getattr(forward, "__func__", None) is not type(module).forward:
-        return f"had its forward replaced (by {getattr(forward, '__qualname__', type(forward).__name__)})"
+            return f"has a {what} ({_names(hooks)})"
+    for name, value in module.__dict__.items():
+        own = getattr(type(module), name, None)
+        aside = hasattr(nn.Module, name) and name not in ("forward", "__call__", "_call_impl", "_wrapped_call_impl")
+        if aside or not isinstance(own, FunctionType):
+            continue
+        function = compiled_from(value)
+        if getattr(function, "__func__", None) is not own or function.__self__ is not module:
+            return f"had its {name} replaced (by {getattr(function, '__qualname__', type(function).__name__)})"
     return None
+
+
+def _names(*hooks: dict) -> str:
+    return ", ".join(sorted({getattr(h, "__name__", type(h).__name__) for table in hooks for h in table.values()}))
 
 
 def compiled_from(function):
     """What ``torch.compile`` was given to make this function; any other function as it is."""
     while (inner := getattr(function, "_torchdynamo_orig_callable", None)) is not None:
         function = inner
+        if getattr(function, "__globals__", {}).get("__name__") == "torch._dynamo.external_utils":
+            function = function.__wrapped__  # around what the compiler would otherwise skip, as torch's own layers
     return function
 
 

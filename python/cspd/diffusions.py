@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
 from enum import Enum
+from itertools import chain
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -22,7 +25,7 @@ def diffusions_of(module: nn.Module) -> dict[str, object]:
     """Every diffusion object that a module tree holds, as an attribute or in lists and dictionaries of one, by path."""
     found = {}
     for prefix, part in module.named_modules():
-        for name, value in (("", part), *vars(part).items()):
+        for name, value in (("", part), *vars(part).copy().items()):
             for path, candidate in _held(".".join(filter(None, (prefix, name))), value, depth=3):
                 if callable(getattr(type(candidate), LOOPS[0], None)) and hasattr(candidate, "__dict__"):
                     found.setdefault(id(candidate), (path, candidate))
@@ -36,6 +39,39 @@ def _held(path: str, value, depth: int) -> Iterator[tuple[str, object]]:
                 yield from _held(f"{path}[{key!r}]", item, depth - 1)
     else:
         yield path, value
+
+
+class Code:
+    """The functions of some classes and of their bases, and whether they are still the same.
+
+    Of torch's own classes ``forward`` and ``__call__`` alone.
+    """
+
+    def __init__(self, kinds):
+        bases = dict.fromkeys(base for kind in kinds for base in kind.__mro__ if base is not object)
+        theirs = [base.__module__.partition(".")[0] != "torch" for base in bases]
+        self._tables = [vars(base) for base, their in zip(bases, theirs) if their]
+        self._torch = [base for base, their in zip(bases, theirs) if not their and hasattr(base, "forward")]
+        self._classes = tuple(bases)
+        self._values, self.functions = self._look(), self._functions()
+
+    def is_current(self) -> bool:
+        values = self._look()
+        if len(values) == len(self._values) and all(map(operator.is_, values, self._values)):
+            return True
+        if self._functions() != self.functions:
+            return False
+        self._values = values  # a counter, or the like
+        return True
+
+    def _look(self) -> list:
+        own = chain.from_iterable(map(MappingProxyType.values, self._tables))
+        return [*own, *[base.forward for base in self._torch], nn.Module.__call__]
+
+    def _functions(self) -> tuple:
+        kinds = (staticmethod, classmethod, property)
+        own = (v for table in self._tables for v in table.values() if callable(v) or isinstance(v, kinds))
+        return (*self._classes, *own, *[base.forward for base in self._torch], nn.Module.__call__)
 
 
 class Tables:
@@ -61,24 +97,25 @@ class Tables:
 
     def _current(self) -> tuple:
         state = self._state()
-        if self._read is None or not _same(self._read[0], state):
+        if self._read is None or not _same(self._read[0], state) or not self._read[3].is_current():
             try:
                 schedule = Schedule.from_diffusion(self.diffusion)
             except (TypeError, ValueError) as error:
                 raise NotServedError(str(error)) from None
-            self._read = (state, schedule, self._sort())
+            code = Code([type(self.diffusion)])
+            self._read = (state, schedule, (code.functions, *self._sort()), code)
         return self._read
 
     def _state(self) -> list:
         """What a loop may depend on: every attribute, and the contents of the two that are easily edited in place."""
-        own = vars(self.diffusion)
+        own = vars(self.diffusion).copy()  # at once: another thread may patch it meanwhile
         betas, steps = own.get("betas"), own.get("timestep_map")
         contents = [betas.tobytes() if isinstance(betas, np.ndarray) else None, None if steps is None else tuple(steps)]
         return [type(self.diffusion), *(value for name, value in own.items() if name not in LOOPS), *contents]
 
     def _sort(self) -> tuple:
         kinds, told = (str, bool, int, float, type(None), Enum), []
-        for name, value in sorted(vars(self.diffusion).items()):
+        for name, value in sorted(vars(self.diffusion).copy().items()):
             if name in LOOPS or isinstance(value, (np.ndarray, torch.Tensor, list, set, tuple, dict, Schedule)):
                 continue
             counts = isinstance(value, int) and not isinstance(value, bool) and "steps" in name

@@ -15,10 +15,20 @@ import torch.nn as nn
 from cspd_kernels import DiffusionHead, Schedule
 from cspd_kernels.head import call_dtype
 from cspd_kernels.live import LiveWeights
-from cspd_kernels.structure import compiled_from, why_not_a_network, why_not_plain
+from cspd_kernels.structure import (
+    GLOBAL_HOOKS,
+    compiled_from,
+    constants,
+    linears,
+    norms,
+    why_not_a_network,
+    why_not_as_written,
+    why_not_plain,
+)
 
-from .diffusions import LOOPS, NotServedError, diffusions_of
+from .diffusions import LOOPS, Code, NotServedError, diffusions_of
 
+_LAYOUT = (torch.Tensor.data_ptr, torch.Tensor.dtype.__get__, torch.Tensor.size, torch.Tensor.stride)
 _MAX_SCHEDULES = 64  # of one network, whose packed heads share their weights
 
 
@@ -57,12 +67,15 @@ def look_for_heads(model: nn.Module) -> Found:
             continue
         name = f"{_plain(path) or 'the model itself'} ({type(module).__name__})"
         inner, reason = (None, "it lacks net") if net is None else unwrapped(net)
-        reason = reason or why_not_a_network(inner) or why_not_plain(inner)
+        reason = reason or _why_sharded(inner) or why_not_a_network(inner) or why_not_plain(inner)
         diffusions = diffusions_of(module) or everywhere
         if reason is None and not diffusions:
             reason = f"it holds no diffusion object with {LOOPS[0]}, so it has a sampling loop of its own"
-        if any(inner is head.net for head in heads):
-            continue  # of a module around another one, which passes it on
+        if (first := next((head for head in heads if inner is head.net), None)) is not None:
+            for held, diffusion in diffusions.items():  # two heads share a network, or one is around the other
+                if not any(diffusion is known for known in first.samplers):
+                    first.diffusions[f"{_plain(path)}.{held}"] = diffusion
+            continue
         if reason is None:
             heads.append(FoundHead(name, module, inner, diffusions))
         elif net is None or hasattr(inner, "res_blocks"):
@@ -89,16 +102,24 @@ def find_heads(model: nn.Module) -> Found:
 
 
 def unwrapped(net: nn.Module) -> tuple[nn.Module, str | None]:
-    """The network inside of ``torch.compile``, DDP and DataParallel; and what else wraps it, None if nothing does."""
+    """The network inside of ``torch.compile``, DDP and DataParallel; and why those compute more, None if not."""
+    reason = None
     while True:
-        kind = type(net).__name__
+        inner, kind = None, type(net).__name__
         if "_orig_mod" in net._modules:
-            net = net._modules["_orig_mod"]
+            inner, what = net._modules["_orig_mod"], net._forward_hooks or net._forward_pre_hooks
         elif kind in ("DistributedDataParallel", "DataParallel"):
-            net = net._modules["module"]
-        else:
-            sharded = any(type(m).__name__ == "FullyShardedDataParallel" for m in net.modules())
-            return net, "its weights are sharded by FullyShardedDataParallel" if sharded else None
+            inner, what = net._modules["module"], why_not_as_written(net)
+        if inner is None:
+            return net, reason
+        if what:
+            reason = f"the {kind} around its net {what if isinstance(what, str) else 'has forward hooks'}"
+        net = inner
+
+
+def _why_sharded(net: nn.Module) -> str | None:
+    sharded = any(type(m).__name__ == "FullyShardedDataParallel" for m in net.modules())
+    return "its weights are sharded by FullyShardedDataParallel" if sharded else None
 
 
 def _plain(path: str) -> str:
@@ -121,7 +142,7 @@ class HeadCache:
         self.net, self.weights = net, weights
         self._lock = threading.RLock()
         self._forms: dict[torch.dtype, _Form] = {}
-        self._source: _Source | None = None
+        self._source: Source | None = None
 
     def __getstate__(self) -> dict:
         return {"net": self.net, "weights": self.weights}  # copies and pickles pack their own
@@ -134,21 +155,40 @@ class HeadCache:
         with self._lock:
             self._forms, self._source = {}, None
 
-    def get(self, schedule: Schedule, dtype: torch.dtype | None = None) -> DiffusionHead:
-        """The head with operands of ``dtype``; None follows autocast, else the weights' type.
+    def release(self) -> None:
+        """Forget it if the network has moved on."""
+        with self._lock:
+            if self._source is not None and not self._source.is_current():
+                self.clear()
+
+    def look(self) -> Source:
+        """The network as it is now, looked at again unless it is frozen.
 
         Raises:
-            NotServedError: the network cannot be read, or computes more than its weights say.
+            NotServedError: it cannot be read, or computes more than its weights say.
         """
-        with self._lock, torch.inference_mode(False), torch.no_grad():
+        with self._lock:
             if self._source is None or (self.weights == "live" and not self._source.is_current()):
                 self.clear()
                 if (reason := why_not_a_network(self.net) or why_not_plain(self.net)) is not None:
                     raise NotServedError(reason)
-                weight = self.net.input_proj.weight
-                if weight.is_meta:
+                if self.net.input_proj.weight.is_meta:
                     raise NotServedError("its weights are on the meta device: offloaded, or not loaded yet")
-                self._source = _Source(self.net, weakref.WeakMethod(self.clear))
+                self._source = Source(self.net, weakref.WeakMethod(self.clear))
+            return self._source
+
+    def get(self, schedule: Schedule, dtype: torch.dtype | None = None, source: Source | None = None) -> DiffusionHead:
+        """The head with operands of ``dtype``; None follows autocast, else the weights' type.
+
+        Args:
+            source: what :meth:`look` has just returned.
+
+        Raises:
+            NotServedError: as :meth:`look`.
+        """
+        with self._lock, torch.inference_mode(False), torch.no_grad():
+            if source is None or source is not self._source:
+                self.look()
             if dtype is None:
                 dtype = call_dtype(self._source.device, self._source.dtype)
             form = self._forms.get(dtype)
@@ -180,28 +220,35 @@ class _Form:
         return head
 
 
-class _Source:
+class Source:
     """What a network looked like when it was packed, but for the values of its weights.
 
     It is asked at every call, and walking the module tree would take longer than everything else the
     host does there: the tables that the modules keep their children, weights and hooks in are
     remembered and compared instead. Of the weights' memory it holds no part, so that a model that
     moves on leaves none behind; when that memory goes, ``released`` is called at once.
+
+    Attributes:
+        code: the functions of the network's classes.
     """
 
     def __init__(self, net: nn.Module, released: weakref.WeakMethod):
-        modules = list(net.modules())
-        self.modules, self.kinds = modules, [*map(type, modules)]
-        self.forwards = [(kind, kind.forward) for kind in set(self.kinds)]
-        self.own = [m.__dict__ for m in modules]
-        self.own_forwards = [own.get("forward") for own in self.own]
-        self.hooks = [hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
-        self.tables = [table for m in modules for table in (m._modules, m._parameters) if table]
+        self.net, self.modules = net, list(net.modules())
+        self.kinds = [*map(type, self.modules)]
+        self.code = Code(dict.fromkeys(self.kinds))
+        self.own = [m.__dict__ for m in self.modules]
+        self.sizes = [*map(len, self.own)]  # what replaces a method of a class is one more
+        self.forwards = [(own, own["forward"]) for own in self.own if "forward" in own]
+        self.hooks = [*GLOBAL_HOOKS, *(h for m in self.modules for h in (m._forward_hooks, m._forward_pre_hooks))]
+        self.tables = [table for m in self.modules for table in (m._modules, m._parameters, m._buffers) if table]
         self.members = [*chain.from_iterable(map(dict.values, self.tables))]
-        self.parameters = list(net.parameters())
-        self.norms = [m for m in modules if isinstance(m, nn.LayerNorm)]
+        layers = [layer for _, layer in chain(linears(net), norms(net))]
+        weights = (getattr(layer, role, None) for layer in layers for role in ("weight", "bias"))
+        self.weights = list({id(weight): weight for weight in weights if weight is not None}.values())
+        self.weight_kinds = [*map(type, self.weights)]
         self.device, self.dtype = net.input_proj.weight.device, net.input_proj.weight.dtype
-        self.state = self._state()
+        self.norms = [norm for _, norm in norms(net)]
+        self.constants, self.state = constants(net), self._state()
 
         def gone(_, released=released):
             self.dead = True
@@ -209,26 +256,32 @@ class _Source:
                 method()
 
         self.dead = False
-        self.storages = [weakref.ref(p.untyped_storage(), gone) for p in self.parameters]
+        self.storages = [weakref.ref(p.untyped_storage(), gone) for p in self.weights]
 
     def is_current(self) -> bool:
         if self.dead or any(self.hooks) or [*map(type, self.modules)] != self.kinds:
             return False
-        if not all(map(operator.is_, [own.get("forward") for own in self.own], self.own_forwards)):
-            return False
-        if not all(kind.forward is forward for kind, forward in self.forwards):
+        if [*map(len, self.own)] != self.sizes or not all(own.get("forward") is f for own, f in self.forwards):
             return False
         members = [*chain.from_iterable(map(dict.values, self.tables))]
-        same = len(members) == len(self.members) and all(map(operator.is_, members, self.members))
-        return same and self._state() == self.state
+        if len(members) != len(self.members) or not all(map(operator.is_, members, self.members)):
+            return False
+        if [*map(type, self.weights)] != self.weight_kinds or not self.code.is_current():
+            return False
+        numbers = [self.net.time_embed.frequency_embedding_size, *[norm.eps for norm in self.norms]]
+        return numbers == self.constants and self._state() == self.state
 
-    def _state(self) -> list:
-        return [(p.data_ptr(), p.dtype, p.shape, p.stride()) for p in self.parameters] + [m.eps for m in self.norms]
+    def _state(self) -> list[list]:
+        return [[*map(read, self.weights)] for read in _LAYOUT]
 
 
 def bound_network(function) -> tuple[nn.Module, str] | None:
-    """(network, name of its method) of what a sampling loop is given to call; None for any other function."""
-    function = compiled_from(function)
+    """(network, name of its method) of what a sampling loop is given to call; None for any other function.
+
+    Raises:
+        NotServedError: what is around the network computes more.
+    """
+    function = function if isinstance(function, nn.Module) else compiled_from(function)
     if isinstance(function, nn.Module):
         owner, name = function, "forward"
     else:
@@ -239,4 +292,7 @@ def bound_network(function) -> tuple[nn.Module, str] | None:
         replaced = compiled_from(owner.__dict__.get(name))
         if replaced is not None and replaced != function:
             return None  # something else stands there now
-    return unwrapped(owner)[0], name
+    net, reason = unwrapped(owner)
+    if reason is not None:
+        raise NotServedError(reason)
+    return net, name

@@ -12,7 +12,7 @@ import logging
 import math
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from numbers import Real
 
@@ -23,6 +23,7 @@ import torch.nn as nn
 from cspd_kernels import Denoised, DiffusionHead, PhiloxNoise, denoise
 from cspd_kernels.backends import untraced
 from cspd_kernels.head import stream_dtype
+from cspd_kernels.structure import kind_of
 
 from .diffusions import LOOPS, NotServedError, Tables
 from .heads import bound_network
@@ -32,6 +33,8 @@ PATCHES = "_cspd_patches"  # attribute of a network: its patches, the last one i
 _IGNORED = ("model", "shape", "noise", "inter_noise", "model_kwargs", "temperature", "device", "progress")
 _PLAIN = {"clip_denoised": "x0 is clipped", "denoised_fn": "x0 goes through a denoised_fn",
           "cond_fn": "the mean is moved by a cond_fn"}  # fmt: skip
+NO_LOOP = "its sample runs without p_sample_loop: by a sampler of its own"
+LOCK = threading.RLock()  # of patching and unpatching, of any model
 _thread = threading.local()
 
 
@@ -68,18 +71,19 @@ class Call:
         return (self.loop, self.method, self.function, self.nothing, *given, self.cond.device.type)
 
 
-def read_call(loop: str, arguments: dict, parameters) -> Call:
+def read_call(loop: str, arguments: dict, parameters, found: tuple[nn.Module, str] | None) -> Call:
     """What a call of a loop means.
 
     Args:
         arguments: of the call, by the loop's own names. parameters: of the loop, for its defaults.
+        found: what :func:`bound_network` says about its model.
 
     Raises:
         NotServedError: something that the kernels do not know.
     """
-    found = bound_network(arguments["model"])
     if found is None or found[1] not in ("forward", "forward_with_cfg"):
-        name = getattr(arguments["model"], "__qualname__", type(arguments["model"]).__name__)
+        given, kind = arguments["model"], type(arguments["model"]).__name__
+        name = f"{given.__qualname__} (a {kind})" if hasattr(given, "__qualname__") else kind
         raise NotServedError(f"the loop is given {name}, not the network's forward or forward_with_cfg")
     net, method = found
     for name, meaning in _PLAIN.items():
@@ -106,6 +110,8 @@ def read_call(loop: str, arguments: dict, parameters) -> Call:
     if not isinstance(cond, torch.Tensor) or cond.dim() != 2 or len(cond) != shape[0] or (guided and shape[0] % 2):
         got = tuple(cond.shape) if isinstance(cond, torch.Tensor) else type(cond).__name__
         raise NotServedError(f"its conditions are {got} for {shape[0]} rows of noise")
+    if cond.is_meta or (noise is not None and noise.is_meta):
+        raise NotServedError("its conditions or its noise are on the meta device")
     inter = arguments.get("inter_noise")
     if inter is not None and (inter.dim() != 3 or tuple(inter.shape[1:]) != shape):
         raise NotServedError(f"the noise of the steps is {tuple(inter.shape)}, not (T, {shape[0]}, {channels})")
@@ -232,7 +238,7 @@ class LoopHook:
     def __new__(cls, *_):
         self = super().__new__(cls)
         self.users = weakref.WeakSet()  # the patches that need it; copies of those enter themselves
-        self.signatures = {}
+        self.signatures: dict[Callable, inspect.Signature] = {}
         return self
 
     def __init__(self, diffusion):
@@ -249,19 +255,27 @@ class LoopHook:
         return owner if isinstance(owner, LoopHook) else None
 
     def install(self) -> None:
+        """Raises TypeError where the object refuses; :meth:`remove` undoes what was done."""
+        own = vars(self.diffusion)
+        self.replaced = {name: own[name] for name in LOOPS if name in own}
         for name in LOOPS:
-            if callable(getattr(self.diffusion, name, None)):
-                if name in vars(self.diffusion):
-                    self.replaced[name] = vars(self.diffusion)[name]
+            if not callable(getattr(self.diffusion, name, None)):
+                continue
+            try:
                 setattr(self.diffusion, name, getattr(self, name))
+            except Exception as error:
+                raise TypeError(
+                    f"expected a diffusion object whose {name} can be replaced, got {kind_of(self.diffusion)}, which "
+                    f"refuses: {type(error).__name__}: {error}"
+                ) from error
 
     def remove(self) -> None:
+        own = vars(self.diffusion)  # and not its setattr: nothing that the object says can leave a part behind
         for name in LOOPS:
-            if getattr(vars(self.diffusion).get(name), "__self__", None) is self:
-                delattr(self.diffusion, name)
-        for name, method in self.replaced.items():
-            setattr(self.diffusion, name, method)
-        self.replaced = {}
+            if getattr(own.get(name), "__self__", None) is self:
+                del own[name]
+                if name in self.replaced:
+                    own[name] = self.replaced[name]
 
     def original(self, name: str) -> Callable:
         """The loop that stood there before."""
@@ -281,36 +295,54 @@ class LoopHook:
     def _run(self, name: str, args, kwargs):
         _thread.entered = loops_entered() + 1
         original, patch = self.original(name), None
-        if name not in self.signatures:
-            self.signatures[name] = inspect.signature(original)
         try:
-            bound = self.signatures[name].bind(*args, **kwargs)
-            bound.apply_defaults()
-            found = bound_network(bound.arguments["model"])
-        except (TypeError, KeyError):
-            found = bound = None  # arguments of another kind: its own error, if it is one
-        if bound is not None:
-            patch = patch_of(found[0]) if found is not None else self._any_user()
-        if patch is None:  # a network that nobody patched
-            return original(*args, **kwargs)
-        try:
-            if found is not None and patch.net is not found[0]:
-                raise NotServedError("this is a replica or a shallow copy of the patched network")
-            call = read_call(name, bound.arguments, self.signatures[name].parameters)
-            return patch.take(call, self)
+            arguments, parameters = self._bind(original, args, kwargs)
+            found = bound_network(arguments["model"])
+            patch = self._patch(found)
+            if patch is not None:
+                return patch.take(read_call(name, arguments, parameters, found), self)
         except NotServedError as reason:
-            patch.tell(str(reason))
+            if (patch := patch or self._any_user()) is not None:
+                patch.tell(str(reason))
         return original(*args, **kwargs)
+
+    def _bind(self, original: Callable, args, kwargs) -> tuple[dict, Mapping]:
+        """(arguments by name, parameters) of a call."""
+        function = getattr(original, "__func__", original)
+        try:
+            if function not in self.signatures:
+                self.signatures[function] = inspect.signature(original)
+            bound = self.signatures[function].bind(*args, **kwargs)
+        except (TypeError, ValueError) as error:  # its own error, if it is one
+            raise NotServedError(f"its loop is not called as it says: {error}") from None
+        bound.apply_defaults()
+        if "model" not in bound.arguments or "shape" not in bound.arguments:
+            raise NotServedError("its loop does not say by name what model and shape it is given")
+        return bound.arguments, self.signatures[function].parameters
+
+    def _patch(self, found: tuple[nn.Module, str] | None):
+        """The patch in charge of a call, None of a network that nobody patched."""
+        if found is None:
+            return self._any_user()
+        patch = patch_of(found[0])
+        if patch is None:
+            for user in list(self.users):
+                if (why := user.left_behind()) is not None:
+                    user.tell(why)
+        elif patch.net is not found[0]:
+            patch.tell("this is a replica or a shallow copy of the patched network")
+            return None
+        return patch
 
     def kind(self, call: Call) -> tuple:
         """What decides whether the kernels compute the same as the loop, of a call and of the diffusion object."""
         return (*call.kind, *self.tables.sort())
 
     def _any_user(self):
-        return next(iter(self.users), None)
+        return next(iter(list(self.users)), None)
 
 
 def patch_of(net: nn.Module):
     """The patch in charge of a network, None without one."""
-    patches = net.__dict__.get(PATCHES)
-    return patches[-1] if patches else None
+    last = net.__dict__.get(PATCHES, ())[-1:]  # at once: another thread may undo it
+    return last[0] if last else None

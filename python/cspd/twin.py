@@ -15,14 +15,16 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import torch
 import torch.nn as nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cspd_kernels import Schedule
 from cspd_kernels.head import without_autocast
-from cspd_kernels.structure import linears, norms
+from cspd_kernels.structure import compiled_from, linears, norms
 
 from .diffusions import LOOPS, NotServedError
 from .heads import HeadCache
 from .loop import PATCHES, Call, LoopHook, finish, run_call
+from .standins import StandIn
 
 WIDTH = 32
 _SEED = 20240617
@@ -119,6 +121,8 @@ def copies_of(
         memo[id(wrapper)] = net_copy
         wrapper = wrapper._modules.get("_orig_mod") or wrapper._modules["module"]
     module, diffusions = copy.deepcopy((module, diffusions), memo)
+    for part in [*net_copy.modules(), *(module.modules() if module is not None else ()), *diffusions]:
+        _uncompile(part)
     for layer, size in zip(layers, sizes):
         layer.in_features, layer.out_features = size
     for _, norm in norms(net_copy):
@@ -139,6 +143,16 @@ def copies_of(
     return Copies(trial, diffusions, module)
 
 
+def _uncompile(part) -> None:
+    """Take off what ``torch.compile`` made of its own methods: in a copy it still runs what it was made from."""
+    for name, value in [*vars(part).items()]:
+        if (function := compiled_from(value)) is not value:
+            while isinstance(owner := getattr(function, "__self__", None), (LoopHook, StandIn)):
+                function = compiled_from(owner.original(name))
+            if getattr(function, "__func__", None) is getattr(type(part), name, ()):
+                del vars(part)[name]
+
+
 def _last_steps(diffusion, steps: int) -> None:
     """Make a diffusion object sample in its last steps alone, in which x stays as large as it starts."""
     if isinstance(schedule := getattr(diffusion, "schedule", None), Schedule):
@@ -155,7 +169,7 @@ def normal(shape: tuple, net: nn.Module) -> torch.Tensor:
 
 @dataclass
 class Run:
-    """A run from fixed seeds: its result, the generators' states after it, what it set on its diffusion objects."""
+    """A run from fixed seeds: its result, its generators' states after it, what it set on its diffusion objects."""
 
     result: object
     states: list[torch.Tensor]
@@ -163,18 +177,50 @@ class Run:
 
 
 def seeded(run: Callable[[], object], diffusions: list) -> Run:
-    generators = [torch.default_generator]
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        generators.append(torch.cuda.default_generators[torch.cuda.current_device()])
-    for generator in generators:
-        generator.manual_seed(_SEED)
     np.random.seed(0)
     random.seed(0)
-    before = _attributes(diffusions)
-    result = run()
+    before, numbers = _attributes(diffusions), OwnNumbers()
+    with numbers:
+        result = run()
     after = _attributes(diffusions)
     kept = {name for name, value in after.items() if name not in before or before[name] is not value}
-    return Run(result, [generator.get_state() for generator in generators], kept)
+    return Run(result, [generator.get_state() for _, generator in sorted(numbers.generators.items())], kept)
+
+
+class OwnNumbers(TorchDispatchMode):
+    """Random numbers from generators of its own: other threads may draw from torch's meanwhile.
+
+    For the sake of an operation that takes no generator torch's are seeded and put back.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.generators: dict[str, torch.Generator] = {}
+
+    def _of(self, device) -> torch.Generator:
+        device = torch.device(device if device is not None else "cpu")
+        if device.type not in self.generators:
+            self.generators[device.type] = torch.Generator(device).manual_seed(_SEED)
+        return self.generators[device.type]
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if torch.Tag.nondeterministic_seeded not in function.tags or kwargs.get("generator") is not None:
+            return function(*args, **kwargs)
+        first, packet, name = args[0] if args else None, function.overloadpacket, function._overloadname
+        tensor = isinstance(first, torch.Tensor)
+        generator = self._of(first.device if tensor else kwargs.get("device"))
+        filled = {"randn_like": "normal_", "rand_like": "uniform_"}.get(packet.__name__)
+        other = "generator" if name == "default" else f"{name}_generator"
+        if filled is not None:
+            return getattr(torch.empty_like(first, **kwargs), filled)(generator=generator)
+        if any(argument.name == "generator" for argument in function._schema.arguments):
+            return function(*args, **{**kwargs, "generator": generator})
+        if not tensor and other in packet.overloads():
+            return getattr(packet, other)(*args, **{**kwargs, "generator": generator})
+        with torch.random.fork_rng([generator.device] if generator.device.type == "cuda" else []):
+            torch.manual_seed(int(torch.randint(2**31, (), generator=generator, device=generator.device)))
+            return function(*args, **kwargs)
 
 
 def _attributes(diffusions: list) -> dict[str, object]:
@@ -195,17 +241,18 @@ def quiet(net: nn.Module) -> Iterator[None]:
     if device.type == "meta":
         raise CannotRunError("its weights are on the meta device")
     dtype, numbers, python = torch.get_default_dtype(), np.random.get_state(), random.getstate()
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        try:
-            if dtype != torch.float32:
-                torch.set_default_dtype(torch.float32)
-            with torch.inference_mode(False), torch.no_grad(), without_autocast(device):
-                yield
-        finally:
-            if dtype != torch.float32:
-                torch.set_default_dtype(dtype)
-            np.random.set_state(numbers)
-            random.setstate(python)
+    try:
+        if dtype != torch.float32:
+            torch.set_default_dtype(torch.float32)
+        meta = torch.get_default_device().type == "meta"
+        default = torch.device(device) if meta else contextlib.nullcontext()
+        with torch.inference_mode(False), torch.no_grad(), without_autocast(device), default:
+            yield
+    finally:
+        if dtype != torch.float32:
+            torch.set_default_dtype(dtype)
+        np.random.set_state(numbers)
+        random.setstate(python)
 
 
 def first_line(error: BaseException) -> str:

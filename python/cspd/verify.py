@@ -16,12 +16,11 @@ import torch.nn as nn
 
 from .diffusions import LOOPS
 from .heads import FoundHead
-from .loop import Call, LoopHook
+from .loop import NO_LOOP, Call, LoopHook
 from .twin import CannotRunError, Copies, Run, copies_of, first_line, normal, quiet, seeded
 
 _ROWS, _TEMPERATURE, _GUIDANCE, _LAST = 4, 0.8, 2.5, 10
 _GUIDANCE_NAMES = ("cfg", "cfg_scale", "guidance_scale", "guidance")
-NO_LOOP = "its sample runs without p_sample_loop: by a sampler of its own"
 
 
 class DiffersError(ValueError):

@@ -1,0 +1,125 @@
+"""Methods that stand in for a module's own on the instance: a head's ``sample`` and its network's moves are watched.
+
+They are bound methods, so that a deep copy or a pickle of the module carries stand-ins of its own, and that
+``torch.compile`` takes them for what they replace.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import weakref
+from collections.abc import Callable
+from types import MethodType
+
+import torch.nn as nn
+
+from cspd_kernels.backends import untraced
+
+from .diffusions import LOOPS, diffusions_of
+from .loop import LOCK, NO_LOOP, LoopHook, loops_entered, patch_of
+
+_REPLICATE = "_replicate_for_data_parallel"
+
+
+class StandIn:
+    """Stands in for methods of one module, as long as there are patches that need it."""
+
+    names: tuple[str, ...] = ()
+
+    def __new__(cls, *_):
+        self = super().__new__(cls)
+        self.users = weakref.WeakSet()  # the patches; copies of those enter themselves
+        return self
+
+    def __getstate__(self) -> dict:
+        return {"module": self.module, "replaced": self.replaced}
+
+    def __init__(self, module: nn.Module):
+        self.module = module
+        self.replaced: dict[str, object] = {}  # what already stood on the instance
+
+    @classmethod
+    def of(cls, module: nn.Module) -> StandIn | None:
+        """The one on a module, None without."""
+        found = (getattr(module.__dict__.get(name), "__self__", None) for name in cls.names)
+        return next((owner for owner in found if isinstance(owner, cls)), None)
+
+    def install(self) -> None:
+        own = self.module.__dict__
+        self.replaced = {name: own[name] for name in (*self.names, _REPLICATE) if name in own}
+        for name in (*self.names, _REPLICATE):
+            own[name] = getattr(self, name)
+
+    def remove(self) -> None:
+        self._leave(self.module)
+
+    def original(self, name: str) -> Callable:
+        """The method that stood there before."""
+        return self.replaced.get(name) or getattr(type(self.module), name).__get__(self.module)
+
+    def _leave(self, module: nn.Module) -> None:
+        own = module.__dict__
+        for name in (*self.names, _REPLICATE):
+            if getattr(own.get(name), "__self__", None) is self:
+                del own[name]
+                if name in self.replaced:
+                    own[name] = self.replaced[name]
+
+    def _replicate_for_data_parallel(self) -> nn.Module:
+        """A replica has other weights, elsewhere: it calls nothing of the module that it was made from."""
+        replica = self.original(_REPLICATE)()
+        self._leave(replica)
+        return replica
+
+
+class WatchedSample(StandIn):
+    """A head's own ``sample``; where it never comes to a loop that is hooked, that is told."""
+
+    names = ("sample",)
+
+    @property
+    def sample(self) -> MethodType:
+        """Bound; name, docstring and signature are the original's."""
+
+        def sample(watched, *args, **kwargs):
+            return watched.run(*args, **kwargs)
+
+        if "module" in vars(self):  # else it is being read from a pickle
+            original = self.original("sample")
+            function = functools.wraps(getattr(original, "__func__", original))(sample)
+            parameters = inspect.signature(original).parameters.values()
+            watched = inspect.Parameter("watched", inspect.Parameter.POSITIONAL_ONLY)
+            function.__signature__ = inspect.Signature([watched, *parameters])
+            function.__name__ = "sample"
+        return MethodType(sample, self)
+
+    @untraced
+    def run(self, *args, **kwargs):
+        self._follow()
+        before = loops_entered()
+        result = self.original("sample")(*args, **kwargs)
+        if loops_entered() == before:
+            for user in list(self.users)[:1]:
+                (patch_of(user.net) or user).tell(NO_LOOP)
+        return result
+
+    def _follow(self) -> None:
+        """Diffusion objects that were exchanged since the last call are taken over, too."""
+        held = [value for value in [*self.module.__dict__.values()] if hasattr(type(value), LOOPS[0])]
+        if any(LoopHook.of(diffusion) is None for diffusion in held):
+            with LOCK:
+                for user in list(self.users):
+                    user.take_over(diffusions_of(self.module))
+
+
+class WatchedMoves(StandIn):
+    """A network's ``_apply``, by which it is moved and converted: what was packed for where it stood is let go."""
+
+    names = ("_apply",)
+
+    def _apply(self, function, recurse: bool = True) -> nn.Module:
+        result = self.original("_apply")(function, recurse)
+        for user in list(self.users):
+            user.cache.release()
+        return result

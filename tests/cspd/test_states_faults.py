@@ -1,0 +1,201 @@
+"""Errors while patching, and threads that patch, undo and sample at once: all or nothing."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import random
+import threading
+from unittest import mock
+
+import pytest
+import torch
+import torch.nn as nn
+from states import everything, listening, model_in, rows, sample, served_calls
+
+import cspd
+import cspd.patching
+from cspd.heads import HeadCache
+from cspd.loop import LoopHook
+from cspd.models import GaussianDiffusion
+from cspd.patching import HeadPatch
+from cspd.standins import StandIn, WatchedMoves, WatchedSample
+from cspd_kernels.testing import relative_error
+
+STEPS = {
+    "looking": (cspd.patching, "find_heads"),
+    "checking values": (cspd.patching, "_check_values"),
+    "comparing": (cspd.patching, "check_sample"),
+    "describing": (cspd.patching, "describe_head"),
+    "telling": (logging.Handler, "handle"),
+    "a patch": (HeadPatch, "__init__"),
+    "its cache": (HeadCache, "__init__"),
+    "its hooks": (HeadPatch, "install"),
+    "a loop's hook": (LoopHook, "__init__"),
+    "a loop": (LoopHook, "install"),
+    "a stand-in": (StandIn, "install"),
+    "a stand-in for sample": (WatchedSample, "__init__"),
+    "a stand-in for moves": (WatchedMoves, "__init__"),
+}
+
+
+class FaultError(Exception):
+    """Whatever goes wrong."""
+
+
+def failing(target, name: str, at: int):
+    """The function raises at its call number ``at``, after it has done its work."""
+    original, calls = getattr(target, name), []
+
+    def run(*args, **kwargs):
+        result = original(*args, **kwargs)
+        calls.append(None)
+        if len(calls) == at:
+            raise FaultError(name)
+        return result
+
+    return mock.patch.object(target, name, run), calls
+
+
+def pair():
+    return nn.ModuleDict({"one": model_in(0), "two": model_in(1)})
+
+
+@pytest.mark.parametrize("patched", [False, True])
+@pytest.mark.parametrize("step", STEPS)
+def test_an_error_at_any_step_leaves_nothing_changed(step, patched):
+    models, logger = pair(), logging.getLogger("cspd")
+    expected = [rows(model) for model in models.values()]
+    if patched:
+        cspd.patch(models)
+    was, level = everything(models), logger.level
+    raised = 0
+    logger.setLevel(logging.INFO)
+    try:
+        for at in itertools.count(1):
+            fault, calls = failing(*STEPS[step], at)
+            try:
+                with fault:
+                    cspd.patch(models, dtype=torch.bfloat16)
+            except FaultError:
+                raised += 1
+                assert everything(models) == was, at
+                for model, tokens in zip(models.values(), expected):
+                    with served_calls() as served:
+                        assert relative_error(rows(model), tokens) < 1e-5
+                    assert len(served) == patched
+            else:  # not so many calls; or it was on a copy, of which nothing is left
+                cspd.unpatch(models)
+                if patched:
+                    cspd.patch(models)
+                    was = everything(models)
+            if len(calls) < at:
+                break
+    finally:
+        logger.setLevel(level)
+    assert raised > 0 or patched  # where the stand-ins are there already
+    cspd.unpatch(models)
+    assert all(torch.equal(rows(model), tokens) for model, tokens in zip(models.values(), expected))
+
+
+class Sealed(GaussianDiffusion):
+    """Takes no attribute that it does not know, once it is made."""
+
+    def __init__(self, schedule):
+        super().__init__(schedule)
+        self.__dict__["sealed"] = True
+
+    def __setattr__(self, name, value):
+        if self.__dict__.get("sealed"):
+            raise AttributeError(f"{name} cannot be set")
+        super().__setattr__(name, value)
+
+
+class Kept(GaussianDiffusion):
+    """Lets nothing be taken away."""
+
+    def __delattr__(self, name):
+        raise AttributeError(f"{name} cannot be deleted")
+
+
+def test_a_diffusion_object_that_refuses_is_named_and_nothing_changes():
+    models = pair()
+    models["two"].diffloss.gen_diffusion = Sealed(models["two"].diffloss.gen_diffusion.schedule)
+    was = everything(models)
+    expected = rows(models["two"])
+    with pytest.raises(TypeError, match=r"whose p_sample_loop can be replaced, got .*Sealed, which refuses: Attri"):
+        cspd.patch(models)
+    assert everything(models) == was
+    assert torch.equal(rows(models["two"]), expected)
+
+
+def test_unpatch_takes_off_what_the_diffusion_object_would_keep():
+    model = model_in()
+    model.diffloss.gen_diffusion = Kept(model.diffloss.gen_diffusion.schedule)
+    was, expected = everything(model), rows(model)
+    cspd.patch(model)
+    assert relative_error(rows(model), expected) < 1e-5
+    cspd.unpatch(model)
+    assert everything(model) == was
+
+
+def test_unpatch_reaches_the_patch_of_a_network_that_was_put_aside():
+    model = cspd.patch(model_in())
+    model.diffloss.net = model_in(3).diffloss.net
+    cspd.unpatch(model)
+    assert "p_sample_loop" not in vars(model.diffloss.gen_diffusion)
+    assert "sample" not in vars(model.diffloss)
+
+
+@pytest.mark.timeout(300)
+def test_threads_that_patch_undo_and_sample_at_once():
+    model, failures, stop = model_in(), [], threading.Event()
+    net, shape, noise, z = model.diffloss.net, (3, 4), torch.randn(3, 4), torch.randn(3, 32)
+
+    def run():
+        loop = model.diffloss.gen_diffusion.p_sample_loop
+        return loop(net.forward, shape, noise, False, model_kwargs={"c": z}, temperature=0.0)  # draws, and uses nothing
+
+    expected = run()
+
+    def sampling():
+        while not stop.is_set():
+            try:
+                with torch.no_grad():
+                    error = relative_error(run(), expected)
+                if error > 1e-5:
+                    failures.append(error)
+            except Exception as error:  # noqa: BLE001
+                failures.append(repr(error))
+
+    def patching(seed):
+        choice = random.Random(seed)
+        try:
+            for _ in range(6):
+                if choice.random() < 0.5:
+                    with cspd.patched(model):
+                        run()
+                else:
+                    cspd.patch(model, weights=choice.choice(["live", "frozen"]))
+                    cspd.unpatch(model)
+        except Exception as error:  # noqa: BLE001
+            failures.append(repr(error))
+
+    samplers = [threading.Thread(target=sampling) for _ in range(3)]
+    patchers = [threading.Thread(target=patching, args=(seed,)) for seed in range(3)]
+    messages = []
+    with listening(messages):
+        for thread in (*samplers, *patchers):
+            thread.start()
+        for thread in patchers:
+            thread.join()
+        stop.set()
+        for thread in samplers:
+            thread.join()
+    assert not failures, failures[:3]
+    assert not messages
+    cspd.unpatch(model)
+    assert not cspd.is_patched(model)
+    assert "p_sample_loop" not in vars(model.diffloss.gen_diffusion)
+    assert torch.equal(run(), expected)
+    assert sample(model).isfinite().all()
