@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import torch
 import torch.nn as nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.overrides import TorchFunctionMode
 
 from cspd_kernels import Schedule
 from cspd_kernels.head import without_autocast
@@ -187,10 +187,18 @@ def seeded(run: Callable[[], object], diffusions: list) -> Run:
     return Run(result, [generator.get_state() for _, generator in sorted(numbers.generators.items())], kept)
 
 
-class OwnNumbers(TorchDispatchMode):
+# Take a generator, and do not.
+_DRAWS = {"randn", "rand", "randint", "randperm", "normal", "bernoulli", "multinomial", "poisson", "normal_",
+          "uniform_", "random_", "bernoulli_", "exponential_", "cauchy_", "log_normal_", "geometric_"}  # fmt: skip
+_LIKE = {"randn_like": "normal_", "rand_like": "uniform_"}
+_OTHERS = {"randint_like", "dropout", "alpha_dropout", "feature_alpha_dropout", "dropout_", "rrelu", "binomial"}
+
+
+class OwnNumbers(TorchFunctionMode):
     """Random numbers from generators of its own: other threads may draw from torch's meanwhile.
 
-    For the sake of an operation that takes no generator torch's are seeded and put back.
+    For the sake of a function that takes no generator torch's are seeded and put back. A function mode, as a dispatch
+    mode would import the compiler, which takes a second.
     """
 
     def __init__(self):
@@ -198,26 +206,22 @@ class OwnNumbers(TorchDispatchMode):
         self.generators: dict[str, torch.Generator] = {}
 
     def _of(self, device) -> torch.Generator:
-        device = torch.device(device if device is not None else "cpu")
+        device = torch.device(device)
         if device.type not in self.generators:
             self.generators[device.type] = torch.Generator(device).manual_seed(_SEED)
         return self.generators[device.type]
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if torch.Tag.nondeterministic_seeded not in function.tags or kwargs.get("generator") is not None:
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs, name = dict(kwargs or {}), getattr(function, "__name__", "")
+        if not (name in _DRAWS or name in _LIKE or name in _OTHERS) or kwargs.get("generator") is not None:
             return function(*args, **kwargs)
-        first, packet, name = args[0] if args else None, function.overloadpacket, function._overloadname
-        tensor = isinstance(first, torch.Tensor)
-        generator = self._of(first.device if tensor else kwargs.get("device"))
-        filled = {"randn_like": "normal_", "rand_like": "uniform_"}.get(packet.__name__)
-        other = "generator" if name == "default" else f"{name}_generator"
-        if filled is not None:
-            return getattr(torch.empty_like(first, **kwargs), filled)(generator=generator)
-        if any(argument.name == "generator" for argument in function._schema.arguments):
+        tensor = next((value for value in args if isinstance(value, torch.Tensor)), None)
+        device = kwargs.get("device") or (torch.get_default_device() if tensor is None else tensor.device)
+        generator = self._of(device)
+        if name in _LIKE:
+            return getattr(torch.empty_like(*args, **kwargs), _LIKE[name])(generator=generator)
+        if name in _DRAWS:
             return function(*args, **{**kwargs, "generator": generator})
-        if not tensor and other in packet.overloads():
-            return getattr(packet, other)(*args, **{**kwargs, "generator": generator})
         with torch.random.fork_rng([generator.device] if generator.device.type == "cuda" else []):
             torch.manual_seed(int(torch.randint(2**31, (), generator=generator, device=generator.device)))
             return function(*args, **kwargs)

@@ -148,5 +148,5 @@ def test_a_head_of_no_backend(monkeypatch):
     def none(*_):
         raise RuntimeError("made of wood")
 
-    monkeypatch.setattr(sys.modules["cspd.describe"], "implementation", none)
+    monkeypatch.setattr(sys.modules["cspd.description"], "implementation", none)
     assert cspd.describe(made()).heads[0].backend == "none: made of wood"
