@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from enum import Enum
 from itertools import chain
 from types import MappingProxyType
@@ -14,6 +14,8 @@ import torch.nn as nn
 
 from cspd_kernels import Schedule
 
+_CONTAINERS, _PLAIN = (list, set, tuple, dict), (str, bool, int, float, type(None), Enum)
+_STEPS = ("timestep_map", "use_timesteps")  # which timesteps are kept: of as many sorts as there are T
 LOOPS = ("p_sample_loop", "p_sample_loop_with_noise")  # of LTH14/mar; of MarkXCloud/CSpD
 
 
@@ -107,23 +109,37 @@ class Tables:
         return self._read
 
     def _state(self) -> list:
-        """What a loop may depend on: every attribute, and the contents of the two that are easily edited in place."""
-        own = vars(self.diffusion).copy()  # at once: another thread may patch it meanwhile
-        betas, steps = own.get("betas"), own.get("timestep_map")
-        contents = [betas.tobytes() if isinstance(betas, np.ndarray) else None, None if steps is None else tuple(steps)]
-        return [type(self.diffusion), *(value for name, value in own.items() if name not in LOOPS), *contents]
+        """What a loop may depend on: every attribute, and the contents of those that can be edited in place."""
+        attributes = vars(self.diffusion).copy()  # at once: another thread may patch it meanwhile
+        own = [value for name, value in attributes.items() if name not in LOOPS]
+        tables = [value.tobytes() for value in own if isinstance(value, np.ndarray)]
+        held = [_contents(value, id) for value in own if isinstance(value, _CONTAINERS)]
+        return [type(self.diffusion), *own, (tables, held)]
 
     def _sort(self) -> tuple:
-        kinds, told = (str, bool, int, float, type(None), Enum), []
+        told = []
         for name, value in sorted(vars(self.diffusion).copy().items()):
-            if name in LOOPS or isinstance(value, (np.ndarray, torch.Tensor, list, set, tuple, dict, Schedule)):
+            if name in (*LOOPS, *_STEPS) or isinstance(value, (np.ndarray, torch.Tensor, Schedule)):
+                continue
+            if isinstance(value, _CONTAINERS):
+                told.append((name, _contents(value, _function)))
                 continue
             counts = isinstance(value, int) and not isinstance(value, bool) and "steps" in name
-            plain = value if isinstance(value, kinds) else id(value) if callable(value) else None
+            plain = value if isinstance(value, _PLAIN) else _function(value)
             told.append((name, None if counts else plain))
         return type(self.diffusion), tuple(told)
 
 
+def _contents(held, other: Callable) -> tuple:
+    """What a container holds: plain values, and what ``other`` tells of those that are not."""
+    items = (*held, *held.values()) if isinstance(held, dict) else held
+    return tuple(item if isinstance(item, _PLAIN) else other(item) for item in items)
+
+
+def _function(value) -> int | None:
+    return id(value) if callable(value) else None
+
+
 def _same(a: list, b: list) -> bool:
     """Whether two states are the same objects, and their contents equal."""
-    return len(a) == len(b) and all(x is y for x, y in zip(a[:-2], b)) and a[-2:] == b[-2:]
+    return len(a) == len(b) and all(x is y for x, y in zip(a[:-1], b)) and a[-1] == b[-1]

@@ -196,6 +196,15 @@ def test_frozen_weights_are_packed_once():
     assert relative_error(sample(model), first) > 1e-3
 
 
+def test_frozen_weights_are_not_looked_at():
+    net = small_mar().diffloss.net
+    cache = HeadCache(net, "frozen")
+    head = cache.get(SCHEDULE)
+    net.cond_embed.register_forward_hook(lambda *_: None)
+    net.res_blocks[0].mlp[1] = nn.GELU()
+    assert cache.get(SCHEDULE) is head
+
+
 def test_copies_of_a_cache_pack_their_own():
     cache = HeadCache(small_mar().diffloss.net, "frozen")
     head = cache.get(SCHEDULE)
