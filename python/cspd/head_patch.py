@@ -89,6 +89,12 @@ class HeadPatch:
         found = self.found
         _check_values(found, self.options.dtype)
         try:
+            self._compare(found)
+        except DiffersError as error:
+            raise ValueError(f"{self.name} samples differently and is left unpatched: {error}") from None
+
+    def _compare(self, found: FoundHead) -> None:
+        try:
             outcome = check_sample(found)
             self.verdicts = dict.fromkeys(outcome.kinds)
             for loop in LOOPS[1:]:  # which sample does not call
@@ -97,8 +103,6 @@ class HeadPatch:
                 self.tell(reason)
         except CannotRunError as error:
             self._without_sample(str(error))
-        except DiffersError as error:
-            raise ValueError(f"{self.name} samples differently and is left unpatched: {error}") from None
 
     def _without_sample(self, why: str) -> None:
         """Its own ``sample`` did not run: compare the loops by themselves, as far as those run."""
@@ -108,7 +112,7 @@ class HeadPatch:
         else:
             reasons = "; ".join(dict.fromkeys([why, *(failure for _, failure in results if failure)]))
             _logger.info(
-                "cspd.patch: %s: its code does not run here, so its first call compares: %s", self.name, reasons
+                "cspd.patch: %s: its own code does not run here, so its first call compares: %s", self.name, reasons
             )
 
     def _compare_loops(self, loop: str) -> tuple[int, str]:

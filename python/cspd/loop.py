@@ -165,7 +165,7 @@ def run_call(call: Call, head: DiffusionHead, *, backend: str | None, philox: bo
     """
     device, stream, rows = head.device, stream_dtype(head.dtype), call.rows
     if call.inter_noise is not None and len(call.inter_noise) != head.num_steps:
-        raise NotServedError(f"noise of {len(call.inter_noise)} steps is given for {head.num_steps}")
+        raise NotServedError(f"the noise of the steps is of {len(call.inter_noise)}, not {head.num_steps} steps")
     x_T = call.noise  # noqa: N806
     if x_T is None:
         x_T = torch.randn(call.shape, device="cpu" if draw == "cpu" else device)  # noqa: N806

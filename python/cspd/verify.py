@@ -89,7 +89,8 @@ def _what_runs(found: FoundHead, options: dict) -> tuple[tuple[int, ...], bool]:
         for shape in ((_ROWS, width), (2, _ROWS // 2, width)):
             try:
                 copies = copies_of(found.net, found.samplers, found.module, cut=cut, serving=False, steps=_LAST)
-                copies.module.sample(normal(shape, copies.trial.net), **options)
+                z = normal(shape, copies.trial.net)
+                seeded(lambda: copies.module.sample(z, **options), copies.diffusions)  # noqa: B023
                 return shape, cut
             except Exception as error:  # noqa: BLE001  (whatever a fork's code raises)
                 failure = failure or error

@@ -13,6 +13,7 @@ from small_models import small_mar
 
 import cspd
 from cspd import twin
+from cspd.diffusions import LOOPS
 from cspd.heads import find_heads
 from cspd.models import GaussianDiffusion
 from cspd.verify import DiffersError, check_loop, check_sample, plain_call
@@ -92,7 +93,7 @@ def test_differences_of_every_kind_are_found_in_the_loop(how, method):
     methods, match = DIFFERENCES.get(how, ({}, None))
     head = made(Head, type("Own", (Spaced,), methods)())
     before = state(head)
-    call = plain_call(head.net, method)
+    call = plain_call(head.net, LOOPS[0], method)
     if match is None:
         assert check_loop(call, head.gen_diffusion) == "cpu"
     else:

@@ -126,7 +126,7 @@ class served_calls:  # noqa: N801
     """The calls that patches serve in a ``with`` block."""
 
     def __enter__(self) -> list:
-        calls, run = [], cspd.patching.run_call
+        calls, run = [], cspd.head_patch.run_call
 
         def counted(call, *args, **kwargs):
             calls.append(call)
