@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 import torch.nn as nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.overrides import TorchFunctionMode
 
 from cspd_kernels import Schedule
 from cspd_kernels.head import without_autocast
@@ -28,6 +28,11 @@ from .standins import StandIn
 
 WIDTH = 32
 _SEED = 20240617
+_LIKE = {"randn_like": "normal_", "rand_like": "uniform_"}
+_RANDOM = (
+    "randn", "rand", "randint", "randperm", "normal", "bernoulli", "multinomial", "normal_", "uniform_", "random_",
+    "bernoulli_", "exponential_", "log_normal_", "cauchy_", "geometric_",
+)  # fmt: skip
 
 
 class CannotRunError(ValueError):
@@ -180,40 +185,29 @@ def seeded(run: Callable[[], object], diffusions: list) -> Run:
     return Run(result, [generator.get_state() for _, generator in sorted(numbers.generators.items())], kept)
 
 
-class OwnNumbers(TorchDispatchMode):
-    """Random numbers from generators of its own: other threads may draw from torch's meanwhile.
-
-    For the sake of an operation that takes no generator torch's are seeded and put back.
-    """
+class OwnNumbers(TorchFunctionMode):
+    """Random numbers of this thread from generators of its own: others may draw from torch's meanwhile."""
 
     def __init__(self):
         super().__init__()
         self.generators: dict[str, torch.Generator] = {}
 
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        name, kwargs = getattr(function, "__name__", ""), kwargs or {}
+        if name in _LIKE:
+            out = torch.empty_like(*args, **kwargs)
+            return getattr(out, _LIKE[name])(generator=self._of(out.device))
+        if name in _RANDOM and kwargs.get("generator") is None:
+            first = args[0] if args else None
+            device = first.device if isinstance(first, torch.Tensor) else kwargs.get("device")
+            kwargs = {**kwargs, "generator": self._of(device or torch.get_default_device())}
+        return function(*args, **kwargs)
+
     def _of(self, device) -> torch.Generator:
-        device = torch.device(device if device is not None else "cpu")
+        device = torch.device(device)
         if device.type not in self.generators:
             self.generators[device.type] = torch.Generator(device).manual_seed(_SEED)
         return self.generators[device.type]
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if torch.Tag.nondeterministic_seeded not in function.tags or kwargs.get("generator") is not None:
-            return function(*args, **kwargs)
-        first, packet, name = args[0] if args else None, function.overloadpacket, function._overloadname
-        tensor = isinstance(first, torch.Tensor)
-        generator = self._of(first.device if tensor else kwargs.get("device"))
-        filled = {"randn_like": "normal_", "rand_like": "uniform_"}.get(packet.__name__)
-        other = "generator" if name == "default" else f"{name}_generator"
-        if filled is not None:
-            return getattr(torch.empty_like(first, **kwargs), filled)(generator=generator)
-        if any(argument.name == "generator" for argument in function._schema.arguments):
-            return function(*args, **{**kwargs, "generator": generator})
-        if not tensor and other in packet.overloads():
-            return getattr(packet, other)(*args, **{**kwargs, "generator": generator})
-        with torch.random.fork_rng([generator.device] if generator.device.type == "cuda" else []):
-            torch.manual_seed(int(torch.randint(2**31, (), generator=generator, device=generator.device)))
-            return function(*args, **kwargs)
 
 
 def _attributes(diffusions: list) -> dict[str, object]:
@@ -234,6 +228,7 @@ def quiet(net: nn.Module) -> Iterator[None]:
     if device.type == "meta":
         raise CannotRunError("its weights are on the meta device")
     dtype, numbers, python = torch.get_default_dtype(), np.random.get_state(), random.getstate()
+    seed, state = torch.initial_seed(), torch.get_rng_state()
     try:
         if dtype != torch.float32:
             torch.set_default_dtype(torch.float32)
@@ -246,6 +241,8 @@ def quiet(net: nn.Module) -> Iterator[None]:
             torch.set_default_dtype(dtype)
         np.random.set_state(numbers)
         random.setstate(python)
+        if torch.initial_seed() != seed:  # its own code seeds; else other threads may have drawn since
+            torch.set_rng_state(state)
 
 
 def first_line(error: BaseException) -> str:
