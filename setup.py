@@ -13,7 +13,7 @@ from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
 PACKAGE = "cspd_kernels"
-SWITCH = "CSPD_BUILD_CUDA"  # 1: required, 0: skipped, not set: built where it can be
+SWITCH = "CSPD_BUILD_CUDA"  # 1: required, 0: skipped, not set: built where it can be and is of use
 
 spec = importlib.util.spec_from_file_location("cspd_compile", Path(__file__).resolve().parent / "csrc" / "compile.py")
 compiling = importlib.util.module_from_spec(spec)
@@ -22,7 +22,19 @@ spec.loader.exec_module(compiling)
 choice = os.environ.get(SWITCH, "")
 if choice not in ("", "0", "1"):
     raise SystemExit(f"expected {SWITCH} as 1 (required), 0 (skipped) or not set, got {choice!r}")
-missing = f"{SWITCH}=0 skipped it: install again without that variable" if choice == "0" else compiling.why_not()
+
+
+def why_left_out() -> str | None:
+    """None where the extension is to be built, else the reason for people."""
+    if choice == "0":
+        return f"{SWITCH}=0 skipped it: install again without that variable"
+    if reason := compiling.why_not():
+        return reason
+    version = None if choice == "1" else compiling.cpu_torch()
+    return version and f"torch here ({version}) was a CPU build: {SWITCH}=1 pip install . compiles the kernels anyway"
+
+
+missing = why_left_out()
 
 
 def leave_out(folder: Path, reason: str) -> None:
@@ -31,6 +43,7 @@ def leave_out(folder: Path, reason: str) -> None:
         stale.unlink()
     record = {"built": False, "reason": f"when this package was installed, {reason}"}
     (folder / compiling.RECORD).write_text(json.dumps(record, indent=1) + "\n")
+    print(f"installing cspd-kernels without its CUDA kernels: {reason}", file=sys.stderr)
 
 
 class BuildPackage(build_py):
@@ -51,7 +64,6 @@ class BuildExtension(build_ext):
             if choice == "1":
                 raise SystemExit(f"{SWITCH}=1, but the CUDA extension did not compile: {error}") from None
             reason = f"the CUDA extension did not compile ({error}): {SWITCH}=1 pip install -v . shows all of it"
-            print(f"WARNING: installing cspd-kernels without its CUDA kernels: {reason}", file=sys.stderr)
             leave_out(folder, reason)
         except ValueError as error:
             raise SystemExit(str(error)) from None

@@ -25,6 +25,7 @@ from cspd_kernels.ops.denoise.cuda_chain import DTYPE_CODES
 from cspd_kernels.ops.denoise.triton_chain import LayeredChain
 from cspd_kernels.ops.denoise.triton_persistent import PersistentChain
 from cspd_kernels.ops.density_ratio.triton import log_density_ratio
+from cspd_kernels.triton_refresh import Refresh
 from cspd_kernels.triton_report import ARCHITECTURES, Launch, compiled, recorded_launches
 
 CHANNELS = 16
@@ -86,6 +87,19 @@ def _chain_rows(model, kind, size, dtype, tokens, case) -> list[dict]:
 def _verdict_rows(channels, dtype, residual, per_token) -> list[dict]:
     described = {"model": f"C={channels}" + (f" {residual}" if residual else ""), "tokens": "any"}
     return _rows(verdict_launches(channels, dtype, residual, per_token), dtype, described | {"per_token": per_token})
+
+
+def refresh_launches(dtype: torch.dtype) -> list[Launch]:
+    """The launch that brings copies of type ``dtype`` up to date with float32 weights."""
+    with torch.device("meta"):
+        pair = torch.empty(64, 64, dtype=dtype), torch.empty(64, 64)
+    with recorded_launches() as launches:
+        Refresh((pair,))()
+    return list(launches)
+
+
+def _refresh_rows(dtype) -> list[dict]:
+    return _rows(refresh_launches(dtype), dtype, {"model": "weights", "tokens": "any"})
 
 
 def _rows(launches: list[Launch], dtype: torch.dtype, described: dict) -> list[dict]:
@@ -159,6 +173,7 @@ def report(heads: dict[str, tuple[int, int, int]], quick: bool, processes: int) 
         for residual in (None, *RESIDUALS)
         for per_token in ((True,) if quick else (True, False))
     ]
+    work += [(_refresh_rows, dtype) for dtype in DTYPES]
     with ProcessPoolExecutor(processes) as pool:
         rows = [row for rows in pool.map(_run, work) for row in rows]
     record = build_record()

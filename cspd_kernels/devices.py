@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 
 import torch
@@ -18,3 +19,8 @@ def shared_limit(device: torch.device) -> int:
     properties = torch.cuda.get_device_properties(device)
     by_architecture = SHARED_LIMITS.get(10 * properties.major + properties.minor, _LEAST_SHARED)
     return getattr(properties, "shared_memory_per_block_optin", by_architecture)  # not in every supported PyTorch
+
+
+def on(device: torch.device) -> contextlib.AbstractContextManager:
+    """Context in which kernels are launched on this device."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

@@ -8,6 +8,7 @@ slow, for tests on machines without a GPU.
 from __future__ import annotations
 
 import argparse
+import ast
 import hashlib
 import importlib.util
 import json
@@ -15,6 +16,7 @@ import os
 import re
 import shlex
 import shutil
+import site
 import subprocess
 import sys
 import sysconfig
@@ -36,8 +38,9 @@ def why_not() -> str | None:
     if not sys.platform.startswith("linux"):
         return f"it is built on Linux only, and this is {sys.platform}"
     try:
-        for find in (find_nvcc, _pybind11, _ninja):
-            find()
+        nvcc_version(find_nvcc())
+        _pybind11()
+        _ninja()
     except BuildError as error:
         return str(error)
     return None
@@ -50,6 +53,32 @@ def find_nvcc() -> Path:
         if found := shutil.which("nvcc", path=folder):
             return Path(found)
     raise BuildError("nvcc was not found in CUDA_HOME, CUDA_PATH or PATH: install the CUDA toolkit and install again")
+
+
+def cpu_torch() -> str | None:
+    """Such as 2.13.0+cpu, the version, where the torch that packages installed here run with is a build for CPUs only;
+    None where it is another build, or none is found. It is not imported: where pip builds, it cannot be.
+    """
+    folders = [*sys.path, *site.getsitepackages()]
+    if sys.prefix == sys.base_prefix or sys.base_prefix in site.PREFIXES:  # pip hides the user's folder when it builds
+        folders.append(site.getusersitepackages())
+    file = next((file for folder in folders if (file := Path(folder, "torch", "version.py")).is_file()), None)
+    try:
+        values = _constants(ast.parse(file.read_text())) if file else {}
+    except (OSError, SyntaxError, ValueError):
+        return None
+    built_for = {name: values.get(name) for name in ("cuda", "hip", "xpu")}
+    return str(values.get("__version__")) if "cuda" in values and not any(built_for.values()) else None
+
+
+def _constants(module: ast.Module) -> dict[str, object]:
+    """What a module gives to names, where that is a plain constant."""
+    values = {}
+    for line in module.body:
+        targets = line.targets if isinstance(line, ast.Assign) else [getattr(line, "target", None)]
+        if isinstance(getattr(line, "value", None), ast.Constant):
+            values |= {target.id: line.value.value for target in targets if isinstance(target, ast.Name)}
+    return values
 
 
 def _pybind11() -> Path:
@@ -70,7 +99,10 @@ def _ninja() -> str:
 
 def nvcc_version(nvcc: Path) -> str:
     """Such as 13.0.88."""
-    return re.search(r"\bV(\d+[.\d]*)", _output(nvcc, "--version"))[1]
+    text = _output(nvcc, "--version")
+    if found := re.search(r"\bV(\d+[.\d]*)", text):
+        return found[1]
+    raise BuildError(f"expected a version such as V13.0.88 from {nvcc} --version, got {_first_error(text)!r}")
 
 
 def supported_architectures(nvcc: Path) -> list[int]:
@@ -79,7 +111,13 @@ def supported_architectures(nvcc: Path) -> list[int]:
 
 
 def _output(nvcc: Path, option: str) -> str:
-    done = subprocess.run([nvcc, option], capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run([nvcc, option], capture_output=True, text=True, errors="replace", check=False)
+    except OSError as error:  # of another platform, or a script whose interpreter is gone
+        raise BuildError(
+            f"{nvcc} cannot be executed ({error.strerror}): install a CUDA toolkit for this platform, or set CUDA_HOME "
+            "to another one, and install again"
+        ) from None
     if done.returncode:
         raise BuildError(f"{nvcc} {option} failed: {_first_error(done.stderr + done.stdout)}")
     return done.stdout
@@ -143,11 +181,14 @@ def build(out: Path, objects: Path | None = None, wanted: str | None = None) -> 
         BuildError: something is missing or a compiler failed. ValueError: from ``architectures``.
     """
     nvcc = find_nvcc()
+    version = nvcc_version(nvcc)
     wanted = os.environ.get(ARCHITECTURES_VARIABLE, "") if wanted is None else wanted
     chosen = architectures(wanted, supported_architectures(nvcc))
     targets = [(a, f"sm_{a}") for a in chosen] + [(chosen[-1], f"compute_{chosen[-1]}")]
     generate = [word for a, code in targets for word in ("-gencode", f"arch=compute_{a},code={code}")]
     objects = objects or out / "objects" / "cuda"
+    names = ", ".join(code for _, code in targets)
+    print(f"compiling {len(sources())} files with {nvcc} ({version}) for {names}", file=sys.stderr, flush=True)
     # Handed .cpp files, nvcc calls the host's compiler and tells it where the toolkit is.
     compiler = [str(nvcc), *flags("nvcc"), *generate]
     commands = dict.fromkeys((".cu", ".cpp"), compiler)
@@ -156,7 +197,7 @@ def build(out: Path, objects: Path | None = None, wanted: str | None = None) -> 
         "built": True,
         "architectures": chosen,
         "ptx": chosen[-1:],
-        "nvcc": nvcc_version(nvcc),
+        "nvcc": version,
         "sources": digest(),
         "kernels": parse_ptxas(_demangled(logs)),
     }
@@ -207,7 +248,10 @@ def _ninja_build(
     lines += [f"build {o}: compile{path.suffix} {_escaped(path)}" for path, o in zip(sources, made)]
     lines.append(f"build {_escaped(_module(out))}: link {' '.join(made)}")
     (objects / "build.ninja").write_text("\n".join(lines) + "\n")
-    done = subprocess.run([ninja, "-C", objects], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        done = subprocess.run([ninja, "-C", objects], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    except OSError as error:
+        raise BuildError(f"{ninja} cannot be executed ({error.strerror}): pip install ninja") from None
     if done.returncode:
         print(done.stdout, file=sys.stderr)
         raise BuildError(_first_error(done.stdout))
@@ -233,7 +277,10 @@ def _first_error(text: str) -> str:
 
 def _demangled(text: str) -> str:
     tool = shutil.which("c++filt")  # comes with the linker; without it names stay mangled
-    return subprocess.run([tool], input=text, capture_output=True, text=True, check=True).stdout if tool else text
+    try:
+        return subprocess.run([tool], input=text, capture_output=True, text=True, check=True).stdout if tool else text
+    except (OSError, subprocess.CalledProcessError):
+        return text
 
 
 def parse_ptxas(text: str) -> list[dict]:

@@ -69,7 +69,7 @@ done
 
 # Without PyTorch's caching of memory a tool sees where each tensor ends.
 export PYTORCH_NO_CUDA_MEMORY_CACHING=1
-python=(python3 -m pytest -q -p no:cacheprovider -o timeout=1200 -m gpu)
+python=(python3 -m pytest -q -p no:cacheprovider -m gpu)
 for backend in cuda triton; do
     for tool in memcheck racecheck synccheck initcheck; do
         attempt "$tool: denoise, $backend" "${check[@]}" --tool "$tool" \

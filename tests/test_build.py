@@ -82,6 +82,70 @@ def test_what_is_missing_is_named(monkeypatch, toolkit):
         assert "pip install ninja" in compile_py.why_not()
 
 
+VERSIONS = {  # as the wheels of PyTorch have them
+    "cpu": ("cuda: Optional[str] = None\nhip: Optional[str] = None\nxpu: Optional[str] = None\n", "2.13.0+cpu"),
+    "2.4 cpu": ("cuda: Optional[str] = None\nhip: Optional[str] = None\n", "2.13.0+cpu"),
+    "cuda": ("cuda: Optional[str] = '13.0'\nhip: Optional[str] = None\n", None),
+    "plain": ("cuda = '12.1'\n", None),
+    "rocm": ("cuda: Optional[str] = None\nhip: Optional[str] = '6.4'\n", None),
+    "xpu": ("cuda: Optional[str] = None\nhip: Optional[str] = None\nxpu: Optional[str] = '2025'\n", None),
+    "says nothing": ("debug = False\n", None),
+    "computed": ("cuda = find()\n", None),
+    "broken": ("cuda = (\n", None),
+}
+
+
+@pytest.fixture
+def places(monkeypatch, tmp_path):
+    """Folders that packages are installed into, and nothing else: of sys.path, of the environment, of the user."""
+    folders = {name: tmp_path / name for name in ("path", "environment", "user")}
+    monkeypatch.setattr(sys, "path", [str(folders["path"])])
+    monkeypatch.setattr(compile_py.site, "getsitepackages", lambda: [str(folders["environment"])])
+    monkeypatch.setattr(compile_py.site, "getusersitepackages", lambda: str(folders["user"]))
+    return folders
+
+
+def put_torch(folder, kind):
+    (folder / "torch").mkdir(parents=True)
+    text, version = VERSIONS[kind]
+    head = "from typing import Optional\n\n__version__ = '2.13.0+cpu'\n"
+    (folder / "torch" / "version.py").write_text(head + text)
+    return version
+
+
+@pytest.mark.parametrize("kind", VERSIONS)
+def test_a_torch_for_cpus_is_told_from_others(places, kind):
+    version = put_torch(places["environment"], kind)  # not on sys.path: as where pip builds
+    assert compile_py.cpu_torch() == version
+
+
+def test_no_torch_is_no_torch_for_cpus(places):
+    assert compile_py.cpu_torch() is None
+
+
+def test_the_first_torch_counts(places):
+    put_torch(places["environment"], "cpu")
+    put_torch(places["path"], "cuda")
+    assert compile_py.cpu_torch() is None
+
+
+@pytest.mark.parametrize(("environment", "seen"), [("none", True), ("closed", False), ("open", True)])
+def test_the_users_folder_counts_where_python_looks_there(places, monkeypatch, environment, seen):
+    """In a virtual environment only where that one is open to the system's packages."""
+    version = put_torch(places["user"], "cpu")
+    monkeypatch.setattr(sys, "base_prefix", "/usr")
+    monkeypatch.setattr(sys, "prefix", "/usr" if environment == "none" else "/venv")
+    monkeypatch.setattr(compile_py.site, "PREFIXES", ["/venv", *(["/usr"] if environment == "open" else [])])
+    assert compile_py.cpu_torch() == (version if seen else None)
+
+
+def test_the_torch_of_these_tests_is_judged_rightly():
+    import torch
+
+    expected = None if torch.version.cuda or torch.version.hip else torch.__version__
+    assert compile_py.cpu_torch() == expected
+
+
 def test_the_toolkit_is_asked(toolkit):
     nvcc = compile_py.find_nvcc()
     assert compile_py.nvcc_version(nvcc) == "12.8.61"
@@ -125,6 +189,21 @@ def test_architectures_older_than_the_kernels():
 def test_architectures_that_nvcc_does_not_know():
     with pytest.raises(ValueError, match=r"this nvcc knows 75, 80, .*, and not 9, 110$"):
         compile_py.architectures("9;80;11.0", SUPPORTED)
+
+
+def test_names_stay_as_they_are_where_nothing_demangles_them(monkeypatch, tmp_path):
+    broken = tmp_path / "c++filt"
+    broken.write_text("#!/nonexistent/interpreter\n")
+    broken.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert compile_py._demangled("_ZN4cspd6kernelEv") == "_ZN4cspd6kernelEv"
+
+
+def test_a_ninja_that_does_not_work_is_named(monkeypatch, source, toolkit, tmp_path):
+    module = compiling(source)
+    monkeypatch.setattr(module, "_ninja", lambda: str(tmp_path / "ninja"))
+    with pytest.raises(module.BuildError, match=r"ninja cannot be executed \(No such file or directory\)"):
+        module.build(tmp_path / "out")
 
 
 def test_what_ptxas_says_of_every_kernel():

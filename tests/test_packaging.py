@@ -13,7 +13,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from building import ROOT, build_wheel, copy_sources, fake_nvcc, with_stand_in
+from building import ROOT, build_wheel, copy_sources, fake_nvcc, stand_in_torch, with_stand_in
 
 TOOLS = "/usr/bin:/bin"
 
@@ -89,13 +89,14 @@ def test_version_is_stated_once(wheel):
     assert f"cspd_kernels-{cspd_kernels.__version__}" in wheel.filename
 
 
-def test_imports_are_quiet_and_light():
+def test_imports_are_quiet_and_light(tmp_path):
     code = (
         "import sys, cspd, cspd_kernels\n"
         "heavy = {'triton', 'sklearn', 'scipy', 'PIL', 'matplotlib', 'timm', 'torchvision'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )
-    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False)
+    command = [sys.executable, "-W", "error", "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
@@ -117,6 +118,59 @@ def test_with_nvcc_the_wheel_holds_the_extension(source, tools, tmp_path):
     assert found["kernels"][0]["spill_store_bytes"] == 8
 
 
+@pytest.mark.parametrize("archs", [None, "8.0"])
+def test_what_is_compiled_is_printed(source, tools, tmp_path, archs):
+    done = build_wheel(source, tmp_path, tools, **({"CSPD_CUDA_ARCHS": archs} if archs else {}))
+    built(done, tmp_path)
+    codes = "sm_80, compute_80" if archs else "sm_80, sm_90, compute_90"
+    assert f"compiling 2 files with {tmp_path}/tools/nvcc (12.8.61) for {codes}" in done.stdout + done.stderr
+
+
+LEFT_OUT = "installing cspd-kernels without its CUDA kernels: "
+CPU_BUILD = "torch here (2.99.0) was a CPU build: CSPD_BUILD_CUDA=1 pip install . compiles the kernels anyway"
+
+
+def test_beside_a_torch_for_cpus_nothing_is_compiled(source, tools, tmp_path):
+    done = build_wheel(source, tmp_path, tools, cuda=None)
+    wheel = built(done, tmp_path)
+    assert record(wheel) == {"built": False, "reason": f"when this package was installed, {CPU_BUILD}"}
+    assert wheel.filename.endswith("-py3-none-any.whl")
+    assert LEFT_OUT + CPU_BUILD in done.stdout + done.stderr
+    assert "-c" not in (tmp_path / "tools" / "calls").read_text()
+
+
+def test_the_kernels_may_be_asked_for_beside_a_torch_for_cpus(source, tools, tmp_path):
+    wheel = built(build_wheel(source, tmp_path, tools, cuda=None, CSPD_BUILD_CUDA="1"), tmp_path)
+    assert record(wheel)["built"] is True
+    assert len(modules(wheel)) == 1
+
+
+BROKEN_NVCC = {
+    "no interpreter": (b"#!/nonexistent/interpreter\n", "cannot be executed (No such file or directory)"),
+    "another platform": (b"\x7fELF\x02\x01\x01" + bytes(57), "cannot be executed (Exec format error)"),
+    "an error": (b"#!/bin/sh\necho 'error: no licence' >&2\nexit 3\n", "--version failed: error: no licence"),
+    "no version": (b"#!/bin/sh\necho hello\n", "expected a version such as V13.0.88 from"),
+}
+
+
+@pytest.mark.parametrize("required", [False, True])
+@pytest.mark.parametrize("kind", BROKEN_NVCC)
+def test_an_nvcc_that_does_not_work_is_no_nvcc(source, tools, tmp_path, kind, required):
+    content, said = BROKEN_NVCC[kind]
+    (tmp_path / "tools" / "nvcc").write_bytes(content)
+    done = build_wheel(source, tmp_path, tools, **({"CSPD_BUILD_CUDA": "1"} if required else {}))
+    text = done.stdout + done.stderr
+    assert said in text
+    assert "Traceback" not in text
+    if required:
+        assert done.returncode != 0
+        assert "CSPD_BUILD_CUDA=1, but the CUDA extension cannot be built: " in text
+        return
+    wheel = built(done, tmp_path)
+    assert said in record(wheel)["reason"]
+    assert wheel.filename.endswith("-py3-none-any.whl")
+
+
 def test_a_required_extension_that_cannot_be_built_is_an_error(source, tmp_path):
     done = build_wheel(source, tmp_path, tmp_path / "no tools", CSPD_BUILD_CUDA="1")
     assert done.returncode != 0
@@ -128,7 +182,7 @@ def test_the_extension_can_be_skipped(source, tools, tmp_path):
     wheel = built(build_wheel(source, tmp_path, tools, CSPD_BUILD_CUDA="0"), tmp_path)
     assert "CSPD_BUILD_CUDA=0 skipped it: install again without" in record(wheel)["reason"]
     assert wheel.filename.endswith("-py3-none-any.whl")
-    assert not (tmp_path / "tools" / "calls").exists()
+    assert not (tmp_path / "tools" / "calls").exists()  # nvcc is not even looked at
 
 
 @pytest.mark.parametrize(
@@ -158,16 +212,17 @@ def test_kernels_that_do_not_compile(source, tools, tmp_path, required):
         assert error in done.stdout + done.stderr
         return
     wheel = built(done, tmp_path)
-    assert "WARNING: installing cspd-kernels without its CUDA kernels" in done.stdout + done.stderr
+    assert LEFT_OUT in done.stdout + done.stderr
     assert modules(wheel) == []
     assert record(wheel)["built"] is False
     assert f"{error}): CSPD_BUILD_CUDA=1 pip install -v . shows all of it" in record(wheel)["reason"]
 
 
 def hook(source: Path, name: str, out: Path, path: str) -> None:
-    """Call a hook of the build backend, as pip does."""
+    """Call a hook of the build backend, as pip does, beside a torch that was built for CUDA."""
     code = f"import setuptools.build_meta as backend; backend.{name}({str(out)!r})"
-    subprocess.run([sys.executable, "-c", code], cwd=source, env={"PATH": path}, capture_output=True, check=True)
+    environment = {"PATH": path, "PYTHONPATH": str(stand_in_torch(out / "torch for the build"))}
+    subprocess.run([sys.executable, "-c", code], cwd=source, env=environment, capture_output=True, check=True)
 
 
 def test_an_editable_installation_builds_in_the_source_tree(source, tools, tmp_path):

@@ -4,11 +4,20 @@
 :class:`SpecDecodeRunner` pairs a draft with a target model, approximately by construction.
 """
 
-from . import models
-from .describe import describe
-from .patching import is_patched, patch, patched, unpatch
-from .policies import AdaptiveDraft, SimilarityRelaxation, Window
-from .speculative import SpecDecodeRunner
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from typing import TYPE_CHECKING
+
+from .origin import warn_of_a_mixture
+
+if TYPE_CHECKING:
+    from . import models
+    from .description import describe
+    from .patching import is_patched, patch, patched, unpatch
+    from .policies import AdaptiveDraft, SimilarityRelaxation, Window
+    from .speculative import SpecDecodeRunner
 
 __all__ = [
     "AdaptiveDraft",
@@ -22,3 +31,32 @@ __all__ = [
     "patched",
     "unpatch",
 ]
+
+# Looked up on first use: the command `cspd` is at work, and can be interrupted, before torch is imported.
+_HOMES = {
+    "AdaptiveDraft": "policies",
+    "SimilarityRelaxation": "policies",
+    "SpecDecodeRunner": "speculative",
+    "Window": "policies",
+    "describe": "description",
+    "is_patched": "patching",
+    "patch": "patching",
+    "patched": "patching",
+    "unpatch": "patching",
+}
+
+
+def __getattr__(name: str):
+    if name in _HOMES:
+        value = globals()[name] = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+        return value
+    if not name.startswith("_") and importlib.util.find_spec(f"{__name__}.{name}"):
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+warn_of_a_mixture(__file__)

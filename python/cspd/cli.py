@@ -3,18 +3,73 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
 import sys
 from pathlib import Path
 
+from .files import check_output, write_file
+
+INTERRUPTED = 130  # what shells report of a command that Ctrl-C has ended
+
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; wrong input ends with one line on stderr and status 2."""
-    args = _parser().parse_args(argv)
+    """Run a command. Wrong input, or what cannot be written, ends with one line on stderr and status 2; Ctrl-C with
+    one line and status 130.
+    """
+    command = "cspd"
     try:
-        return args.run(args)
-    except (FileNotFoundError, ValueError, RuntimeError) as error:
-        print(f"cspd {args.command}:", " ".join(str(error).split()), file=sys.stderr)
-        return 2
+        args = _parser().parse_args(argv)
+        command = f"cspd {args.command}"
+        status = args.run(args)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return status
+    except KeyboardInterrupt:
+        status, message = INTERRUPTED, "interrupted"
+    except BrokenPipeError as error:  # nobody reads what is printed any more, as with `| head`
+        status, message = 2, error.filename and _one_line(error)
+    except (OSError, ValueError, RuntimeError) as error:
+        status, message = 2, _one_line(error)
+    # Out here the frames of the command are gone: a progress bar has ended its line.
+    _discard_output()
+    if message:
+        print(f"{command}: {message}", file=sys.stderr)
+    return status
+
+
+def _one_line(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:  # without the number
+        return error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split())
+
+
+def _discard_output() -> None:
+    """What stdout still holds goes nowhere if it cannot be written: Python would try again at its end, and complain."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (AttributeError, ValueError):  # there is none, or it is closed
+        pass
+
+
+@contextlib.contextmanager
+def _one_thread():
+    """One CPU thread for the digits pair, unless OMP_NUM_THREADS says otherwise; the caller's number afterwards.
+
+    Its tensors are so small that more threads gain nothing, and on a busy machine they wait for each other, spinning.
+    """
+    import torch
+
+    before = torch.get_num_threads()
+    if not os.environ.get("OMP_NUM_THREADS"):
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -32,6 +87,9 @@ def _parser() -> argparse.ArgumentParser:
     generate = commands.add_parser("generate", help="images from MAR checkpoints, or from the digits pair")
     generate.add_argument("--target", type=Path, metavar="CKPT", help="MAR checkpoint; without it the digits pair")
     generate.add_argument("--draft", type=Path, metavar="CKPT", help="draft checkpoint; without it the target alone")
+    generate.add_argument(
+        "--patch-size", type=_positive, metavar="P", help="of the checkpoints, whose weights do not tell it"
+    )
     generate.add_argument("--labels", type=int, nargs="+", required=True, help="one class per image")
     generate.add_argument("--num-iter", type=_positive, help="autoregressive steps (default 64; digits 16)")
     generate.add_argument("--gamma", type=_positive, default=8, help="draft steps per window (default 8)")
@@ -72,37 +130,50 @@ def _positive(text: str) -> int:
 def _demo(args) -> int:
     from .demo.run import run_demo
 
-    run_demo(args.num_images, args.gamma, args.seed, args.out, args.json)
+    with _one_thread():
+        run_demo(args.num_images, args.gamma, args.seed, args.out, args.json)
     return 0
 
 
 def _generate(args) -> int:
+    digits = args.target is None
+    wanted = ".png" if digits else ".safetensors"
+    if args.out.suffix != wanted:
+        raise ValueError(f"expected --out with the ending {wanted}, got {args.out.name}")
+    check_output(args.out, "--out")
+    for name in ("target", "draft"):
+        checkpoint = getattr(args, name)
+        if checkpoint and checkpoint.exists() and args.out.exists() and checkpoint.samefile(args.out):
+            raise ValueError(f"expected --out as another file than --{name}, got {args.out} for both")
+    if digits:
+        for name in ("draft", "num_sampling_steps", "patch_size"):
+            if getattr(args, name) is not None:
+                option = f"--{name.replace('_', '-')}"
+                raise ValueError(f"expected --target together with {option}: the digits pair has its own")
+    with _one_thread() if digits else contextlib.nullcontext():
+        return _generate_images(args)
+
+
+def _generate_images(args) -> int:
     import torch
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     from .checkpoints import load_mar
     from .speculative import SpecDecodeRunner
 
     digits = args.target is None
-    wanted = ".png" if digits else ".safetensors"
-    if args.out.suffix != wanted:
-        raise ValueError(f"expected --out with the ending {wanted}, got {args.out.name}")
-    if not args.out.resolve().parent.is_dir():
-        raise FileNotFoundError(f"expected a folder for {args.out.name} to exist, found none at {args.out.parent}")
     try:
         torch.empty(0, device=args.device)
     except (RuntimeError, AssertionError) as error:  # torch without that device asserts
         raise ValueError(f"expected --device as one that torch has here, got {args.device}: {error}") from error
-    if digits and args.draft is not None:
-        raise ValueError("expected --target together with --draft")
-    if digits and args.num_sampling_steps:
-        raise ValueError("expected --target together with --num-sampling-steps: the digits pair has its own")
     if digits:
         from .demo.pair import load_pair
 
         target, draft = (model.to(args.device) for model in load_pair())
     else:
-        options = dict(num_sampling_steps=args.num_sampling_steps or 100, device=args.device)
+        options = dict(
+            patch_size=args.patch_size, num_sampling_steps=args.num_sampling_steps or 100, device=args.device
+        )
         target = load_mar(args.target, **options)
         draft = load_mar(args.draft, **options) if args.draft else None
     labels = torch.tensor(args.labels, device=args.device)
@@ -125,7 +196,7 @@ def _generate(args) -> int:
         labels,
         args.temperature,
         args.cfg,
-        progress=True,
+        progress=sys.stderr is not None and sys.stderr.isatty(),
         seed=args.seed,
     ).cpu()
     if digits:
@@ -133,10 +204,11 @@ def _generate(args) -> int:
 
         save_picture(args.out, [("speculative", images, runner.stats.outcome)], labels)
     else:
-        save_file({"latents": images.contiguous(), "labels": labels.cpu()}, args.out)
+        write_file(args.out, save({"latents": images.contiguous(), "labels": labels.cpu()}))
     stats = runner.stats
     kept = "" if stats.acceptance is None else f", {100 * stats.acceptance:.1f} % of the drafted tokens kept"
-    print(f"wrote {args.out}: {stats.target_calls} target and {stats.draft_calls} draft calls{kept}")
+    layout = "" if digits else f", latents of shape {tuple(images.shape)} read with patch size {target.patch_size}"
+    print(f"wrote {args.out}: {stats.target_calls} target and {stats.draft_calls} draft calls{kept}{layout}")
     return 0
 
 
@@ -145,3 +217,7 @@ def _info(args) -> int:
 
     print(render(args.json))
     return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

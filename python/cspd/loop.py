@@ -33,6 +33,8 @@ PATCHES = "_cspd_patches"  # attribute of a network: its patches, the last one i
 _IGNORED = ("model", "shape", "noise", "inter_noise", "model_kwargs", "temperature", "device", "progress")
 _PLAIN = {"clip_denoised": "x0 is clipped", "denoised_fn": "x0 goes through a denoised_fn",
           "cond_fn": "the mean is moved by a cond_fn"}  # fmt: skip
+NO_LOOP = "its sample runs without p_sample_loop: by a sampler of its own"
+LOCK = threading.RLock()  # of patching and unpatching, of any model
 _thread = threading.local()
 
 
@@ -162,6 +164,8 @@ def run_call(call: Call, head: DiffusionHead, *, backend: str | None, philox: bo
         draw: the generator that x_T comes from where it is not given: the CPU's or the device's.
     """
     device, stream, rows = head.device, stream_dtype(head.dtype), call.rows
+    if call.inter_noise is not None and len(call.inter_noise) != head.num_steps:
+        raise NotServedError(f"noise of {len(call.inter_noise)} steps is given for {head.num_steps}")
     x_T = call.noise  # noqa: N806
     if x_T is None:
         x_T = torch.randn(call.shape, device="cpu" if draw == "cpu" else device)  # noqa: N806

@@ -3,48 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import logging
-import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 
-from cspd_kernels.backends import implementation
-from cspd_kernels.head import OPERAND_DTYPES
-
-from .describe import describe_head
-from .diffusions import Code, NotServedError, diffusions_of
-from .heads import FoundHead, HeadCache, find_heads, unwrapped
-from .loop import PATCHES, Call, LoopHook, finish, run_call
-from .standins import StandIn, WatchedMoves, WatchedSample
-from .twin import CannotRunError
-from .verify import DiffersError, check_loop, check_sample, plain_call
+from .description import describe_head
+from .diffusions import diffusions_of
+from .head_patch import HeadPatch, Options
+from .heads import find_heads
+from .loop import LOCK, PATCHES, LoopHook
+from .standins import WatchedMoves, WatchedSample
 
 _logger = logging.getLogger("cspd")
-_NOISES, _WEIGHTS = ("upstream", "philox"), ("live", "frozen")
-_lock = threading.RLock()  # patching and unpatching, of any model
-
-
-@dataclass(frozen=True)
-class Options:
-    """What :func:`patch` was asked for."""
-
-    backend: str | None = None
-    dtype: torch.dtype | None = None
-    noise: str = "upstream"
-    weights: str = "live"
-
-    def check(self) -> None:
-        if self.noise not in _NOISES:
-            raise ValueError(f"patch expected noise one of {_NOISES}, got {self.noise!r}")
-        if self.weights not in _WEIGHTS:
-            raise ValueError(f"patch expected weights one of {_WEIGHTS}, got {self.weights!r}")
-        if self.dtype is not None and self.dtype not in OPERAND_DTYPES:
-            raise ValueError(f"patch expected dtype None or one of {OPERAND_DTYPES}, got {self.dtype!r}")
-        implementation("denoise", self.backend)
 
 
 def patch(
@@ -95,7 +67,7 @@ def patch(
     """
     options = Options(backend, dtype, noise, weights)
     options.check()
-    with _lock:
+    with LOCK:
         patches = _prepare(model, options)
         lines = [describe_head(p.found, p).line for p in patches] if _logger.isEnabledFor(logging.INFO) else []
         older = _patches_in(model)
@@ -106,7 +78,7 @@ def patch(
 
 def unpatch(model: nn.Module) -> nn.Module:
     """Undo :func:`patch`; a model that is not patched is left as it is. Returns the model."""
-    with _lock:
+    with LOCK:
         _remove(_patches_in(model))
     return model
 
@@ -125,13 +97,13 @@ def patched(model: nn.Module, **options) -> Iterator[nn.Module]:
     """
     options = Options(**options)
     options.check()
-    with _lock:
+    with LOCK:
         patches = _prepare(model, options)
         _install(patches)
     try:
         yield model
     finally:
-        with _lock:
+        with LOCK:
             _remove(patches)
 
 
@@ -142,17 +114,10 @@ def _prepare(model: nn.Module, options: Options) -> list[HeadPatch]:
         ValueError: there is no head, or one samples differently.
     """
     found = find_heads(model)
-    patches, left = [], dict(found.near)
-    for head in found.heads:
-        head_patch = HeadPatch(head, options)
-        if (reason := head_patch.compare()) is None:
-            patches.append(head_patch)
-        else:
-            left[head.name] = reason
-    if not patches:
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in left.items())
-        raise ValueError(f"no head of {type(model).__name__} can be served, and all are left unpatched: {reasons}")
-    for name, reason in left.items():
+    patches = [HeadPatch(head, options) for head in found.heads]
+    for head_patch in patches:
+        head_patch.compare()
+    for name, reason in found.near.items():
         _logger.warning("cspd.patch: %s is left unpatched: %s", name, reason)
     return patches
 
@@ -181,174 +146,3 @@ def _install(patches: list[HeadPatch], lines: Sequence[str] = ()) -> None:
 def _remove(patches: list[HeadPatch]) -> None:
     for head_patch in patches:
         head_patch.remove()
-
-
-class HeadPatch:
-    """The patch of one head: what it was asked for, its packed weights, and which kinds of calls were compared.
-
-    It stands on the head's network, where the hooks of the diffusion objects find it, so that a deep
-    copy or a pickle of the model carries a patch of its own.
-    """
-
-    def __init__(self, found: FoundHead, options: Options):
-        self.found, self.options = found, options
-        self.cache = HeadCache(found.net, options.weights)
-        self.verdicts: dict[tuple, str | None] = {}  # kind of call -> why it is not served
-        self.draws: dict[tuple, str] = {}
-        self.code = Code(map(type, found.net.modules())).functions  # that the verdicts are about
-        self.told: list[str] = []
-        self.hooks: list[LoopHook | StandIn] = []
-
-    @property
-    def name(self) -> str:
-        return self.found.name
-
-    @property
-    def net(self) -> nn.Module:
-        return self.found.net
-
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "verdicts": {}, "draws": {}, "code": ()}
-
-    def __deepcopy__(self, memo: dict) -> HeadPatch:
-        twin = memo[id(self)] = self.__class__.__new__(self.__class__)
-        compared = {"verdicts": dict(self.verdicts), "draws": dict(self.draws), "code": self.code}
-        twin.__setstate__({**copy.deepcopy(self.__getstate__(), memo), **compared})
-        return twin
-
-    def __setstate__(self, state: dict) -> None:
-        self.__dict__.update(state)
-        for hook in self.hooks:
-            hook.users.add(self)
-
-    def compare(self) -> str | None:
-        """Sample with and without the kernels on a copy; None where some call is served, else why none is.
-
-        Raises:
-            ValueError: the two differ.
-        """
-        found = self.found
-        _check_values(found, self.options.dtype)
-        try:
-            outcome = check_sample(found)
-            if not outcome.kinds:
-                return "; ".join(dict.fromkeys(outcome.own))
-            self.verdicts = dict.fromkeys(outcome.kinds)
-            for reason in outcome.own:
-                self.tell(reason)
-        except CannotRunError as error:
-            self._compare_loops(str(error))
-        except DiffersError as error:
-            raise ValueError(f"{self.name} samples differently and is left unpatched: {error}") from None
-        return None
-
-    def _compare_loops(self, why: str) -> None:
-        """Its own ``sample`` did not run: compare the loops by themselves, as far as those run."""
-        compared, failure = 0, None
-        for diffusion in self.found.samplers:
-            for method in ("forward", "forward_with_cfg"):
-                if not hasattr(self.net, method):
-                    continue
-                call = plain_call(self.net, method)
-                try:
-                    check_loop(call, diffusion)
-                    compared, self.verdicts[call.kind] = compared + 1, None
-                except CannotRunError as error:
-                    failure = error
-                except DiffersError as error:
-                    raise ValueError(f"{self.name} samples differently and is left unpatched: {error}") from None
-        if compared:
-            _logger.info("cspd.patch: %s: its sample did not run on a copy (%s); its loop was compared", self.name, why)
-        else:
-            why = f"{why}; {failure}" if failure is not None and str(failure) != why else why
-            _logger.info(
-                "cspd.patch: %s: its own code does not run here, so its first call compares: %s", self.name, why
-            )
-
-    def install(self) -> None:
-        self.net.__dict__.setdefault(PATCHES, []).append(self)
-        module = self.found.module
-        hooked = [*((LoopHook, diffusion) for diffusion in self.found.samplers), (WatchedMoves, self.net)]
-        if callable(getattr(module, "sample", None)):
-            hooked.append((WatchedSample, module))
-        for kind, owner in hooked:
-            found = kind.of(owner)
-            hook = kind(owner) if found is None else found
-            hook.users.add(self)
-            self.hooks.append(hook)
-            if found is None:
-                hook.install()
-
-    def remove(self) -> None:
-        patches = self.net.__dict__.get(PATCHES, [])
-        if self in patches:
-            patches.remove(self)
-        if not patches:
-            self.net.__dict__.pop(PATCHES, None)
-        for hook in self.hooks:
-            hook.users.discard(self)
-            if not hook.users:
-                hook.remove()
-        self.hooks = []
-        self.cache.clear()
-
-    def take(self, call: Call, hook: LoopHook) -> torch.Tensor:
-        """Serve a call of a hooked loop.
-
-        Raises:
-            NotServedError: the loop's own code must run; nothing was drawn.
-        """
-        schedule, kind, source = hook.tables.schedule(), hook.kind(call), self.cache.look()
-        if source.code.functions is not self.code:
-            if source.code.functions != self.code:  # what was compared was other code
-                self.verdicts, self.draws = {}, {}
-            self.code = source.code.functions
-        verdicts, draws = self.verdicts, self.draws
-        if kind not in verdicts:
-            self._compare_now(kind, call, hook, verdicts, draws)
-        if (reason := verdicts[kind]) is not None:
-            raise NotServedError(reason)
-        options = self.options
-        head = self.cache.get(schedule, options.dtype, source)
-        draw = draws.get(kind, "cpu")
-        out = run_call(call, head, backend=options.backend, philox=options.noise == "philox", draw=draw)
-        return finish(call, out, hook.diffusion)
-
-    def _compare_now(self, kind: tuple, call: Call, hook: LoopHook, verdicts: dict, draws: dict) -> None:
-        """A kind of call that was not seen when the head was patched: it is compared before it is served."""
-        with _lock:
-            try:
-                draws[kind] = check_loop(call, hook.diffusion)
-                verdicts[kind] = None
-            except CannotRunError as error:
-                verdicts[kind] = f"its own loop does not run on a copy to be compared with: {error}"
-            except DiffersError as error:
-                verdicts[kind] = f"{error}"
-
-    def left_behind(self) -> str | None:
-        """Why the head does not come to this patch any more, None where it does."""
-        net = self.found.module._modules.get("net")
-        inner = None if net is None else unwrapped(net)[0]
-        return None if inner is self.net else "its network is another one now, or wrapped by another kind: patch again"
-
-    def tell(self, reason: str) -> None:
-        """Log once why the head's own code runs."""
-        if reason not in self.told:
-            self.told.append(reason)
-            _logger.warning("cspd.patch: %s runs its own code, unaccelerated: %s", self.name, reason)
-
-
-def _check_values(found: FoundHead, dtype: torch.dtype | None) -> None:
-    for name, weight in found.net.named_parameters(prefix="net"):
-        if weight.is_meta:
-            return
-        weight = weight.detach()
-        if not bool(torch.isfinite(weight).all()):
-            raise ValueError(
-                f"{found.name} is left unpatched: expected finite weights, got NaN or infinity in {name}: load weights "
-                "that did not diverge"
-            )
-        if dtype == torch.float16 and weight.numel() and float(weight.abs().max()) > torch.finfo(dtype).max:
-            raise ValueError(
-                f"{found.name} is left unpatched: {name} holds values beyond float16's range: use dtype=torch.bfloat16"
-            )

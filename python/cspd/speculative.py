@@ -212,13 +212,13 @@ class SpecDecodeRunner:
         seed = int(torch.randint(2**63 - 1, (), device="cpu")) if seed is None else seed
         # What may wait for the device, and what comes from the host, goes before the first kernel.
         by_tables = {role: self._by_tables(role) for role in self._models}
-        heads = {role: self._head(role) for role in self._models}
         labels = None if labels is None else to_device(labels, device)
         relaxation = self.inner_temperature
         if isinstance(relaxation, torch.Tensor):
             relaxation = to_device(relaxation.float(), device)
         tables = by_token(steps, device)
         orders = None if orders is None else to_device(orders, device)
+        heads = {role: self._head(role) for role in self._models}
         images = torch.arange(first_image, first_image + bsz, device=device)
         orders = random_orders(seed, images, self.seq_len) if orders is None else orders
         models = {

@@ -16,7 +16,8 @@ import torch.nn as nn
 
 from cspd_kernels.backends import untraced
 
-from .loop import loops_entered, patch_of
+from .diffusions import LOOPS, diffusions_of
+from .loop import LOCK, NO_LOOP, LoopHook, loops_entered, patch_of
 
 _REPLICATE = "_replicate_for_data_parallel"
 
@@ -95,12 +96,21 @@ class WatchedSample(StandIn):
 
     @untraced
     def run(self, *args, **kwargs):
+        self._follow()
         before = loops_entered()
         result = self.original("sample")(*args, **kwargs)
         if loops_entered() == before:
             for user in list(self.users)[:1]:
-                (patch_of(user.net) or user).tell("its sample ran without p_sample_loop: by a sampler of its own")
+                (patch_of(user.net) or user).tell(NO_LOOP)
         return result
+
+    def _follow(self) -> None:
+        """Diffusion objects that were exchanged since the last call are taken over, too."""
+        held = [value for value in [*self.module.__dict__.values()] if hasattr(type(value), LOOPS[0])]
+        if any(LoopHook.of(diffusion) is None for diffusion in held):
+            with LOCK:
+                for user in list(self.users):
+                    user.take_over(diffusions_of(self.module))
 
 
 class WatchedMoves(StandIn):

@@ -10,7 +10,7 @@ import contextlib
 import copy
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -39,7 +39,7 @@ class CannotRunError(ValueError):
     """The module's own code does not run on a small copy here; nothing is known."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Trial:
     """The patch of a copied network: runs its own loop, or serves its calls by the torch backend, and keeps notes."""
 
@@ -69,6 +69,8 @@ class Trial:
             raise NotServedError("")
         if steps is not None and steps < schedule.num_steps:
             schedule = Schedule(schedule.betas[:steps], schedule.timesteps[:steps], schedule.variance)
+        if call.inter_noise is not None:
+            call = replace(call, inter_noise=call.inter_noise[: schedule.num_steps])
         head = self.cache.get(schedule, torch.float32)
         out = run_call(call, head, backend="torch", philox=False, draw=self.draw)
         self.tokens = finish(call, out, hook.diffusion)
@@ -112,6 +114,9 @@ def copies_of(
     for _, norm in norms(net):
         fresh(norm.weight, small, scale=0.1, around=1.0)
         fresh(norm.bias, small, scale=0.1)
+    for parameter in net.parameters():  # of parts that are not known: they may be trained to anything later
+        if parameter.is_floating_point():
+            fresh(parameter, *parameter.shape, scale=0.5)
     for part in [net, *(module.modules() if module is not None else ())]:
         if (patches := part.__dict__.get(PATCHES)) is not None:  # a copy is nobody's yet
             memo[id(patches)] = []
@@ -137,7 +142,9 @@ def copies_of(
             hook.remove()
         if steps is not None:
             _last_steps(diffusion, steps)
-        LoopHook(diffusion).install()
+        hook = LoopHook(diffusion)
+        hook.install()
+        hook.users.add(trial)  # is told of calls that name no network
     return Copies(trial, diffusions, module)
 
 

@@ -16,7 +16,7 @@ import torch.nn as nn
 
 from .diffusions import LOOPS
 from .heads import FoundHead
-from .loop import Call, LoopHook
+from .loop import NO_LOOP, Call, LoopHook
 from .twin import CannotRunError, Copies, OwnNumbers, Run, copies_of, first_line, normal, quiet, seeded
 
 _ROWS, _TEMPERATURE, _GUIDANCE, _LAST = 4, 0.8, 2.5, 10
@@ -69,7 +69,7 @@ def _compare_samples(found: FoundHead, scale: float, options: dict, outcome: Out
     outcome.own += own.reasons
     outcome.kinds |= own.kinds
     if served is None:
-        outcome.own += [] if own.reasons else ["its sample runs without p_sample_loop: by a sampler of its own"]
+        outcome.own += [] if own.reasons else [NO_LOOP]
         return
     (first, *more), tokens = served.calls, served.tokens
     asked = first.cfg_scale in (None, 1.0) if scale == 1.0 else first.cfg_scale == scale
@@ -147,12 +147,12 @@ def _compare(make: Callable[..., Copies], run: Callable[[Copies], object], what:
     return answer
 
 
-def plain_call(net: nn.Module, method: str) -> Call:
-    """A call as ``sample`` of LTH14/mar makes it, of no rows."""
+def plain_call(net: nn.Module, loop: str, method: str, inter_noise: torch.Tensor | None = None) -> Call:
+    """A call as the released ``sample`` makes it, of no rows."""
     weight = net.input_proj.weight
     noise = weight.new_empty(0, net.input_proj.in_features)
     return Call(
-        loop=LOOPS[0],
+        loop=loop,
         net=net,
         method=method,
         nothing=(),
@@ -160,10 +160,19 @@ def plain_call(net: nn.Module, method: str) -> Call:
         cfg_scale=None if method == "forward" else _GUIDANCE,
         shape=tuple(noise.shape),
         noise=noise,
-        inter_noise=None,
+        inter_noise=inter_noise,
         temperature=1.0,
         function=getattr(type(net), method),
     )
+
+
+def plain_calls(net: nn.Module, loop: str, steps: int) -> list[Call]:
+    """Every kind of call that the released code makes of a loop."""
+    given = [None]
+    if loop != LOOPS[0]:
+        given.append(net.input_proj.weight.new_empty(steps, 0, net.input_proj.in_features))
+    methods = [method for method in ("forward", "forward_with_cfg") if hasattr(net, method)]
+    return [plain_call(net, loop, method, noise) for method in methods for noise in given]
 
 
 def _run_loop(call: Call, copies: Copies):
@@ -178,7 +187,8 @@ def _run_loop(call: Call, copies: Copies):
         half = normal((_ROWS // 2, channels), net)
         arguments["noise"] = torch.cat([half, half])
     if call.inter_noise is not None:
-        arguments["inter_noise"] = normal((len(call.inter_noise), *shape), net)
+        steps = min(copies.trial.steps or len(call.inter_noise), len(call.inter_noise))
+        arguments["inter_noise"] = normal((steps, *shape), net)
     known = inspect.signature(hook.original(call.loop)).parameters
     arguments = {name: value for name, value in arguments.items() if name in known}
     return getattr(diffusion, call.loop)(getattr(net, call.method), shape, **arguments)

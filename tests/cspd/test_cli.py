@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import builtins
+import errno
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -11,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from small_models import small_mar
 
 from cspd.checkpoints import load_mar
-from cspd.cli import main
+from cspd.cli import INTERRUPTED, main
+from cspd.demo import pair
 
 
 def test_info(capsys):
@@ -19,6 +25,21 @@ def test_info(capsys):
     assert "backends:" in capsys.readouterr().out
     assert main(["info", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["backends"]["torch"] == "ok"
+
+
+@pytest.mark.parametrize("module", ["cspd", "cspd.cli"])
+def test_it_runs_as_a_module(module, tmp_path):
+    done = python(["-m", module, "info"], tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "backends:" in done.stdout
+
+
+def python(arguments, folder, stdout=subprocess.PIPE):
+    """A run of Python, which keeps what it prints until the end."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    return subprocess.run(
+        [sys.executable, *arguments], stdout=stdout, stderr=subprocess.PIPE, text=True, cwd=folder, env=environment
+    )
 
 
 def test_generate_digits(tmp_path, capsys):
@@ -36,6 +57,7 @@ def test_the_closed_form_is_not_for_learned_variances(tmp_path, capsys, monkeypa
     monkeypatch.setattr("cspd.checkpoints._HEADS", {32: 2})
     save_file(small_mar(patch_size=1, img_size=4, vae_embed_dim=4).state_dict(), tmp_path / "t.safetensors")
     model = ["--target", str(tmp_path / "t.safetensors"), "--draft", str(tmp_path / "t.safetensors")]
+    model += ["--patch-size", "1"]
     out = str(tmp_path / "x.safetensors")
     assert main(["generate", *model, "--labels", "1", "--residual", "closed_form", "--out", out]) == 2
     assert "expected heads with a fixed variance" in capsys.readouterr().err
@@ -52,7 +74,7 @@ def test_the_closed_form_is_not_for_learned_variances(tmp_path, capsys, monkeypa
         out,
     ]
     assert main(["generate", *model, "--target-sigma", *options]) == 0
-    assert main(["generate", *model[:2], *options]) == 0  # nothing is redrawn
+    assert main(["generate", *model[:2], *model[4:], *options]) == 0  # nothing is redrawn
 
 
 @pytest.mark.parametrize("with_draft", [False, True])
@@ -63,7 +85,7 @@ def test_generate_from_checkpoints(tmp_path, capsys, monkeypatch, with_draft):
         save_file(state, tmp_path / f"{name}.safetensors")
     out = tmp_path / "latents.safetensors"
     command = ["generate", "--target", str(tmp_path / "target.safetensors"), "--labels", "1", "2", "--num-iter", "6"]
-    command += ["--num-sampling-steps", "5", "--cfg", "2.0", "--out", str(out), "--seed", "4"]
+    command += ["--patch-size", "1", "--num-sampling-steps", "5", "--cfg", "2.0", "--out", str(out), "--seed", "4"]
     if with_draft:
         command += ["--draft", str(tmp_path / "draft.safetensors"), "--gamma", "2", "--relaxation", "10"]
     assert main(command) == 0
@@ -71,8 +93,23 @@ def test_generate_from_checkpoints(tmp_path, capsys, monkeypatch, with_draft):
     assert written["latents"].shape == (2, 4, 4, 4)
     assert torch.isfinite(written["latents"]).all()
     assert written["labels"].tolist() == [1, 2]
-    assert ("5 draft calls" if with_draft else "0 draft calls") in capsys.readouterr().out
-    assert load_mar(tmp_path / "target.safetensors").num_classes == 10
+    printed = capsys.readouterr().out
+    assert ("5 draft calls" if with_draft else "0 draft calls") in printed
+    assert "latents of shape (2, 4, 4, 4) read with patch size 1" in printed
+    assert load_mar(tmp_path / "target.safetensors", patch_size=1).num_classes == 10
+
+
+def test_a_patch_size_is_asked_for_where_it_is_in_doubt(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("cspd.checkpoints._HEADS", {32: 2})
+    save_file(small_mar(patch_size=2, img_size=8, vae_embed_dim=1).state_dict(), tmp_path / "t.safetensors")
+    out = tmp_path / "o.safetensors"
+    command = ["generate", "--target", str(tmp_path / "t.safetensors"), "--labels", "1", "--num-iter", "2"]
+    command += ["--num-sampling-steps", "3", "--out", str(out)]
+    assert main(command) == 2
+    assert "--patch-size" in capsys.readouterr().err
+    assert not out.exists()
+    assert main([*command, "--patch-size", "2"]) == 0
+    assert load_file(out)["latents"].shape == (1, 1, 8, 8)
 
 
 @pytest.mark.parametrize(
@@ -92,6 +129,9 @@ def test_generate_from_checkpoints(tmp_path, capsys, monkeypatch, with_draft):
         (["generate", "--labels", "1", "--out", "no/such/x.png"], "expected a folder for x.png"),
         (["generate", "--labels", "1", "--out", "x.png", "--device", "cuda:77"], "expected --device"),
         (["generate", "--labels", "1", "--out", "x.png", "--num-sampling-steps", "9"], "expected --target together"),
+        (["generate", "--labels", "1", "--out", "x.png", "--patch-size", "2"], "expected --target together"),
+        (["demo", "--out", "x.png", "--json", "no/such/x.json"], "expected a folder for x.json"),
+        (["demo", "--out", "x.png", "--json", "./x.png"], "expected --json as another file than --out"),
     ],
 )
 def test_wrong_input_is_one_line_and_status_2(command, message, capsys, tmp_path, monkeypatch):
@@ -124,3 +164,164 @@ def test_unreadable_checkpoints_are_one_line(tmp_path, capsys, name):
     error = capsys.readouterr().err
     assert name in error
     assert error.count("\n") == 1
+
+
+# --- outputs ---
+
+
+@pytest.fixture
+def no_work(monkeypatch):
+    """Nothing may be loaded, as all work begins with that."""
+    monkeypatch.setattr("cspd.demo.run.load_pair", lambda: pytest.fail("the work began"))
+    monkeypatch.setattr(pair, "load_pair", lambda: pytest.fail("the work began"))
+
+
+GENERATE = ["generate", "--labels", "1", "--num-iter", "1", "--out"]
+OUTPUTS = [GENERATE, ["demo", "--out"], ["demo", "--json"]]
+
+
+@pytest.mark.parametrize("command", OUTPUTS)
+def test_a_folder_in_the_place_of_an_output_is_noticed_before_the_work(command, tmp_path, capsys, monkeypatch, no_work):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x.png").mkdir()
+    assert main([*command, "x.png"]) == 2
+    assert capsys.readouterr().err == f"cspd {command[0]}: expected {command[-1]} as a file, found a folder at x.png\n"
+
+
+@pytest.mark.parametrize("command", OUTPUTS)
+@pytest.mark.parametrize("there", [False, True])
+def test_what_may_not_be_written_is_noticed_before_the_work(command, there, tmp_path, capsys, monkeypatch, no_work):
+    monkeypatch.chdir(tmp_path)
+    if there:
+        (tmp_path / "x.png").touch()
+    monkeypatch.setattr("cspd.files.os.access", lambda path, mode: path == tmp_path if there else path.name == "x.png")
+    assert main([*command, "x.png"]) == 2
+    error = capsys.readouterr().err
+    assert "that may be written" in error
+    assert error.count("\n") == 1
+
+
+def test_the_checkpoint_is_no_output(tmp_path, capsys):
+    path = tmp_path / "m.safetensors"
+    path.write_bytes(b"weights")
+    assert main([*GENERATE, str(path), "--target", str(path)]) == 2
+    assert "expected --out as another file than --target" in capsys.readouterr().err
+    assert path.read_bytes() == b"weights"
+
+
+@pytest.mark.parametrize("command", OUTPUTS)
+def test_a_full_disk_destroys_nothing(command, tmp_path, capsys, monkeypatch):
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x.png").write_bytes(b"before")
+    monkeypatch.setattr("cspd.files.os.fsync", full)
+    assert main([*command, "x.png", *(["--num-images", "2", "--gamma", "8"] if command[0] == "demo" else [])]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"cspd {command[0]}: ")
+    assert "could not write the file (No space left on device)" in error
+    assert error.count("\n") == 1
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"x.png": b"before"}
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+def test_a_device_that_is_full(tmp_path, capsys):
+    (tmp_path / "x.png").symlink_to("/dev/full")
+    assert main([*GENERATE, str(tmp_path / "x.png")]) == 2
+    error = capsys.readouterr().err
+    assert "No space left on device" in error
+    assert error.count("\n") == 1
+    assert (tmp_path / "x.png").is_symlink()
+    assert os.path.exists("/dev/full")
+    with open("/dev/full", "wb") as full:
+        done = python(["-m", "cspd", "info"], tmp_path, stdout=full)
+    assert (done.returncode, done.stderr) == (2, "cspd info: No space left on device\n")
+
+
+def test_nobody_reads_what_is_printed(tmp_path):
+    read, write = os.pipe()
+    os.close(read)
+    done = python(["-m", "cspd", "info"], tmp_path, stdout=write)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (2, "")
+
+
+# --- Ctrl-C ---
+
+
+def interrupted(*_):
+    raise KeyboardInterrupt
+
+
+def test_an_interrupt_is_one_line_and_status_130(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("cspd.demo.run.generate", interrupted)
+    assert main(["demo"]) == INTERRUPTED == 130
+    assert capsys.readouterr().err == "cspd demo: interrupted\n"
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_interrupt_while_a_command_imports(capsys, monkeypatch):
+    imported = builtins.__import__
+
+    def importing(name, *arguments):
+        return interrupted() if name.startswith("torch") else imported(name, *arguments)
+
+    monkeypatch.setattr(builtins, "__import__", importing)
+    assert main(["demo"]) == INTERRUPTED
+    assert capsys.readouterr().err == "cspd demo: interrupted\n"
+
+
+def test_torch_is_not_imported_before_a_command_runs(tmp_path):
+    code = "import sys, cspd.cli; print([name for name in sys.modules if name.startswith(('torch', 'numpy'))])"
+    assert python(["-c", code], tmp_path).stdout == "[]\n"
+
+
+def test_an_interrupt_ends_the_progress_bar(capsys, monkeypatch, tmp_path):
+    models = pair.load_pair()
+    models[0].decoder_blocks[0].register_forward_pre_hook(interrupted)
+    monkeypatch.setattr(pair, "load_pair", lambda: models)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert main([*GENERATE, str(tmp_path / "x.png")]) == INTERRUPTED
+    bar, last, end = capsys.readouterr().err.split("\n")
+    assert "0%" in bar
+    assert (last, end) == ("cspd generate: interrupted", "")
+
+
+def test_a_signal_ends_the_process_with_one_line(tmp_path):
+    code = (
+        "import os, signal, sys, time\n"
+        "import cspd.demo.run\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)  # shells have what runs behind ignore it\n"
+        "def load_pair():\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    time.sleep(600)  # it may come a moment later\n"
+        "cspd.demo.run.load_pair = load_pair\n"
+        "from cspd.cli import main\n"
+        "sys.exit(main(['demo']))\n"
+    )
+    done = python(["-c", code], tmp_path)
+    assert (done.returncode, done.stderr) == (130, "cspd demo: interrupted\n")
+
+
+# --- threads ---
+
+
+@pytest.mark.parametrize(("variable", "threads"), [(None, 1), ("", 1), ("3", 3)])
+def test_the_digits_take_one_thread_and_the_caller_keeps_its_own(variable, threads, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr("cspd.demo.run.run_demo", lambda *_: seen.append(torch.get_num_threads()))
+    monkeypatch.setattr("cspd.cli._generate_images", lambda _: seen.append(torch.get_num_threads()) or 0)
+    if variable is None:
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    else:
+        monkeypatch.setenv("OMP_NUM_THREADS", variable)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        assert main(["demo"]) == main([*GENERATE, str(tmp_path / "x.png")]) == 0
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+    assert seen == [threads, threads]

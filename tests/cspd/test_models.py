@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 from itertools import pairwise
 
 import pytest
 import torch
+from foreign import Spaced
 from small_models import sample, small_mar
 
 from cspd.models import GaussianDiffusion, mar, mar_base, mar_huge, mar_large
 from cspd.order import guidance_scale, mask_lengths
 from cspd_kernels import Schedule
+from cspd_kernels.testing import relative_error
 
 # SHA-256 of the sorted (name, shape) list of LTH14/mar's state dicts with the published heads.
 RELEASED = {
@@ -63,6 +66,60 @@ def test_exact_noise_estimate_has_no_loss_and_a_wrong_one_has():
     assert (wider[t < 40] > 0).all()  # later the posterior's variance and beta are the same number
     wrong = diffusion.training_losses(lambda x, _: exact(x, _) * torch.tensor([0, 0, 0, 0, 1, 1, 1, 1.0]), x0, t)
     assert wrong.mean() > 1.0
+
+
+def net(x, t, c=0.0):
+    """A network by hand: (eps, v), each of which depends on x, t and a condition."""
+    return torch.cat([(0.3 * x + 0.01 * t[:, None] + c).sin(), 0.4 * x.tanh()], dim=1)
+
+
+LOOPS = {
+    "plain": {"clip_denoised": False},
+    "as by default": {},
+    "x0 through a function": {"denoised_fn": lambda x0: 0.5 * x0, "clip_denoised": False},
+    "x0 through a function, then clipped": {"denoised_fn": lambda x0: 3 * x0},
+    "conditioned": {"model_kwargs": {"c": 0.3}, "clip_denoised": False},
+    "colder": {"temperature": 0.5, "clip_denoised": False},
+    "drawn": {"noise": None, "device": "cpu"},
+}
+
+
+@pytest.mark.parametrize("how", LOOPS)
+def test_the_loop_is_the_released_one(how):
+    foreign = Spaced()  # written down separately
+    own = GaussianDiffusion(Schedule.from_diffusion(foreign))
+    options = {"noise": torch.randn(5, 4, generator=torch.Generator().manual_seed(1)), **LOOPS[how]}
+    results = []
+    for diffusion in (own, foreign):
+        torch.manual_seed(2)
+        results.append(diffusion.p_sample_loop(net, (5, 4), **options))
+        results.append(torch.get_rng_state())
+    assert relative_error(results[0], results[2]) < 1e-5
+    assert torch.equal(results[1], results[3])
+
+
+def test_the_loop_has_the_released_signature_and_moves_the_mean(capsys):
+    own = GaussianDiffusion(Schedule.linear(6))
+    names = [
+        "model", "shape", "noise", "clip_denoised", "denoised_fn", "cond_fn", "model_kwargs", "device", "progress",
+        "temperature",
+    ]  # fmt: skip
+    parameters = inspect.signature(own.p_sample_loop).parameters
+    assert list(parameters) == names
+    defaults = [None, True, None, None, None, None, False, 1.0]
+    assert [parameter.default for parameter in parameters.values()][2:] == defaults
+    start, seen, results = torch.randn(5, 4), [], []
+
+    def gradient(x, t, c):
+        seen.append((x.shape, t.shape, c))
+        return 100.0 * torch.ones_like(x)
+
+    for function in (None, gradient):
+        torch.manual_seed(0)
+        results.append(own.p_sample_loop(net, (5, 4), start, cond_fn=function, model_kwargs={"c": 0.1}, progress=True))
+    assert seen == [((5, 4), (5,), 0.1)] * 6
+    assert "6/6" in capsys.readouterr().err
+    assert (results[1] > results[0]).all()
 
 
 def test_masking_keeps_to_its_ratio():

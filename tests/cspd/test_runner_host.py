@@ -16,6 +16,7 @@ import cspd
 from cspd import speculative
 from cspd.order import to_device
 from cspd.window import prefill, run_window
+from cspd_kernels.live import LiveWeights
 from cspd_kernels.ops import accept_reject as accept_reject_op
 from cspd_kernels.ops.accept_reject import torch_backend
 
@@ -52,7 +53,10 @@ def no_wait():
 
 @pytest.fixture
 def as_on_a_device(monkeypatch):
-    """Without what is done on the CPU alone: checks of values, and picking out the rows that are still undecided."""
+    """Without what is done on the CPU alone: checks of values, picking out the rows that are still undecided, and
+    comparing the weights, which a kernel does on a device.
+    """
+    monkeypatch.setattr(LiveWeights, "_compare", LiveWeights._embed)
     monkeypatch.setattr(speculative, "check_run", lambda *_: None)
     monkeypatch.setattr("cspd_kernels.ops.denoise._check_values", lambda **_: None)
     monkeypatch.setattr(accept_reject_op, "_check_residual", lambda *_: None)

@@ -255,32 +255,6 @@ def test_released_sigma_turns_the_path_term(pair):
     assert abs(acceptance["paper"] - acceptance["released"]) > 0.2
 
 
-@pytest.mark.parametrize(
-    ("options", "match"),
-    [
-        ({"ratio": 1.5}, r"expected ratio in \[0, 1\], got 1.5"),
-        ({"sigma": "other"}, "expected sigma one of"),
-        ({"inner_temperature": 0.0}, "expected a finite inner_temperature > 0, got 0.0"),
-        ({"inner_temperature": torch.ones(3)}, r"one number or \(16,\), got shape \(3,\)"),
-        ({"backend": "metal"}, "expected backend one of"),
-        ({"max_tries": -1}, "expected max_tries as an int >= 0, got -1"),
-        ({"inner_temperature": torch.tensor([torch.inf] * 16)}, "expected inner_temperature finite and > 0"),
-        ({"residual": "exact"}, "expected residual one of .*, got 'exact'"),
-        ({"target_sigma": True}, "True only with residual='closed_form', got True with residual='rejection'"),
-        ({"residual": "closed_form", "target_sigma": 1}, "expected target_sigma as a bool.*got 1"),
-        ({"residual": "closed_form"}, "a learned one in the draft and the target: pass target_sigma=True"),
-    ],
-)
-def test_bad_runner_options(pair, options, match):
-    with pytest.raises(ValueError, match=match):
-        cspd.SpecDecodeRunner(*pair, **options)
-
-
-def test_an_inner_temperature_of_another_kind(pair):
-    with pytest.raises(TypeError, match=r"a number, a tensor or a policy .*, got str"):
-        cspd.SpecDecodeRunner(*pair, "42")
-
-
 def test_redraws_in_closed_form(pair):
     fixed = [small_mar(seed, schedule="linear", learn_sigma=False) for seed in (0, 1)]
     with pytest.raises(ValueError, match="a learned one in the target: pass"):
@@ -302,72 +276,14 @@ def test_redraws_in_closed_form(pair):
         assert different[outcome == 2].all()
 
 
-@pytest.mark.parametrize(
-    ("changes", "match"),
-    [
-        ({"img_size": 4}, "same seq_len, got 4 and 16"),
-        ({"vae_embed_dim": 2}, "same token_embed_dim, got 8 and 4"),
-        ({"num_sampling_steps": "7"}, "same number of denoising steps.*got 7 and 12"),
-        ({"schedule": "cosine"}, "same noise schedule.*got different betas"),
-    ],
-)
-def test_models_that_do_not_fit(pair, changes, match):
-    with pytest.raises(ValueError, match=match):
-        cspd.SpecDecodeRunner(small_mar(0, **{"schedule": "linear", **changes}), pair[1])
-
-
-@pytest.mark.parametrize(
-    ("options", "match"),
-    [
-        ({"bsz": 0}, "expected bsz >= 1"),
-        ({"num_draft": 0}, "num_draft >= 1"),
-        ({"num_draft": 2.0}, "an int or a function of the windows so far, got 2.0"),
-        ({"num_iter": 0}, "expected num_iter >= 1"),
-        ({"cfg_schedule": "cubic"}, "expected cfg_schedule"),
-        ({"temperature": -1.0}, "temperature >= 0"),
-        ({"cfg": math.nan}, "finite cfg"),
-        ({"labels": torch.tensor([1])}, r"integer tensor of shape \(2,\) or None, got \(1,\)"),
-        ({"labels": [1, 2]}, "got list"),
-        ({"labels": torch.tensor([1, 99])}, "expected labels in 0..9"),
-        ({"seed": -1}, "expected seed"),
-        ({"first_image": -1}, "expected first_image >= 0"),
-        ({"orders": torch.zeros(2, 16)}, "expected orders as int64"),
-        ({"orders": torch.zeros(2, 16, dtype=torch.int64)}, "permutation"),
-    ],
-)
-def test_bad_run_arguments(pair, options, match):
-    runner = cspd.SpecDecodeRunner(*pair)
-    with pytest.raises(ValueError, match=match):
-        runner.run(**{"bsz": 2, "num_iter": 4, **options})
-
-
-def test_stats_before_a_run(pair):
-    with pytest.raises(RuntimeError, match="call run"):
-        _ = cspd.SpecDecodeRunner(*pair).stats
-
-
-def test_things_that_are_no_models(pair):
-    with pytest.raises(TypeError, match="expected draft_model as a MAR object, got Linear without seq_len"):
-        cspd.SpecDecodeRunner(torch.nn.Linear(2, 2), pair[1])
-    odd = small_mar(0, schedule="linear")
-    odd.diffloss.net.forward = lambda x, t, c: torch.ones(len(x), 8)
-    with pytest.raises(ValueError, match=r"the target's diffloss .* computes something else"):
-        cspd.SpecDecodeRunner(pair[0], odd)
-
-
-def test_labels_must_suit_both_models(pair):
-    runner = cspd.SpecDecodeRunner(small_mar(0, width=16, schedule="linear", class_num=5), pair[1])
-    with pytest.raises(ValueError, match=r"expected labels in 0\.\.4"):
-        runner.run(1, 4, 2, labels=torch.tensor([7]))
-
-
 def test_seconds_end_with_the_run(pair):
     runner = cspd.SpecDecodeRunner(*pair)
+    start = time.perf_counter()
     runner.run(1, 4, 2, seed=0)
+    most = time.perf_counter() - start
     time.sleep(0.3)
     seconds = runner.stats.seconds
-    phases = seconds["draft"] + seconds["target"] + seconds["verify"]
-    assert phases <= seconds["total"] < phases + 0.25
+    assert seconds["draft"] + seconds["target"] + seconds["verify"] <= seconds["total"] <= most
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

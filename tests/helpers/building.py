@@ -107,11 +107,24 @@ def fake_nvcc(folder: Path) -> Path:
     return folder
 
 
-def build_wheel(source: Path, out: Path, path: Path | str, **environment: str) -> subprocess.CompletedProcess:
-    """``pip wheel`` with nothing of the caller's environment; torch must not be imported to build."""
-    blocker = out / "blocker"
-    blocker.mkdir(parents=True, exist_ok=True)
-    (blocker / "torch.py").write_text("raise ImportError('torch is not there at build time')\n")
+def stand_in_torch(folder: Path, cuda: str | None = "13.0") -> Path:
+    """A folder to go to PYTHONPATH: a torch built for this CUDA (None: for CPUs). It must not be imported to build."""
+    package = folder / "torch"
+    package.mkdir(parents=True, exist_ok=True)
+    (package / "__init__.py").write_text("raise ImportError('torch is not there at build time')\n")
+    (package / "version.py").write_text(f"""from typing import Optional
+__version__ = '2.99.0'
+cuda: Optional[str] = {cuda!r}
+hip: Optional[str] = None
+""")
+    return folder
+
+
+def build_wheel(
+    source: Path, out: Path, path: Path | str, *, cuda: str | None = "13.0", **environment: str
+) -> subprocess.CompletedProcess:
+    """``pip wheel`` with nothing of the caller's environment, beside a torch that was built for this CUDA."""
+    torch = stand_in_torch(out / "torch for the build", cuda)
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-v", "-w", out, source]
-    environment |= {"PATH": str(path), "PYTHONPATH": str(blocker)}
+    environment |= {"PATH": str(path), "PYTHONPATH": str(torch)}
     return subprocess.run(command, capture_output=True, text=True, cwd=out, env=environment, check=False)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from cspd.models import MAR, DiffLoss
+from cspd.models import MAR, DiffLoss, GaussianDiffusion
+from cspd_kernels import Schedule
 from cspd_kernels.testing import randomize_
 
 
@@ -35,37 +36,69 @@ class Manager:
     mean = variance = log_var = sample = None
 
 
+class CSpDDiffusion(GaussianDiffusion):
+    """A diffusion object that fills a manager, and has a second loop, in which the noise of the steps may be given."""
+
+    def __init__(self, schedule: Schedule):
+        super().__init__(schedule)
+        self.manager = Manager()
+
+    def p_sample_loop(
+        self, model, shape, noise=None, clip_denoised=True, denoised_fn=None, cond_fn=None, model_kwargs=None,
+        device=None, progress=False, temperature=1.0,
+    ):  # fmt: skip
+        x = torch.randn(*shape).to(device or "cpu") if noise is None else noise
+        return self._walk(model, x, None, clip_denoised, denoised_fn, model_kwargs, temperature, False)
+
+    def p_sample_loop_with_noise(
+        self, model, shape, noise=None, inter_noise=None, clip_denoised=True, denoised_fn=None, cond_fn=None,
+        model_kwargs=None, device=None, progress=False, temperature=1.0,
+    ):  # fmt: skip
+        x = torch.randn(*shape).to(device or "cpu") if noise is None else noise
+        return self._walk(model, x, inter_noise, clip_denoised, denoised_fn, model_kwargs, temperature, True)
+
+    @torch.no_grad()
+    def _walk(self, model, x, inter_noise, clip, denoised_fn, kwargs, temperature, keep_path):
+        path = 0.0
+        for i in reversed(range(self.num_timesteps)):
+            t = torch.full((len(x),), int(self.schedule.timesteps[i]), device=x.device)
+            out = model(x, t, **(kwargs or {}))
+            x0 = self._x0(out, x, i)
+            x0 = x0 if denoised_fn is None else denoised_fn(x0)
+            mean, log_variance = self._mean(out, x0.clamp(-1, 1) if clip else x0, x, i)
+            std = torch.exp(0.5 * log_variance) * temperature
+            drawn = torch.randn_like(x) if inter_noise is None else inter_noise[i]
+            if i == 0:
+                x = self.manager.sample = self.manager.mean = mean
+                self.manager.variance = std
+            else:
+                x = mean + std * drawn
+                path = path + 0.5 * log_variance
+        if keep_path:
+            self.manager.log_var = path
+        return x
+
+
 class CSpDDiffLoss(DiffLoss):
-    """A head with the additional methods of MarkXCloud/CSpD, computed step by step."""
+    """A head with the additional methods of MarkXCloud/CSpD."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.gen_diffusion.manager = Manager()
-
-    def sample(self, z, temperature=1.0, cfg=1.0):
-        rows = len(z) if cfg == 1.0 else len(z) // 2
-        noise = torch.randn(rows, self.in_channels)
-        return self.sample_with_noise(z, noise if cfg == 1.0 else torch.cat([noise, noise]), temperature, cfg)
+        self.gen_diffusion = CSpDDiffusion(self.gen_diffusion.schedule)
 
     def sample_with_noise(self, z, noise, temperature=1.0, cfg=1.0):
-        path = self.gen_diffusion.manager.log_var
-        tokens = self.sample_with_inter_noise(z, noise, None, temperature, cfg)
-        self.gen_diffusion.manager.log_var = path  # only the other method records it
-        return tokens
+        network, kwargs = self._network(z, cfg)
+        return self.gen_diffusion.p_sample_loop(
+            network, noise.shape, noise, clip_denoised=False, model_kwargs=kwargs, temperature=temperature
+        )
 
-    @torch.no_grad()
     def sample_with_inter_noise(self, z, noise, inter_noise, temperature=1.0, cfg=1.0):
-        net = self.net if cfg == 1.0 else self.net.forward_with_cfg
-        kwargs = {} if cfg == 1.0 else {"cfg_scale": cfg}
-        manager, x = self.gen_diffusion.manager, noise
-        manager.log_var = 0.0
-        for i in reversed(range(self.gen_diffusion.num_timesteps)):
-            t = torch.full((len(x),), int(self.gen_diffusion.schedule.timesteps[i]))
-            mean, log_variance = self.gen_diffusion.posterior(net(x, t, z, **kwargs), x, i)
-            std = torch.exp(0.5 * log_variance) * temperature
-            drawn = torch.randn_like(x) if inter_noise is None else inter_noise[i]
-            if i > 0:
-                x = mean + std * drawn
-                manager.log_var = manager.log_var + 0.5 * log_variance
-        manager.mean, manager.variance, manager.sample = mean, std, mean
-        return mean
+        network, kwargs = self._network(z, cfg)
+        return self.gen_diffusion.p_sample_loop_with_noise(
+            network, noise.shape, noise, inter_noise, clip_denoised=False, model_kwargs=kwargs, temperature=temperature
+        )
+
+    def _network(self, z, cfg):
+        if cfg == 1.0:
+            return self.net.forward, {"c": z}
+        return self.net.forward_with_cfg, {"c": z, "cfg_scale": cfg}

@@ -13,7 +13,6 @@ from building import compiling
 from cspd_kernels import cuda_support
 from cspd_kernels.devices import SHARED_LIMITS
 
-pytestmark = pytest.mark.timeout(600)
 compile_py = compiling()
 
 

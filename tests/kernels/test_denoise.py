@@ -21,18 +21,20 @@ def eager(module, cond, x, noise, temperature=1.0, cfg_scale=None):
     diffusion, rows, log_variances, replay = module.gen_diffusion, len(x), [], iter(noise.flip(0))
     doubled = (lambda v: v) if cfg_scale is None else (lambda v: torch.cat([v, v]))
 
-    def posterior(*args):
-        mean, log_variance = type(diffusion).posterior(diffusion, *args)
+    def mean(*args):
+        value, log_variance = type(diffusion)._mean(diffusion, *args)
         log_variances.append(log_variance[:rows])
-        return mean, log_variance
+        return value, log_variance
 
     model, kwargs = module.net, {"c": cond}
     if cfg_scale is not None:
         model, kwargs = module.net.forward_with_cfg, {"c": cond, "cfg_scale": cfg_scale}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(diffusion, "posterior", posterior)
+        patch.setattr(diffusion, "_mean", mean)
         patch.setattr(torch, "randn_like", lambda _: doubled(next(replay)))
-        sample = diffusion.p_sample_loop(model, doubled(x), temperature, kwargs)[:rows]
+        start = doubled(x)
+        options = {"clip_denoised": False, "model_kwargs": kwargs, "temperature": temperature}
+        sample = diffusion.p_sample_loop(model, start.shape, start, **options)[:rows]
     log_stds = 0.5 * torch.stack(log_variances)
     return Denoised(sample, sample, log_stds[-1] + math.log(temperature), log_stds[:-1].sum(dim=(0, 2)))
 

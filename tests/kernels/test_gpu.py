@@ -155,7 +155,6 @@ def test_persistent_kernel_agrees_with_the_layered_ones_and_float64(
     assert {type(chain) for chain in used} == {kernels.layered if beyond else kernels.persistent}
 
 
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize("busy", [False, True])
 def test_persistent_kernel_many_times(backend, make_diffloss, monkeypatch, used, busy):
     """Its blocks find each other every time, also where another stream keeps the device busy."""
@@ -333,7 +332,6 @@ def test_an_image_is_reproducible_bit_by_bit(backend):
     assert relative_error(one, eager) < 1e-3
 
 
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 def test_a_compiled_caller(backend, small, mode):
     def function(cond, x, noise):

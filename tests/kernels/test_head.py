@@ -214,16 +214,20 @@ def test_unsupported_diffusion_is_refused(make_diffloss):
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        (lambda m: setattr(m.net, "cond_embed", nn.Identity()), "net.cond_embed is Identity, not Linear"),
+        (lambda m: setattr(m.net, "cond_embed", nn.Identity()), "net.cond_embed is .*Identity, not torch.nn.Linear"),
         (
             lambda m: setattr(m.net.final_layer, "adaLN_modulation", nn.Linear(W, 2 * W)),
-            r"net.final_layer.adaLN_modulation\[-1\] is NoneType, not Linear",
+            r"net.final_layer.adaLN_modulation\[-1\] is builtins.NoneType, not torch.nn.Linear",
         ),
         (
             lambda m: m.net.res_blocks[0].adaLN_modulation.__setitem__(1, nn.Linear(W, 2 * W)),
             r"res_blocks\[0\].adaLN_modulation\[-1\] is 48 -> 96, expected 48 -> 144",
         ),
-        (lambda m: setattr(m, "in_channels", C + 1), "puts out 10 channels"),
+        (lambda m: setattr(m, "in_channels", C + 1), "net.input_proj is 5 -> 48, expected 6 -> 48"),
+        (
+            lambda m: setattr(m.net.final_layer, "linear", nn.Linear(W + 1, 2 * C)),
+            "linear is 49 -> 10, expected 48 -> 10",
+        ),
         (lambda m: setattr(m.net, "input_proj", nn.Linear(C + 1, W)), "net.input_proj is 6 -> 48, expected 5 -> 48"),
     ],
 )

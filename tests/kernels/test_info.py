@@ -99,9 +99,9 @@ def test_a_package_that_is_not_installed_is_said_so(capsys, monkeypatch):
     assert json.loads(capsys.readouterr().out)["triton"] == "not installed"
 
 
-def test_runs_as_a_module():
+def test_runs_as_a_module(tmp_path):
     command = [sys.executable, "-W", "error", "-m", "cspd_kernels.info", "--json"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=True)
     assert set(json.loads(result.stdout)) >= KEYS
     assert result.stderr == ""
 

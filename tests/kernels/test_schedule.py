@@ -121,6 +121,26 @@ def test_from_diffusion_reads_a_foreign_object(convert, variance):
     np.testing.assert_array_equal(schedule.betas, source.betas)
 
 
+@pytest.mark.parametrize(
+    ("name", "own"),
+    [
+        ("sqrt_recip_alphas_cumprod", "sqrt_recip_acp"),
+        ("sqrt_recipm1_alphas_cumprod", "sqrt_recipm1_acp"),
+        ("posterior_mean_coef1", "coef1"),
+        ("posterior_mean_coef2", "coef2"),
+        ("posterior_log_variance_clipped", "log_posterior"),
+    ],
+)
+def test_from_diffusion_refuses_tables_that_do_not_follow_from_betas(name, own):
+    source = Schedule.linear(9)
+    table = getattr(source, own).copy()
+    foreign = SimpleNamespace(betas=source.betas, timestep_map=source.timesteps, **{name: table})
+    np.testing.assert_array_equal(Schedule.from_diffusion(foreign).betas, source.betas)
+    table[4] *= 1.001
+    with pytest.raises(ValueError, match=f"expected {name} as it follows from betas, got a table of its own"):
+        Schedule.from_diffusion(foreign)
+
+
 def test_from_diffusion_needs_betas_only():
     schedule = Schedule.from_diffusion(SimpleNamespace(betas=[0.1, 0.2, 0.3]))
     assert (schedule.variance, schedule.timesteps.tolist()) == ("learned", [0, 1, 2])
@@ -136,7 +156,11 @@ def test_from_diffusion_unwraps_and_passes_schedules_through():
     ("obj", "error", "message"),
     [
         ([1, 2], TypeError, "expected one diffusion object, got a list of 2"),
-        (SimpleNamespace(), TypeError, "expected an object with `betas`.*got SimpleNamespace"),
+        (
+            SimpleNamespace(),
+            TypeError,
+            "expected a Gaussian diffusion object, with betas, got SimpleNamespace without: another",
+        ),
         (SimpleNamespace(betas=[0.1], model_mean_type=Mean.START_X), ValueError, "EPSILON, got START_X"),
         (SimpleNamespace(betas=[0.1, math.nan]), ValueError, r"every beta in \(0, 1\]"),
         (SimpleNamespace(betas=[0.1, 0.2], timestep_map=[0]), ValueError, r"timesteps of shape \(2,\), got \(1,\)"),

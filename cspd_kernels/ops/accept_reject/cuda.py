@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 
 from ...cuda_support import extension, launch_stream, multiprocessors
+from ...devices import on
 from ..density_ratio.cuda import operands, pointers, why_unsupported
-from ..density_ratio.shared import on
 
 __all__ = ["accept_reject", "why_unsupported"]
 

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..density_ratio.shared import on
+from ...devices import on
 from ..density_ratio.triton import OPTIONS, operands, row_log_ratio, why_unsupported
 from ..density_ratio.triton_terms import load, path_term
 from .triton_redraw import by_rejection, in_closed_form, uniform_of

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from numbers import Real
 from typing import NamedTuple
@@ -11,6 +12,7 @@ import torch
 from ...backends import implementation
 from ...head import DiffusionHead, stream_dtype, without_autocast
 from ...noise import PhiloxNoise
+from .finite import check_result, late_overflows
 
 WORKSPACE_BYTES = 256 << 20
 
@@ -20,13 +22,23 @@ WORKSPACE_BYTES = 256 << 20
 # from a head hangs on the object.
 #
 # It captures and replays CUDA graphs of its own, in memory that outlives the call: not for torch.compile's graphs.
+#
+# Imported again in one process, these modules have heads and handles of their own: they get an operator of their own,
+# beside that of the modules before them, which objects of theirs still call.
+_operators = torch.ops.cspd_kernels
+_name = next(
+    name
+    for name in itertools.chain(["denoise"], (f"denoise_{count}" for count in itertools.count(2)))
+    if not hasattr(_operators, name)
+)
 _TAGS = (torch.Tag.pt2_compliant_tag, *([torch.Tag.cudagraph_unsafe] if hasattr(torch.Tag, "cudagraph_unsafe") else []))
 _library = torch.library.Library("cspd_kernels", "FRAGMENT")
 _library.define(
-    "denoise(int head, Tensor cond, Tensor x_T, Tensor? noise, Tensor? rows, SymInt seed, float temperature, "
+    f"{_name}(int head, Tensor cond, Tensor x_T, Tensor? noise, Tensor? rows, SymInt seed, float temperature, "
     "Tensor? cfg_scale, str? backend, int workspace_bytes) -> (Tensor mean, Tensor log_std, Tensor path_log_std)",
     tags=_TAGS,
 )
+_operator = getattr(_operators, _name).default
 
 
 class Denoised(NamedTuple):
@@ -78,7 +90,8 @@ def denoise(
             log_std is -inf.
         cfg_scale: guidance. A number; or a tensor of one element (on the head's device or the CPU) or
             of N (one a token, on the head's device), for which the host never waits: guidance is then
-            on exactly when cond has 2N rows.
+            on exactly when cond has 2N rows. In a function under ``torch.compile`` PyTorch 2.4 takes a number for a
+            constant: it compiles again for every other one, eight times at most. It does not for a tensor.
         backend: "torch", "triton", "cuda", or None: ``CSPD_BACKEND``, else automatic.
         workspace_bytes: bound on the memory of the hoisted modulations.
 
@@ -101,7 +114,7 @@ def denoise(
     if not isinstance(cfg_scale, torch.Tensor):
         # A product, as torch.compile would compile the caller again for every new float that enters otherwise.
         cfg_scale = None if cfg_scale == 1.0 else torch.ones((), dtype=torch.float64, device="cpu") * float(cfg_scale)
-    mean, log_std, path_log_std = torch.ops.cspd_kernels.denoise.default(
+    mean, log_std, path_log_std = _operator(
         head.handle, cond, x_T, stored, rows, seed, float(temperature), cfg_scale, backend, workspace_bytes
     )
     return Denoised(mean, mean, log_std, path_log_std)  # two fields, one tensor: an op must not return it twice
@@ -117,6 +130,7 @@ def run(head, cond, x_T, noise, rows, seed, temperature, cfg_scale, backend, wor
     if cfg_scale is not None and cfg_scale.numel() == 1 and cfg_scale.device.type == "cpu":
         cfg_scale = float(cfg_scale)
     _check_values(x_T=x_T, cond=cond, noise=noise, cfg_scale=cfg_scale)
+    overflows = late_overflows(head)
     function = implementation("denoise", backend, head.device, head, tokens=len(x_T))
     stream = stream_dtype(head.dtype)
     noise = PhiloxNoise(seed % 2**64, rows) if noise is None else noise.to(stream)
@@ -126,6 +140,7 @@ def run(head, cond, x_T, noise, rows, seed, temperature, cfg_scale, backend, wor
         cfg_scale = cfg_scale.to(stream).reshape(-1, 1)  # [1 or N, 1]
     with without_autocast(head.device):  # the head's dtype decides, not the caller's autocast
         _, *out = function(head, cond, x_T.to(stream), noise, temperature, cfg_scale, workspace_bytes)
+    check_result(head, out[0], overflows)
     return tuple(value.contiguous() for value in out)  # as fake tensors have it
 
 
@@ -134,8 +149,8 @@ def _fake(head, cond, x_T, *_):  # noqa: N803
     return mean, torch.empty_like(mean), mean.new_empty(mean.shape[:1])
 
 
-_library.impl("denoise", run, "CompositeExplicitAutograd")
-torch.library.register_fake("cspd_kernels::denoise", _fake, lib=_library)
+_library.impl(_name, run, "CompositeExplicitAutograd")
+torch.library.register_fake(f"cspd_kernels::{_name}", _fake, lib=_library)
 
 
 def _check(head, cond, x_T, noise, temperature, cfg_scale, workspace_bytes) -> None:  # noqa: N803

@@ -8,6 +8,7 @@ import torch
 
 from ...crossover import PERSISTENT_VARIABLE
 from ...head import DiffusionHead
+from ...late import LateReport
 from ...noise import PhiloxNoise
 
 
@@ -28,16 +29,11 @@ class Tables:
         # Wide loads through a table of addresses need multiples of 16 bytes.
         self.serves_persistent = head.depth > 0 and all(a % 16 == 0 for block in addresses for a in block)
         self.addresses = to_device(torch.tensor(addresses, dtype=torch.int64, device="cpu"), head.device)  # (D, 6)
-        # How many calls have given up, on the device and, as far as it is known, in host memory: the device writes
-        # there, and nobody waits for that. Counted, as several calls may be under way.
-        self.failures = torch.zeros(1, dtype=torch.int32, device=head.device)
-        self.gave_up = torch.zeros(1, dtype=torch.int32, device="cpu", pin_memory=head.device.type == "cuda")
-        self.reported = 0
+        self.gave_up = LateReport(head.device)
 
     def check(self) -> None:
         """Raise where an earlier call is known to have failed, once."""
-        if int(self.gave_up) != self.reported:
-            self.reported = int(self.gave_up)
+        if self.gave_up.news():
             raise RuntimeError(
                 "the persistent denoising kernel of an earlier call gave up waiting for its other blocks, and that "
                 f"call's tokens are NaN: another stream may have held the device. Set {PERSISTENT_VARIABLE}=0"
@@ -135,8 +131,7 @@ class Chain:
     def results(self, n: int, temperature: float, tables: Tables) -> tuple[torch.Tensor, ...]:
         """Copies of (sample, mean, log_std, path_log_std) of the first n tokens; sample and mean are one tensor."""
         if self.error is not None:
-            tables.failures.add_(self.error)
-            tables.gave_up.copy_(tables.failures, non_blocking=True)
+            tables.gave_up.add(self.error)
         log_temperature = math.log(temperature) if temperature > 0 else -math.inf
         mean = self.result[:n].clone()
         return mean, mean, self.log_std[:n] + log_temperature, self.path[:n].clone()

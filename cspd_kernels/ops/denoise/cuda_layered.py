@@ -30,6 +30,8 @@ class LayeredChain(CudaChain):
             torch.mm(self.operand, b.weight0.t(), out=self.hidden)
 
     def run_steps(self, head, tables, start, stop) -> None:
+        if stop == head.num_steps:
+            tables.input_weight.copy_(head.input_weight.t())  # the module's own weights may have changed
         kernels, stream, code = extension(), launch_stream(head.device), DTYPE_CODES[head.dtype]
         rows, width, eps = self.rows, head.width, head.norm_eps
         norms = [(b.norm_weight.data_ptr(), b.norm_bias.data_ptr()) for b in head.blocks]

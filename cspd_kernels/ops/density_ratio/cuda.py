@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from ...cuda_support import extension, launch_stream
-from .shared import on
+from ...devices import on
 from .shared import why_too_wide as why_unsupported
 
 __all__ = ["log_density_ratio", "operands", "pointers", "why_unsupported"]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import torch
 
 MAX_CHANNELS = 256
@@ -16,8 +14,3 @@ def why_too_wide(x: torch.Tensor) -> str | None:
             f"its kernels cover up to {MAX_CHANNELS} channels, and these tokens have {x.shape[1]}: use backend='torch'"
         )
     return None
-
-
-def on(device: torch.device):
-    """Context in which kernels are launched on this device."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

@@ -6,8 +6,9 @@ import torch
 import triton
 import triton.language as tl
 
+from ...devices import on
 from ...triton_support import why_unsupported_here
-from .shared import on, why_too_wide
+from .shared import why_too_wide
 from .triton_terms import judged, load, path_term, residuals
 
 # Fused products would round x - mean differently from the definition, for kernels that wait for memory anyway.

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw
 
+from ..files import write_file
 from ..stats import OUTCOMES
 
 COLOURS = ((120, 120, 120), (70, 160, 90), (235, 150, 40), (200, 50, 50))  # one for each of OUTCOMES
@@ -48,7 +50,9 @@ def save_picture(path: Path, rows: list[tuple[str, torch.Tensor, torch.Tensor | 
         draw.rectangle((left, top + 4, left + 12, top + 16), fill=colour)
         draw.text((left + 18, top + 4), name, fill="black")
         left += 110
-    canvas.save(path)
+    png = io.BytesIO()
+    canvas.save(png, format="png")
+    write_file(path, png.getvalue())
 
 
 def _map(outcome: torch.Tensor) -> Image.Image:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import torch
 
+from ..files import check_output, write_file
 from ..speculative import SpecDecodeRunner
 from ..stats import RunStats
 from .pair import load_pair
@@ -50,11 +52,11 @@ def run_demo(num_images: int, gammas: list[int], seed: int, out: Path, json_file
         raise ValueError(f"expected --num-images >= 2 (a distance needs a covariance), got {num_images}")
     if out.suffix.lower() != ".png":
         raise ValueError(f"expected --out with the ending .png, got {out.name}")
-    for path in filter(None, (out, json_file)):
-        if not path.resolve().parent.is_dir():
-            raise FileNotFoundError(
-                f"expected a folder for {path.name} to exist, found none at {path.resolve().parent}"
-            )
+    check_output(out, "--out")
+    if json_file is not None:
+        check_output(json_file, "--json")
+        if os.path.realpath(out) == os.path.realpath(json_file):
+            raise ValueError(f"expected --json as another file than --out, got {json_file} for both")
     target, draft = load_pair()
     labels = torch.arange(num_images) % 10
     plan = [(f"target, {n} steps", target, n, None) for n in (STEPS, STEPS // 2, STEPS // 4)]
@@ -84,7 +86,7 @@ def run_demo(num_images: int, gammas: list[int], seed: int, out: Path, json_file
     echo(f"wrote {out}")
     result = {"num_images": num_images, "steps": STEPS, "seed": seed, "threads": torch.get_num_threads(), "rows": rows}
     if json_file is not None:
-        json_file.write_text(json.dumps(result, indent=2) + "\n")
+        write_file(json_file, (json.dumps(result, indent=2) + "\n").encode())
         echo(f"wrote {json_file}")
     return result
 

@@ -14,8 +14,9 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 
+from ..files import check_output, write_file
 from ..models import MAR
 from ..order import mask_of
 from .pair import DATA, DRAFT, TARGET, load_model
@@ -146,18 +147,20 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     images, labels = load_digits()
     args.out.mkdir(parents=True, exist_ok=True)
+    for name in ("reference", "target", "draft"):
+        check_output(args.out / f"{name}.safetensors", "--out")
     # More threads would split the sums differently, and the files would depend on the machine's cores.
     torch.set_num_threads(1)
 
     mean, covariance = (torch.from_numpy(array) for array in statistics(images))
-    save_file({"mean": mean, "covariance": covariance}, args.out / "reference.safetensors")
+    write_file(args.out / "reference.safetensors", save({"mean": mean, "covariance": covariance}))
     if args.keep_target:
         target = load_model(TARGET, args.out / "target.safetensors")
     else:
         torch.manual_seed(args.seed)
         target = MAR(**TARGET)
         weights = train("target", target, Batches(images, labels, target), target_loss, args.steps, TARGET_RATE)
-        save_file(weights, args.out / "target.safetensors")
+        write_file(args.out / "target.safetensors", save(weights))
     # Seeded again, so that the draft is the same whether or not the target was trained just now.
     torch.manual_seed(args.seed + 1)
     draft = MAR(**DRAFT)
@@ -166,7 +169,7 @@ def main(arguments: list[str] | None = None) -> None:
         if cycle:
             torch.manual_seed(args.seed + 1 + cycle)  # a cycle can be repeated from the weights before it
         weights = train("draft", draft, Batches(images, labels, draft), loss_of, args.draft_steps, rate)
-    save_file(weights, args.out / "draft.safetensors")
+    write_file(args.out / "draft.safetensors", save(weights))
 
 
 if __name__ == "__main__":

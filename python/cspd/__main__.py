@@ -1,0 +1,5 @@
+"""``python -m cspd`` is the command ``cspd``."""
+
+from .cli import main
+
+raise SystemExit(main())

@@ -1,0 +1,69 @@
+"""Writing results: refused before the work where it cannot succeed, and never half done."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import secrets
+from pathlib import Path
+
+
+def check_output(path: Path, option: str) -> None:
+    """Raise where :func:`write_file` could not write ``path``, as far as can be known without writing.
+
+    Args:
+        option: the name of the option that named the file, for the message.
+
+    Raises:
+        OSError: it is a folder, its folder does not exist, or one of them may not be written.
+    """
+    target = _target(path)
+    folder = target.parent
+    if target.is_dir():
+        raise IsADirectoryError(f"expected {option} as a file, found a folder at {path}")
+    if not folder.is_dir():
+        raise FileNotFoundError(f"expected a folder for {path.name} to exist, found none at {folder}")
+    if target.exists() and not os.access(target, os.W_OK):
+        raise PermissionError(f"expected {option} as a file that may be written, found one that may not at {path}")
+    if _replaceable(target) and not os.access(folder, os.W_OK | os.X_OK):
+        raise PermissionError(f"expected {option} in a folder that may be written, found one that may not at {folder}")
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write beside ``path`` and rename: what was there stays whole until the new file is. A link is followed.
+
+    Raises:
+        OSError: it could not be written; nothing has changed, and nothing is left beside it.
+    """
+    target = _target(path)
+    try:
+        if not _replaceable(target):  # a device or a pipe
+            target.write_bytes(data)
+            return
+        beside = target.parent / f".cspd-{secrets.token_hex(8)}"
+        try:
+            with beside.open("xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            if target.exists():
+                beside.chmod(target.stat().st_mode & 0o7777)
+            beside.replace(target)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                beside.unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise OSError(error.errno, f"could not write the file ({error.strerror})", str(path)) from error
+
+
+def _target(path: Path) -> Path:
+    target = Path(os.path.realpath(path))
+    if target.is_symlink():  # a circle
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
+    return target
+
+
+def _replaceable(target: Path) -> bool:
+    return target.is_file() or not target.exists()

@@ -1,0 +1,237 @@
+"""The patch of one head: compared before it is installed, asked at every call of its loops."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn as nn
+
+from cspd_kernels.backends import implementation
+from cspd_kernels.head import OPERAND_DTYPES
+
+from .diffusions import LOOPS, Code, NotServedError
+from .heads import FoundHead, HeadCache, unwrapped
+from .loop import LOCK, PATCHES, Call, LoopHook, finish, run_call
+from .standins import StandIn, WatchedMoves, WatchedSample
+from .twin import CannotRunError
+from .verify import DiffersError, check_loop, check_sample, plain_calls
+
+_logger = logging.getLogger("cspd")
+_NOISES, _WEIGHTS = ("upstream", "philox"), ("live", "frozen")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What :func:`patch` was asked for."""
+
+    backend: str | None = None
+    dtype: torch.dtype | None = None
+    noise: str = "upstream"
+    weights: str = "live"
+
+    def check(self) -> None:
+        if self.noise not in _NOISES:
+            raise ValueError(f"patch expected noise one of {_NOISES}, got {self.noise!r}")
+        if self.weights not in _WEIGHTS:
+            raise ValueError(f"patch expected weights one of {_WEIGHTS}, got {self.weights!r}")
+        if self.dtype is not None and self.dtype not in OPERAND_DTYPES:
+            raise ValueError(f"patch expected dtype None or one of {OPERAND_DTYPES}, got {self.dtype!r}")
+        implementation("denoise", self.backend)
+
+
+class HeadPatch:
+    """The patch of one head: what it was asked for, its packed weights, and which kinds of calls were compared.
+
+    It stands on the head's network, where the hooks of the diffusion objects find it, so that a deep
+    copy or a pickle of the model carries a patch of its own.
+    """
+
+    def __init__(self, found: FoundHead, options: Options):
+        self.found, self.options = found, options
+        self.cache = HeadCache(found.net, options.weights)
+        self.verdicts: dict[tuple, str | None] = {}  # kind of call -> why it is not served
+        self.draws: dict[tuple, str] = {}
+        self.code = Code(map(type, found.net.modules())).functions  # that the verdicts are about
+        self.told: list[str] = []
+        self.hooks: list[LoopHook | StandIn] = []
+
+    @property
+    def name(self) -> str:
+        return self.found.name
+
+    @property
+    def net(self) -> nn.Module:
+        return self.found.net
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "verdicts": {}, "draws": {}, "code": ()}
+
+    def __deepcopy__(self, memo: dict) -> HeadPatch:
+        twin = memo[id(self)] = self.__class__.__new__(self.__class__)
+        compared = {"verdicts": dict(self.verdicts), "draws": dict(self.draws), "code": self.code}
+        twin.__setstate__({**copy.deepcopy(self.__getstate__(), memo), **compared})
+        return twin
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        for hook in self.hooks:
+            hook.users.add(self)
+
+    def compare(self) -> None:
+        """Sample with and without the kernels on a copy, and tell what of it runs its own code.
+
+        Raises:
+            ValueError: the two differ.
+        """
+        found = self.found
+        _check_values(found, self.options.dtype)
+        try:
+            outcome = check_sample(found)
+            self.verdicts = dict.fromkeys(outcome.kinds)
+            for loop in LOOPS[1:]:  # which sample does not call
+                self._compare_loops(loop)
+            for reason in outcome.own:
+                self.tell(reason)
+        except CannotRunError as error:
+            self._without_sample(str(error))
+        except DiffersError as error:
+            raise ValueError(f"{self.name} samples differently and is left unpatched: {error}") from None
+
+    def _without_sample(self, why: str) -> None:
+        """Its own ``sample`` did not run: compare the loops by themselves, as far as those run."""
+        results = [self._compare_loops(loop) for loop in LOOPS]
+        if any(agree for agree, _ in results):
+            _logger.info("cspd.patch: %s: its sample did not run on a copy (%s); its loop was compared", self.name, why)
+        else:
+            reasons = "; ".join(dict.fromkeys([why, *(failure for _, failure in results if failure)]))
+            _logger.info(
+                "cspd.patch: %s: its code does not run here, so its first call compares: %s", self.name, reasons
+            )
+
+    def _compare_loops(self, loop: str) -> tuple[int, str]:
+        """Compare a loop by itself, as the released code calls it: how many kinds of calls agree, and what else came.
+
+        Raises:
+            DiffersError: from the kernels'.
+        """
+        agree, failure = 0, ""
+        for diffusion in self.found.samplers:
+            if not callable(getattr(diffusion, loop, None)):
+                continue
+            hook = LoopHook.of(diffusion) or LoopHook(diffusion)
+            try:
+                for call in plain_calls(self.net, loop, hook.tables.schedule().num_steps):
+                    kind = hook.kind(call)
+                    if self.verdicts.get(kind, "") is not None:
+                        self.draws[kind], self.verdicts[kind] = check_loop(call, diffusion), None
+                    agree += 1
+            except (CannotRunError, NotServedError) as error:
+                failure = str(error)
+        return agree, failure
+
+    def install(self) -> None:
+        """Take its place; :meth:`remove` undoes it, also where this raised in between."""
+        self.net.__dict__.setdefault(PATCHES, []).append(self)
+        module = self.found.module
+        self._hook(WatchedMoves, self.net)
+        if callable(getattr(module, "sample", None)):
+            self._hook(WatchedSample, module)
+        self.take_over(self.found.diffusions)
+
+    def take_over(self, diffusions: dict[str, object]) -> None:
+        """Stand in for the loops of these diffusion objects, and of no others from now on."""
+        before = [hook for hook in self.hooks if isinstance(hook, LoopHook)]
+        for diffusion in diffusions.values():
+            if not any(hook.diffusion is diffusion for hook in before):
+                self._hook(LoopHook, diffusion)
+        self.found = replace(self.found, diffusions=diffusions)
+        self._release([hook for hook in before if not any(hook.diffusion is d for d in diffusions.values())])
+
+    def _hook(self, kind: type[LoopHook | StandIn], owner) -> None:
+        found = kind.of(owner)
+        hook = kind(owner) if found is None else found
+        hook.users.add(self)
+        self.hooks.append(hook)
+        if found is None:
+            hook.install()
+
+    def _release(self, hooks: list[LoopHook | StandIn]) -> None:
+        for hook in hooks:
+            self.hooks.remove(hook)
+            hook.users.discard(self)
+            if not hook.users:
+                hook.remove()
+
+    def remove(self) -> None:
+        """Leave everything as it was."""
+        patches = self.net.__dict__.get(PATCHES, [])
+        if self in patches:
+            patches.remove(self)
+        if not patches:
+            self.net.__dict__.pop(PATCHES, None)
+        self._release([*self.hooks])
+        self.cache.clear()
+
+    def take(self, call: Call, hook: LoopHook) -> torch.Tensor:
+        """Serve a call of a hooked loop.
+
+        Raises:
+            NotServedError: the loop's own code must run; nothing was drawn.
+        """
+        schedule, kind, source = hook.tables.schedule(), hook.kind(call), self.cache.look()
+        if source.code.functions is not self.code:
+            if source.code.functions != self.code:  # what was compared was other code
+                self.verdicts, self.draws = {}, {}
+            self.code = source.code.functions
+        verdicts, draws = self.verdicts, self.draws
+        if kind not in verdicts:
+            self._compare_now(kind, call, hook, verdicts, draws)
+        if (reason := verdicts[kind]) is not None:
+            raise NotServedError(reason)
+        options = self.options
+        head = self.cache.get(schedule, options.dtype, source)
+        draw = draws.get(kind, "cpu")
+        out = run_call(call, head, backend=options.backend, philox=options.noise == "philox", draw=draw)
+        return finish(call, out, hook.diffusion)
+
+    def _compare_now(self, kind: tuple, call: Call, hook: LoopHook, verdicts: dict, draws: dict) -> None:
+        """A kind of call that was not seen when the head was patched: it is compared before it is served."""
+        with LOCK:
+            try:
+                draws[kind] = check_loop(call, hook.diffusion)
+                verdicts[kind] = None
+            except CannotRunError as error:
+                verdicts[kind] = f"its own loop does not run on a copy to be compared with: {error}"
+            except DiffersError as error:
+                verdicts[kind] = f"{error}"
+
+    def left_behind(self) -> str | None:
+        """Why the head does not come to this patch any more, None where it does."""
+        net = self.found.module._modules.get("net")
+        inner = None if net is None else unwrapped(net)[0]
+        return None if inner is self.net else "its network is another one now, or wrapped by another kind: patch again"
+
+    def tell(self, reason: str) -> None:
+        """Log once why the head's own code runs."""
+        if reason not in self.told:
+            self.told.append(reason)
+            _logger.warning("cspd.patch: %s runs its own code, unaccelerated: %s", self.name, reason)
+
+
+def _check_values(found: FoundHead, dtype: torch.dtype | None) -> None:
+    for name, weight in found.net.named_parameters(prefix="net"):
+        if weight.is_meta:
+            return
+        weight = weight.detach()
+        if not bool(torch.isfinite(weight).all()):
+            raise ValueError(
+                f"{found.name} is left unpatched: expected finite weights, got NaN or infinity in {name}: load weights "
+                "that did not diverge"
+            )
+        if dtype == torch.float16 and weight.numel() and float(weight.abs().max()) > torch.finfo(dtype).max:
+            raise ValueError(
+                f"{found.name} is left unpatched: {name} holds values beyond float16's range: use dtype=torch.bfloat16"
+            )
