@@ -14,18 +14,19 @@ import torch.nn as nn
 from states import everything, listening, model_in, rows, sample, served_calls
 
 import cspd
+import cspd.head_patch
 import cspd.patching
+from cspd.head_patch import HeadPatch
 from cspd.heads import HeadCache
 from cspd.loop import LoopHook
 from cspd.models import GaussianDiffusion
-from cspd.patching import HeadPatch
 from cspd.standins import StandIn, WatchedMoves, WatchedSample
 from cspd_kernels.testing import relative_error
 
 STEPS = {
     "looking": (cspd.patching, "find_heads"),
-    "checking values": (cspd.patching, "_check_values"),
-    "comparing": (cspd.patching, "check_sample"),
+    "checking values": (cspd.head_patch, "_check_values"),
+    "comparing": (cspd.head_patch, "check_sample"),
     "describing": (cspd.patching, "describe_head"),
     "telling": (logging.Handler, "handle"),
     "a patch": (HeadPatch, "__init__"),

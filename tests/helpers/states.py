@@ -13,7 +13,7 @@ from small_models import sample as sample_images
 from small_models import small_mar
 
 import cspd
-import cspd.patching
+import cspd.head_patch
 from cspd.diffusions import diffusions_of
 from cspd.loop import LoopHook
 from cspd.standins import StandIn
@@ -126,13 +126,13 @@ class served_calls:  # noqa: N801
     """The calls that patches serve in a ``with`` block."""
 
     def __enter__(self) -> list:
-        calls, run = [], cspd.patching.run_call
+        calls, run = [], cspd.head_patch.run_call
 
         def counted(call, *args, **kwargs):
             calls.append(call)
             return run(call, *args, **kwargs)
 
-        self.patch = mock.patch.object(cspd.patching, "run_call", counted)
+        self.patch = mock.patch.object(cspd.head_patch, "run_call", counted)
         self.patch.__enter__()
         return calls
 
