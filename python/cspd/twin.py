@@ -28,6 +28,11 @@ from .standins import StandIn
 
 WIDTH = 32
 _SEED = 20240617
+_LIKE = {"randn_like": "normal_", "rand_like": "uniform_"}
+_RANDOM = (
+    "randn", "rand", "randint", "randperm", "normal", "bernoulli", "multinomial", "normal_", "uniform_", "random_",
+    "bernoulli_", "exponential_", "log_normal_", "cauchy_", "geometric_",
+)  # fmt: skip
 
 
 class CannotRunError(ValueError):
@@ -187,44 +192,29 @@ def seeded(run: Callable[[], object], diffusions: list) -> Run:
     return Run(result, [generator.get_state() for _, generator in sorted(numbers.generators.items())], kept)
 
 
-# Take a generator, and do not.
-_DRAWS = {"randn", "rand", "randint", "randperm", "normal", "bernoulli", "multinomial", "poisson", "normal_",
-          "uniform_", "random_", "bernoulli_", "exponential_", "cauchy_", "log_normal_", "geometric_"}  # fmt: skip
-_LIKE = {"randn_like": "normal_", "rand_like": "uniform_"}
-_OTHERS = {"randint_like", "dropout", "alpha_dropout", "feature_alpha_dropout", "dropout_", "rrelu", "binomial"}
-
-
 class OwnNumbers(TorchFunctionMode):
-    """Random numbers from generators of its own: other threads may draw from torch's meanwhile.
-
-    For the sake of a function that takes no generator torch's are seeded and put back. A function mode, as a dispatch
-    mode would import the compiler, which takes a second.
-    """
+    """Random numbers of this thread from generators of its own: others may draw from torch's meanwhile."""
 
     def __init__(self):
         super().__init__()
         self.generators: dict[str, torch.Generator] = {}
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        name, kwargs = getattr(function, "__name__", ""), kwargs or {}
+        if name in _LIKE:
+            out = torch.empty_like(*args, **kwargs)
+            return getattr(out, _LIKE[name])(generator=self._of(out.device))
+        if name in _RANDOM and kwargs.get("generator") is None:
+            first = args[0] if args else None
+            device = first.device if isinstance(first, torch.Tensor) else kwargs.get("device")
+            kwargs = {**kwargs, "generator": self._of(device or torch.get_default_device())}
+        return function(*args, **kwargs)
 
     def _of(self, device) -> torch.Generator:
         device = torch.device(device)
         if device.type not in self.generators:
             self.generators[device.type] = torch.Generator(device).manual_seed(_SEED)
         return self.generators[device.type]
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs, name = dict(kwargs or {}), getattr(function, "__name__", "")
-        if not (name in _DRAWS or name in _LIKE or name in _OTHERS) or kwargs.get("generator") is not None:
-            return function(*args, **kwargs)
-        tensor = next((value for value in args if isinstance(value, torch.Tensor)), None)
-        device = kwargs.get("device") or (torch.get_default_device() if tensor is None else tensor.device)
-        generator = self._of(device)
-        if name in _LIKE:
-            return getattr(torch.empty_like(*args, **kwargs), _LIKE[name])(generator=generator)
-        if name in _DRAWS:
-            return function(*args, **{**kwargs, "generator": generator})
-        with torch.random.fork_rng([generator.device] if generator.device.type == "cuda" else []):
-            torch.manual_seed(int(torch.randint(2**31, (), generator=generator, device=generator.device)))
-            return function(*args, **kwargs)
 
 
 def _attributes(diffusions: list) -> dict[str, object]:
@@ -245,6 +235,7 @@ def quiet(net: nn.Module) -> Iterator[None]:
     if device.type == "meta":
         raise CannotRunError("its weights are on the meta device")
     dtype, numbers, python = torch.get_default_dtype(), np.random.get_state(), random.getstate()
+    seed, state = torch.initial_seed(), torch.get_rng_state()
     try:
         if dtype != torch.float32:
             torch.set_default_dtype(torch.float32)
@@ -257,6 +248,8 @@ def quiet(net: nn.Module) -> Iterator[None]:
             torch.set_default_dtype(dtype)
         np.random.set_state(numbers)
         random.setstate(python)
+        if torch.initial_seed() != seed:  # its own code seeds; else other threads may have drawn since
+            torch.set_rng_state(state)
 
 
 def first_line(error: BaseException) -> str:

@@ -17,7 +17,7 @@ import torch.nn as nn
 from .diffusions import LOOPS
 from .heads import FoundHead
 from .loop import NO_LOOP, Call, LoopHook
-from .twin import CannotRunError, Copies, Run, copies_of, first_line, normal, quiet, seeded
+from .twin import CannotRunError, Copies, OwnNumbers, Run, copies_of, first_line, normal, quiet, seeded
 
 _ROWS, _TEMPERATURE, _GUIDANCE, _LAST = 4, 0.8, 2.5, 10
 _GUIDANCE_NAMES = ("cfg", "cfg_scale", "guidance_scale", "guidance")
@@ -89,8 +89,8 @@ def _what_runs(found: FoundHead, options: dict) -> tuple[tuple[int, ...], bool]:
         for shape in ((_ROWS, width), (2, _ROWS // 2, width)):
             try:
                 copies = copies_of(found.net, found.samplers, found.module, cut=cut, serving=False, steps=_LAST)
-                z = normal(shape, copies.trial.net)
-                seeded(lambda: copies.module.sample(z, **options), copies.diffusions)  # noqa: B023
+                with OwnNumbers():
+                    copies.module.sample(normal(shape, copies.trial.net), **options)
                 return shape, cut
             except Exception as error:  # noqa: BLE001  (whatever a fork's code raises)
                 failure = failure or error

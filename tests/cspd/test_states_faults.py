@@ -14,18 +14,19 @@ import torch.nn as nn
 from states import everything, listening, model_in, rows, sample, served_calls
 
 import cspd
+import cspd.head_patch
 import cspd.patching
+from cspd.head_patch import HeadPatch
 from cspd.heads import HeadCache
 from cspd.loop import LoopHook
 from cspd.models import GaussianDiffusion
-from cspd.patching import HeadPatch
 from cspd.standins import StandIn, WatchedMoves, WatchedSample
 from cspd_kernels.testing import relative_error
 
 STEPS = {
     "looking": (cspd.patching, "find_heads"),
-    "checking values": (cspd.patching, "_check_values"),
-    "comparing": (cspd.patching, "check_sample"),
+    "checking values": (cspd.head_patch, "_check_values"),
+    "comparing": (cspd.head_patch, "check_sample"),
     "describing": (cspd.patching, "describe_head"),
     "telling": (logging.Handler, "handle"),
     "a patch": (HeadPatch, "__init__"),
@@ -199,3 +200,21 @@ def test_threads_that_patch_undo_and_sample_at_once():
     assert "p_sample_loop" not in vars(model.diffloss.gen_diffusion)
     assert torch.equal(run(), expected)
     assert sample(model).isfinite().all()
+
+
+class Seeding(type(model_in().diffloss)):
+    """A head that seeds before it samples."""
+
+    def sample(self, z, temperature=1.0, cfg=1.0):
+        torch.manual_seed(5)
+        return super().sample(z, temperature, cfg)
+
+
+@pytest.mark.parametrize("kind", [type(model_in().diffloss), Seeding])
+def test_comparing_draws_nothing_from_the_generator_of_the_caller(kind):
+    model = model_in()
+    model.diffloss.__class__ = kind
+    torch.manual_seed(1)
+    was = torch.get_rng_state()
+    cspd.patch(model)
+    assert torch.equal(torch.get_rng_state(), was)

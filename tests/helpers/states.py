@@ -13,7 +13,7 @@ from small_models import sample as sample_images
 from small_models import small_mar
 
 import cspd
-import cspd.patching
+import cspd.head_patch
 from cspd.diffusions import diffusions_of
 from cspd.loop import LoopHook
 from cspd.standins import StandIn
@@ -132,7 +132,7 @@ class served_calls:  # noqa: N801
             calls.append(call)
             return run(call, *args, **kwargs)
 
-        self.patch = mock.patch.object(cspd.patching, "run_call", counted)
+        self.patch = mock.patch.object(cspd.head_patch, "run_call", counted)
         self.patch.__enter__()
         return calls
 
