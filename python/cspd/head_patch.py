@@ -12,8 +12,8 @@ import torch.nn as nn
 from cspd_kernels.backends import implementation
 from cspd_kernels.head import OPERAND_DTYPES
 
-from .diffusions import LOOPS, Code, NotServedError
-from .heads import FoundHead, HeadCache, unwrapped
+from .diffusions import LOOPS, NotServedError
+from .heads import FoundHead, HeadCache, unwrapped, written
 from .loop import LOCK, PATCHES, Call, LoopHook, finish, run_call
 from .standins import StandIn, WatchedMoves, WatchedSample
 from .twin import CannotRunError
@@ -54,7 +54,7 @@ class HeadPatch:
         self.cache = HeadCache(found.net, options.weights)
         self.verdicts: dict[tuple, str | None] = {}  # kind of call -> why it is not served
         self.draws: dict[tuple, str] = {}
-        self.code = Code(map(type, found.net.modules())).functions  # that the verdicts are about
+        self.written = written(found.net)  # the code and the settings that the verdicts are about
         self.told: list[str] = []
         self.hooks: list[LoopHook | StandIn] = []
 
@@ -67,11 +67,11 @@ class HeadPatch:
         return self.found.net
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "verdicts": {}, "draws": {}, "code": ()}
+        return {**self.__dict__, "verdicts": {}, "draws": {}, "written": None}
 
     def __deepcopy__(self, memo: dict) -> HeadPatch:
         twin = memo[id(self)] = self.__class__.__new__(self.__class__)
-        compared = {"verdicts": dict(self.verdicts), "draws": dict(self.draws), "code": self.code}
+        compared = {"verdicts": dict(self.verdicts), "draws": dict(self.draws), "written": self.written}
         twin.__setstate__({**copy.deepcopy(self.__getstate__(), memo), **compared})
         return twin
 
@@ -186,10 +186,10 @@ class HeadPatch:
             NotServedError: the loop's own code must run; nothing was drawn.
         """
         schedule, kind, source = hook.tables.schedule(), hook.kind(call), self.cache.look()
-        if source.code.functions is not self.code:
-            if source.code.functions != self.code:  # what was compared was other code
+        if source.written is not self.written:
+            if source.written != self.written:  # what was compared was something else
                 self.verdicts, self.draws = {}, {}
-            self.code = source.code.functions
+            self.written = source.written
         verdicts, draws = self.verdicts, self.draws
         if kind not in verdicts:
             self._compare_now(kind, call, hook, verdicts, draws)

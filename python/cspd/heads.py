@@ -14,7 +14,7 @@ import torch.nn as nn
 
 from cspd_kernels import DiffusionHead, Schedule
 from cspd_kernels.head import call_dtype
-from cspd_kernels.live import LiveWeights
+from cspd_kernels.live import LiveWeights, fingerprint
 from cspd_kernels.structure import (
     GLOBAL_HOOKS,
     compiled_from,
@@ -29,6 +29,7 @@ from cspd_kernels.structure import (
 from .diffusions import LOOPS, Code, NotServedError, diffusions_of
 
 _LAYOUT = (torch.Tensor.data_ptr, torch.Tensor.dtype.__get__, torch.Tensor.size, torch.Tensor.stride)
+_PLAIN = {int, float, bool, str}
 _MAX_SCHEDULES = 64  # of one network, whose packed heads share their weights
 
 
@@ -175,6 +176,8 @@ class HeadCache:
                 if self.net.input_proj.weight.is_meta:
                     raise NotServedError("its weights are on the meta device: offloaded, or not loaded yet")
                 self._source = Source(self.net, weakref.WeakMethod(self.clear))
+            if any(module.training for module in self._source.moody):
+                raise NotServedError("the network computes something else in training mode (dropout?): call .eval()")
             return self._source
 
     def get(self, schedule: Schedule, dtype: torch.dtype | None = None, source: Source | None = None) -> DiffusionHead:
@@ -230,6 +233,8 @@ class Source:
 
     Attributes:
         code: the functions of the network's classes.
+        written: those, and whatever else than weights their results may depend on.
+        moody: modules that may compute something else in training mode.
     """
 
     def __init__(self, net: nn.Module, released: weakref.WeakMethod):
@@ -249,6 +254,11 @@ class Source:
         self.device, self.dtype = net.input_proj.weight.device, net.input_proj.weight.dtype
         self.norms = [norm for _, norm in norms(net)]
         self.constants, self.state = constants(net), self._state()
+        self.moody = [m for m in self.modules if _is_moody(m)]
+        self.theirs = [m for m in self.modules if not _is_torchs(type(m))]
+        self.buffers = list(net.buffers())
+        self.settings = settings(self.theirs, self.buffers)
+        self.written = (self.code.functions, self.settings)
 
         def gone(_, released=released):
             self.dead = True
@@ -269,10 +279,48 @@ class Source:
         if [*map(type, self.weights)] != self.weight_kinds or not self.code.is_current():
             return False
         numbers = [self.net.time_embed.frequency_embedding_size, *[norm.eps for norm in self.norms]]
-        return numbers == self.constants and self._state() == self.state
+        return (
+            numbers == self.constants
+            and self._state() == self.state
+            and settings(self.theirs, self.buffers) == self.settings
+        )
 
     def _state(self) -> list[list]:
         return [[*map(read, self.weights)] for read in _LAYOUT]
+
+
+def settings(modules: list[nn.Module], buffers: list[torch.Tensor]) -> list:
+    """Plain attributes of modules, but for their mode, and what buffers hold: what results depend on beside weights."""
+    attributes = [
+        [(name, value) for name, value in m.__dict__.items() if type(value) in _PLAIN and name != "training"]
+        for m in modules
+    ]
+    return [attributes, [_print(buffer) for buffer in buffers]]
+
+
+def written(net: nn.Module) -> tuple:
+    """As ``Source.written``, of a network that need not be readable."""
+    theirs = [m for m in net.modules() if not _is_torchs(type(m))]
+    return Code(map(type, net.modules())).functions, settings(theirs, list(net.buffers()))
+
+
+def _is_torchs(kind: type) -> bool:
+    return kind.__module__.partition(".")[0] == "torch"
+
+
+def _is_moody(module: nn.Module) -> bool:
+    """Whether a module's code asks for its mode: dropout that drops something, batch statistics, a fork's own."""
+    if _is_torchs(type(module)):
+        return getattr(module, "p", 0) > 0 if "Dropout" in type(module).__name__ else hasattr(module, "running_mean")
+    functions = (value for base in type(module).__mro__ if not _is_torchs(base) for value in vars(base).values())
+    return any("training" in getattr(getattr(f, "__code__", None), "co_names", ()) for f in functions)
+
+
+def _print(buffer: torch.Tensor):
+    """What tells two states of a buffer apart; the host does not wait for a device."""
+    if buffer.device.type == "cpu":
+        return [part.tolist() for part in fingerprint(buffer)]
+    return buffer.data_ptr(), 0 if buffer.is_inference() else buffer._version
 
 
 def bound_network(function) -> tuple[nn.Module, str] | None:

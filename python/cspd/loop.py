@@ -82,8 +82,7 @@ def read_call(loop: str, arguments: dict, parameters, found: tuple[nn.Module, st
         NotServedError: something that the kernels do not know.
     """
     if found is None or found[1] not in ("forward", "forward_with_cfg"):
-        given, kind = arguments["model"], type(arguments["model"]).__name__
-        name = f"{given.__qualname__} (a {kind})" if hasattr(given, "__qualname__") else kind
+        name = getattr(arguments["model"], "__qualname__", type(arguments["model"]).__name__)
         raise NotServedError(f"the loop is given {name}, not the network's forward or forward_with_cfg")
     net, method = found
     for name, meaning in _PLAIN.items():
@@ -91,7 +90,7 @@ def read_call(loop: str, arguments: dict, parameters, found: tuple[nn.Module, st
             raise NotServedError(f"{meaning} ({name})")
     for name, value in arguments.items():
         known = name in _IGNORED or name in _PLAIN
-        if not known and not _is_default(value, parameters[name].default):
+        if not known and not _is_default(value, parameters[name]):
             raise NotServedError(f"the loop is called with {name}, which the kernels do not know")
     kwargs = dict(arguments.get("model_kwargs") or {})
     cond, scale = kwargs.pop("c", None), None
@@ -107,9 +106,10 @@ def read_call(loop: str, arguments: dict, parameters, found: tuple[nn.Module, st
     if len(shape) != 2 or shape[1] != channels or (noise is not None and tuple(noise.shape) != shape):
         got = shape if noise is None else tuple(noise.shape)
         raise NotServedError(f"the loop starts from {got}, not from (N, {channels})")
-    if not isinstance(cond, torch.Tensor) or cond.dim() != 2 or len(cond) != shape[0] or (guided and shape[0] % 2):
+    expected = (shape[0], net.cond_embed.in_features)
+    if not isinstance(cond, torch.Tensor) or tuple(cond.shape) != expected or (guided and shape[0] % 2):
         got = tuple(cond.shape) if isinstance(cond, torch.Tensor) else type(cond).__name__
-        raise NotServedError(f"its conditions are {got} for {shape[0]} rows of noise")
+        raise NotServedError(f"its conditions are {got}, not {expected} with an even number of rows under guidance")
     if cond.is_meta or (noise is not None and noise.is_meta):
         raise NotServedError("its conditions or its noise are on the meta device")
     inter = arguments.get("inter_noise")
@@ -130,7 +130,10 @@ def read_call(loop: str, arguments: dict, parameters, found: tuple[nn.Module, st
     )
 
 
-def _is_default(value, default) -> bool:
+def _is_default(value, parameter: inspect.Parameter) -> bool:
+    default = parameter.default
+    if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+        return not value
     return value is default or (
         type(value) is type(default) and isinstance(value, (int, float, str)) and value == default
     )

@@ -27,8 +27,10 @@ class Clipped(Head):
         return self.gen_diffusion.p_sample_loop(*args, **{**options, "clip_denoised": clip}, temperature=temperature)
 
 
-def test_x0_is_always_clipped():
-    assert_refused(made(Clipped), r"can be served, and all are left unpatched: .*x0 is clipped \(clip_denoised\)")
+@pytest.mark.parametrize("cfg", [1.0, 2.5])
+def test_x0_is_always_clipped(cfg, caplog):
+    reason = "x0 is clipped (clip_denoised)"
+    assert_own_code(made(Clipped), lambda h: h.sample(Z, 1.0, cfg), caplog, reason, by_patch=True)
 
 
 class ClippedOnRequest(Clipped):
@@ -120,7 +122,8 @@ class ByDDIM(Head):
 
 def test_another_sampler_by_an_option_of_the_constructor(caplog):
     assert_accelerated(made(ByDDIM), lambda h: h.sample(Z), caplog)
-    assert_refused(made(ByDDIM, ddim=True), "its sample runs without p_sample_loop: by a sampler of its own")
+    reason = "its sample runs without p_sample_loop: by a sampler of its own"
+    assert_own_code(made(ByDDIM, ddim=True), lambda h: h.sample(Z), caplog, reason, by_patch=True)
 
 
 def test_another_sampler_is_chosen_after_patching(caplog):
@@ -152,7 +155,7 @@ def test_a_solver_of_its_own_by_an_option_of_the_call(caplog):
 
     head = made(Solver)
     assert_accelerated(head, lambda h: h.sample(Z), caplog)
-    reason = "its sample ran without p_sample_loop: by a sampler of its own"
+    reason = "its sample runs without p_sample_loop: by a sampler of its own"
     assert_own_code(head, lambda h: h.sample(Z, solver="second order"), caplog, reason)
 
 
@@ -234,8 +237,9 @@ def test_a_further_argument_of_the_loop(caplog):
     assert_own_code(head, lambda h: h.sample(Z, strength=0.5), caplog, reason)
 
 
-def test_a_loop_of_any_arguments():
-    assert_refused(made(Chosen, AnyArguments()), "the loop is called with args, which the kernels do not know")
+def test_a_loop_of_any_arguments(caplog):
+    reason = "the loop is called with args, which the kernels do not know"
+    assert_own_code(made(Chosen, AnyArguments()), lambda h: h.sample(Z), caplog, reason, by_patch=True)
 
 
 class Indexed(Head):
@@ -266,9 +270,10 @@ def test_an_index_in_the_network(caplog):
     assert_own_code(head, lambda h: h.sample(Z, index=index), caplog, "the network is also given index")
 
 
-def test_a_network_that_predicts_x0():
+def test_a_network_that_predicts_x0(caplog):
     head = made(Head, Spaced(mean=Mean.START_X))
-    assert_refused(head, "expected a network that predicts EPSILON, got START_X")
+    reason = "expected a network that predicts EPSILON, got START_X"
+    assert_own_code(head, lambda h: h.sample(Z), caplog, reason, by_patch=True)
 
 
 @pytest.mark.parametrize("var", [Var.FIXED_SMALL, Var.FIXED_LARGE])

@@ -104,7 +104,6 @@ REPLACED = {
     "other data": with_data(torch.randn_like),
     "data of another type": with_data(lambda data: data.double() + 1),
     "data of another type in the same memory": with_data(lambda data: data.view(torch.bfloat16)),
-    "data of another shape in the same memory": with_data(lambda data: data[:, :16]),
     "another parameter": with_parameter(torch.randn_like),
     "an equal parameter": with_parameter(torch.clone),
     "a parameter on the same memory": with_parameter(lambda data: data),
