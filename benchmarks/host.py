@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 import cspd
-import cspd.loop
+from cspd import calls
 from cspd.models import DiffLoss
 from cspd_kernels.testing import randomize_, relative_error
 
@@ -39,24 +39,17 @@ def rows_of(model: str, dtype: torch.dtype, weights: str, runs: int, device: tor
         with torch.no_grad():
             expected = eager()
             cspd.patch(head, dtype=dtype, weights=weights)
-            calls = []
-
-            def record(*args, calls=calls, **kwargs):
-                calls.append((args, kwargs))
-                return cspd.loop_denoise(*args, **kwargs)
-
-            cspd.loop_denoise = cspd.loop.denoise
-            with mock.patch("cspd.loop.denoise", record):
+            with mock.patch.object(calls, "denoise", wraps=calls.denoise) as record:
                 error = relative_error(eager()[:tokens], expected[:tokens])
-            (args, kwargs), result = calls[-1], cspd.loop_denoise(*calls[-1][0], **calls[-1][1])
-            op = partial(cspd.loop_denoise, *args, **kwargs)
+            (args, kwargs) = record.call_args
+            op = partial(calls.denoise, *args, **kwargs)
+            result = op()
             seconds = measure({"call": eager, "op": op}, [()], runs, device)
-            with mock.patch("cspd.loop.denoise", lambda *_, result=result, **__: result):
+            with mock.patch.object(calls, "denoise", lambda *_, result=result, **__: result):
                 rest = measure({"rest": eager}, [()], 10 * runs, device)["rest"]
                 host = _host_seconds(eager, 10 * runs, device)
             cspd.unpatch(head)
             seconds |= measure({"eager": eager}, [()], max(3, runs // 3), device)
-        del cspd.loop_denoise
         medians = {name: spread(values) for name, values in {**seconds, "rest": rest, "host": host}.items()}
         rows.append(
             {

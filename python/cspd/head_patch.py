@@ -12,9 +12,11 @@ import torch.nn as nn
 from cspd_kernels.backends import implementation
 from cspd_kernels.head import OPERAND_DTYPES
 
+from .calls import Call, finish, run_call
 from .diffusions import LOOPS, NotServedError
-from .heads import FoundHead, HeadCache, unwrapped, written
-from .loop import LOCK, PATCHES, Call, LoopHook, finish, run_call
+from .heads import FoundHead, HeadCache, unwrapped
+from .loop import LOCK, PATCHES, LoopHook
+from .source import written
 from .standins import StandIn, WatchedMoves, WatchedSample
 from .twin import CannotRunError
 from .verify import DiffersError, check_loop, check_sample, plain_calls

@@ -2,34 +2,27 @@
 
 from __future__ import annotations
 
-import operator
 import threading
 import weakref
 from collections import OrderedDict
 from dataclasses import dataclass, field
-from itertools import chain
 
 import torch
 import torch.nn as nn
 
 from cspd_kernels import DiffusionHead, Schedule
 from cspd_kernels.head import call_dtype
-from cspd_kernels.live import LiveWeights, fingerprint
+from cspd_kernels.live import LiveWeights
 from cspd_kernels.structure import (
-    GLOBAL_HOOKS,
     compiled_from,
-    constants,
-    linears,
-    norms,
     why_not_a_network,
     why_not_as_written,
     why_not_plain,
 )
 
-from .diffusions import LOOPS, Code, NotServedError, diffusions_of
+from .diffusions import LOOPS, NotServedError, diffusions_of
+from .source import Source
 
-_LAYOUT = (torch.Tensor.data_ptr, torch.Tensor.dtype.__get__, torch.Tensor.size, torch.Tensor.stride)
-_PLAIN = {int, float, bool, str}
 _MAX_SCHEDULES = 64  # of one network, whose packed heads share their weights
 
 
@@ -221,106 +214,6 @@ class _Form:
         else:
             self.heads.move_to_end(schedule)
         return head
-
-
-class Source:
-    """What a network looked like when it was packed, but for the values of its weights.
-
-    It is asked at every call, and walking the module tree would take longer than everything else the
-    host does there: the tables that the modules keep their children, weights and hooks in are
-    remembered and compared instead. Of the weights' memory it holds no part, so that a model that
-    moves on leaves none behind; when that memory goes, ``released`` is called at once.
-
-    Attributes:
-        code: the functions of the network's classes.
-        written: those, and whatever else than weights their results may depend on.
-        moody: modules that may compute something else in training mode.
-    """
-
-    def __init__(self, net: nn.Module, released: weakref.WeakMethod):
-        self.net, self.modules = net, list(net.modules())
-        self.kinds = [*map(type, self.modules)]
-        self.code = Code(dict.fromkeys(self.kinds))
-        self.own = [m.__dict__ for m in self.modules]
-        self.sizes = [*map(len, self.own)]  # what replaces a method of a class is one more
-        self.forwards = [(own, own["forward"]) for own in self.own if "forward" in own]
-        self.hooks = [*GLOBAL_HOOKS, *(h for m in self.modules for h in (m._forward_hooks, m._forward_pre_hooks))]
-        self.tables = [table for m in self.modules for table in (m._modules, m._parameters, m._buffers) if table]
-        self.members = [*chain.from_iterable(map(dict.values, self.tables))]
-        layers = [layer for _, layer in chain(linears(net), norms(net))]
-        weights = (getattr(layer, role, None) for layer in layers for role in ("weight", "bias"))
-        self.weights = list({id(weight): weight for weight in weights if weight is not None}.values())
-        self.weight_kinds = [*map(type, self.weights)]
-        self.device, self.dtype = net.input_proj.weight.device, net.input_proj.weight.dtype
-        self.norms = [norm for _, norm in norms(net)]
-        self.constants, self.state = constants(net), self._state()
-        self.moody = [m for m in self.modules if _is_moody(m)]
-        self.theirs = [m for m in self.modules if not _is_torchs(type(m))]
-        self.buffers = list(net.buffers())
-        self.settings = settings(self.theirs, self.buffers)
-        self.written = (self.code.functions, self.settings)
-
-        def gone(_, released=released):
-            self.dead = True
-            if (method := released()) is not None:
-                method()
-
-        self.dead = False
-        self.storages = [weakref.ref(p.untyped_storage(), gone) for p in self.weights]
-
-    def is_current(self) -> bool:
-        if self.dead or any(self.hooks) or [*map(type, self.modules)] != self.kinds:
-            return False
-        if [*map(len, self.own)] != self.sizes or not all(own.get("forward") is f for own, f in self.forwards):
-            return False
-        members = [*chain.from_iterable(map(dict.values, self.tables))]
-        if len(members) != len(self.members) or not all(map(operator.is_, members, self.members)):
-            return False
-        if [*map(type, self.weights)] != self.weight_kinds or not self.code.is_current():
-            return False
-        numbers = [self.net.time_embed.frequency_embedding_size, *[norm.eps for norm in self.norms]]
-        return (
-            numbers == self.constants
-            and self._state() == self.state
-            and settings(self.theirs, self.buffers) == self.settings
-        )
-
-    def _state(self) -> list[list]:
-        return [[*map(read, self.weights)] for read in _LAYOUT]
-
-
-def settings(modules: list[nn.Module], buffers: list[torch.Tensor]) -> list:
-    """Plain attributes of modules, but for their mode, and what buffers hold: what results depend on beside weights."""
-    attributes = [
-        [(name, value) for name, value in m.__dict__.items() if type(value) in _PLAIN and name != "training"]
-        for m in modules
-    ]
-    return [attributes, [_print(buffer) for buffer in buffers]]
-
-
-def written(net: nn.Module) -> tuple:
-    """As ``Source.written``, of a network that need not be readable."""
-    theirs = [m for m in net.modules() if not _is_torchs(type(m))]
-    return Code(map(type, net.modules())).functions, settings(theirs, list(net.buffers()))
-
-
-def _is_torchs(kind: type) -> bool:
-    return kind.__module__.partition(".")[0] == "torch"
-
-
-def _is_moody(module: nn.Module) -> bool:
-    """Whether a module's code asks for its mode: dropout that drops something, batch statistics, a fork's own."""
-    if _is_torchs(type(module)):
-        return getattr(module, "p", 0) > 0 if "Dropout" in type(module).__name__ else hasattr(module, "running_mean")
-    functions = (value for base in type(module).__mro__ if not _is_torchs(base) for value in vars(base).values())
-    return any("training" in getattr(getattr(f, "__code__", None), "co_names", ()) for f in functions)
-
-
-def _print(buffer: torch.Tensor):
-    """What tells two states of a buffer apart; the host does not wait for a device."""
-    if buffer.device.type == "cpu":
-        return [part.tolist() for part in fingerprint(buffer)]
-    return buffer.data_ptr(), 0 if buffer.is_inference() else buffer._version
 
 
 def bound_network(function) -> tuple[nn.Module, str] | None:

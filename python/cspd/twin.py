@@ -21,9 +21,10 @@ from cspd_kernels import Schedule
 from cspd_kernels.head import without_autocast
 from cspd_kernels.structure import compiled_from, linears, norms
 
+from .calls import Call, finish, run_call
 from .diffusions import LOOPS, NotServedError
 from .heads import HeadCache
-from .loop import PATCHES, Call, LoopHook, finish, run_call
+from .loop import PATCHES, LoopHook
 from .standins import StandIn
 
 WIDTH = 32

@@ -14,9 +14,10 @@ from functools import partial
 import torch
 import torch.nn as nn
 
+from .calls import Call
 from .diffusions import LOOPS
 from .heads import FoundHead
-from .loop import NO_LOOP, Call, LoopHook
+from .loop import NO_LOOP, LoopHook
 from .twin import CannotRunError, Copies, OwnNumbers, Run, copies_of, first_line, normal, quiet, seeded
 
 _ROWS, _TEMPERATURE, _GUIDANCE, _LAST = 4, 0.8, 2.5, 10
