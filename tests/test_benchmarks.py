@@ -24,12 +24,14 @@ def benchmarks(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     import baselines
     import common
+    import host
     import judging
     import kernels
     import quality
 
-    yield SimpleNamespace(kernels=kernels, common=common, baselines=baselines, judging=judging, quality=quality)
-    for name in ("kernels", "common", "baselines", "judging", "quality"):
+    modules = (kernels, common, baselines, host, judging, quality)
+    yield SimpleNamespace(**{module.__name__: module for module in modules})
+    for name in (module.__name__ for module in modules):
         sys.modules.pop(name, None)
 
 
@@ -159,3 +161,18 @@ def test_help(script):
     done = subprocess.run([sys.executable, BENCHMARKS / script, "--help"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "--json" in done.stdout
+
+
+@pytest.mark.parametrize("weights", ["live", "frozen"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_a_patched_call_costs_beside_its_kernels(benchmarks, monkeypatch, weights, dtype):
+    monkeypatch.setitem(benchmarks.kernels.HEADS, "small", (1, 32, 16))
+    denoise = benchmarks.host.calls.denoise
+    rows = benchmarks.host.rows_of("small", dtype, weights, 2, torch.device("cpu"))
+    assert benchmarks.host.calls.denoise is denoise
+    assert [(row["tokens"], row["cfg"]) for row in rows] == list(benchmarks.host.CASES)
+    for row in rows:
+        assert row["error"] < (1e-5 if dtype == torch.float32 else 5e-2)
+        assert row["rest seconds"][0] > 0
+        assert row["share"] == row["rest seconds"][0] / row["op seconds"][0]
+        assert row["ratio"] == row["eager seconds"][0] / row["call seconds"][0]

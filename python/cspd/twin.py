@@ -208,7 +208,7 @@ class OwnNumbers(TorchFunctionMode):
         if name in _RANDOM and kwargs.get("generator") is None:
             first = args[0] if args else None
             device = first.device if isinstance(first, torch.Tensor) else kwargs.get("device")
-            kwargs = {**kwargs, "generator": self._of(device or torch.get_default_device())}
+            kwargs = {**kwargs, "generator": self._of(device or default_device())}
         return function(*args, **kwargs)
 
     def _of(self, device) -> torch.Generator:
@@ -216,6 +216,11 @@ class OwnNumbers(TorchFunctionMode):
         if device.type not in self.generators:
             self.generators[device.type] = torch.Generator(device).manual_seed(_SEED)
         return self.generators[device.type]
+
+
+def default_device() -> torch.device:
+    """Where tensors are made now; PyTorch 2.4 does not say so of its context manager."""
+    return torch.empty(0).device
 
 
 def _attributes(diffusions: list) -> dict[str, object]:
@@ -240,7 +245,7 @@ def quiet(net: nn.Module) -> Iterator[None]:
     try:
         if dtype != torch.float32:
             torch.set_default_dtype(torch.float32)
-        meta = torch.get_default_device().type == "meta"
+        meta = default_device().type == "meta"
         default = torch.device(device) if meta else contextlib.nullcontext()
         with torch.inference_mode(False), torch.no_grad(), without_autocast(device), default:
             yield

@@ -95,7 +95,7 @@ def _what_runs(found: FoundHead, options: dict) -> tuple[tuple[int, ...], bool]:
                 return shape, cut
             except Exception as error:  # noqa: BLE001  (whatever a fork's code raises)
                 failure = failure or error
-        if "CUDA" in str(failure):
+        if any(word in str(failure) for word in ("CUDA", "NVIDIA")):  # of any size
             break
     raise CannotRunError(first_line(failure)) from failure
 
@@ -224,7 +224,7 @@ def _difference(a: torch.Tensor, b: torch.Tensor) -> float:
 def _tolerance(net: nn.Module) -> float:
     """Between rounding and a difference; TF32 products round to three digits."""
     tf32 = net.input_proj.weight.is_cuda and torch.get_float32_matmul_precision() != "highest"
-    return 5e-2 if tf32 else 1e-3
+    return 5e-2 if tf32 else 1e-4
 
 
 def _tensors(value) -> list[torch.Tensor]:

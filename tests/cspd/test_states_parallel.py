@@ -37,7 +37,10 @@ def fsdp(module, **options):
 
 
 def fsdp2(module):
-    from torch.distributed.fsdp import fully_shard
+    try:
+        from torch.distributed.fsdp import fully_shard
+    except ImportError:  # PyTorch 2.4
+        from torch.distributed._composable.fsdp import fully_shard
 
     return fully_shard(module, mesh=mesh())
 
@@ -45,8 +48,8 @@ def fsdp2(module):
 def tensor_parallel(model):
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-    plan = {"res_blocks.0.mlp.0": ColwiseParallel(), "res_blocks.0.mlp.2": RowwiseParallel()}
-    parallelize_module(model.diffloss.net, mesh(), plan)
+    mlp = model.diffloss.net.res_blocks[0].mlp
+    parallelize_module(mlp, mesh(), {"0": ColwiseParallel(), "2": RowwiseParallel()})
 
 
 def ddp(module):
