@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 import torch.nn as nn
 
-from .backends import log_once, why_unavailable
+from .backends import interpreting, log_once, why_unavailable
 from .head import DiffusionHead, time_embedding
 
 _LANES = 4093  # a prime: rows and columns of a matrix fall on other lanes, so their order counts
@@ -40,7 +40,10 @@ class LiveWeights:
 
     @torch.no_grad()
     def refresh(self, heads: list[DiffusionHead]) -> None:
-        """Bring what was converted up to date, and the time embeddings of the heads that share it. Never waits."""
+        """Bring what was converted up to date, and the time embeddings of these heads that share it. Never waits.
+
+        On the CPU they must be all of them: a change is noticed once.
+        """
         if self.device.type == "cpu":
             self._compare(heads)
         else:
@@ -68,13 +71,16 @@ class LiveWeights:
 def fingerprint(weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Integers that tell two states of a weight apart: its bits, or sums of them over lanes.
 
-    A single changed bit always shows; so does another order of rows or columns.
+    A single changed bit always shows. So does another order of rows or columns, but for an exchange of values that lie
+    a multiple of 4093 words of 8 bytes apart.
     """
     flat = weight.detach()
     flat = (flat if flat.is_contiguous() else flat.contiguous()).view(-1)
     size = flat.element_size()
     if flat.numel() > _SMALL and flat.numel() * size % 8 == 0 and flat.storage_offset() * size % 8 == 0:
         words = flat.view(torch.int64)
+        if size == 8:  # what changes in all of them must not add up to nothing beyond 64 bits
+            words = words ^ (words >> 32)
         whole = len(words) // _LANES * _LANES
         return words[:whole].view(-1, _LANES).sum(dim=0), words[whole:].clone()
     return (flat.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[size]).clone(),)
@@ -88,10 +94,12 @@ def same(a: tuple[torch.Tensor, ...], b: tuple[torch.Tensor, ...]) -> bool:
 def _copier(copies, device: torch.device):
     """A function that queues the update of all copies on a device."""
     reason = f"no kernels for {device.type}" if device.type != "cuda" else why_unavailable("triton")
+    if reason is None and interpreting():
+        reason = "TRITON_INTERPRET is set"
     if reason is None:
         from .triton_refresh import Refresh
 
         return Refresh(copies)
     log_once(f"converted weights are converted again at every call, as they cannot be compared on the device: {reason}")
-    packed, sources = zip(*((packed, source.detach()) for packed, source in copies))
-    return lambda: torch._foreach_copy_(packed, sources)
+    packed, sources = zip(*copies)
+    return lambda: torch._foreach_copy_(packed, [source.detach() for source in sources])

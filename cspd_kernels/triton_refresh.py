@@ -22,7 +22,10 @@ _COLUMNS = 3  # of the table: where a block is, where its copy is, how many elem
 
 
 @triton.jit
-def _refresh_kernel(table, hashes, SOURCE: tl.constexpr, BITS: tl.constexpr, PACKED: tl.constexpr, BLOCK: tl.constexpr):
+def _refresh_kernel(
+    table, hashes,
+    SOURCE: tl.constexpr, BITS: tl.constexpr, WIDE: tl.constexpr, PACKED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """One block of one weight. Every position has an odd factor of its own in the hash: one changed element always
     shows, and an exchange of two does."""
     entry = table + tl.program_id(0) * 3
@@ -32,7 +35,10 @@ def _refresh_kernel(table, hashes, SOURCE: tl.constexpr, BITS: tl.constexpr, PAC
     inside = index < tl.load(entry + 2)
     value = tl.load(source + index, inside, 0.0)
     factor = 2 * index.to(tl.int64) + 1
-    now = tl.sum(value.to(BITS, bitcast=True).to(tl.int64) * factor, 0)
+    bits = value.to(BITS, bitcast=True).to(tl.int64)
+    if WIDE:  # what changes in all of them must not add up to nothing beyond 64 bits
+        bits = bits ^ (bits >> 32)
+    now = tl.sum(bits * factor, 0)
     if now != tl.load(hashes + tl.program_id(0)):
         tl.store(packed + index, value.to(PACKED), inside)
         tl.store(hashes + tl.program_id(0), now)
@@ -50,6 +56,7 @@ class Refresh:
         self.plain = [(packed, source) for packed, source in copies if not source.is_contiguous()]
         dense = sorted((pair for pair in copies if pair[1].is_contiguous()), key=_key)
         self.launches = [_Launch(list(pairs)) for _, pairs in itertools.groupby(dense, key=_key)]
+        self()  # the hashes, and the kernel is compiled before a caller captures one
 
     def __call__(self) -> None:
         for packed, source in self.plain:
@@ -72,6 +79,7 @@ class _Launch:
         self.types = {
             "SOURCE": _TYPES[source.dtype],
             "BITS": _BITS[source.element_size()],
+            "WIDE": source.element_size() == 8,
             "PACKED": _TYPES[packed.dtype],
         }
         entries = [
@@ -86,7 +94,6 @@ class _Launch:
         table = torch.tensor(entries, dtype=torch.int64, device="cpu").view(-1, _COLUMNS)
         on_device = packed.device.type == "cuda"
         self.table = table.pin_memory().to(packed.device, non_blocking=True) if on_device else table.to(packed.device)
-        # A hash of zero is that of zeros, which are right as they were packed.
         self.hashes = torch.zeros(len(entries), dtype=torch.int64, device=packed.device)
 
     def __call__(self) -> None:

@@ -112,7 +112,7 @@ class Tables:
         """What a loop may depend on: every attribute, and the contents of those that can be edited in place."""
         attributes = vars(self.diffusion).copy()  # at once: another thread may patch it meanwhile
         own = [value for name, value in attributes.items() if name not in LOOPS]
-        tables = [value.tobytes() for value in own if isinstance(value, np.ndarray)]
+        tables = [_values(value) for value in own if isinstance(value, (np.ndarray, torch.Tensor))]
         held = [_contents(value, id) for value in own if isinstance(value, _CONTAINERS)]
         return [type(self.diffusion), *own, (tables, held)]
 
@@ -128,6 +128,15 @@ class Tables:
             plain = value if isinstance(value, _PLAIN) else _function(value)
             told.append((name, None if counts else plain))
         return type(self.diffusion), tuple(told)
+
+
+def _values(table):
+    """What tells two states of a table apart; the host does not wait for a device."""
+    if isinstance(table, torch.Tensor):
+        if table.device.type != "cpu":
+            return table.data_ptr(), 0 if table.is_inference() else table._version
+        table = table.detach().numpy()
+    return table.tobytes()
 
 
 def _contents(held, other: Callable) -> tuple:

@@ -193,6 +193,8 @@ class HeadPatch:
                 self.verdicts, self.draws = {}, {}
             self.written = source.written
         verdicts, draws = self.verdicts, self.draws
+        if call.cond.is_cuda and torch.cuda.is_current_stream_capturing():
+            self._check_capture(kind in verdicts and self.cache.has(schedule, self.options.dtype))
         if kind not in verdicts:
             self._compare_now(kind, call, hook, verdicts, draws)
         if (reason := verdicts[kind]) is not None:
@@ -202,6 +204,13 @@ class HeadPatch:
         draw = draws.get(kind, "cpu")
         out = run_call(call, head, backend=options.backend, philox=options.noise == "philox", draw=draw)
         return finish(call, out, hook.diffusion)
+
+    def _check_capture(self, ready: bool) -> None:
+        if not ready:
+            raise RuntimeError(
+                f"{self.name} expected a first call like this one before a CUDA graph of the caller's is captured, "
+                "which cannot hold what is made once: call it once, then capture"
+            )
 
     def _compare_now(self, kind: tuple, call: Call, hook: LoopHook, verdicts: dict, draws: dict) -> None:
         """A kind of call that was not seen when the head was patched: it is compared before it is served."""

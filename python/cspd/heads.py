@@ -173,6 +173,15 @@ class HeadCache:
                 raise NotServedError("the network computes something else in training mode (dropout?): call .eval()")
             return self._source
 
+    def has(self, schedule: Schedule, dtype: torch.dtype | None = None) -> bool:
+        """Whether :meth:`get` would pack nothing."""
+        with self._lock:
+            source = self._source
+            if source is None:
+                return False
+            form = self._forms.get(call_dtype(source.device, source.dtype) if dtype is None else dtype)
+            return form is not None and schedule in form.heads
+
     def get(self, schedule: Schedule, dtype: torch.dtype | None = None, source: Source | None = None) -> DiffusionHead:
         """The head with operands of ``dtype``; None follows autocast, else the weights' type.
 
@@ -202,13 +211,25 @@ class _Form:
         self.first = DiffusionHead.from_network(net, schedule, dtype=dtype)
         self.heads = OrderedDict([(schedule, self.first)])
         self.live = LiveWeights(net, self.first) if live else None
+        self.made: torch.cuda.Event | None = None
+        self._made_here()
+
+    def _made_here(self) -> None:
+        """Other streams wait for what this one has just been told to make."""
+        if self.first.device.type == "cuda":
+            self.made = torch.cuda.Event()
+            self.made.record()
 
     def get(self, schedule: Schedule) -> DiffusionHead:
-        if self.live is not None:
-            self.live.refresh(list(self.heads.values()))
+        if self.made is not None and not torch.cuda.is_current_stream_capturing():
+            torch.cuda.current_stream().wait_event(self.made)
         head = self.heads.get(schedule)
+        if self.live is not None:
+            known = [] if head is None else [head]
+            self.live.refresh(known if self.made is not None else list(self.heads.values()))
         if head is None:
             head = self.heads[schedule] = self.first.with_schedule(self.net, schedule)
+            self._made_here()
             if len(self.heads) > _MAX_SCHEDULES:
                 self.heads.popitem(last=False)
         else:

@@ -129,7 +129,7 @@ class LoopHook:
             return self._any_user()
         patch = patch_of(found[0])
         if patch is None:
-            for user in list(self.users):
+            for user in self._present():
                 if (why := user.left_behind()) is not None:
                     user.tell(why)
         elif patch.net is not found[0]:
@@ -142,7 +142,11 @@ class LoopHook:
         return (*call.kind, *self.tables.sort())
 
     def _any_user(self):
-        return next(iter(list(self.users)), None)
+        return next(iter(self._present()), None)
+
+    def _present(self) -> list:
+        with LOCK:  # none comes or goes meanwhile
+            return list(self.users)
 
 
 def patch_of(net: nn.Module):

@@ -46,7 +46,9 @@ def patch(
     Under guidance 2N rows come back as before; the last N, which callers drop, repeat the first. On a
     GPU the host waits nowhere that the replaced code does not; a temperature there is read. Weights are
     looked at at every call, so that they are never stale. ``torch.compile`` of a model around it breaks
-    its graph at the loop.
+    its graph at the loop. A CUDA graph of the caller's needs one call before it, and the patch as long as
+    it is replayed. Shallow copies (``copy.copy``) of a patched head or diffusion object go on calling the
+    original one: unpatch first.
 
     Args:
         model: any module tree that holds one or more heads.
@@ -54,7 +56,7 @@ def patch(
         dtype: type of the matrix products' operands (float32, bfloat16, float16); None follows
             autocast at the call, else the weights' type. The residual stream stays float32.
         noise: ``"upstream"`` draws the numbers of the replaced code in its order; ``"philox"`` draws
-            one seed per call and stores no noise of the steps.
+            one seed per call and stores no noise of the steps (in a captured graph the same at every replay).
         weights: ``"live"`` sees every change at the next call; ``"frozen"`` looks at nothing after the
             first one, for serving: patch again after a change.
 

@@ -23,8 +23,8 @@ class Source:
 
     It is asked at every call, and walking the module tree would take longer than everything else the
     host does there: the tables that the modules keep their children, weights and hooks in are
-    remembered and compared instead. Of the weights' memory it holds no part, so that a model that
-    moves on leaves none behind; when that memory goes, ``released`` is called at once.
+    remembered and compared instead. It holds the parameters and not their memory, so that a model
+    that moves on leaves none behind; when that memory goes, ``released`` is called at once.
 
     Attributes:
         code: the functions of the network's classes.
@@ -55,8 +55,11 @@ class Source:
         self.settings = settings(self.theirs, self.buffers)
         self.written = (self.code.functions, self.settings)
 
-        def gone(_, released=released):
-            self.dead = True
+        this = weakref.ref(self)
+
+        def gone(_):
+            if (watching := this()) is not None:
+                watching.dead = True
             if (method := released()) is not None:
                 method()
 

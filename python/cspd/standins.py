@@ -58,6 +58,11 @@ class StandIn:
         """The method that stood there before."""
         return self.replaced.get(name) or getattr(type(self.module), name).__get__(self.module)
 
+    def present(self) -> list:
+        """The users, none of which comes or goes meanwhile."""
+        with LOCK:
+            return list(self.users)
+
     def _leave(self, module: nn.Module) -> None:
         own = module.__dict__
         for name in (*self.names, _REPLICATE):
@@ -100,7 +105,7 @@ class WatchedSample(StandIn):
         before = loops_entered()
         result = self.original("sample")(*args, **kwargs)
         if loops_entered() == before:
-            for user in list(self.users)[:1]:
+            for user in self.present()[:1]:
                 (patch_of(user.net) or user).tell(NO_LOOP)
         return result
 
@@ -109,7 +114,7 @@ class WatchedSample(StandIn):
         held = [value for value in [*self.module.__dict__.values()] if hasattr(type(value), LOOPS[0])]
         if any(LoopHook.of(diffusion) is None for diffusion in held):
             with LOCK:
-                for user in list(self.users):
+                for user in self.present():
                     user.take_over(diffusions_of(self.module))
 
 
@@ -118,8 +123,9 @@ class WatchedMoves(StandIn):
 
     names = ("_apply",)
 
-    def _apply(self, function, recurse: bool = True) -> nn.Module:
-        result = self.original("_apply")(function, recurse)
-        for user in list(self.users):
-            user.cache.release()
-        return result
+    def _apply(self, *args, **kwargs) -> nn.Module:
+        try:
+            return self.original("_apply")(*args, **kwargs)
+        finally:
+            for user in self.present():
+                user.cache.release()

@@ -126,8 +126,8 @@ def _compare(make: Callable[..., Copies], run: Callable[[Copies], object], what:
     its own code made no call that is served."""
     answer = None
     for steps in (None, _LAST):
-        copies = make(serving=False, steps=steps)
         try:
+            copies = make(serving=False, steps=steps)
             own = seeded(lambda: run(copies), copies.diffusions)  # noqa: B023
         except Exception as error:
             raise CannotRunError(first_line(error)) from error
@@ -209,7 +209,7 @@ def _same(own: Run, served: Run, guided_rows: int | None, what: str, net: nn.Mod
         error = _difference(a, b)
         if not error <= _tolerance(net):
             raise DiffersError(f"{what} and the kernels' differ by {error:.2g} of the largest value")
-    if not all(map(torch.equal, own.states, served.states)):
+    if len(own.states) != len(served.states) or not all(map(torch.equal, own.states, served.states)):
         raise DiffersError(f"{what} leaves the random number generators in another state than the kernels do")
     if missing := own.kept - served.kept:
         names = ", ".join(sorted(name.split(".", 1)[1] for name in missing))

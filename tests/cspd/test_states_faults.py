@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import logging
 import random
 import threading
+import weakref
 from unittest import mock
 
 import pytest
@@ -218,3 +220,44 @@ def test_comparing_draws_nothing_from_the_generator_of_the_caller(kind):
     was = torch.get_rng_state()
     cspd.patch(model)
     assert torch.equal(torch.get_rng_state(), was)
+
+
+def test_a_network_with_moves_of_its_own():
+    model = model_in()
+    net = model.diffloss.net
+
+    class Moving(type(net)):
+        def _apply(self, fn):
+            return super()._apply(fn)
+
+    net.__class__ = Moving
+    cspd.patch(model).double()
+    assert all(parameter.dtype == torch.float64 for parameter in model.parameters())
+    assert rows(model).dtype == torch.float64
+
+
+def test_what_cannot_be_copied_runs_its_own_code_and_says_so():
+    model, messages = model_in(), []
+    expected = rows(model)
+    cspd.patch(model)
+    model.diffloss.gen_diffusion.lock = threading.Lock()
+    with listening(messages):
+        assert torch.equal(rows(model), expected)
+    assert "does not run on a copy to be compared with: TypeError" in messages[0]
+    cspd.unpatch(model)
+    cspd.patch(model)  # compares at the first call, and cannot
+    assert torch.equal(rows(model), expected)
+
+
+def test_weights_go_with_their_model_and_wait_for_no_collection():
+    model = model_in()
+    cspd.patch(model)
+    rows(model)
+    weight = weakref.ref(model.diffloss.net.cond_embed.weight.untyped_storage())
+    cspd.unpatch(model)
+    gc.disable()
+    try:
+        del model
+        assert weight() is None
+    finally:
+        gc.enable()

@@ -5,7 +5,7 @@ import torch
 import torch.nn as nn
 
 from cspd_kernels import DiffusionHead
-from cspd_kernels.live import LiveWeights
+from cspd_kernels.live import LiveWeights, fingerprint, same
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -60,6 +60,18 @@ def test_only_what_was_converted_or_copied_is_looked_at(make_diffloss):
     assert DiffusionHead.from_module(module).to(torch.bfloat16).copies == ()  # of no module
 
 
+EVERYWHERE = [lambda w: w.neg_(), lambda w: w.mul_(0.5), lambda w: w.zero_()]
+
+
+@pytest.mark.parametrize("change", EVERYWHERE)
+def test_a_change_of_every_value_shows(change):
+    for dtype in (torch.float64, torch.float32):
+        weight = torch.ones(200, 200, dtype=dtype)
+        before = fingerprint(weight)
+        change(weight)
+        assert not same(before, fingerprint(weight))
+
+
 # --- on a device: the Triton kernel, in its interpreter where there is none ---
 
 
@@ -100,6 +112,22 @@ def test_the_kernel_copies_what_has_changed_and_writes_nothing_else(source, pack
     refresh()
     assert pairs[0][0][60, 60] == 3.0
     assert pairs[0][0][0, 0] == 99.0
+
+
+@pytest.mark.parametrize("source", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "change", [lambda w: w.neg_(), lambda w: w.mul_(0.5), lambda w: w.zero_(), lambda w: w.add_(0.5)]
+)
+def test_the_kernel_sees_a_change_of_every_value_also_before_its_first_call(source, change, triton_device):
+    from cspd_kernels.triton_refresh import Refresh
+
+    for values in (torch.ones(3, 4096), torch.randn(3, 4096)):
+        value = values.to(triton_device, source)
+        copy = value.half()
+        refresh = Refresh(((copy, value),))
+        change(value)
+        refresh()
+        assert torch.equal(copy, value.half())
 
 
 @pytest.mark.gpu
