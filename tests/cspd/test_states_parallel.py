@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn as nn
+from spawned import call
 from states import after, before, listening, model_in, own, rows, served_calls
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
@@ -135,7 +136,9 @@ def _two(rank: int, path: str, failures) -> None:
 def test_two_processes(tmp_path):
     context = multiprocessing.get_context("spawn")
     failures = context.Queue()
-    processes = [context.Process(target=_two, args=(rank, f"{tmp_path}/two", failures)) for rank in range(2)]
+    processes = [
+        context.Process(target=call, args=(__file__, "_two", rank, f"{tmp_path}/two", failures)) for rank in range(2)
+    ]
     for process in processes:
         process.start()
     for process in processes:
