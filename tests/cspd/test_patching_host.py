@@ -128,3 +128,28 @@ def test_a_compiled_model_samples_the_same_and_sees_changed_weights(noise, backe
             results.append(compiled(z, 1.0, cfg))
             assert relative_error(results[-1], expected) < 1e-5
     assert len({r.sum().item() for r in results}) == len(results) - 4  # the tensor of 3 equals the number
+
+
+@pytest.mark.gpu
+def test_a_captured_call_follows_weights_that_change_before_the_replay():
+    head = cspd.patch(cspd_head().cuda(), dtype=torch.bfloat16, noise="philox")
+    z, noise = torch.randn(4, 32).cuda(), torch.randn(4, 4).cuda()
+
+    def call():
+        options = {"clip_denoised": False, "model_kwargs": {"c": z}, "temperature": 0.0}
+        return head.gen_diffusion.p_sample_loop(head.net.forward, noise.shape, noise, **options)
+
+    graph = torch.cuda.CUDAGraph()
+    with pytest.raises(RuntimeError, match="expected a first call like this one before a CUDA graph"):  # noqa: SIM117
+        with torch.cuda.graph(graph):
+            call()
+    before = call()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        tokens = call()
+    graph.replay()
+    assert relative_error(tokens, before) < 1e-5
+    head.net.cond_embed.weight.data.mul_(0.5)
+    graph.replay()
+    assert relative_error(tokens, before) > 1e-3
+    assert relative_error(tokens, call()) < 1e-5
