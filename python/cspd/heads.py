@@ -218,11 +218,11 @@ class _Form:
         """Other streams wait for what this one has just been told to make."""
         if self.first.device.type == "cuda":
             self.made = torch.cuda.Event()
-            self.made.record()
+            self.made.record(torch.cuda.current_stream(self.first.device))
 
     def get(self, schedule: Schedule) -> DiffusionHead:
         if self.made is not None and not torch.cuda.is_current_stream_capturing():
-            torch.cuda.current_stream().wait_event(self.made)
+            torch.cuda.current_stream(self.first.device).wait_event(self.made)
         head = self.heads.get(schedule)
         if self.live is not None:
             known = [] if head is None else [head]

@@ -188,8 +188,7 @@ def _run_loop(call: Call, copies: Copies):
         half = normal((_ROWS // 2, channels), net)
         arguments["noise"] = torch.cat([half, half])
     if call.inter_noise is not None:
-        steps = min(copies.trial.steps or len(call.inter_noise), len(call.inter_noise))
-        arguments["inter_noise"] = normal((steps, *shape), net)
+        arguments["inter_noise"] = normal((len(call.inter_noise), *shape), net)
     known = inspect.signature(hook.original(call.loop)).parameters
     arguments = {name: value for name, value in arguments.items() if name in known}
     return getattr(diffusion, call.loop)(getattr(net, call.method), shape, **arguments)

@@ -207,6 +207,17 @@ def without_cuda():
         pytest.skip("for machines without a CUDA device")
 
 
+def own_then_patched(head, cfg, monkeypatch):
+    """(tokens, generator) of its own code where ``.cuda()`` works; patched again where it does not, which then ends."""
+    cspd.unpatch(head)
+    with monkeypatch.context() as context:
+        context.setattr(torch.Tensor, "cuda", lambda self: self)
+        expected, rng, _ = run(head, lambda h: h.sample(Z, 0.9, cfg))
+    cspd.patch(head)
+    monkeypatch.setattr(torch.Tensor, "cuda", lambda self: self)
+    return expected, rng
+
+
 @pytest.mark.parametrize("cfg", [1.0, 2.5])
 def test_a_sample_that_does_not_run_here_has_its_loop_compared(without_cuda, cfg, caplog, monkeypatch):
     head = made(CudaInSample)
@@ -214,12 +225,7 @@ def test_a_sample_that_does_not_run_here_has_its_loop_compared(without_cuda, cfg
         cspd.patch(head)
     assert "its sample did not run on a copy" in caplog.text
     assert "its loop was compared" in caplog.text
-    cspd.unpatch(head)
-    monkeypatch.setattr(torch.Tensor, "cuda", lambda self: self)
-    expected, rng, _ = run(head, lambda h: h.sample(Z, 0.9, cfg))
-    monkeypatch.undo()
-    cspd.patch(head)
-    monkeypatch.setattr(torch.Tensor, "cuda", lambda self: self)
+    expected, rng = own_then_patched(head, cfg, monkeypatch)
     actual, rng_after, evaluations = run(head, lambda h: h.sample(Z, 0.9, cfg))
     assert (evaluations, own_messages(caplog)) == (0, [])
     assert torch.equal(rng, rng_after)
@@ -238,12 +244,7 @@ def test_a_loop_that_does_not_run_here_is_compared_at_its_first_call(without_cud
         cspd.patch(head)
         assert "its own code does not run here, so its first call compares" in caplog.text
         assert cspd.is_patched(head)
-        cspd.unpatch(head)
-        monkeypatch.setattr(torch.Tensor, "cuda", lambda self: self)
-        expected, rng, _ = run(head, lambda h: h.sample(Z, 0.9, cfg))
-        monkeypatch.undo()
-        cspd.patch(head)
-        monkeypatch.setattr(torch.Tensor, "cuda", lambda self: self)
+        expected, rng = own_then_patched(head, cfg, monkeypatch)
         for _ in range(2):
             actual, rng_after, evaluations = run(head, lambda h: h.sample(Z, 0.9, cfg))
             assert torch.equal(rng, rng_after)
