@@ -52,6 +52,7 @@ class Trial:
     kinds: set[tuple] = field(default_factory=set)
     reasons: list[str] = field(default_factory=list)
     evaluations: int = 0  # of the network by its own loop
+    served: int = 0  # calls
     tokens: torch.Tensor | None = None  # of the last call that was served
 
     def __post_init__(self):
@@ -74,7 +75,7 @@ class Trial:
             call = replace(call, inter_noise=call.inter_noise[: schedule.num_steps])
         head = self.cache.get(schedule, torch.float32)
         out = run_call(call, head, backend="torch", philox=False, draw=self.draw)
-        self.tokens = finish(call, out, hook.diffusion)
+        self.tokens, self.served = finish(call, out, hook.diffusion), self.served + 1
         return self.tokens
 
     def tell(self, reason: str) -> None:

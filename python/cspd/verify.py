@@ -142,6 +142,8 @@ def _compare(make: Callable[..., Copies], run: Callable[[Copies], object], what:
             served = seeded(lambda: run(copies), copies.diffusions)  # noqa: B023
         except Exception as error:
             raise DiffersError(f"{what} runs, and through the kernels it raises {first_line(error)}") from error
+        if copies.trial.served != len(trial.calls):  # its own code ran twice, which compares nothing
+            raise CannotRunError(f"the kernels did not serve it: {'; '.join(copies.trial.reasons)}")
         guided = [call for call in trial.calls if call.cfg_scale is not None]
         _same(own, served, len(guided[0].cond) if guided else None, what, copies.trial.net)
         answer = answer or (trial, copies.trial, served.result)
