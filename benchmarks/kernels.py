@@ -18,10 +18,8 @@ import torch
 from cspd.models import DiffLoss
 from cspd_kernels import DiffusionHead, denoise
 from cspd_kernels.backends import BACKENDS, implementation, why_unavailable
-from cspd_kernels.crossover import PERSISTENT_LIMIT, PERSISTENT_VARIABLE
+from cspd_kernels.crossover import PERSISTENT_LIMIT, PERSISTENT_VARIABLE, bucket
 from cspd_kernels.ops.denoise import reference
-from cspd_kernels.ops.denoise.chain import Tables
-from cspd_kernels.ops.denoise.on_device import bucket
 from cspd_kernels.testing import random_inputs, randomize_, relative_error
 
 from baselines import compiled_denoise, eager_denoise, library_products
@@ -105,7 +103,7 @@ def denoise_rows(model: str, rows: int, backends: list[str], runs: int, device: 
 
 def _serves_persistent(backend: str, head: DiffusionHead, rows: int) -> bool:
     kernels = importlib.import_module(f"cspd_kernels.ops.denoise.{backend}").KERNELS
-    return kernels.persistent.serves(head, Tables(head), bucket(rows), guided=False)
+    return kernels.persistent is not None and kernels.persistent.serves(head, bucket(rows), guided=False)
 
 
 def _up_to(tokens: int, head: DiffusionHead, *inputs, backend: str):

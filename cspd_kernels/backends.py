@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 
 from . import cuda_support
-from .crossover import fastest
+from .crossover import ranked
 
 BACKENDS = ("torch", "triton", "cuda")
 ENVIRONMENT_VARIABLE = "CSPD_BACKEND"
@@ -67,19 +67,25 @@ def _why_not_this_triton() -> str | None:
 
 
 def implementation(
-    op: str, backend: str | None, device: torch.device | None = None, subject=None, tokens: int | None = None
+    op: str,
+    backend: str | None,
+    device: torch.device | None = None,
+    subject=None,
+    tokens: int | None = None,
+    guided: bool = False,
 ) -> Callable:
     """The function that computes ``op``: the attribute of that name in ``ops/<op>/<backend>.py``.
 
     An explicit choice (argument or environment) that cannot be served raises. The automatic one takes, on CUDA devices,
-    the first that can serve of: what ``crossover.FASTEST`` names for this device and so many tokens, Triton, CUDA,
-    torch; it logs once why it passed over others. Elsewhere it is torch.
+    the fastest that can serve: ``crossover.ranked`` has the order. It logs once why it passed over others. Elsewhere it
+    is torch.
 
     Args:
         device: where the tensors are; None asks whether any device can be served.
         subject: what the op is about to work on (the head of ``denoise``); a backend module may refuse
             it with ``why_unsupported(subject)``.
         tokens: how many tokens the op is about to work on, where that is known.
+        guided: whether ``denoise`` computes two rows a token.
 
     Raises:
         ValueError: no such backend. RuntimeError: the backend cannot serve; the message says why.
@@ -88,7 +94,7 @@ def implementation(
     if backend is None and os.environ.get(ENVIRONMENT_VARIABLE):
         backend, source = os.environ[ENVIRONMENT_VARIABLE], ENVIRONMENT_VARIABLE
     if backend is None:
-        return _load(op, _automatic(op, device, subject, tokens))
+        return _load(op, _automatic(op, device, subject, tokens, guided))
     if backend not in BACKENDS:
         raise ValueError(f"expected {source} one of {', '.join(BACKENDS)}, got {backend!r}")
     if reason := _why_not(op, backend, device, subject):
@@ -96,19 +102,32 @@ def implementation(
     return _load(op, backend)
 
 
-def _automatic(op: str, device: torch.device | None, subject, tokens: int | None) -> str:
+def _automatic(op: str, device: torch.device | None, subject, tokens: int | None, guided: bool) -> str:
     if device is None or device.type != "cuda":
         return "torch"
-    measured = (fastest(op, device, tokens) or "triton").split()[0]
-    refusals = []
-    for backend in dict.fromkeys((measured, "triton", "cuda", "torch")):
-        reason = _why_not(op, backend, device, subject)
-        if reason is None:
-            break
-        refusals.append(f"{backend}: {reason}")
+    name, refusals = choice(op, device, subject, tokens, guided)
     if refusals:
-        log_once(f"automatic backend of {op}: {backend} ({'; '.join(refusals)})")
-    return backend
+        log_once(f"automatic backend of {op}: {name} ({'; '.join(f'{n}: {why}' for n, why in refusals.items())})")
+    return name.split()[0]
+
+
+def choice(
+    op: str, device: torch.device, subject, tokens: int | None, guided: bool = False
+) -> tuple[str, dict[str, str]]:
+    """(what the automatic choice takes on a CUDA device, why not what would have come before it)."""
+    refusals: dict[str, str] = {}
+    for name in ranked(op, device, subject, tokens, guided):
+        backend, *persistent = name.split()
+        if backend in refusals:
+            continue
+        if reason := _why_not(op, backend, device, subject):
+            refusals[backend] = reason
+            continue
+        if persistent and (reason := _load(op, backend, "why_not_persistent")(subject, tokens, guided)):
+            refusals[name] = reason
+            continue
+        return name, refusals
+    raise AssertionError("torch serves whatever the others refuse")
 
 
 def _why_not(op: str, backend: str, device: torch.device | None, subject) -> str | None:
@@ -154,8 +173,8 @@ def _module(op: str, backend: str) -> str:
 
 
 @functools.cache
-def _load(op: str, backend: str) -> Callable:
-    return getattr(importlib.import_module(_module(op, backend)), op)
+def _load(op: str, backend: str, name: str | None = None) -> Callable:
+    return getattr(importlib.import_module(_module(op, backend)), name or op)
 
 
 def untraced(function: Callable) -> Callable:

@@ -8,7 +8,11 @@ import os
 import platform
 import shutil
 import subprocess
+from dataclasses import dataclass
 from importlib import metadata
+
+HEADS = {"MAR-B": (6, 1024), "MAR-L": (8, 1280), "MAR-H": (12, 1536)}  # D, W of the released sizes
+TOKENS = (1, 8, 64, 512)
 
 
 def _guarded(probe) -> object:
@@ -79,6 +83,54 @@ def _cuda_extension() -> dict[str, str]:
     return report
 
 
+@dataclass(frozen=True, eq=False)
+class _Head:
+    """What the choice of a backend looks at in a head, without weights."""
+
+    depth: int
+    width: int
+    dtype: object
+    device: object
+    channels: int = 16
+    blocks: tuple = ()
+
+
+def _chosen() -> dict[str, str]:
+    """What ``denoise`` would take for the released heads, and why."""
+    import torch
+
+    if not torch.cuda.device_count():
+        return {"cpu": "torch: the kernels run on CUDA devices"}
+    return {
+        f"cuda:{i} {model} bfloat16, {tokens} tokens": _explained(
+            _Head(depth, width, torch.bfloat16, torch.device("cuda", i)), tokens
+        )
+        for i in range(torch.cuda.device_count())
+        for model, (depth, width) in HEADS.items()
+        for tokens in TOKENS
+    }
+
+
+def _explained(head: _Head, tokens: int) -> str:
+    import torch
+
+    from .backends import ENVIRONMENT_VARIABLE, choice
+    from .crossover import nearest, size_of
+
+    if forced := os.environ.get(ENVIRONMENT_VARIABLE):
+        return f"{forced}: {ENVIRONMENT_VARIABLE} is set"
+    name, refusals = choice("denoise", head.device, head, tokens)
+    capability, size = torch.cuda.get_device_capability(head.device), size_of("denoise", head, tokens)
+    text = name
+    if found := nearest("denoise", capability, size):
+        at, measured, times = found
+        listed = ", ".join(f"{n} {times[n]:g}" for n in sorted(times, key=times.get))
+        where = "measured" if (at, measured) == (capability, size) else "not measured; nearest"
+        width, depth, _, rows = measured
+        text += f" ({where}: width {width}, depth {depth}, {rows} rows on {at[0]}.{at[1]}, milliseconds: {listed})"
+    return text + "".join(f"; not {n}: {why}" for n, why in refusals.items())
+
+
 def collect() -> dict:
     """The report as a dictionary; a probe that fails leaves its reason as the value."""
     return {
@@ -95,7 +147,8 @@ def collect() -> dict:
         "cpu threads": _guarded(_torch(lambda torch: torch.get_num_threads())),
         "cpu capability": _guarded(_torch(lambda torch: torch.backends.cpu.get_cpu_capability())),
         "backends": _guarded(_backends),
-        "CSPD_PERSISTENT_MAX_TOKENS": os.environ.get("CSPD_PERSISTENT_MAX_TOKENS", "not set (as measured per device)"),
+        "chosen": _guarded(_chosen),
+        "CSPD_PERSISTENT_MAX_TOKENS": os.environ.get("CSPD_PERSISTENT_MAX_TOKENS", "not set (as measured)"),
         "CSPD_CUDA_EMULATION": os.environ.get("CSPD_CUDA_EMULATION", "not set"),
         "CSPD_BACKEND": os.environ.get("CSPD_BACKEND", "not set (automatic)"),
     }

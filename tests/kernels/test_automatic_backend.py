@@ -9,6 +9,7 @@ import torch
 
 from cspd_kernels import available_backends, backends, cuda_support
 from cspd_kernels.backends import implementation
+from cspd_kernels.crossover import DEFAULT
 
 OPS = ("denoise", "log_density_ratio", "accept_reject")
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -17,7 +18,8 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 @pytest.fixture
 def fake_kernels(monkeypatch):
     """Kernels of both kinds for every op, "ok" on this machine, which refuse the head "odd", those in Triton "wide",
-    too; what is chosen is not loaded. ``missing`` takes a backend away, ``here`` is what CUDA says of a device.
+    too, and the persistent one "long"; what is chosen is not loaded. ``missing`` takes a backend away, ``here`` is what
+    CUDA says of a device.
     """
     fake = types.SimpleNamespace(missing={}, here=None)
 
@@ -28,8 +30,15 @@ def fake_kernels(monkeypatch):
         monkeypatch.setitem(sys.modules, backends._module(op, "triton"), module("odd", "wide"))
         monkeypatch.setitem(sys.modules, backends._module(op, "cuda"), module("odd"))
     monkeypatch.setattr(backends, "why_unavailable", lambda backend, op="denoise": fake.missing.get(backend))
-    monkeypatch.setattr(backends, "_load", lambda op, backend: (op, backend))
-    monkeypatch.setattr(backends, "fastest", lambda op, device, tokens: None)
+
+    def load(op, backend, name=None):
+        if name is None:
+            return op, backend
+        assert (op, backend, name) == ("denoise", "cuda", "why_not_persistent")
+        return lambda head, tokens, guided: f"{head}, {tokens}, {guided}" if head == "long" else None
+
+    monkeypatch.setattr(backends, "_load", load)
+    monkeypatch.setattr(backends, "ranked", lambda op, device, subject, tokens, guided: DEFAULT)
     monkeypatch.setattr(cuda_support, "why_unsupported_here", lambda device: fake.here)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     backends.log_once.cache_clear()
@@ -38,10 +47,17 @@ def fake_kernels(monkeypatch):
 
 @pytest.fixture
 def measured(monkeypatch):
-    """``measured(choice)`` writes into the table what is fastest up to 8 tokens on any device."""
-    return lambda choice: monkeypatch.setattr(
-        backends, "fastest", lambda op, device, tokens: choice if tokens is not None and tokens <= 8 else None
-    )
+    """``measured(*names)`` sets what is fastest up to 8 tokens on any device."""
+
+    def set_order(*names):
+        order = tuple(dict.fromkeys((*names, *DEFAULT)))
+
+        def ranked(op, device, subject, tokens, guided):
+            return order if tokens is not None and tokens <= 8 else DEFAULT
+
+        monkeypatch.setattr(backends, "ranked", ranked)
+
+    return set_order
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -76,7 +92,7 @@ def test_cuda_is_neither_asked_nor_named_where_triton_serves(fake_kernels, caplo
     assert caplog.messages == []
 
 
-@pytest.mark.parametrize("choice", ["cuda", "cuda persistent", "triton", "triton persistent", "torch"])
+@pytest.mark.parametrize("choice", ["cuda", "cuda persistent", "triton", "torch"])
 def test_what_was_measured_to_be_fastest_goes_first(fake_kernels, measured, caplog, choice):
     measured(choice)
     with caplog.at_level(logging.INFO, "cspd_kernels"):
@@ -98,6 +114,16 @@ def test_the_fastest_may_not_serve(fake_kernels, measured, caplog):
         "automatic backend of denoise: triton (cuda: this device is too old)",
         "automatic backend of denoise: torch (cuda: this device is too old; triton: the head is wide)",
     ]
+
+
+def test_the_persistent_kernel_may_not_cover_the_size(fake_kernels, measured, caplog):
+    measured("cuda persistent", "triton", "cuda")
+    with caplog.at_level(logging.INFO, "cspd_kernels"):
+        assert implementation("denoise", None, CUDA, "any", 8, True) == ("denoise", "cuda")
+        assert implementation("denoise", None, CUDA, "long", 8, True) == ("denoise", "triton")
+    assert caplog.messages == ["automatic backend of denoise: triton (cuda persistent: long, 8, True)"]
+    assert backends.choice("denoise", CUDA, "any", 8) == ("cuda persistent", {})
+    assert backends.choice("denoise", CUDA, "long", 8) == ("triton", {"cuda persistent": "long, 8, False"})
 
 
 def test_a_head_that_kernels_refuse(fake_kernels, caplog):

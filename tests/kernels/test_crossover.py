@@ -1,69 +1,181 @@
-"""The table of what was measured to be fastest, and the switch of the persistent kernels."""
+"""The table of what was measured to be fastest, its neighbours, and the switch of the persistent kernel."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from cspd_kernels import crossover
 from cspd_kernels.backends import BACKENDS
-from cspd_kernels.crossover import FASTEST, PERSISTENT_LIMIT, fastest, prefers_persistent
+from cspd_kernels.crossover import (
+    DEFAULT,
+    FASTEST,
+    PERSISTENT,
+    PERSISTENT_LIMIT,
+    bucket,
+    nearest,
+    prefers_persistent,
+    ranked,
+    size_of,
+)
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-CHAIN = ((2, "cuda persistent"), (4, "cuda"), (8, "triton persistent"), (64, "torch"))
+HOPPER = (9, 0)
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+
+
+def head(width=1024, depth=6, dtype=torch.bfloat16, device=CUDA):
+    return SimpleNamespace(width=width, depth=depth, dtype=dtype, device=device)
 
 
 @pytest.fixture
 def card(monkeypatch):
-    """A device that the table knows."""
-    monkeypatch.setattr(crossover, "_name", lambda device: "Card A")
-    table = {"denoise": CHAIN, "accept_reject": ((None, "cuda"),)}
-    monkeypatch.setattr(crossover, "FASTEST", {"Card A": table, "Card B": {"denoise": ((None, "torch"),)}})
+    """``card(capability)``: the device's; without a call that of an H100."""
+
+    def choose(capability):
+        monkeypatch.setattr(crossover, "_capability", lambda device: capability)
+
+    choose(HOPPER)
+    return choose
+
+
+@pytest.fixture
+def table(monkeypatch):
+    """``table(ops)`` takes the place of what was measured on 9.0, and of all others."""
+
+    def write(**ops):
+        monkeypatch.setattr(crossover, "FASTEST", {HOPPER: ops})
+        crossover._measured_order.cache_clear()
+
+    yield write
+    crossover._measured_order.cache_clear()
 
 
 def test_the_table_is_well_formed():
     for ops in FASTEST.values():
-        for op, entries in ops.items():
-            assert op in ("denoise", "log_density_ratio", "accept_reject")
-            limits = [float("inf") if limit is None else limit for limit, _ in entries]
-            assert limits == sorted(set(limits))
-            for limit, (choice, *persistent) in zip(limits, (choice.split() for _, choice in entries)):
-                assert choice in BACKENDS
-                if persistent:
-                    assert (op, persistent) == ("denoise", ["persistent"])
-                    assert choice != "torch"
-                    assert limit <= PERSISTENT_LIMIT
+        for op, sizes in ops.items():
+            for size, times in sizes.items():
+                assert len(size) == len(size_of(op, head(), 1))
+                for name, milliseconds in times.items():
+                    assert name in (*BACKENDS, PERSISTENT)
+                    assert milliseconds > 0
+                if PERSISTENT in times:
+                    assert op == "denoise"
+                    assert size[-1] <= PERSISTENT_LIMIT
 
 
-def test_a_choice_holds_up_to_its_number_of_tokens(card):
-    chosen = {n: fastest("denoise", CUDA, n) for n in (1, 2, 3, 4, 5, 8, 9, 64, 65)}
-    first, second, third, fourth = (choice for _, choice in CHAIN)
-    assert chosen == {
-        1: first, 2: first, 3: second, 4: second, 5: third, 8: third, 9: fourth, 64: fourth, 65: None,
-    }  # fmt: skip
-    assert fastest("accept_reject", CUDA, 10**6) == "cuda"
+def measured_rows():
+    """(op, size, name, milliseconds) of the result files of 9.0."""
+    heads = {"MAR-B": (1024, 6), "MAR-L": (1280, 8), "MAR-H": (1536, 12)}
+    for file in ("kernels-h100.json", "denoise-h100.json"):
+        for row in json.loads((RESULTS / file).read_text())["rows"]:
+            words, (name, *kind) = row["size"].split(), row["backend"].split()
+            number = int(next(word for word in words if word.startswith("N=")).removeprefix("N="))
+            size = (number,)
+            if row["op"] == "denoise":
+                name = " ".join([name, *kind[:-1]])
+                size = (*heads[words[0]], 4 if kind[-1] == "float32" else 2, number)
+            elif kind not in ([], ["rejection"]):
+                continue
+            yield row["op"], size, name, 1e3 * row["seconds"]
 
 
-def test_what_was_not_measured_has_no_choice(card, monkeypatch):
-    assert fastest("log_density_ratio", CUDA, 1) is None
-    assert fastest("denoise", CPU, 1) is None
-    assert fastest("accept_reject", CUDA, None) is None
-    monkeypatch.setattr(crossover, "_name", lambda device: "Card C")
-    assert fastest("denoise", CUDA, 1) is None
+def test_the_table_holds_what_the_result_files_hold():
+    files = {}
+    for op, size, name, milliseconds in measured_rows():
+        if name in (*BACKENDS, PERSISTENT):
+            files.setdefault((op, size), {}).setdefault(name, []).append(milliseconds)
+    table = {(op, size): times for op, sizes in FASTEST[HOPPER].items() for size, times in sizes.items()}
+    assert set(table) == set(files)
+    for key, times in table.items():
+        assert set(times) == set(files[key]), key
+        for name, milliseconds in times.items():
+            assert any(milliseconds == pytest.approx(value, rel=5e-3) for value in files[key][name]), (key, name)
 
 
-def test_the_persistent_kernel_is_taken_where_the_table_names_it(card):
-    taken = {backend: [n for n in range(1, 17) if prefers_persistent(backend, CUDA, n)] for backend in BACKENDS}
-    assert taken == {"torch": [], "triton": [5, 6, 7, 8], "cuda": [1, 2]}
-    assert not prefers_persistent("triton", CPU, 5)
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [
+        ((1024, 6, 2, 2), (1024, 6, 2, 2)),
+        ((1024, 6, 2, 1), (1024, 6, 2, 2)),
+        ((1024, 6, 2, 4), (1024, 6, 2, 2)),  # as far as from 8: the smaller
+        ((1024, 6, 2, 32), (1024, 6, 2, 16)),
+        ((1024, 6, 2, 4096), (1536, 12, 2, 512)),
+        ((1280, 8, 2, 64), (1024, 6, 2, 64)),
+        ((1280, 8, 2, 8), (1024, 6, 2, 8)),
+        ((1024, 6, 4, 1024), (1536, 12, 4, 512)),  # float32 says nothing about half precision, nor the reverse
+    ],
+)
+def test_the_nearest_size(size, expected):
+    at, found, times = nearest("denoise", HOPPER, size)
+    assert (at, found) == (HOPPER, expected)
+    assert times is FASTEST[HOPPER]["denoise"][found]
 
 
-@pytest.mark.parametrize("backend", ["triton", "cuda"])
-def test_the_switch_goes_before_the_table(card, monkeypatch, backend):
+def test_the_nearest_device(monkeypatch):
+    one, two = {"denoise": {(64, 2, 2, 1): {"torch": 1.0}}}, {"accept_reject": {(64,): {"cuda": 1.0}}}
+    monkeypatch.setattr(crossover, "FASTEST", {(8, 0): one, (10, 0): one | two})
+    size = (64, 2, 2, 1)
+    nearest_to = {c: nearest("denoise", c, size)[0] for c in ((7, 5), (8, 0), (8, 9), (9, 0), (9, 1), (12, 0))}
+    assert nearest_to == {(7, 5): (8, 0), (8, 0): (8, 0), (8, 9): (8, 0), (9, 0): (8, 0), (9, 1): (10, 0),
+                          (12, 0): (10, 0)}  # fmt: skip
+    assert nearest("accept_reject", (8, 0), (1,))[0] == (10, 0)
+    assert nearest("log_density_ratio", (8, 0), (1,)) is None
+
+
+def test_the_order_is_that_of_the_times(card, table):
+    table(denoise={(1024, 6, 2, 2): {"torch": 3.0, "cuda": 2.0, PERSISTENT: 1.0}}, accept_reject={(1,): {"cuda": 1.0}})
+    assert ranked("denoise", CUDA, head(), 2) == (PERSISTENT, "cuda", "torch", "triton")
+    assert ranked("accept_reject", CUDA, None, 10**6) == ("cuda", "triton", "torch")
+
+
+def test_what_was_not_measured_has_the_default_order(card, table):
+    table(denoise={(1024, 6, 2, 2): {"torch": 1.0}})
+    assert ranked("log_density_ratio", CUDA, None, 1) == DEFAULT
+    assert ranked("denoise", CPU, head(device=CPU), 2) == DEFAULT
+    assert ranked("denoise", CUDA, head()) == DEFAULT  # a size that nobody knows yet
+    assert ranked("denoise", CUDA, head(), 2)[0] == "torch"
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [
+        ((1024, 6), {1: PERSISTENT, 2: PERSISTENT, 8: PERSISTENT, 9: "cuda", 16: "cuda", 64: "cuda", 512: "cuda"}),
+        ((1280, 8), {1: PERSISTENT, 8: PERSISTENT, 64: "cuda", 512: "cuda"}),
+        ((1536, 12), {1: PERSISTENT, 4: PERSISTENT, 64: "cuda", 512: "cuda"}),
+    ],
+)
+def test_the_released_heads_on_an_h100(card, model, expected):
+    assert {n: ranked("denoise", CUDA, head(*model), n)[0] for n in expected} == expected
+    taken = {n: prefers_persistent(head(*model), n, guided=False) for n in expected}
+    assert taken == {n: name == PERSISTENT for n, name in expected.items()}
+
+
+def test_guidance_doubles_the_rows(card):
+    assert prefers_persistent(head(), 8, guided=False)
+    assert not prefers_persistent(head(), 8, guided=True)
+    assert prefers_persistent(head(), 4, guided=True)
+    assert size_of("denoise", head(), 5, guided=True) == (1024, 6, 2, 16)
+
+
+def test_another_device_takes_the_nearest_one(card):
+    for capability in ((8, 0), (10, 0), (12, 0)):
+        card(capability)
+        assert ranked("denoise", CUDA, head(), 2)[0] == PERSISTENT
+
+
+def test_the_switch_goes_before_the_table(card, monkeypatch):
     for value in (0, 5, 16):
         monkeypatch.setenv("CSPD_PERSISTENT_MAX_TOKENS", str(value))
         for device in (CUDA, CPU):
-            assert [n for n in range(1, 20) if prefers_persistent(backend, device, n)] == list(range(1, value + 1))
+            taken = [n for n in range(1, 20) if prefers_persistent(head(device=device), n, guided=False)]
+            assert taken == list(range(1, value + 1))
+            assert [n for n in range(1, 20) if PERSISTENT in ranked("denoise", device, head(), n)] == taken
+        assert PERSISTENT not in ranked("log_density_ratio", CUDA, None, 1)
     monkeypatch.setenv("CSPD_PERSISTENT_MAX_TOKENS", "")  # counts as not set
-    assert not prefers_persistent(backend, CPU, 1)
+    assert not prefers_persistent(head(device=CPU), 1, guided=False)
 
 
 @pytest.mark.parametrize("value", ["17", "-1", "1.5", "all", "²"])
@@ -72,9 +184,16 @@ def test_the_switch_takes_a_small_number(monkeypatch, value):
     with pytest.raises(
         ValueError, match=f"expected CSPD_PERSISTENT_MAX_TOKENS as a number from 0 to 16, got '{value}'"
     ):
-        prefers_persistent("cuda", CUDA, 1)
+        prefers_persistent(head(device=CPU), 1, guided=False)
 
 
-def test_the_name_is_that_of_the_device(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"Card {device.index}")
-    assert [crossover._name.__wrapped__(torch.device("cuda", i)) for i in (0, 1)] == ["Card 0", "Card 1"]
+def test_buckets():
+    assert [bucket(n) for n in (0, 1, 2, 3, 9, 16, 17, 33, 128, 129, 512, 513)] == [
+        1, 1, 2, 4, 16, 16, 32, 48, 128, 144, 512, 576
+    ]  # fmt: skip
+    assert all(n <= bucket(n) <= n * 9 / 8 for n in range(128, 5000))
+
+
+def test_the_capability_is_that_of_the_device(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, device.index))
+    assert [crossover._capability.__wrapped__(torch.device("cuda", i)) for i in (0, 1)] == [(9, 0), (9, 1)]

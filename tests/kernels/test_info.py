@@ -9,10 +9,10 @@ import pytest
 import torch
 
 import cspd_kernels
-from cspd_kernels import backends, cuda_support, info
+from cspd_kernels import backends, crossover, cuda_support, info
 
 KEYS = {"cspd-kernels", "python", "platform", "torch", "triton", "numpy", "gpus", "backends", "CSPD_BACKEND"}
-KEYS |= {"cuda extension"}
+KEYS |= {"cuda extension", "chosen"}
 
 
 def broken(*_):
@@ -114,3 +114,53 @@ def test_reports_a_torch_that_does_not_import(tmp_path):
     report = json.loads(done.stdout)
     assert "broken on purpose" in report["torch"]
     assert report["python"]
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    """One device of compute capability 9.0, on which all backends could serve; ``refuse`` names those that do not."""
+    refused = {}
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(crossover, "_capability", lambda device: (9, 0))
+    monkeypatch.setattr(backends, "_why_not", lambda op, backend, device, subject: refused.get(backend))
+
+    def load(op, backend, name):
+        assert (op, backend, name) == ("denoise", "cuda", "why_not_persistent")
+        return lambda head, tokens, guided: refused.get("cuda persistent")
+
+    monkeypatch.setattr(backends, "_load", load)
+    return refused
+
+
+def test_what_would_be_chosen_and_why(hopper):
+    chosen = info.collect()["chosen"]
+    assert len(chosen) == 12
+    one = "(measured: width 1024, depth 6, 8 rows on 9.0, milliseconds: cuda persistent 6.48, cuda 8.71, triton 8.77, "
+    assert chosen["cuda:0 MAR-B bfloat16, 8 tokens"] == f"cuda persistent {one}torch 92.3)"
+    assert chosen["cuda:0 MAR-B bfloat16, 1 tokens"].startswith("cuda persistent (not measured; nearest: width 1024, ")
+    assert [chosen[f"cuda:0 MAR-H bfloat16, {n} tokens"].split(" (")[0] for n in (1, 64, 512)] == [
+        "cuda persistent", "cuda", "cuda",
+    ]  # fmt: skip
+    assert "cuda:0 MAR-L bfloat16, 512 tokens" in info.render(as_json=False)
+
+
+def test_what_does_not_serve_is_told_with_the_choice(hopper):
+    hopper["cuda persistent"] = "it is too long"
+    chosen = info.collect()["chosen"]["cuda:0 MAR-B bfloat16, 8 tokens"]
+    assert chosen.startswith("cuda (measured: ")
+    assert chosen.endswith("; not cuda persistent: it is too long")
+    hopper["cuda"] = "nobody built it"
+    chosen = info.collect()["chosen"]["cuda:0 MAR-B bfloat16, 8 tokens"]
+    assert chosen.startswith("triton (measured: ")
+    assert chosen.endswith("; not cuda: nobody built it")
+
+
+def test_a_choice_of_the_user_is_told(hopper, monkeypatch):
+    monkeypatch.setenv("CSPD_BACKEND", "torch")
+    assert set(info.collect()["chosen"].values()) == {"torch: CSPD_BACKEND is set"}
+
+
+def test_without_a_device_torch_is_chosen(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert info.collect()["chosen"] == {"cpu": "torch: the kernels run on CUDA devices"}

@@ -4,11 +4,10 @@ import dataclasses
 
 import pytest
 import torch
-from chains import UNSUPPORTED, assert_agrees, kernels_of, unsupported_head
+from chains import UNSUPPORTED, assert_agrees, unsupported_head
 from verdicts import cast
 
 from cspd_kernels import DiffusionHead, accept_reject, denoise, log_density_ratio
-from cspd_kernels.ops.denoise.chain import Tables
 from cspd_kernels.testing import random_chains, random_inputs
 
 
@@ -30,6 +29,7 @@ def test_more_channels_than_the_kernels_of_the_verdict_cover(backend, kernel_dev
         op(x.to(kernel_device), cast(draft, kernel_device), cast(target, kernel_device), backend=backend)
 
 
+@pytest.mark.parametrize("backend", ["cuda"], indirect=True)
 @pytest.mark.parametrize("value", ["17", "-1", "1.5", "all", "²"])
 def test_the_persistent_switch_takes_a_small_number(backend, make_head, monkeypatch, value):
     monkeypatch.setenv("CSPD_PERSISTENT_MAX_TOKENS", value)
@@ -44,18 +44,18 @@ def unaligned(value):
     return torch.cat([value.flatten()[:2], value.flatten()])[2:].view_as(value)
 
 
-def test_persistent_leaves_unaligned_weights_to_the_layered_chain(backend, make_head):
-    head = make_head()
-    persistent = kernels_of(backend).persistent
-    assert persistent.serves(head, Tables(head), 2, guided=True)
-    moved = dataclasses.replace(head.blocks[0], bias0=unaligned(head.blocks[0].bias0))
-    head = dataclasses.replace(head, blocks=(moved, *head.blocks[1:]))
-    assert not persistent.serves(head, Tables(head), 2, guided=True)
-    head = make_head(depth=0)
-    assert not persistent.serves(head, Tables(head), 2, guided=True)
-
-
 # --- what CUDA alone does not serve ---
+
+
+def test_the_persistent_kernel_covers_few_rows_of_a_head_with_blocks(device_of, make_diffloss):
+    from cspd_kernels.ops.denoise.cuda import why_not_persistent
+
+    device = device_of("cuda")
+    head = DiffusionHead.from_module(make_diffloss(steps=2).to(device))
+    assert all(why_not_persistent(head, n, guided) is None for n, guided in ((1, False), (16, False), (8, True)))
+    assert why_not_persistent(head, 9, True) == "32 rows of this head do not fit one launch here"
+    empty = DiffusionHead.from_module(make_diffloss(depth=0, steps=2).to(device))
+    assert why_not_persistent(empty, 1, False) == "1 rows of this head do not fit one launch here"
 
 
 @pytest.fixture

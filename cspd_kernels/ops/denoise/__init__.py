@@ -131,10 +131,11 @@ def run(head, cond, x_T, noise, rows, seed, temperature, cfg_scale, backend, wor
         cfg_scale = float(cfg_scale)
     _check_values(x_T=x_T, cond=cond, noise=noise, cfg_scale=cfg_scale)
     overflows = late_overflows(head)
-    function = implementation("denoise", backend, head.device, head, tokens=len(x_T))
+    guided = len(cond) != len(x_T)
+    function = implementation("denoise", backend, head.device, head, len(x_T), guided)
     stream = stream_dtype(head.dtype)
     noise = PhiloxNoise(seed % 2**64, rows) if noise is None else noise.to(stream)
-    if len(cond) == len(x_T):
+    if not guided:
         cfg_scale = None
     elif isinstance(cfg_scale, torch.Tensor):
         cfg_scale = cfg_scale.to(stream).reshape(-1, 1)  # [1 or N, 1]

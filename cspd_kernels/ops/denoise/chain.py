@@ -26,8 +26,6 @@ class Tables:
         self.input_weight = head.input_weight.t().contiguous()  # (C, W): neighbouring threads make neighbouring columns
         fields = ("norm_weight", "norm_bias", "weight0", "bias0", "weight1", "bias1")
         addresses = [[getattr(block, field).data_ptr() for field in fields] for block in head.blocks]
-        # Wide loads through a table of addresses need multiples of 16 bytes.
-        self.serves_persistent = head.depth > 0 and all(a % 16 == 0 for block in addresses for a in block)
         self.addresses = to_device(torch.tensor(addresses, dtype=torch.int64, device="cpu"), head.device)  # (D, 6)
         self.gave_up = LateReport(head.device)
 

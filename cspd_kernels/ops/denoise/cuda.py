@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import weakref
-from dataclasses import fields
 
 import torch
 
-from ...head import Block, DiffusionHead
+from ...crossover import bucket
+from ...head import DiffusionHead
 from .cuda_layered import LayeredChain
 from .cuda_persistent import PersistentChain
 from .on_device import Kernels, denoise_on_device, why_not_covered
@@ -24,11 +24,18 @@ def why_unsupported(head: DiffusionHead) -> str | None:
     return _REASONS[head]
 
 
+def why_not_persistent(head: DiffusionHead, tokens: int, guided: bool) -> str | None:
+    """None when the persistent kernel covers so many tokens of this head, on its device."""
+    if PersistentChain.serves(head, bucket(tokens), guided):
+        return None
+    return f"{bucket(tokens) * (2 if guided else 1)} rows of this head do not fit one launch here"
+
+
 def _why_not_read_wide(head: DiffusionHead) -> str | None:
     """None where every tensor of the head can be read 16 bytes at a time, else the first that cannot."""
-    named = [(f.name, getattr(head, f.name)) for f in fields(DiffusionHead)]
+    named = list(vars(head).items())
     for i, block in enumerate(head.blocks):
-        named += [(f"blocks[{i}].{f.name}", getattr(block, f.name)) for f in fields(Block)]
+        named += [(f"blocks[{i}].{name}", value) for name, value in vars(block).items()]
     for name, value in named:
         if not isinstance(value, torch.Tensor):
             continue

@@ -1,5 +1,4 @@
-"""The persistent chain in CUDA: all steps of a few rows in one cooperative launch. Off until measured, see
-``crossover``."""
+"""The persistent chain in CUDA: all steps of a few rows in one cooperative launch, where ``crossover`` prefers it."""
 
 from __future__ import annotations
 
@@ -8,7 +7,6 @@ import torch
 from ...cuda_support import extension, launch_stream, multiprocessors
 from ...devices import shared_limit
 from ...head import DiffusionHead
-from .chain import Tables
 from .cuda_chain import DTYPE_CODES, CudaChain
 
 
@@ -28,9 +26,9 @@ class PersistentChain(CudaChain):
     silent = -1  # a block that tells the others nothing, for tests of what happens then
 
     @staticmethod
-    def serves(head: DiffusionHead, tables: Tables, tokens: int, guided: bool) -> bool:
-        """Whether the kernel covers so many tokens of this head."""
-        return tables.serves_persistent and plan_of(head, tokens, 2 if guided else 1).blocks > 0
+    def serves(head: DiffusionHead, tokens: int, guided: bool) -> bool:
+        """Whether the kernel covers so many tokens of this head, on its device."""
+        return plan_of(head, tokens, 2 if guided else 1).blocks > 0
 
     def __init__(self, head, tokens, guided, noise, steps, static):
         super().__init__(head, tokens, guided, noise, steps, static)

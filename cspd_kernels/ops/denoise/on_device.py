@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from ...backends import log_once
-from ...crossover import prefers_persistent
+from ...crossover import bucket, prefers_persistent
 from ...graphs import CALLER_CAPTURES, Plan, PlanCache, why_not_here
 from ...head import DiffusionHead
 from ...noise import PhiloxNoise
@@ -28,11 +28,11 @@ _MAX_CHANNELS, _MAX_WIDTH, _WIDTH_MULTIPLE = 64, 2048, 16
 
 @dataclass(frozen=True)
 class Kernels:
-    """A backend's chains; ``persistent`` has a static ``serves(head, tables, tokens, guided)``."""
+    """A backend's chains; ``persistent``, if there is one, has a static ``serves(head, tokens, guided)``."""
 
     backend: str
     layered: type[Chain]
-    persistent: type[Chain]
+    persistent: type[Chain] | None = None
 
 
 class HeadPlans:
@@ -69,14 +69,6 @@ def why_not_covered(head: DiffusionHead) -> str | None:
     return None
 
 
-def bucket(tokens: int) -> int:
-    """The number of tokens a graph is captured for: at most an eighth more than asked for, beyond 128."""
-    if tokens <= 16:
-        return 1 << max(tokens - 1, 0).bit_length()
-    multiple = max(16, (1 << tokens.bit_length() - 1) // 8)
-    return -(-tokens // multiple) * multiple
-
-
 def denoise_on_device(kernels, head, cond, x_T, noise, temperature, cfg_scale, workspace_bytes):  # noqa: N803
     """As :func:`cspd_kernels.denoise`, by the kernels of a backend; ``cfg_scale`` None means no guidance.
 
@@ -110,8 +102,8 @@ def _chain(kernels, head, cond, x, noise, temperature, cfg_scale, limit, graph_l
     tokens = min(bucket(rows), limit)
     steps = min(head.num_steps, max(1, min(limit, graph_limit) // tokens))
     kind = kernels.layered
-    if prefers_persistent(kernels.backend, head.device, rows):
-        kind = kernels.persistent if kernels.persistent.serves(head, shared.tables, tokens, guided) else kind
+    if kernels.persistent is not None and prefers_persistent(head, rows, guided):
+        kind = kernels.persistent if kernels.persistent.serves(head, tokens, guided) else kind
     philox = isinstance(noise, PhiloxNoise)
     if reason is None and (0 if philox else 4 * noise[:, :1].numel() * tokens) > GRAPH_BYTES // 2:
         reason = "the noise is too large to copy"
