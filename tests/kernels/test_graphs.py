@@ -317,11 +317,47 @@ def test_every_kind_of_call_has_a_plan_of_its_own(call, plans, make_head, device
     assert len(plans(head)) == len(kinds) + 2
 
 
-def test_a_graph_holds_the_modulations_of_a_few_steps(call, plans, make_head, device, monkeypatch):
-    head = make_head(steps=3)
-    monkeypatch.setattr(on_device, "GRAPH_WORKSPACE_BYTES", 2 * 2 * 48 * 6 * 4)  # two steps of two rows
-    call(head, 2)
-    assert [plan.value.steps for plan in plans(head)._plans.values()] == [2]
+@pytest.mark.parametrize(("fit", "steps"), [(1, 1), (4, 4), (5, 4), (6, 6), (7, 6), (11, 6), (12, 12), (99, 12)])
+def test_a_graph_holds_the_modulations_of_as_many_steps_as_fit_evenly(call, plans, make_head, device, fit, steps):
+    head = make_head(steps=12)
+    call(head, 2, workspace_bytes=fit * 2 * 48 * 6 * 4)
+    assert [plan.value.steps for plan in plans(head)._plans.values()] == [steps]
+
+
+def test_graphs_share_the_memory_of_their_modulations(call, plans, make_head, device):
+    """They run one after the other; each call is right whatever the others left there."""
+    heads = make_head(seed=0, steps=3), make_head(seed=1, steps=3)
+    for seed in range(3):
+        for head in heads:
+            for rows in (4, 1, 2):
+                call(head, rows, seed, guided=rows == 2)
+    chains = [plan.value for head in heads for plan in plans(head)._plans.values()]
+    assert len(chains) == 6
+    assert len({chain.memory.data_ptr() for chain in chains}) == 1
+    assert all(chain.mods.data_ptr() == chain.memory.data_ptr() + 4 * chain.embedded.numel() for chain in chains)
+    inside = [b for chain in chains for b in chain.buffers() if b.data_ptr() == chain.embedded.data_ptr()]
+    assert not inside  # what is shared counts for no head's limit
+
+
+def test_a_number_that_stays_is_filled_in_once(call, make_head, device, monkeypatch):
+    fills, fill = [], Chain._fill
+
+    def counted(chain, name, value):
+        before = getattr(chain, name)._version
+        fill(chain, name, value)
+        fills.append((name, getattr(chain, name)._version - before))
+
+    monkeypatch.setattr(Chain, "_fill", counted)
+    head = make_head()
+    for seed, temperature in ((1, 0.5), (1, 0.5), (1, 2.0), (3, 2.0)):
+        call(head, 2, seed, guided=True, noise="addressed", temperature=temperature)
+    assert [count for name, count in fills if name == "temperature"] == [1, 0, 1, 0]
+    assert [count for name, count in fills if name == "scale"] == [1, 0, 0, 1]
+    assert [count for name, count in fills if name == "seed"] == [1, 0, 0, 1]
+    head = make_head(seed=1)
+    cond, x, noise = random_inputs(head, 2, 0, guided=True)
+    for scale in (2.0, torch.tensor([1.5, 3.0]), 2.0):  # a tensor in between leaves other numbers there
+        assert_agrees(head, cond, x, noise, cfg_scale=scale, backend="triton")
 
 
 def test_two_heads_in_turn_keep_apart(call, plans, make_head, device):

@@ -57,6 +57,7 @@ class Chain:
     """
 
     error: torch.Tensor | None = None
+    memory: torch.Tensor | None = None  # of the modulations
 
     def __init__(
         self,
@@ -88,35 +89,62 @@ class Chain:
         if static and not self.philox:
             self.noise = empty(head.num_steps, tokens, channels).zero_()
         self.y = empty(rows, width, dtype=dtype)
-        self.embedded = empty(steps * rows, width, dtype=dtype)
-        self.mods = empty(head.depth, steps * rows, 3 * width, dtype=dtype)
-        self.final_mods = empty(steps * rows, 2 * width, dtype=dtype)
+        self.dtype = dtype
+        # Of the modulations of ``steps`` steps, and of what they are projected from.
+        self.shapes = {
+            "embedded": (steps * rows, width),
+            "mods": (head.depth, steps * rows, 3 * width),
+            "final_mods": (steps * rows, 2 * width),
+        }
         self.log_std = empty(tokens, channels)
         self.path = empty(tokens)
         self.result = self.x
+        self._filled: dict[str, float] = {}  # what whole buffers hold
 
     def buffers(self) -> list[torch.Tensor]:
-        return [value for value in vars(self).values() if isinstance(value, torch.Tensor)]
+        """All tensors but the modulations, which may lie in memory that others share."""
+        others = vars(self).keys() - self.shapes.keys() - {"memory"}
+        return [value for name in others if isinstance(value := getattr(self, name), torch.Tensor)]
+
+    @property
+    def memory_bytes(self) -> int:
+        """Of the modulations, which lie one after the other."""
+        return sum(math.prod(shape) for shape in self.shapes.values()) * self.dtype.itemsize
+
+    def keep_modulations_in(self, memory: torch.Tensor) -> None:
+        """Where the modulations go: ``memory_bytes`` bytes or more, which nobody else uses while the chain runs."""
+        self.memory, values, start = memory, memory[: self.memory_bytes].view(self.dtype), 0
+        for name, shape in self.shapes.items():
+            stop = start + math.prod(shape)
+            setattr(self, name, values[start:stop].view(shape))
+            start = stop
 
     def load(self, cond, x_T, noise, temperature, cfg_scale) -> None:  # noqa: N803
         """Copy the inputs of n <= ``tokens`` tokens into the buffers; never waits for the device."""
         n = len(x_T)
         self.cond[:, :n].copy_(cond.view(self.halves, n, -1))
         self.x[:n].copy_(x_T)
-        self.temperature.fill_(temperature)
+        self._fill("temperature", temperature)
         if isinstance(cfg_scale, torch.Tensor):
             self.scale[:n].copy_(cfg_scale.reshape(-1).expand(n))
+            self._filled.pop("scale", None)
         elif cfg_scale is not None:
-            self.scale.fill_(cfg_scale)
+            self._fill("scale", cfg_scale)
         if self.philox:
             self.addresses[:n].copy_(noise.rows)
-            self.seed.fill_(noise.seed - (1 << 64) if noise.seed >= 1 << 63 else noise.seed)
+            self._fill("seed", noise.seed - (1 << 64) if noise.seed >= 1 << 63 else noise.seed)
         elif self.static:
             self.noise[:, :n].copy_(noise)
         else:
             self.noise = noise.contiguous()
         if self.error is not None:
             self.error.zero_()
+
+    def _fill(self, name: str, value: float) -> None:
+        """Set a buffer to a number, which most calls of a chain share: a launch less."""
+        if self._filled.get(name) != value:
+            getattr(self, name).fill_(value)
+            self._filled[name] = value
 
     def launch(self, head: DiffusionHead, tables: Tables) -> None:
         """Every kernel of the chain, from the inputs in the buffers to the results in them."""
@@ -141,6 +169,8 @@ class Chain:
 
     def hoist(self, head: DiffusionHead, start: int, stop: int) -> None:
         """The modulations of steps start..stop-1: one library product a layer."""
+        if self.memory is None:
+            self.keep_modulations_in(torch.empty(self.memory_bytes, dtype=torch.uint8, device=head.device))
         self.embed(head, start, stop)
         count = (stop - start) * self.rows
         embedded = self.embedded[:count]

@@ -17,12 +17,11 @@ from ...crossover import bucket, prefers_persistent
 from ...graphs import CALLER_CAPTURES, Plan, PlanCache, why_not_here
 from ...head import DiffusionHead
 from ...noise import PhiloxNoise
+from ...scratch import scratch
 from .chain import Chain, Tables
 from .workspace import in_blocks_of_rows
 
-GRAPH_BYTES = 1 << 30  # of the buffers of a head's graphs together, for each backend
-# Of the modulations of one graph: sampling meets about a dozen buckets over and over, which must all fit the above.
-GRAPH_WORKSPACE_BYTES = 64 << 20
+GRAPH_BYTES = 1 << 30  # of the buffers of a head's graphs together, for each backend; the modulations are shared
 _MAX_CHANNELS, _MAX_WIDTH, _WIDTH_MULTIPLE = 64, 2048, 16
 
 
@@ -79,10 +78,10 @@ def denoise_on_device(kernels, head, cond, x_T, noise, temperature, cfg_scale, w
         return (*(x_T.new_empty(0, head.channels) for _ in range(3)), x_T.new_empty(0))
     # Shift, scale and gate of every block, shift and scale of the last layer, silu(y).
     bytes_per_row = halves * head.width * (3 * head.depth + 3) * head.dtype.itemsize
-    limit, graph_limit = max(1, workspace_bytes // bytes_per_row), GRAPH_WORKSPACE_BYTES // bytes_per_row
+    limit = max(1, workspace_bytes // bytes_per_row)
 
     def chain(cond, x, noise, cfg_scale, steps):
-        return _chain(kernels, head, cond, x, noise, temperature, cfg_scale, limit, graph_limit)
+        return _chain(kernels, head, cond, x, noise, temperature, cfg_scale, limit, workspace_bytes)
 
     cond = cond.reshape(halves, rows, cond.shape[-1])
     device = torch.cuda.device(head.device) if head.device.type == "cuda" else contextlib.nullcontext()
@@ -91,8 +90,8 @@ def denoise_on_device(kernels, head, cond, x_T, noise, temperature, cfg_scale, w
         return in_blocks_of_rows(chain, cond, x_T, noise, cfg_scale, bytes_per_row, workspace_bytes)
 
 
-def _chain(kernels, head, cond, x, noise, temperature, cfg_scale, limit, graph_limit):
-    """One block of rows; the limits are rows times steps whose modulations fit the workspace, or a graph's."""
+def _chain(kernels, head, cond, x, noise, temperature, cfg_scale, limit, workspace_bytes):
+    """One block of rows; ``limit`` is the number of rows times steps whose modulations fit the workspace."""
     rows, guided = len(x), cfg_scale is not None
     reason = why_not_here(head.device)
     shared = _plans(head, kernels.backend, reason)
@@ -100,7 +99,7 @@ def _chain(kernels, head, cond, x, noise, temperature, cfg_scale, limit, graph_l
         torch.cuda.current_stream().wait_event(shared.uploaded)
     shared.tables.check()
     tokens = min(bucket(rows), limit)
-    steps = min(head.num_steps, max(1, min(limit, graph_limit) // tokens))
+    steps = _evenly(head.num_steps, limit // tokens)
     kind = kernels.layered
     if kernels.persistent is not None and prefers_persistent(head, rows, guided):
         kind = kernels.persistent if kernels.persistent.serves(head, tokens, guided) else kind
@@ -111,7 +110,7 @@ def _chain(kernels, head, cond, x, noise, temperature, cfg_scale, limit, graph_l
         if head.device.type == "cuda":
             log_once(f"denoise launches its kernels one by one: {reason}")
         if reason != CALLER_CAPTURES:  # there, the bucket, whose kernels an earlier call has compiled
-            tokens, steps = rows, min(head.num_steps, max(1, limit // rows))
+            tokens, steps = rows, _evenly(head.num_steps, limit // rows)
         chain = kind(head, tokens, guided, noise, steps, static=reason == CALLER_CAPTURES)
         chain.load(cond, x, noise, temperature, cfg_scale)
         chain.launch(head, shared.tables)
@@ -119,6 +118,7 @@ def _chain(kernels, head, cond, x, noise, temperature, cfg_scale, limit, graph_l
 
     def make() -> tuple[Chain, list[torch.Tensor]]:
         chain = kind(head, tokens, guided, noise, steps, static=True)
+        chain.keep_modulations_in(scratch(head.device).take(chain.memory_bytes, workspace_bytes))
         return chain, chain.buffers()
 
     with shared.plans.lock:
@@ -128,6 +128,12 @@ def _chain(kernels, head, cond, x, noise, temperature, cfg_scale, limit, graph_l
             chain.load(cond, x, noise, temperature, cfg_scale)
             plan.graph.run(lambda: chain.launch(head, shared.tables), lambda: chain.warm_up(head))
             return chain.results(rows, temperature, shared.tables)
+
+
+def _evenly(steps: int, at_most: int) -> int:
+    """Steps whose modulations are made at once: none is left over to be made alone, in a product of a poor shape."""
+    groups = -(-steps // max(1, at_most))
+    return -(-steps // groups)
 
 
 def _plans(head: DiffusionHead, backend: str, reason: str | None) -> HeadPlans:
