@@ -121,8 +121,9 @@ def benchmarks(monkeypatch):
     import kernels
     import quality
     import report
+    import tables
 
-    modules = (kernels, blocks, common, baselines, host, judging, quality, report)
+    modules = (kernels, blocks, common, baselines, host, judging, quality, report, tables)
     yield SimpleNamespace(**{module.__name__: module for module in modules})
     for name in (module.__name__ for module in modules):
         sys.modules.pop(name, None)
