@@ -31,8 +31,8 @@ def used(monkeypatch, backend):
 @pytest.fixture(params=["layered", "persistent"])
 def shape(request, monkeypatch, backend, multiprocessors, used):
     """Run a test with each shape of the chain, and see to it that this one was taken."""
+    monkeypatch.setenv("CSPD_PERSISTENT_MAX_TOKENS", "0" if request.param == "layered" else "16")
     if request.param != "layered":
-        monkeypatch.setenv("CSPD_PERSISTENT_MAX_TOKENS", "16")
         multiprocessors(1 if backend == "triton" else 3)
     yield request.param
     assert {type(chain) for chain in used} == {getattr(kernels_of(backend), request.param)}

@@ -132,11 +132,23 @@ def test_the_automatic_backend_has_kernels(kernel_backends, small, rows):
 @pytest.mark.parametrize("rows", [1, 2, 3, 16, 64, 100, 512, 4096])
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda v: str(v).removeprefix("torch."))
 @pytest.mark.parametrize("name", HEADS)
-def test_heads_of_the_released_sizes(backend, mar_head, name, dtype, rows):
+def test_heads_of_the_released_sizes(backend, mar_head, monkeypatch, name, dtype, rows):
+    monkeypatch.setenv("CSPD_PERSISTENT_MAX_TOKENS", "0")
     head = mar_head(name, dtype)
     for seed in range(3):  # plain, captured, replayed
         assert_agrees(head, *random_inputs(head, rows, seed), backend=backend)
         assert_agrees(head, *random_inputs(head, rows, seed, guided=True), cfg_scale=2.5, backend=backend)
+
+
+@pytest.mark.parametrize("rows", [1, 8, 9, 64])
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda v: str(v).removeprefix("torch."))
+@pytest.mark.parametrize("name", HEADS)
+def test_heads_of_the_released_sizes_by_the_automatic_choice(mar_head, name, dtype, rows):
+    """Of backend and kernel: what a user gets without an option."""
+    head = mar_head(name, dtype)
+    for seed in range(3):
+        assert_agrees(head, *random_inputs(head, rows, seed))
+        assert_agrees(head, *random_inputs(head, rows, seed, guided=True), cfg_scale=2.5)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 7, 16])
@@ -146,7 +158,9 @@ def test_persistent_kernel_agrees_with_the_layered_ones_and_float64(
     backend, mar_head, monkeypatch, used, dtype, rows, guided
 ):
     head = mar_head("MAR-B", dtype)
+    monkeypatch.setenv("CSPD_PERSISTENT_MAX_TOKENS", "0")
     layered = call(backend, head, rows, 2, guided)
+    assert {type(chain) for chain in used} == {kernels_of(backend).layered}
     used.clear()
     monkeypatch.setenv("CSPD_PERSISTENT_MAX_TOKENS", "16")
     for seed in range(3):
