@@ -142,6 +142,28 @@ def test_the_loop_for_one_graph_takes_nothing_from_the_host(benchmarks):
     assert devices.seen == {"meta", "cpu"}  # which is why a graph cannot hold the other
 
 
+def test_the_baselines_of_a_gpu(benchmarks, fake_capture):
+    module, kernels = loop(), benchmarks.kernels
+    head = DiffusionHead.from_module(module, dtype=torch.bfloat16)
+    inputs = random_inputs(head, 2, 0)
+    makers = kernels._baselines(module, head, 2, inputs, SimpleNamespace(type="cuda"))
+    names = list(makers)
+    assert names == [
+        "eager float32",
+        "eager autocast bfloat16",
+        "eager loop in one CUDA graph bfloat16",
+        "torch.compile reduce-overhead bfloat16",
+        "library products alone bfloat16",
+    ]
+    assert set(names[1:]) == set(benchmarks.tables.BASELINES)  # which the README's table knows by name
+    expected = kernels.reference.denoise(head, *inputs, 1.0, None, dtype=torch.float64)[0]
+    for name in names[:3]:
+        kernels._check_baseline(makers[name][0]()(*inputs), expected)
+    assert makers[names[4]][0]()(*inputs) is None
+    with pytest.raises(ValueError, match="expected the loop's tokens within"):
+        kernels._check_baseline(expected.flip(0), expected)
+
+
 # --- one block ---
 
 
