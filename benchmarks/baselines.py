@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import numpy as np
 import torch
+import torch.nn as nn
+
+from cspd.models.diffloss import TimestepEmbedder
+
+IN_ONE_GRAPH = "eager loop in one CUDA graph bfloat16"
 
 
 def eager_denoise(diffloss, cond, x_t, noise, dtype=None):
@@ -21,6 +27,45 @@ def eager_denoise(diffloss, cond, x_t, noise, dtype=None):
             mean, log_variance = diffusion.posterior(diffloss.net(x, t, cond), x, i)
             x = mean if i == 0 else mean + torch.exp(0.5 * log_variance) * noise[i]
     return x
+
+
+class _EmbeddingOnDevice(nn.Module):
+    """A network's embedding of timesteps whose frequencies are there beforehand: a graph cannot hold the copy of what
+    the host makes at every call."""
+
+    def __init__(self, embedder: TimestepEmbedder):
+        super().__init__()
+        self.mlp, size = embedder.mlp, embedder.frequency_embedding_size
+        half, device = size // 2, embedder.mlp[0].weight.device
+        self.frequencies = torch.exp(-math.log(10000.0) * torch.arange(half, dtype=torch.float32) / half).to(device)
+        self.odd = size % 2
+
+    def forward(self, t: torch.Tensor) -> torch.Tensor:
+        angles = t[:, None].float() * self.frequencies
+        features = torch.cat([torch.cos(angles), torch.sin(angles), angles.new_zeros(len(angles), self.odd)], dim=-1)
+        return self.mlp(features.to(self.mlp[0].weight.dtype))
+
+
+def graphable_denoise(diffloss, dtype):
+    """The upstream loop as one CUDA graph can hold it, which is what to try first: a function of (cond, x_t, noise).
+
+    The same operations as :func:`eager_denoise`, one kernel each, on weights of ``dtype`` without autocast; the
+    timesteps and the embedding's frequencies lie on the device beforehand. x and the update stay float32.
+    """
+    net = copy.deepcopy(diffloss.net).to(dtype)
+    net.time_embed = _EmbeddingOnDevice(net.time_embed)
+    diffusion = diffloss.gen_diffusion
+    timesteps = torch.tensor(diffusion.schedule.timesteps, device=next(net.parameters()).device)
+
+    def denoise(cond, x_t, noise):
+        x, cond = x_t, cond.to(dtype)
+        with torch.no_grad():
+            for i in reversed(range(diffusion.num_timesteps)):
+                mean, log_variance = diffusion.posterior(net(x, timesteps[i].expand(len(x)), cond), x, i)
+                x = mean if i == 0 else mean + torch.exp(0.5 * log_variance) * noise[i]
+        return x
+
+    return denoise
 
 
 def compiled_denoise(diffloss, dtype, mode="reduce-overhead"):

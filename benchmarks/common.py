@@ -1,71 +1,60 @@
-"""What the benchmarks share: timing, the result row, the environment, printing."""
+"""What the benchmarks share: timing, and replays of CUDA graphs."""
 
 from __future__ import annotations
 
-import datetime
 import functools
-import json
-import math
-import subprocess
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 
-from cspd_kernels.info import collect
-
-
-@dataclass
-class Row:
-    """One measured case: a contender against a named baseline on the same inputs in the same run."""
-
-    op: str
-    size: str
-    backend: str
-    baseline: str
-    seconds: float  # median
-    seconds_p20: float
-    seconds_p80: float
-    baseline_seconds: float  # median, like the next two
-    baseline_p20: float
-    baseline_p80: float
-    runs: int
-    error: float  # as `accuracy` names it
-    bound: float  # above which no speed is reported
-    accuracy: str
-
-    @property
-    def correct(self) -> bool:
-        return self.error <= self.bound  # false for NaN
-
-    @property
-    def ratio(self) -> float:
-        """How many times faster than the baseline."""
-        return self.baseline_seconds / self.seconds if self.correct else math.nan
-
 
 def measure(
-    contenders: dict[str, Callable], inputs: list, runs: int, device: torch.device, warm_up: bool = True
+    contenders: dict[str, Callable],
+    inputs: list,
+    runs: int,
+    device: torch.device,
+    warm_up: bool = True,
+    failed: Callable[[str, Exception], None] | None = None,
+    queued: bool = False,
 ) -> dict[str, list[float]]:
     """Seconds of every run of every contender; they take turns, so that drift of the machine hits all alike.
 
     Every contender is called with ``inputs[run % len(inputs)]`` and, unless the caller has seen to it,
     warmed up on each of them once.
+
+    Args:
+        failed: told of a contender that raises, which has no part in the result. None: its error goes to the caller.
+        queued: on a GPU, begin when all of the call is queued: what the device does, without what the host does.
     """
-    for function in contenders.values() if warm_up else ():
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+
+    def attempt(name: str, run: Callable) -> None:
+        try:
+            run()
+        except Exception as error:
+            if failed is None:
+                raise
+            del seconds[name]
+            failed(name, error)
+
+    def warm(function: Callable) -> None:
         for arguments in inputs:
             function(*arguments)
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # an error of the device is this contender's
+
+    for name, function in contenders.items() if warm_up else ():
+        attempt(name, functools.partial(warm, function))
     for run in range(runs):
-        for name, function in contenders.items():
-            seconds[name].append(_time(function, inputs[run % len(inputs)], device))
+        for name in list(seconds):
+            arguments = inputs[run % len(inputs)]
+            attempt(name, lambda: seconds[name].append(_time(contenders[name], arguments, device, queued)))  # noqa: B023
     return seconds
 
 
-def _time(function: Callable, arguments: tuple, device: torch.device) -> float:
+def _time(function: Callable, arguments: tuple, device: torch.device, queued: bool = False) -> float:
     if device.type != "cuda":
         start = time.perf_counter()
         function(*arguments)
@@ -76,6 +65,8 @@ def _time(function: Callable, arguments: tuple, device: torch.device) -> float:
     # write back; and waited for, or a launch would hide behind it.
     _l2_flush(device).sum()
     torch.cuda.synchronize(device)
+    if queued:
+        torch.cuda._sleep(1_000_000)  # cycles, about half a millisecond
     start.record(stream)
     function(*arguments)
     end.record(stream)
@@ -83,15 +74,43 @@ def _time(function: Callable, arguments: tuple, device: torch.device) -> float:
     return start.elapsed_time(end) / 1e3
 
 
-def captured(function: Callable[[], object], device: torch.device) -> Callable:
-    """Replays of a CUDA graph of ``function``: what the device does, without the gaps between launches."""
+class Replay:
+    """A CUDA graph of a function: called, it copies its arguments into the static ones and replays.
+
+    A graph holds no reference to what it was captured with, and reads and writes that memory at every replay. So the
+    function with all that it refers to, its static arguments and its results live as long as this object; what it
+    allocated in between lies in the graph's own pool.
+    """
+
+    def __init__(self, graph: torch.cuda.CUDAGraph, function: Callable, static: Sequence[torch.Tensor], results):
+        self.graph, self.function, self.static, self.results = graph, function, tuple(static), results
+
+    def __call__(self, *arguments):
+        if self.static:
+            for to, value in zip(self.static, arguments, strict=True):
+                to.copy_(value)
+        self.graph.replay()
+        return self.results
+
+
+def captured(function: Callable, device: torch.device, arguments: Sequence[torch.Tensor] = ()) -> Replay:
+    """A CUDA graph of ``function(*arguments)``: what the device does, without the gaps between launches.
+
+    Without arguments the replay takes any and ignores them: the function's own are fixed.
+    """
+    static = [value.clone() for value in arguments]
     with torch.cuda.device(device):
-        function()
+        function(*static)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
+        # PyTorch keeps one workspace of cuBLAS for each stream. Without these lines a graph would write to that of an
+        # earlier one, and be left with freed memory when that one has gone and somebody clears workspaces, as
+        # torch.compile does when it captures. So each graph has one in its own pool.
+        torch._C._cuda_clearCublasWorkspaces()
         with torch.cuda.graph(graph):
-            function()
-    return lambda *_: graph.replay()
+            results = function(*static)
+        torch._C._cuda_clearCublasWorkspaces()
+    return Replay(graph, function, static, results)
 
 
 @functools.cache
@@ -103,45 +122,3 @@ def _l2_flush(device: torch.device) -> torch.Tensor:
 def spread(seconds: list[float]) -> tuple[float, float, float]:
     """(median, p20, p80)."""
     return tuple(float(value) for value in np.percentile(seconds, (50, 20, 80)))
-
-
-def print_rows(rows: list[Row]) -> None:
-    """The table; a row whose accuracy fails shows no speed."""
-    columns = ["op", "size", "backend", "baseline", "median s", "p20..p80", "baseline s", "p20..p80", "ratio", "error"]
-    lines = [columns]
-    for row in rows:
-        if row.correct:
-            speed = [f"{row.seconds:.4g}", f"{row.seconds_p20:.4g}..{row.seconds_p80:.4g}"]
-            speed += [f"{row.baseline_seconds:.4g}", f"{row.baseline_p20:.4g}..{row.baseline_p80:.4g}"]
-            speed += [f"{row.ratio:.2f}x"]
-        else:
-            speed = ["-", "-", "-", "-", "WRONG"]
-        lines.append([row.op, row.size, row.backend, row.baseline, *speed, f"{row.error:.1e} ({row.accuracy})"])
-    widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
-    for line in lines:
-        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip())
-
-
-def write_json(path: Path, rows: list[Row]) -> None:
-    """Every row with its ratio, and where and when it was measured."""
-    write_results(path, [asdict(row) | {"ratio": row.ratio if row.correct else None} for row in rows])
-
-
-def write_results(path: Path, rows: list[dict], **settings) -> None:
-    """Rows and settings as JSON, with the commit, the time and the environment."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parent,
-        check=False,
-    )
-    result = {
-        "commit": commit.stdout.strip() or "unknown",
-        "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "environment": collect(),
-        **settings,
-        "rows": rows,
-    }
-    path.write_text(json.dumps(result, indent=2) + "\n")
-    print(f"wrote {path}")

@@ -17,7 +17,8 @@ import cspd
 from cspd.models import mar_base, mar_huge, mar_large
 from cspd_kernels.testing import randomize_, relative_error
 
-from common import Row, measure, print_rows, spread, write_json
+from common import measure, spread
+from report import Report, Row
 
 MODELS = {"mar_base": mar_base, "mar_large": mar_large, "mar_huge": mar_huge}
 
@@ -47,7 +48,7 @@ def main() -> None:
     device = torch.device(args.device)
     torch.manual_seed(0)
     model = randomize_(MODELS[args.model](), seed=1).to(device).eval()
-    rows = []
+    report = Report(args.json)
     # Under autocast the replaced code rounds its residual stream to bfloat16 and the kernels do not, so
     # there the difference says how far the two roundings are apart, not how far either is from exact.
     for dtype, bound in ((torch.float32, 1e-4), (torch.bfloat16, 1e-1)):
@@ -64,12 +65,10 @@ def main() -> None:
         name = "float32" if dtype == torch.float32 else "autocast bfloat16"
         size = f"{args.model} 256 tokens {args.num_iter} steps cfg"
         timed = (*spread(seconds[True]), *spread(seconds[False]))
-        rows.append(
+        report.add(
             Row("sample_tokens", size, f"patched {name}", f"eager {name}", *timed, args.runs, error, bound, "of max")
         )
-    print_rows(rows)
-    if args.json:
-        write_json(args.json, rows)
+    report.finish()
 
 
 if __name__ == "__main__":

@@ -21,8 +21,9 @@ from cspd import calls
 from cspd.models import DiffLoss
 from cspd_kernels.testing import randomize_, relative_error
 
-from common import measure, spread, write_results
+from common import measure, spread
 from kernels import CHANNELS, HEADS
+from report import write_results
 
 CASES = ((2, 1.0), (2, 3.0), (64, 3.0))  # tokens, guidance
 
@@ -108,6 +109,7 @@ def main() -> None:
         )
     if args.json:
         write_results(args.json, rows, median=float(np.float64(50)), spread=[20, 80])
+        print(f"wrote {args.json}")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ from cspd_kernels.ops.density_ratio.reference import log_density_ratio as log_de
 from cspd_kernels.testing import random_chains
 
 from baselines import looped_accept_reject
-from common import Row, captured, measure, spread
+from common import captured, measure, spread
+from report import Report, Row
 
 TOKENS, CHANNELS = (64, 1024, 8192, 131072), 16
 _CHECKED = 4096  # tokens compared with the definition, which walks every token through every try
@@ -41,55 +42,64 @@ def _replays(function, inputs: list[tuple], device: torch.device):
     return lambda x, *_: graphs[id(x)]()
 
 
-def density_ratio_rows(tokens: int, backends: list[str], runs: int, device: torch.device) -> list[Row]:
+def density_ratio_rows(tokens: int, backends: list[str], runs: int, device: torch.device, report: Report) -> None:
     """The ratio beside a copy of as many bytes as it reads and writes: ``ratio`` is the share of copy bandwidth."""
+    op, size, baseline = "log_density_ratio", f"N={tokens} C={CHANNELS}", "copy of as many bytes"
     inputs = _inputs(tokens, device)
     moved = 4 * tokens * (5 * CHANNELS + 3)
     source = torch.randn(moved // 8, device=device)  # a copy reads and writes every byte
-    functions = {"copy of as many bytes": partial(_copy, torch.empty_like(source), source)}
-    functions |= {backend: partial(log_density_ratio, backend=backend) for backend in backends}
-    if device.type == "cuda":
-        functions = {name: _replays(function, inputs, device) for name, function in functions.items()}
-    seconds = measure(functions, inputs, runs, device)
-    (baseline, *contenders), results = functions, []
+    makers = {baseline: partial(_copy, torch.empty_like(source), source)}
+    makers |= {backend: partial(log_density_ratio, backend=backend) for backend in backends}
+    functions = {}
+    for name, function in makers.items():
+        with report.trying(op, size, name):
+            functions[name] = _replays(function, inputs, device) if device.type == "cuda" else function
+    seconds = measure(functions, inputs, runs, device, failed=partial(report.failed, op, size))
     exact = log_density_ratio_definition(*inputs[0], dtype=torch.float64)
-    for backend in contenders:
-        actual = log_density_ratio(*inputs[0], backend=backend)
-        error = float(((actual - exact).abs() / (1 + exact.abs())).max())
-        timed = (*spread(seconds[backend]), *spread(seconds[baseline]))
-        size = f"N={tokens} C={CHANNELS}"
-        results.append(
-            Row("log_density_ratio", size, backend, baseline, *timed, runs, error, 1e-5, "relative, float64")
-        )
-    return results
+    for backend in backends:
+        if backend in seconds and baseline in seconds:
+            with report.trying(op, size, backend):
+                actual = log_density_ratio(*inputs[0], backend=backend)
+                error = float(((actual - exact).abs() / (1 + exact.abs())).max())
+                timed = (*spread(seconds[backend]), *spread(seconds[baseline]))
+                report.add(Row(op, size, backend, baseline, *timed, runs, error, 1e-5, "relative, float64"))
 
 
 def _copy(to: torch.Tensor, source: torch.Tensor, *_) -> None:
     to.copy_(source)
 
 
-def accept_reject_rows(tokens: int, backends: list[str], runs: int, device: torch.device) -> list[Row]:
+def accept_reject_rows(tokens: int, backends: list[str], runs: int, device: torch.device, report: Report) -> None:
     """Accept test and redraw; the error is the share of tokens that differ from the definition's."""
-    results = []
     for residual in ("rejection", "closed_form"):
-        inputs = _inputs(tokens, device, shared_sigma=residual == "closed_form")
-        address = torch.arange(tokens, device=device)
-        functions = {LOOP: looped_accept_reject}
-        for backend in backends:
-            function = partial(accept_reject, seed=0, rows=address, residual=residual, backend=backend)
-            functions[f"{backend} {residual}"] = function
-            if device.type == "cuda":
-                functions[f"{backend} {residual}, replayed"] = _replays(function, inputs, device)
-        seconds = measure(functions, inputs, runs, device)
-        part = _first(inputs[0], _CHECKED)
-        expected = accept_reject_definition(*part, 0, address[:_CHECKED], residual=residual)[0]
-        for name in list(functions)[1:]:
-            token = accept_reject(*inputs[0], seed=0, rows=address, residual=residual, backend=name.split()[0]).token
+        with report.trying("accept_reject", f"N={tokens} C={CHANNELS}", f"all with {residual}"):
+            _accept_reject_rows(tokens, residual, backends, runs, device, report)
+
+
+def _accept_reject_rows(tokens, residual, backends, runs, device, report) -> None:
+    op, size = "accept_reject", f"N={tokens} C={CHANNELS}"
+    inputs = _inputs(tokens, device, shared_sigma=residual == "closed_form")
+    address = torch.arange(tokens, device=device)
+    functions, backend_of = {LOOP: looped_accept_reject}, {}
+    for backend in backends:
+        name = f"{backend} {residual}"
+        functions[name] = partial(accept_reject, seed=0, rows=address, residual=residual, backend=backend)
+        backend_of[name] = backend
+        if device.type == "cuda":
+            with report.trying(op, size, f"{name}, replayed"):
+                functions[f"{name}, replayed"] = _replays(functions[name], inputs, device)
+                backend_of[f"{name}, replayed"] = backend
+    seconds = measure(functions, inputs, runs, device, failed=partial(report.failed, op, size))
+    part = _first(inputs[0], _CHECKED)
+    expected = accept_reject_definition(*part, 0, address[:_CHECKED], residual=residual)[0]
+    for name, backend in backend_of.items():
+        if name not in seconds or LOOP not in seconds:
+            continue
+        with report.trying(op, size, name):
+            token = accept_reject(*inputs[0], seed=0, rows=address, residual=residual, backend=backend).token
             error = float(((token[:_CHECKED] - expected).abs().amax(1) > 1e-4).float().mean())
             if not bool(torch.isfinite(token).all()):
                 error = float("nan")
             timed = (*spread(seconds[name]), *spread(seconds[LOOP]))
-            size = f"N={tokens} C={CHANNELS}"
             # Decisions within rounding of their threshold may fall either way.
-            results.append(Row("accept_reject", size, name, LOOP, *timed, runs, error, 1e-3, "of tokens differ"))
-    return results
+            report.add(Row(op, size, name, LOOP, *timed, runs, error, 1e-3, "of tokens differ"))

@@ -19,7 +19,7 @@ from cspd.demo.pair import load_pair
 from cspd.demo.quality import frechet_distance
 from cspd.demo.run import BATCH, STEPS, generate
 
-from common import write_results
+from report import write_results
 
 RELAXATIONS, GAMMAS, RESIDUALS = (1, 3, 10, 42), (2, 4, 8, 16), ("rejection", "closed_form")
 PLAIN_STEPS = (16, 8, 4, 2)
@@ -180,6 +180,7 @@ def main() -> None:
     extra = {"images": args.images, "seed": args.seed, "threads": torch.get_num_threads()}
     if args.json:
         write_results(args.json, rows, **extra)
+        print(f"wrote {args.json}")
     if args.docs:
         write_docs(args.docs, rows)
 

@@ -1,5 +1,4 @@
-"""Small helpers that tests, benchmarks and the check of an unknown head share: non-trivial weights,
-aligned chains, errors."""
+"""Small helpers that tests and benchmarks share: non-trivial weights, aligned chains, errors."""
 
 from __future__ import annotations
 
@@ -56,8 +55,20 @@ def random_chains(rows: int, channels: int, seed: int, shift: float = 0.5, scale
 
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    """``max |actual - expected| / max |expected|``, in float64; NaN where either holds one."""
+    """``max |actual - expected| / max |expected|``, in float64; NaN where either holds one, 0 where both are empty.
+
+    Raises:
+        ValueError: their shapes differ; or all that is expected is 0, to which nothing has a relative error: 0 / 0
+            would be NaN, and a comparison of zeros shows nothing.
+    """
+    if actual.shape != expected.shape:
+        raise ValueError(f"relative_error expected two equal shapes, got {(*actual.shape,)} and {(*expected.shape,)}")
     actual, expected = actual.double().cpu(), expected.double().cpu()
     if expected.numel() == 0:
         return 0.0
+    if not bool(expected.any()):
+        raise ValueError(
+            "relative_error expected values other than 0 to compare with, got only zeros: choose inputs that give "
+            "others, or compare by torch.equal"
+        )
     return float((actual - expected).abs().max() / expected.abs().max())

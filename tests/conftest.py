@@ -1,6 +1,9 @@
 """Fixtures that every test directory shares."""
 
 import os
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -104,6 +107,26 @@ def make_head(make_diffloss, kernel_device):
         return DiffusionHead.from_module(module.to(kernel_device), dtype=dtype)
 
     return make
+
+
+@pytest.fixture
+def benchmarks(monkeypatch):
+    """The modules of the folder of benchmarks, by name."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
+    import baselines
+    import blocks
+    import common
+    import host
+    import judging
+    import kernels
+    import quality
+    import report
+    import tables
+
+    modules = (kernels, blocks, common, baselines, host, judging, quality, report, tables)
+    yield SimpleNamespace(**{module.__name__: module for module in modules})
+    for name in (module.__name__ for module in modules):
+        sys.modules.pop(name, None)
 
 
 @pytest.fixture

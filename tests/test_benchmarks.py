@@ -8,7 +8,7 @@ import subprocess
 import sys
 from importlib.machinery import ModuleSpec
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 
 import pytest
 import torch
@@ -19,37 +19,23 @@ from cspd_kernels.testing import random_inputs
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 
-@pytest.fixture
-def benchmarks(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import baselines
-    import common
-    import host
-    import judging
-    import kernels
-    import quality
-
-    modules = (kernels, common, baselines, host, judging, quality)
-    yield SimpleNamespace(**{module.__name__: module for module in modules})
-    for name in (module.__name__ for module in modules):
-        sys.modules.pop(name, None)
-
-
 def test_rows_of_a_small_head(benchmarks, monkeypatch, capsys, tmp_path):
     kernels, verdicts = benchmarks.kernels, benchmarks.judging
+    report = benchmarks.report.Report(tmp_path / "r.json")
     monkeypatch.setitem(kernels.HEADS, "small", (2, 64, 32))
-    rows = kernels.denoise_rows("small", 3, ["torch"], 3, torch.device("cpu"))
-    rows += verdicts.density_ratio_rows(200, ["torch"], 3, torch.device("cpu"))
-    rows += verdicts.accept_reject_rows(200, ["torch"], 3, torch.device("cpu"))
+    kernels.denoise_rows("small", 3, ["torch"], 3, torch.device("cpu"), report)
+    verdicts.density_ratio_rows(200, ["torch"], 3, torch.device("cpu"), report)
+    verdicts.accept_reject_rows(200, ["torch"], 3, torch.device("cpu"), report)
+    rows = report.rows
     assert [row.correct for row in rows] == [True] * 6
     assert {row.op for row in rows} == {"denoise", "log_density_ratio", "accept_reject"}
     assert {row.backend for row in rows if row.op == "accept_reject"} == {"torch rejection", "torch closed_form"}
-    benchmarks.common.print_rows(rows)
-    assert "x  " in capsys.readouterr().out
-    benchmarks.common.write_json(tmp_path / "r.json", rows)
+    assert capsys.readouterr().out.count("x  ") == 6
+    report.finish()
     written = json.loads((tmp_path / "r.json").read_text())
     assert written["rows"][0]["ratio"] == pytest.approx(rows[0].baseline_seconds / rows[0].seconds)
     assert written["environment"]["backends"]["torch"] == "ok"
+    assert "failures" not in written
 
 
 def test_only_what_runs_on_a_device_is_measured_beside_torch(benchmarks, monkeypatch):
@@ -87,13 +73,15 @@ def test_persistent_rows_run_the_persistent_kernel(benchmarks, make_head, backen
 
 @pytest.mark.parametrize("error", [1.0, float("nan")])
 def test_a_wrong_row_shows_no_speed(benchmarks, capsys, error):
-    common = benchmarks.common
-    row = common.Row("op", "n", "b", "base", 1.25, 1.2, 1.3, 9.75, 9.7, 9.8, 3, error, 1e-5, "of max")
-    common.print_rows([row])
+    row = benchmarks.report.Row("op", "n", "b", "base", 1.25, 1.2, 1.3, 9.75, 9.7, 9.8, 3, error, 1e-5, "of max")
+    report = benchmarks.report.Report()
+    report.add(row)
     out = capsys.readouterr().out
     assert "WRONG" in out
     assert "1.25" not in out
     assert "7.8" not in out
+    with pytest.raises(SystemExit, match="wrong: op n b"):
+        report.finish()
 
 
 def test_eager_baseline_is_the_models_own_loop(benchmarks):
@@ -120,8 +108,9 @@ def test_a_wrong_verdict_is_seen(benchmarks, monkeypatch):
         return result._replace(token=result.token + (torch.arange(len(result.token)) % 50 == 0)[:, None])
 
     monkeypatch.setattr(verdicts, "accept_reject", wrong)
-    rows = verdicts.accept_reject_rows(200, ["torch"], 2, torch.device("cpu"))
-    assert [row.correct for row in rows] == [False, False]
+    report = benchmarks.report.Report()
+    verdicts.accept_reject_rows(200, ["torch"], 2, torch.device("cpu"), report)
+    assert [row.correct for row in report.rows] == [False, False]
 
 
 def test_quality_of_a_few_digits(benchmarks, monkeypatch, tmp_path):

@@ -86,7 +86,8 @@ def run_window(
 
     It works on device tensors and on tables made before, reads nothing and writes the state's buffers in place, so a
     caller may capture it in a CUDA graph, after one call with the same sizes. Replayed, the graph reads and writes the
-    same buffers for the same positions, images and seed. The call before the capture moves what a relaxation policy
+    same buffers for the same positions, images and seed: keep the state, the window and the result as long as it, which
+    holds no reference to their tensors. The call before the capture moves what a relaxation policy
     sees of the window before: for a first window, set ``state.previous_target_z`` to None again.
 
     Args:

@@ -116,7 +116,7 @@ class Head(nn.Module):
     def call(self, z, cfg=1.0, **more):
         """(network, arguments of the loop) as MAR's sample gives them."""
         rows = len(z) if cfg == 1.0 else len(z) // 2
-        noise = torch.randn(rows, self.in_channels)
+        noise = torch.randn(rows, self.in_channels).to(z.device)
         kwargs = {"c": z}
         if cfg != 1.0:
             noise, kwargs = torch.cat([noise, noise]), {"c": z, "cfg_scale": cfg}

@@ -47,22 +47,22 @@ class CSpDDiffusion(GaussianDiffusion):
         self, model, shape, noise=None, clip_denoised=True, denoised_fn=None, cond_fn=None, model_kwargs=None,
         device=None, progress=False, temperature=1.0,
     ):  # fmt: skip
-        x = torch.randn(*shape).to(device or "cpu") if noise is None else noise
-        return self._walk(model, x, None, clip_denoised, denoised_fn, model_kwargs, temperature, False)
+        return self._walk(model, shape, noise, None, clip_denoised, denoised_fn, model_kwargs, temperature, False)
 
     def p_sample_loop_with_noise(
         self, model, shape, noise=None, inter_noise=None, clip_denoised=True, denoised_fn=None, cond_fn=None,
         model_kwargs=None, device=None, progress=False, temperature=1.0,
     ):  # fmt: skip
-        x = torch.randn(*shape).to(device or "cpu") if noise is None else noise
-        return self._walk(model, x, inter_noise, clip_denoised, denoised_fn, model_kwargs, temperature, True)
+        return self._walk(model, shape, noise, inter_noise, clip_denoised, denoised_fn, model_kwargs, temperature, True)
 
     @torch.no_grad()
-    def _walk(self, model, x, inter_noise, clip, denoised_fn, kwargs, temperature, keep_path):
+    def _walk(self, model, shape, x, inter_noise, clip, denoised_fn, kwargs, temperature, keep_path):
+        if x is None:  # by the CPU's generator, then to the network's device, whatever ``device`` says
+            x = torch.randn(*shape).to(kwargs["c"].device)
         path = 0.0
         for i in reversed(range(self.num_timesteps)):
             t = torch.full((len(x),), int(self.schedule.timesteps[i]), device=x.device)
-            out = model(x, t, **(kwargs or {}))
+            out = model(x, t, **kwargs)
             x0 = self._x0(out, x, i)
             x0 = x0 if denoised_fn is None else denoised_fn(x0)
             mean, log_variance = self._mean(out, x0.clamp(-1, 1) if clip else x0, x, i)

@@ -4,6 +4,8 @@ import pytest
 import torch
 from chains import counted, kernels_of
 
+from cspd_kernels.backends import why_unavailable
+
 
 @pytest.fixture
 def multiprocessors(monkeypatch, backend, kernel_device):
@@ -29,8 +31,8 @@ def used(monkeypatch, backend):
 @pytest.fixture(params=["layered", "persistent"])
 def shape(request, monkeypatch, backend, multiprocessors, used):
     """Run a test with each shape of the chain, and see to it that this one was taken."""
+    monkeypatch.setenv("CSPD_PERSISTENT_MAX_TOKENS", "0" if request.param == "layered" else "16")
     if request.param != "layered":
-        monkeypatch.setenv("CSPD_PERSISTENT_MAX_TOKENS", "16")
         multiprocessors(1 if backend == "triton" else 3)
     yield request.param
     assert {type(chain) for chain in used} == {getattr(kernels_of(backend), request.param)}
@@ -53,6 +55,15 @@ def available(request, device_of):
     """A test whose backend does not run here is skipped with the reason, though it asks for no device."""
     if "backend" in request.fixturenames and request.getfixturevalue("backend") is not None:
         device_of(request.getfixturevalue("backend"))
+
+
+@pytest.fixture
+def kernel_backends():
+    """The backends with kernels that run on a device here."""
+    found = [name for name in ("triton", "cuda") if why_unavailable(name) is None]
+    if not found:
+        pytest.skip("; ".join(f"{name}: {why_unavailable(name)}" for name in ("triton", "cuda")))
+    return found
 
 
 @pytest.fixture

@@ -131,6 +131,7 @@ def test_inputs_may_be_narrower_than_the_arithmetic(backend, make_head, shape):
 @pytest.mark.parametrize("kind", ["stored", "addressed", "scale per token"])
 @pytest.mark.parametrize("workspace", [1, 5_000, 25_000])  # a row, two rows, two steps of all rows
 def test_small_workspace_bounds_the_modulations_and_changes_nothing(backend, make_head, monkeypatch, kind, workspace):
+    monkeypatch.setenv("CSPD_PERSISTENT_MAX_TOKENS", "0")
     head = make_head(steps=3)
     cond, x, noise = guided_inputs(head, 5, 7)
     noise = addressed(head, 5) if kind == "addressed" else noise

@@ -54,6 +54,7 @@ def test_a_late_report_tells_each_count_once():
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("available")
 @pytest.mark.parametrize("backend", ["torch", "triton", "cuda"])
 def test_on_a_gpu_the_next_call_tells_and_none_waits(overflowing, backend):
     head = DiffusionHead.from_module(overflowing.cuda(), dtype=torch.float16)

@@ -1,0 +1,176 @@
+"""The README's tables of figures from the files in ``results``: ``python benchmarks/tables.py`` writes them again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+README = Path(__file__).parent.parent / "README.md"
+RESULTS = Path(__file__).parent / "results"
+BASELINES = {  # as the rows name them, and as the head of a column does
+    "eager autocast bfloat16": "eager autocast",
+    "eager loop in one CUDA graph bfloat16": "eager in one CUDA graph",
+    "torch.compile reduce-overhead bfloat16": "`torch.compile`",
+    "library products alone bfloat16": "library products alone",
+}
+KERNELS = {
+    "triton bfloat16": "triton layered",
+    "cuda bfloat16": "cuda layered",
+    "cuda persistent bfloat16": "cuda persistent",
+}
+
+
+def load(name: str) -> dict:
+    return json.loads((RESULTS / name).read_text())
+
+
+def table(head: list[str], lines: list[list[str]]) -> str:
+    return (
+        "".join(f"| {' | '.join(line)} |\n" for line in [head, ["---"] * len(head), *lines])
+        .replace("| --- ", "|---")
+        .replace("|  |", "| |")
+    )
+
+
+def duration(seconds: float) -> tuple[float, str, int]:
+    """(factor, unit, digits) to show so much by."""
+    if seconds >= 0.1:
+        return 1, "s", 2 if seconds < 10 else 0
+    if seconds >= 1e-3:
+        return 1e3, "ms", 1
+    return 1e6, "us", 1 if seconds < 1e-5 else 0
+
+
+def milliseconds(seconds: float) -> str:
+    """Three digits, and no more than three behind the point."""
+    value = 1e3 * seconds
+    return f"{value:.{3 if value < 0.1 else 2 if value < 10 else 1 if value < 100 else 0}f}"
+
+
+def timed(row: dict, which: str = "") -> str:
+    """A median with its spread; ``which`` is "" or "baseline_"."""
+    median = row[f"{which}seconds"]
+    low, high = (row[f"baseline_{p}" if which else f"seconds_{p}"] for p in ("p20", "p80"))
+    factor, unit, digits = duration(median)
+    return f"{median * factor:.{digits}f} {unit} ({low * factor:.{digits}f}–{high * factor:.{digits}f})"  # noqa: RUF001
+
+
+def on_the_cpu(rows: list[dict], first: str, last: str) -> str:
+    """Row by row; ``last`` names what the error is."""
+    lines = []
+    for row in rows:
+        name = row["backend"].removeprefix("torch").strip().replace("closed_form", "closed form")
+        if row["op"] != "sample_tokens":
+            name = f"`{row['op']}` {row['size']}{', ' if name else ''}{name}"
+        compared = f"{row['baseline']} {timed(row, 'baseline_')}"
+        lines.append([name, timed(row), compared, f"{row['ratio']:.2f}x", f"{row['error']:.0e}"])
+    return table([first, "this package", "baseline", "ratio", last], lines)
+
+
+def chains(rows: list[dict]) -> str:
+    """Milliseconds of the chains with bfloat16 operands: a line a case, a column a contender."""
+    rows = [row for row in rows if row["op"] == "denoise"]
+    median, errors = {}, {}
+    for row in rows:
+        median[row["size"], row["baseline"]] = row["baseline_seconds"]
+        if row["ratio"] is not None:  # a wrong one shows no speed
+            median[row["size"], row["backend"]] = row["seconds"]
+        if row["backend"] in KERNELS:
+            errors[row["size"]] = max(errors.get(row["size"], 0.0), row["error"])
+    names = {name: short for name, short in (BASELINES | KERNELS).items() if any(key[1] == name for key in median)}
+    lines = []
+    for size in dict.fromkeys(row["size"] for row in rows):
+        fastest = min((name for name in KERNELS if (size, name) in median), key=lambda name: median[size, name])
+        cells = [size.removesuffix(" T=100")]
+        for name in names:
+            value = median.get((size, name))
+            shown = "–" if value is None else milliseconds(value)  # noqa: RUF001
+            cells.append(f"**{shown}**" if name == fastest else shown)
+        lines.append([*cells, f"{errors[size]:.0e}"])
+    return table(["ms", *names.values(), "error"], lines)
+
+
+def spreads(rows: list[dict]) -> str:
+    """How far the medians of :func:`chains` may be trusted."""
+    widest: dict[str, float] = {}
+    for row in (row for row in rows if row["op"] == "denoise"):
+        for name, kind in ((row["backend"], ""), (row["baseline"], "baseline_")):
+            if name in BASELINES or name in KERNELS:
+                low, high = (row[f"baseline_{p}" if kind else f"seconds_{p}"] for p in ("p20", "p80"))
+                group = BASELINES.get(name, "this package")
+                widest[group] = max(widest.get(group, 0.0), (high - low) / row[f"{kind}seconds"])
+    runs = sorted({row["runs"] for row in rows if row["op"] == "denoise"})
+    each = ", ".join(f"{100 * widest[name]:.0f} % ({name})" for name in sorted(widest, key=widest.get))
+    return f"Medians of {' or '.join(map(str, runs))} runs; from p20 to p80 a median's spread is at most {each}.\n"
+
+
+def ratios(rows: list[dict]) -> str:
+    """Shares of a copy's bandwidth."""
+    rows = [row for row in rows if row["op"] == "log_density_ratio" and row["backend"] != "torch"]
+    sizes, backends = (dict.fromkeys(row[key] for row in rows) for key in ("size", "backend"))
+    found = {(row["size"], row["backend"]): f"{row['ratio']:.2f}" for row in rows}
+    lines = [[f"`log_density_ratio`, {backend}", *(found[size, backend] for size in sizes)] for backend in backends]
+    return table(["share of a copy's bandwidth", *(size.removesuffix(" C=16") for size in sizes)], lines)
+
+
+def verdicts(rows: list[dict]) -> str:
+    """Milliseconds of the accept test with its redraws."""
+    found = {(row["size"], row["backend"]): row for row in rows if row["op"] == "accept_reject"}
+    contenders, lines = [(backend, how) for how in ("", ", replayed") for backend in ("triton", "cuda")], []
+    for size in dict.fromkeys(size for size, _ in found):
+        for residual in ("rejection", "closed_form"):
+            own = [found[size, f"{backend} {residual}{how}"] for backend, how in contenders]
+            shown = [own[0]["baseline_seconds"], *(row["seconds"] for row in own)]
+            lines.append([f"{size.removesuffix(' C=16')}, {residual.replace('_', ' ')}", *map(milliseconds, shown)])
+    return table(["`accept_reject`, ms", "looped torch", *map("".join, contenders)], lines)
+
+
+def images(rows: list[dict]) -> str:
+    lines = []
+    for row in rows:
+        name = f"{row['size'].removeprefix('mar_base 256 tokens batch 1 ')}, {row['backend'].partition(', ')[2]}"
+        compared = f"{row['baseline']} {row['baseline_seconds']:.1f} s"
+        lines.append([name, f"{row['seconds']:.2f} s", compared, f"{row['ratio']:.1f}x"])
+    return table(["MAR-B, 256 tokens, batch 1", "this package", "baseline", "ratio"], lines)
+
+
+def origin(result: dict) -> str:
+    """On what, with what and at which commit."""
+    environment = result["environment"]
+    parts = [environment["gpus"][0]["name"]]
+    for name, key in (("driver", "nvidia driver"), ("PyTorch", "torch"), ("Triton", "triton"), ("Python", "python")):
+        parts += [f"{name} {environment[key]}"] if key in environment else []
+    if "cuda extension" in environment:
+        parts.append(f"nvcc {environment['cuda extension']['nvcc']}")
+    return f"{', '.join(parts)}; commit {result['commit'].removesuffix('-dirty')}. {result.get('note', '')}".strip()
+
+
+def tables() -> dict[str, str]:
+    """What stands between ``<!-- NAME -->`` and ``<!-- /NAME -->``."""
+    parts = (chains, spreads, ratios, verdicts)
+    gpu, whole = load("kernels-h100.json"), load("end-to-end-h100.json")
+    return {
+        "KERNELS": on_the_cpu(load("kernels-cpu.json")["rows"], "op, size", "error"),
+        "KERNELS-H100": f"{origin(gpu)}\n\n" + "\n".join(part(gpu["rows"]) for part in parts),
+        "END": on_the_cpu(load("end-to-end-cpu.json")["rows"], "", "difference"),
+        "END-H100": f"{origin(whole)}\n\n{images(whole['rows'])}",
+    }
+
+
+def filled(text: str) -> str:
+    """A page with all of its tables written again.
+
+    Raises:
+        ValueError: it does not hold the marks of a table once each.
+    """
+    for name, content in tables().items():
+        start, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
+        if text.count(start) != 1 or text.count(end) != 1:
+            raise ValueError(f"expected the page to hold the marks {start.strip()} and {end} once each")
+        before, _, rest = text.partition(start)
+        text = before + start + content + end + rest.partition(end)[2]
+    return text
+
+
+if __name__ == "__main__":
+    README.write_text(filled(README.read_text()))

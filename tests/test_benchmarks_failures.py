@@ -1,0 +1,124 @@
+"""Benchmarks go on where something fails, and tell it."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+import torch
+
+CPU = torch.device("cpu")
+
+
+def run_main(module, monkeypatch, *arguments):
+    """(what it exits with, None where it returns)."""
+    monkeypatch.setattr(sys, "argv", ["kernels.py", "--device", "cpu", *map(str, arguments)])
+    try:
+        module.main()
+    except SystemExit as end:
+        return end
+    return None
+
+
+@pytest.fixture
+def small(benchmarks, monkeypatch):
+    """The script ``kernels.py`` on little work."""
+    kernels = benchmarks.kernels
+    monkeypatch.setitem(kernels.HEADS, "small", (1, 32, 16))
+    monkeypatch.setitem(kernels.CASES, "cpu", [("small", 2), ("small", 3)])
+    monkeypatch.setattr(kernels, "TOKENS", (20,))
+    monkeypatch.setattr(kernels, "STEPS", 4)
+    return benchmarks
+
+
+def fails(*_, **__):
+    raise RuntimeError("made of wood\nand of more lines")
+
+
+def test_a_contender_that_fails_is_told_in_its_place_and_the_others_go_on(small, monkeypatch, capsys, tmp_path):
+    denoise = small.kernels.denoise
+
+    def sometimes(head, *inputs, **options):
+        return fails() if head.dtype == torch.bfloat16 and len(inputs[1]) == 2 else denoise(head, *inputs, **options)
+
+    monkeypatch.setattr(small.kernels, "denoise", sometimes)
+    end = run_main(small.kernels, monkeypatch, "--json", tmp_path / "r.json")
+    assert str(end) == "failed: denoise small N=2 T=4 torch bfloat16: RuntimeError: made of wood"  # a text: status 1
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("denoise  ")]
+    assert [line.split()[:4] for line in lines if "FAILED" in line] == [["denoise", "small", "N=2", "T=4"]]
+    assert "FAILED: RuntimeError: made of wood" in lines[0]
+    assert len([line for line in lines if "FAILED" not in line]) == 1 + 3
+    written = json.loads((tmp_path / "r.json").read_text())
+    assert written["failures"] == [
+        {"op": "denoise", "size": "small N=2 T=4", "name": "torch bfloat16", "reason": "RuntimeError: made of wood"}
+    ]
+    assert [row["op"] for row in written["rows"]] == ["denoise"] * 4 + ["log_density_ratio"] + ["accept_reject"] * 2
+
+
+def test_a_baseline_that_fails_loses_its_rows_alone(small, monkeypatch, tmp_path):
+    eager = small.kernels.eager_denoise
+
+    def sometimes(*arguments, dtype=None):
+        return fails() if dtype is torch.bfloat16 else eager(*arguments, dtype=dtype)
+
+    monkeypatch.setattr(small.kernels, "eager_denoise", sometimes)
+    end = run_main(small.kernels, monkeypatch, "--json", tmp_path / "r.json")
+    assert [line.rpartition(": RuntimeError")[0] for line in str(end).splitlines()] == [
+        f"failed: denoise small N={n} T=4 eager autocast bfloat16" for n in (2, 3)
+    ]
+    rows = json.loads((tmp_path / "r.json").read_text())["rows"]
+    assert {row["baseline"] for row in rows if row["op"] == "denoise"} == {"eager float32"}
+    assert len(rows) == 4 + 3
+
+
+def test_a_baseline_of_other_tokens_is_none(small, monkeypatch):
+    eager, report = small.kernels.eager_denoise, small.report.Report()
+    monkeypatch.setattr(small.kernels, "eager_denoise", lambda *a, **k: eager(*a, **k).flip(0))
+    small.kernels.denoise_rows("small", 2, ["torch"], 2, CPU, report)
+    assert report.rows == []
+    assert [failure["name"] for failure in report.failures] == ["eager float32", "eager autocast bfloat16"]
+    assert all("expected the loop's tokens within" in failure["reason"] for failure in report.failures)
+
+
+@pytest.mark.parametrize("name", ["denoise_rows", "density_ratio_rows", "accept_reject_rows"])
+def test_a_case_that_fails_as_a_whole_loses_its_rows_alone(small, monkeypatch, tmp_path, name):
+    monkeypatch.setattr(small.kernels, name, fails)
+    end = run_main(small.kernels, monkeypatch, "--json", tmp_path / "r.json")
+    assert "all of it: RuntimeError: made of wood" in str(end)
+    left = {"denoise_rows": 3, "density_ratio_rows": 6 + 2, "accept_reject_rows": 6 + 1}[name]
+    assert len(json.loads((tmp_path / "r.json").read_text())["rows"]) == left
+
+
+def test_rows_are_printed_and_written_as_they_come(small, monkeypatch, capsys, tmp_path):
+    seen = []
+
+    def second(*arguments):
+        seen.append((capsys.readouterr().out, json.loads((tmp_path / "r.json").read_text())["rows"]))
+        raise KeyboardInterrupt  # nothing is done about this one
+
+    monkeypatch.setattr(small.kernels, "density_ratio_rows", second)
+    with pytest.raises(KeyboardInterrupt):
+        run_main(small.kernels, monkeypatch, "--json", tmp_path / "r.json")
+    ((out, rows),) = seen
+    assert len(rows) == 6
+    lines = [line for line in out.splitlines() if line.startswith(("op ", "denoise  "))]
+    assert len(lines) == 1 + 6
+    at = [lines[0].index("baseline s"), lines[0].index("ratio")]
+    assert all(line[i - 2 : i] == "  " and line[i] != " " for line in lines for i in at)  # columns of fixed width
+
+
+def test_a_run_without_failures_ends_with_status_0(small, monkeypatch, capsys):
+    assert run_main(small.kernels, monkeypatch, "--quick") is None
+    assert "one block: not measured, it needs a GPU" in capsys.readouterr().out
+
+
+def test_an_error_without_somebody_to_tell_is_raised(benchmarks):
+    with pytest.raises(RuntimeError, match="made of wood"):
+        benchmarks.common.measure({"a": fails}, [()], 1, CPU)
+    told = []
+    seconds = benchmarks.common.measure(
+        {"a": fails, "b": lambda: None}, [()], 3, CPU, failed=lambda name, error: told.append((name, str(error)[:4]))
+    )
+    assert told == [("a", "made")]
+    assert {name: len(values) for name, values in seconds.items()} == {"b": 3}

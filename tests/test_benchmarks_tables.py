@@ -1,0 +1,64 @@
+"""The README shows what the committed result files hold."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+
+COMPILED, LARGE = "torch.compile reduce-overhead bfloat16", "MAR-H N=512 T=100"
+README = Path(__file__).parent.parent / "README.md"
+
+
+@pytest.fixture
+def tables(benchmarks):
+    return benchmarks.tables
+
+
+def test_the_readme_shows_the_committed_results(tables):
+    text = README.read_text()
+    assert tables.filled(text) == text, "run python benchmarks/tables.py"
+    assert tables.filled(text.replace("5.78", "5.87")) == text
+
+
+@pytest.mark.parametrize("change", [lambda text: text.replace("<!-- END -->", ""), lambda text: text + text])
+def test_a_page_without_marks_is_refused(tables, change):
+    with pytest.raises(ValueError, match="expected the page to hold the marks"):
+        tables.filled(change(README.read_text()))
+
+
+def test_a_wrong_row_shows_no_speed_and_new_contenders_get_a_column(tables):
+    rows = tables.load("kernels-h100.json")["rows"]
+    before = tables.chains(rows)
+    assert "| MAR-B N=2 | 166 | 17.1 | 4.75 | 5.78 | 8.39 | **2.95** | 3e-03 |\n" in before
+    assert "in one CUDA graph" not in before
+    rows = copy.deepcopy(rows)
+    for row in rows:
+        if row["size"] == "MAR-B N=2 T=100" and row["backend"] == "cuda persistent bfloat16":
+            row |= {"ratio": None, "error": 0.5}
+    rows.append({**rows[2], "baseline": "eager loop in one CUDA graph bfloat16", "baseline_seconds": 0.0123})
+    after = tables.chains(rows)
+    assert "| MAR-B N=2 | 166 | 12.3 | 17.1 | 4.75 | **5.78** | 8.39 | – | 5e-01 |\n" in after  # noqa: RUF001
+    assert "| MAR-B N=8 | 218 | – |" in after  # noqa: RUF001
+
+
+def test_figures_that_the_readme_tells_in_words_are_in_the_files(tables):
+    rows = tables.load("kernels-h100.json")["rows"]
+    (compiled,) = (r for r in rows if at(r, LARGE, "triton bfloat16", COMPILED))
+    (alone,) = (r for r in rows if at(r, LARGE, "cuda bfloat16", "library products alone bfloat16"))
+    (wide,) = (r for r in rows if at(r, LARGE, "triton float32", "eager float32"))
+    (loop,) = (r for r in rows if at(r, "N=131072 C=16", "torch rejection", "looped torch"))
+    values = [one[key] for one in (compiled, alone) for key in ("seconds", "baseline_seconds")]
+    triton, compiler, cuda, products = map(tables.milliseconds, values)
+    text = README.read_text()
+    assert (
+        f"the layered Triton kernels took {triton} ms, `torch.compile` {compiler} and the CUDA kernels {cuda}" in text
+    )
+    assert f"where the library's products alone take {products}" in text
+    assert f"Triton took {wide['seconds']:.2f} s and eager code {wide['baseline_seconds']:.2f}" in text
+    assert 15 < loop["seconds"] / loop["baseline_seconds"] < 16
+
+
+def at(row, *names):
+    return (row["size"], row["backend"], row["baseline"]) == names
