@@ -29,6 +29,7 @@ PER_ROUND = 4  # normals of a thread
 CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # csrc's Operand
 _BITS = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
 _LIMIT = 2**31  # bytes; a larger tensor PyTorch fills in parts
+_SERVED = "cuda"  # type of the devices with such a generator
 _AUTOMATIC = ("cuda", "triton")  # the extension's launch costs the host less
 # (out, seed, counter, grid, rounds, first, newest_first): fills out
 Kernel = Callable[[torch.Tensor, int, int, int, int, torch.dtype, bool], None]
@@ -63,7 +64,7 @@ def randn_steps(
     """
     first = dtype if first is None else first
     out = torch.empty((count, *shape), dtype=dtype, device=device)
-    if out.is_cuda and out.numel() > 0:
+    if out.device.type == _SERVED and out.numel() > 0:
         with on(out.device):
             kernel = None if _needs_calls(out, first, generator) else _kernel(out.device, backend)
             if kernel is not None:
@@ -96,7 +97,7 @@ def _call(out: torch.Tensor, first: torch.dtype, generator, newest_first: bool) 
 def _draw(kernel: Kernel, out: torch.Tensor, first: torch.dtype, generator, newest_first: bool) -> None:
     if generator is None:
         generator = torch.cuda.default_generators[out.device.index]
-    grid, rounds = layout(out[0].numel(), _most_blocks(out.device))
+    grid, rounds = layout(out.numel() // len(out), _most_blocks(out.device))
     # PyTorch's own draws in other threads do not take this lock: like all that reads a generator and sets it, this
     # wants threads that draw at the same time to have generators of their own.
     with _lock:
@@ -107,7 +108,7 @@ def _draw(kernel: Kernel, out: torch.Tensor, first: torch.dtype, generator, newe
 
 def _needs_calls(out: torch.Tensor, first: torch.dtype, generator) -> bool:
     """Whether no kernel can stand in for the calls here and now."""
-    numel = out[0].numel()
+    numel = out.numel() // len(out)
     return (
         out.dtype not in CODES
         or first not in CODES
@@ -172,7 +173,7 @@ def _why_not(name: str, device: torch.device) -> str | None:
 
 def _by_cuda(out, seed, counter, grid, rounds, first, newest_first) -> None:
     cuda_support.extension().randn(
-        CODES[out.dtype], CODES[first], seed, counter, out[0].numel(), len(out), grid, rounds, newest_first,
+        CODES[out.dtype], CODES[first], seed, counter, out.numel() // len(out), len(out), grid, rounds, newest_first,
         out.data_ptr(), cuda_support.launch_stream(out.device),
     )  # fmt: skip
 

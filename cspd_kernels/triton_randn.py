@@ -48,10 +48,12 @@ def _store(out, element, numel, normal, first, FIRST: tl.constexpr):
     tl.store(out + element, normal.to(out.dtype.element_ty), element < numel)
 
 
-@triton.jit(do_not_specialize=["numel", "calls", "grid", "rounds", "seed_low", "seed_high", "low", "high"])
+@triton.jit(
+    do_not_specialize=["numel", "calls", "grid", "rounds", "newest_first", "seed_low", "seed_high", "low", "high"]
+)
 def _randn_kernel(
-    out, numel, calls, grid, rounds, seed_low, seed_high, low, high,
-    FIRST: tl.constexpr, REVERSED: tl.constexpr, ONE_A_THREAD: tl.constexpr, INTERPRETED: tl.constexpr,
+    out, numel, calls, grid, rounds, newest_first, seed_low, seed_high, low, high,
+    FIRST: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """One block of PyTorch's threads, in one of its rounds. Seed and counter are words, signed."""
     turn, block = tl.program_id(0) // grid, tl.program_id(0) % grid
@@ -69,12 +71,12 @@ def _randn_kernel(
     )
     stride = grid.to(tl.int64) * THREADS
     element = thread + 4 * stride * round
-    to = out + (calls - 1 - call if REVERSED else call).to(tl.int64) * numel
+    to = out + tl.where(newest_first != 0, calls - 1 - call, call).to(tl.int64) * numel
     first = call == 0
     radius = _radius(w0, INTERPRETED)
     sine, cosine = _sine_cosine(w1, INTERPRETED)
     _store(to, element, numel, radius * sine, first, FIRST)
-    if not ONE_A_THREAD:
+    if numel > stride:
         _store(to, element + stride, numel, radius * cosine, first, FIRST)
         radius = _radius(w2, INTERPRETED)
         sine, cosine = _sine_cosine(w3, INTERPRETED)
@@ -83,7 +85,7 @@ def _randn_kernel(
 
 
 def _signed(word: int) -> int:
-    """32 bits as an int that is never too large for one; Triton would compile the kernel anew for a wider one."""
+    """32 bits as an int of 32 bits: the kernel is compiled once, not for every width of a number."""
     return (word & 0xFFFFFFFF) - ((word & 0x80000000) << 1)
 
 
@@ -91,10 +93,9 @@ def randn(
     out: torch.Tensor, seed: int, counter: int, grid: int, rounds: int, first: torch.dtype, newest_first: bool
 ) -> None:
     """Fill ``out`` (calls, ...), contiguous, with the normals of so many calls; see :func:`released_noise.layout`."""
-    calls, numel = len(out), out[0].numel()
+    calls, numel = len(out), out.numel() // len(out)
     _randn_kernel[(calls * rounds * grid,)](
-        out, numel, calls, grid, rounds,
+        out, numel, calls, grid, rounds, int(newest_first),
         _signed(seed), _signed(seed >> 32), _signed(counter), _signed(counter >> 32),
-        FIRST=_TYPES[first], REVERSED=newest_first, ONE_A_THREAD=numel <= grid * THREADS.value,
-        INTERPRETED=INTERPRETED, **OPTIONS,
+        FIRST=_TYPES[first], INTERPRETED=INTERPRETED, **OPTIONS,
     )  # fmt: skip

@@ -1,5 +1,7 @@
 #include "cspd/randn.cuh"
 
+#include "cspd/types.cuh"
+
 namespace cspd {
 
 cudaError_t randn(Operand type, Operand first, const Randn& draw, void* out, cudaStream_t stream) {
@@ -7,8 +9,10 @@ cudaError_t randn(Operand type, Operand first, const Randn& draw, void* out, cud
   if (draw.numel == 0) return cudaSuccess;
   const Grid grid{static_cast<std::int64_t>(draw.calls) * draw.rounds * draw.grid, kRandnThreads};
   return with_type(type, [&](auto zero) {
-    using T = decltype(zero);
-    return launch(randn_kernel<T>, grid, stream, draw, first, static_cast<T*>(out));
+    return with_type(first, [&](auto first_zero) {
+      using T = decltype(zero);
+      return launch(randn_kernel<T, decltype(first_zero)>, grid, stream, draw, static_cast<T*>(out));
+    });
   });
 }
 

@@ -249,6 +249,35 @@ def test_what_kernels_cannot_stand_in_for(stand_in, monkeypatch):
     assert needed(out)
 
 
+def test_steps_are_drawn_by_the_kernel_or_by_calls_and_the_state_tells_no_difference(kernels, monkeypatch):
+    launches = []
+
+    def right(out, *rest):
+        launches.append(len(out))
+        model(out, *rest)
+
+    kernels(triton=right)
+    monkeypatch.setattr(released_noise, "_SERVED", "cpu")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    theirs = StandIn(3, 8, BLOCKS)
+    wanted = torch.empty(4, 7, 5)
+    theirs.fill(wanted, BRAIN, True)
+
+    def draw(**options):
+        ours, count = StandIn(3, 8, BLOCKS), len(launches)
+        device = torch.device("cpu")
+        got = randn_steps(4, (7, 5), SINGLE, device, ours, first=BRAIN, newest_first=True, **options)
+        assert torch.equal(got, wanted)
+        assert ours.offset == theirs.offset
+        return len(launches) - count
+
+    assert draw() > 1  # and the proof
+    assert draw() == 1
+    assert draw(backend="torch") == 0
+    with Seen():
+        assert draw() == 0
+
+
 @pytest.mark.parametrize("generator", [None, torch.Generator()])
 @pytest.mark.parametrize(("dtype", "first"), [(SINGLE, None), (torch.float64, BRAIN), (SINGLE, HALF)])
 def test_without_a_device_the_calls_are_made(dtype, first, generator):

@@ -12,7 +12,6 @@
 #include "cspd/device.cuh"
 #include "cspd/parameters.h"
 #include "cspd/philox.cuh"
-#include "cspd/types.cuh"
 
 namespace cspd {
 
@@ -45,18 +44,9 @@ CSPD_HD float angle_of(std::uint32_t word) {
   return fmaf(static_cast<float>(word), 0x1p-32f * kTwoPi, 0x1p-33f * kTwoPi);
 }
 
-// A value as a tensor of this type holds it.
-CSPD_HD float rounded(float value, Operand type) {
-  switch (type) {
-    case Operand::kFloat32: return value;
-    case Operand::kFloat16: return to_float(from_float<float16>(value));
-    case Operand::kBfloat16: return to_float(from_float<bfloat16>(value));
-  }
-  return value;
-}
-
-template <typename T>
-__global__ void __launch_bounds__(kRandnThreads) randn_kernel(Randn draw, Operand first, T* out) {
+// ``First``: type of the first call, whose numbers are converted.
+template <typename T, typename First>
+__global__ void __launch_bounds__(kRandnThreads) randn_kernel(Randn draw, T* out) {
   const unsigned grid = draw.grid, rounds = draw.rounds;
   const unsigned turn = blockIdx.x / grid, block = blockIdx.x - turn * grid;  // call * rounds + round
   const unsigned call = turn / rounds, round = turn - call * rounds;
@@ -66,12 +56,13 @@ __global__ void __launch_bounds__(kRandnThreads) randn_kernel(Randn draw, Operan
   std::int64_t element = thread + 4 * stride * round;
   if (element >= draw.numel) return;
 
-  const Operand type = call == 0 ? first : Operand::kFloat32;
   const std::int64_t place = draw.reversed ? draw.calls - 1 - static_cast<std::int64_t>(call) : call;
   T* to = out + place * draw.numel;
   const auto store = [&](float normal) {
     // PyTorch multiplies by a standard deviation of 1 and adds a mean of 0, so that no zero is negative.
-    if (element < draw.numel) to[element] = from_float<T>(rounded(normal + 0.0f, type));
+    normal += 0.0f;
+    if (call == 0) normal = to_float(from_float<First>(normal));
+    if (element < draw.numel) to[element] = from_float<T>(normal);
     element += stride;
   };
   const Words words = philox(static_cast<std::uint32_t>(draw.seed), static_cast<std::uint32_t>(draw.seed >> 32),
