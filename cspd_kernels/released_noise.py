@@ -98,8 +98,8 @@ def _draw(kernel: Kernel, out: torch.Tensor, first: torch.dtype, generator, newe
     if generator is None:
         generator = torch.cuda.default_generators[out.device.index]
     grid, rounds = layout(out.numel() // len(out), _most_blocks(out.device))
-    # PyTorch's own draws in other threads do not take this lock: like all that reads a generator and sets it, this
-    # wants threads that draw at the same time to have generators of their own.
+    # PyTorch's own draws in other threads do not take this lock: threads that draw at the same time want generators of
+    # their own. Setting the offset also lets cuDNN seed the dropout of its RNNs anew.
     with _lock:
         seed, offset = generator.initial_seed(), generator.get_offset()
         generator.set_offset(offset + PER_ROUND * rounds * len(out))
