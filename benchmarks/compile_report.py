@@ -25,6 +25,7 @@ from cspd_kernels.ops.denoise.cuda_chain import DTYPE_CODES
 from cspd_kernels.ops.denoise.triton_chain import LayeredChain
 from cspd_kernels.ops.denoise.triton_persistent import PersistentChain
 from cspd_kernels.ops.density_ratio.triton import log_density_ratio
+from cspd_kernels.triton_randn import randn
 from cspd_kernels.triton_refresh import Refresh
 from cspd_kernels.triton_report import ARCHITECTURES, Launch, compiled, recorded_launches
 
@@ -102,6 +103,19 @@ def _refresh_rows(dtype) -> list[dict]:
     return _rows(refresh_launches(dtype), dtype, {"model": "weights", "tokens": "any"})
 
 
+def noise_launches(dtype: torch.dtype) -> list[Launch]:
+    """The launches that draw the noise of all steps, the first one's of the same type or of a narrow one."""
+    out = torch.empty(2, 64, dtype=dtype, device="meta")
+    with recorded_launches() as launches:
+        for first in (dtype, torch.bfloat16):
+            randn(out, 0, 0, 1, 1, first, True)
+    return list(launches)
+
+
+def _noise_rows(dtype) -> list[dict]:
+    return _rows(noise_launches(dtype), dtype, {"model": "noise", "tokens": "any"})
+
+
 def _rows(launches: list[Launch], dtype: torch.dtype, described: dict) -> list[dict]:
     """Their resources on every architecture."""
     rows = []
@@ -173,7 +187,7 @@ def report(heads: dict[str, tuple[int, int, int]], quick: bool, processes: int) 
         for residual in (None, *RESIDUALS)
         for per_token in ((True,) if quick else (True, False))
     ]
-    work += [(_refresh_rows, dtype) for dtype in DTYPES]
+    work += [(rows_of, dtype) for rows_of in (_refresh_rows, _noise_rows) for dtype in DTYPES]
     with ProcessPoolExecutor(processes) as pool:
         rows = [row for rows in pool.map(_run, work) for row in rows]
     record = build_record()

@@ -58,6 +58,12 @@ void accept_reject(Address x, Address mean_q, Address log_q, Address path_q, Add
   check(cspd::accept_reject(judged, redraw, closed_form, multiprocessors, stream), "accept_reject");
 }
 
+void randn(int type, int first, std::uint64_t seed, std::uint64_t counter, std::int64_t numel, int calls, int grid,
+           int rounds, bool reversed, Address out, Address stream) {
+  const cspd::Randn draw = {seed, counter, numel, calls, grid, rounds, reversed};
+  check(cspd::randn(operand(type), operand(first), draw, out, stream), "randn");
+}
+
 void condition(int type, Address y, Address time_embedding, Address out, int steps, int rows, int width,
                Address stream) {
   check(cspd::condition(operand(type), y, time_embedding, out, steps, rows, width, stream), "condition");
@@ -164,6 +170,7 @@ PYBIND11_MODULE(_C, m) {
   const auto unlocked = py::call_guard<py::gil_scoped_release>();
   m.def("log_density_ratio", &log_density_ratio, unlocked);
   m.def("accept_reject", &accept_reject, unlocked);
+  m.def("randn", &randn, unlocked);
   m.def("condition", &condition, unlocked);
   m.def("bias_silu", &bias_silu, unlocked);
   m.def("input", &input, unlocked);

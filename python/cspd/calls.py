@@ -18,6 +18,7 @@ import torch.nn as nn
 
 from cspd_kernels import Denoised, DiffusionHead, PhiloxNoise, denoise
 from cspd_kernels.head import stream_dtype
+from cspd_kernels.released_noise import randn_steps
 
 from .diffusions import NotServedError
 
@@ -161,7 +162,8 @@ def run_call(call: Call, head: DiffusionHead, *, backend: str | None, philox: bo
     elif philox:
         noise = PhiloxNoise(int(torch.randint(2**63 - 1, (), device="cpu")), torch.arange(rows, device=device))
     else:
-        noise = draw_steps(head.num_steps, call.shape, x_T.dtype, wide, device)[:, :rows].to(stream)
+        drawn = draw_steps(head.num_steps, call.shape, x_T.dtype, wide, device, backend)
+        noise = drawn[:, :rows].to(stream)
     cond, scale = call.cond, call.cfg_scale
     if isinstance(scale, float) and scale == 1.0:  # guided by nothing
         cond = cond[:rows]
@@ -179,21 +181,17 @@ def loop_dtype(call: Call, noise: torch.dtype) -> torch.dtype:
     return torch.promote_types(torch.promote_types(noise, torch.float32), weights)
 
 
-def draw_steps(steps: int, shape: tuple[int, int], first: torch.dtype, then: torch.dtype, device) -> torch.Tensor:
+def draw_steps(
+    steps: int, shape: tuple[int, int], first: torch.dtype, then: torch.dtype, device, backend: str | None = None
+) -> torch.Tensor:
     """(T, rows, C) in ``then``, as the loop draws it: ``randn_like(x)`` at every step, T-1 first and 0 included.
 
-    x is of type ``first`` at the first step.
+    x is of type ``first`` at the first step. ``backend`` is as in :func:`randn_steps`.
     """
-    noise = torch.empty((steps, *shape), dtype=then, device=device)
-    if device.type == "cpu" and first == then and noise[0].numel() % 16 == 0:
+    if device.type == "cpu" and first == then and math.prod(shape) % 16 == 0:
         # In blocks of 16 the CPU's generator gives the same numbers at once as it gives step by step.
-        return noise.normal_().flip(0)
-    for i in reversed(range(steps)):
-        if i == steps - 1 and first != then:
-            noise[i] = torch.randn(shape, dtype=first, device=device)
-        else:
-            noise[i].normal_()
-    return noise
+        return torch.randn((steps, *shape), dtype=then, device=device).flip(0)
+    return randn_steps(steps, shape, then, device, first=first, newest_first=True, backend=backend)
 
 
 def finish(call: Call, out: Denoised, diffusion) -> torch.Tensor:

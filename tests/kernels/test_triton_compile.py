@@ -25,6 +25,7 @@ from cspd_kernels.triton_report import ARCHITECTURES, Resources, recorded_launch
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 VERDICTS = {"_log_density_ratio_kernel": {""}, "_accept_reject_kernel": {" rejection", " closed_form"}}
+ONE_EACH = {"_refresh_kernel", "_randn_kernel"}  # for every type
 LAYERED = {"_condition_kernel", "_input_kernel", "_mlp0_kernel", "_mlp1_kernel", "_update_kernel"}
 
 
@@ -62,8 +63,9 @@ def test_the_report_leaves_nothing_out(rows):
     for kernel, methods in VERDICTS.items():
         for model in (f"C={channels}{method}" for channels in (16, 256) for method in methods):
             assert {case(r)[1:] for r in rows if (r["kernel"], r["model"]) == (kernel, model)} == types
-    assert {case(r)[1:] for r in rows if r["kernel"] == "_refresh_kernel"} == types
-    assert {row["kernel"] for row in rows} == LAYERED | {"_persistent_kernel", "_refresh_kernel"} | set(VERDICTS)
+    for kernel in ONE_EACH:
+        assert {case(r)[1:] for r in rows if r["kernel"] == kernel} == types
+    assert {row["kernel"] for row in rows} == LAYERED | {"_persistent_kernel"} | ONE_EACH | set(VERDICTS)
 
 
 @pytest.fixture

@@ -20,6 +20,9 @@ cudaError_t log_density_ratio(const Judged& judged, float* out, cudaStream_t str
 cudaError_t accept_reject(const Judged& judged, const Redraw& redraw, bool closed_form, int multiprocessors,
                           cudaStream_t stream);
 
+// [calls, numel] of a type. The first call's normals are rounded to the type ``first`` before.
+cudaError_t randn(Operand type, Operand first, const Randn& draw, void* out, cudaStream_t stream);
+
 // Widths are multiples of 16 up to 2048.
 cudaError_t condition(Operand type, const void* y, const float* time_embedding, void* out, int steps, int rows,
                       int width, cudaStream_t stream);

@@ -37,6 +37,15 @@ struct Redraw {
   int tokens_per_warp = 0;  // chosen at the launch
 };
 
+// Calls of PyTorch's normal_() one after the other, each on ``numel`` values of its own.
+struct Randn {
+  std::uint64_t seed, counter;  // of the generator; the counter is a quarter of its offset
+  std::int64_t numel;
+  int calls;
+  int grid, rounds;  // blocks that PyTorch would launch a call, and how often each of their threads draws
+  bool reversed;     // the first call's values come last
+};
+
 // Coefficients of one reverse step; the log standard deviations are those at v = 1 and at v = -1.
 struct alignas(16) StepTable {
   float sqrt_recip_acp, sqrt_recipm1_acp, coef1, coef2, log_std_upper, log_std_lower, unused[2];
