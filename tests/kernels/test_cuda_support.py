@@ -191,7 +191,17 @@ def test_other_devices(extension, monkeypatch):
     assert why_unsupported_here(CUDA) == "its kernels are written for NVIDIA devices: use backend='torch'"
 
 
-def test_launches_go_to_the_current_stream(extension, monkeypatch):
+@pytest.mark.parametrize("raw", [None, lambda index: 7 if index == 0 else pytest.fail("another device")])
+def test_launches_go_to_the_current_stream(extension, monkeypatch, raw):
     streams = {CUDA: types.SimpleNamespace(cuda_stream=7)}
-    monkeypatch.setattr(torch.cuda, "current_stream", streams.__getitem__)
+    monkeypatch.setattr(torch.cuda, "current_stream", streams.__getitem__ if raw is None else None)
+    monkeypatch.setattr(cuda_support, "_raw_stream", raw)
     assert cuda_support.launch_stream(CUDA) == 7
+
+
+@pytest.mark.gpu
+def test_the_handle_is_that_of_the_current_stream():
+    stream = torch.cuda.Stream()
+    for current in (torch.cuda.default_stream(), stream):
+        with torch.cuda.stream(current):
+            assert cuda_support.launch_stream(stream.device) == current.cuda_stream
