@@ -1,5 +1,5 @@
-"""A token's bits depend on its values alone: however the compiler lays operands of other strides, alignment or types out
-over threads, the kernels that judge tokens do the same arithmetic in the same order. Needs no GPU."""
+"""A token's bits depend on its values alone: however the compiler lays operands of other strides, alignment or types
+out over threads, the kernels that judge tokens do the same arithmetic in the same order. Needs no GPU."""
 
 import json
 import os

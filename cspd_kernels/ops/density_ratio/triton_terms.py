@@ -13,12 +13,9 @@ from ...triton_support import expm1
 
 @triton.jit
 def load(base, row, row_stride, channel, channel_stride, valid, C: tl.constexpr):
-    """Float32 values at (row, channel), 0 where not valid. Any floating type, any strides; those of contiguous rows of C
-    channels are None, which leaves room for wide loads."""
-    if row_stride is None:
-        at = row * C + channel
-    else:
-        at = row * row_stride + channel.to(tl.int64) * channel_stride
+    """Float32 values at (row, channel), 0 where not valid. Any floating type, any strides; those of contiguous rows of
+    C channels are None, which leaves room for wide loads."""
+    at = row * C + channel if row_stride is None else row * row_stride + channel.to(tl.int64) * channel_stride
     return tl.load(base + at, valid, 0.0).to(tl.float32)
 
 
