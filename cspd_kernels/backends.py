@@ -103,14 +103,15 @@ _EVERYTHING = (ENVIRONMENT_VARIABLE, *_LOOKED_AT["triton"], *_LOOKED_AT["cuda"])
 _remembered: dict[tuple, Callable] = {}
 
 
-def remembered(op: str, backend: str | None, device: torch.device, x: torch.Tensor, shape: torch.Size) -> Callable:
+def remembered(op: str, backend: str | None, x: torch.Tensor) -> Callable:
     """:func:`implementation` for tokens x (N, C), looked up for a shape, device and environment that it was chosen for
     before: choosing takes as long as a launch."""
-    if device.type != "cuda":
+    shape, device = x.shape, x.device
+    if device.type != "cuda" or not (backend is None or isinstance(backend, str)):
         return implementation(op, backend, device, x, shape[0])
-    key = (op, backend, device, shape, *map(os.environ.get, _LOOKED_AT.get(backend, _EVERYTHING)))
+    key = (op, backend, shape, device, *map(os.environ.get, _LOOKED_AT.get(backend, _EVERYTHING)))
     if (chosen := _remembered.get(key)) is None:
-        if len(_remembered) == _MOST_REMEMBERED:
+        if len(_remembered) >= _MOST_REMEMBERED:
             _remembered.clear()
         chosen = _remembered[key] = implementation(op, backend, device, x, shape[0])
     return chosen

@@ -1,6 +1,6 @@
 """Launches of the verdict kernels through Triton's real launcher on a driver that runs nothing: ``python prepared.py``
-fails where a prepared launch differs from the one that Triton binds itself. A process of its own, as the interpreter has
-no launcher.
+fails where a prepared launch differs from the one that Triton binds itself. A process of its own, as the interpreter
+has no launcher.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from cspd_kernels.triton_report import recorded_launches
 class Launcher:
     """Stands in for what hands a kernel to the device."""
 
-    launched: list[tuple] = []  # noqa: RUF012
+    launched: list[tuple] = []
 
     def __init__(self, *_):
         pass
@@ -68,7 +68,7 @@ def calls():
                             yield lambda: density_ratio.log_density_ratio(x, draft, target, relaxation, sigma)  # noqa: B023
                     address = torch.arange(rows)
                     for seed, most in ((0, 1), (2**64 - 1, 100)) if channels == 16 else ():
-                        yield lambda: accept_reject.accept_reject(  # noqa: B023
+                        yield lambda: accept_reject.accept_reject(
                             x, draft, target, seed, address, 1.0, "paper", most, "rejection"  # noqa: B023
                         )  # fmt: skip
 

@@ -3,12 +3,14 @@
 import importlib
 import json
 import types
+from contextlib import nullcontext
 
 import pytest
 import torch
 
 from cspd_kernels import cuda_support
 from cspd_kernels.cuda_support import build_record, covers, why_unavailable, why_unsupported_here
+from cspd_kernels.devices import on
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 BUILT = {"built": True, "architectures": [80, 90], "ptx": [90], "nvcc": "13.0.88", "kernels": []}
@@ -205,3 +207,17 @@ def test_the_handle_is_that_of_the_current_stream():
     for current in (torch.cuda.default_stream(), stream):
         with torch.cuda.stream(current):
             assert cuda_support.launch_stream(stream.device) == current.cuda_stream
+
+
+def test_only_another_device_is_made_the_current_one(monkeypatch):
+    current, made = [0], []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
+    monkeypatch.setattr(torch.cuda, "device", lambda device: made.append(device) or nullcontext())
+    for device in (CPU, torch.device("cuda", 0)):
+        with on(device):
+            assert made == []
+    with on(torch.device("cuda", 1)):
+        assert made == [torch.device("cuda", 1)]
+    current[0] = 1
+    with on(torch.device("cuda", 0)), on(torch.device("cuda", 1)):
+        assert made[1:] == [torch.device("cuda", 0)]

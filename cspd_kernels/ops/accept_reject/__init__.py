@@ -93,7 +93,7 @@ def accept_reject(
     if isinstance(max_tries, bool) or not isinstance(max_tries, int) or max_tries < 0:
         raise ValueError(f"accept_reject expected max_tries as an int >= 0, got {max_tries!r}")
     _check_residual(draft, target, residual, target_sigma)
-    run = remembered("accept_reject", backend, device, x, x.shape)
+    run = remembered("accept_reject", backend, x)
     return Verdict(*run(x, draft, target, seed, rows, relaxation, sigma, min(max_tries, _MOST_TRIES), residual))
 
 

@@ -55,7 +55,7 @@ def log_density_ratio(
     Source: Wang et al. 2024, arXiv 2411.11925 (denoising trajectory alignment).
     """
     relaxation = check("log_density_ratio", x, draft, target, relaxation, sigma)
-    run = remembered("log_density_ratio", backend, x.device, x, x.shape)
+    run = remembered("log_density_ratio", backend, x)
     return run(x, draft, target, relaxation, sigma)
 
 
