@@ -16,6 +16,7 @@ from .crossover import ranked
 
 BACKENDS = ("torch", "triton", "cuda")
 ENVIRONMENT_VARIABLE = "CSPD_BACKEND"
+_MOST_REMEMBERED = 4096
 OLDEST_TRITON = (3, 6)  # what the kernels are tested with
 _logger = logging.getLogger("cspd_kernels")
 
@@ -100,6 +101,26 @@ def implementation(
     if reason := _why_not(op, backend, device, subject):
         raise RuntimeError(f"{source}={backend!r} cannot serve {op}: {reason}")
     return _load(op, backend)
+
+
+# What a choice depends on beside the device and the call: variables that may change from one call to the next.
+_LOOKED_AT = {"torch": (), "triton": ("TRITON_INTERPRET",), "cuda": (cuda_support.EMULATION_VARIABLE,)}
+_EVERYTHING = (ENVIRONMENT_VARIABLE, *_LOOKED_AT["triton"], *_LOOKED_AT["cuda"])
+_remembered: dict[tuple, Callable] = {}
+
+
+def remembered(op: str, backend: str | None, x: torch.Tensor) -> Callable:
+    """:func:`implementation` for tokens x (N, C), looked up for a shape, device and environment that it was chosen for
+    before: choosing takes as long as a launch."""
+    shape, device = x.shape, x.device
+    if device.type != "cuda" or not (backend is None or isinstance(backend, str)):
+        return implementation(op, backend, device, x, shape[0])
+    key = (op, backend, shape, device, *map(os.environ.get, _LOOKED_AT.get(backend, _EVERYTHING)))
+    if (chosen := _remembered.get(key)) is None:
+        if len(_remembered) >= _MOST_REMEMBERED:
+            _remembered.clear()
+        chosen = _remembered[key] = implementation(op, backend, device, x, shape[0])
+    return chosen
 
 
 def _automatic(op: str, device: torch.device | None, subject, tokens: int | None, guided: bool) -> str:

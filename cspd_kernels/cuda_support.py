@@ -17,6 +17,8 @@ import torch
 RECORD = Path(__file__).with_name("_build.json")  # written by setup.py
 # Names a build of the kernels for the CPU, made by `python csrc/compile.py --emulated`: slow, for tests.
 EMULATION_VARIABLE = "CSPD_CUDA_EMULATION"
+# What current_stream() makes an object of; code that torch.compile writes calls it, too.
+_raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 _OLDEST_CAPABILITY = (8, 0)  # background copies, tensor cores for bfloat16
 
 
@@ -164,7 +166,11 @@ def _dotted(capability: tuple[int, int]) -> str:
 
 def launch_stream(device: torch.device) -> int:
     """The handle of the current stream of the device; 0 where the kernels run on the CPU."""
-    return 0 if emulated() else torch.cuda.current_stream(device).cuda_stream
+    if device.type != "cuda":
+        return 0
+    if _raw_stream is not None and device.index is not None:
+        return _raw_stream(device.index)
+    return torch.cuda.current_stream(device).cuda_stream
 
 
 @functools.cache

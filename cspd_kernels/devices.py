@@ -8,6 +8,7 @@ import functools
 import torch
 
 SHARED_LIMITS = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes of shared memory one block may have
+_HERE = contextlib.nullcontext()
 _LEAST_SHARED = 99 << 10  # of every architecture from 8.0 on
 
 
@@ -23,4 +24,6 @@ def shared_limit(device: torch.device) -> int:
 
 def on(device: torch.device) -> contextlib.AbstractContextManager:
     """Context in which kernels are launched on this device."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    if device.type != "cuda" or torch.cuda.current_device() == device.index:
+        return _HERE
+    return torch.cuda.device(device)

@@ -93,18 +93,23 @@ def _launch(kernel: JITFunction, args: tuple, kwargs: dict) -> Launch:
     return Launch(kernel, tuple(signature), tuple(constants), tuple(aligned), options)
 
 
-def compiled(launch: Launch, architecture: int) -> Resources:
-    """Compile for one architecture and read the binary's resources."""
+def binary(launch: Launch, architecture: int):
+    """Triton's compilation for one architecture, with the text of every stage in ``asm``."""
     source = ASTSource(
         launch.kernel,
         dict(launch.signature),
         dict(launch.constants),
         {(i,): [["tt.divisibility", 16]] for i in launch.attributes},
     )
-    binary = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=dict(launch.options))
+    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=dict(launch.options))
+
+
+def compiled(launch: Launch, architecture: int) -> Resources:
+    """Compile for one architecture and read the binary's resources."""
+    made = binary(launch, architecture)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
-        path.write_bytes(binary.asm["cubin"])
+        path.write_bytes(made.asm["cubin"])
         tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
         report = subprocess.run([tool, "-res-usage", path], capture_output=True, text=True, check=True).stdout
     usage = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", report)}
@@ -113,6 +118,6 @@ def compiled(launch: Launch, architecture: int) -> Resources:
         architecture,
         usage["REG"],
         usage["STACK"] + usage["LOCAL"],
-        binary.metadata.shared,
-        binary.metadata.num_warps,
+        made.metadata.shared,
+        made.metadata.num_warps,
     )

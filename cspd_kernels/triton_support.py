@@ -17,9 +17,9 @@ _OLDEST_CAPABILITY = (8, 0)
 @triton.jit
 def expm1(z):
     """exp(z) - 1, float32, to a few rounding errors of itself: a series where exp(z) is near 1."""
-    tail = 1.0 + z * (1.0 / 7.0) * (1.0 + z * (1.0 / 8.0) * (1.0 + z * (1.0 / 9.0)))
-    tail = 1.0 + z * (1.0 / 4.0) * (1.0 + z * (1.0 / 5.0) * (1.0 + z * (1.0 / 6.0) * tail))
-    series = z * (1.0 + z * (1.0 / 2.0) * (1.0 + z * (1.0 / 3.0) * tail))
+    tail = 1.0 / 720.0 + z * (1.0 / 5040.0 + z * (1.0 / 40320.0 + z * (1.0 / 362880.0)))
+    tail = 1.0 / 6.0 + z * (1.0 / 24.0 + z * (1.0 / 120.0 + z * tail))
+    series = z * (1.0 + z * (1.0 / 2.0 + z * tail))
     return tl.where(tl.abs(z) < 0.5, series, tl.exp(z) - 1.0)
 
 

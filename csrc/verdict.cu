@@ -44,7 +44,8 @@ cudaError_t log_density_ratio(const Judged& given, float* out, cudaStream_t stre
   return with_layout(judged.channels, [&](auto lanes, auto quads) {
     constexpr int kLanes = decltype(lanes)::value, kQuads = decltype(quads)::value;
     const Grid grid{divided_up(judged.tokens, kWarps * (kWarp / kLanes)), kVerdictThreads};
-    return launch(log_density_ratio_kernel<kLanes, kQuads>, grid, stream, judged, out);
+    return judged.aligned ? launch(log_density_ratio_kernel<kLanes, kQuads, true>, grid, stream, judged, out)
+                          : launch(log_density_ratio_kernel<kLanes, kQuads, false>, grid, stream, judged, out);
   });
 }
 

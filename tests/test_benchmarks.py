@@ -27,15 +27,36 @@ def test_rows_of_a_small_head(benchmarks, monkeypatch, capsys, tmp_path):
     verdicts.density_ratio_rows(200, ["torch"], 3, torch.device("cpu"), report)
     verdicts.accept_reject_rows(200, ["torch"], 3, torch.device("cpu"), report)
     rows = report.rows
-    assert [row.correct for row in rows] == [True] * 6
+    assert [row.correct for row in rows] == [True] * 7
+    ratios = [row.baseline for row in rows if row.op == "log_density_ratio"]
+    assert ratios == ["copy of as many bytes", "sum of as many bytes"]
     assert {row.op for row in rows} == {"denoise", "log_density_ratio", "accept_reject"}
     assert {row.backend for row in rows if row.op == "accept_reject"} == {"torch rejection", "torch closed_form"}
-    assert capsys.readouterr().out.count("x  ") == 6
+    assert capsys.readouterr().out.count("x  ") == 7
     report.finish()
     written = json.loads((tmp_path / "r.json").read_text())
     assert written["rows"][0]["ratio"] == pytest.approx(rows[0].baseline_seconds / rows[0].seconds)
     assert written["environment"]["backends"]["torch"] == "ok"
     assert "failures" not in written
+
+
+def test_every_cut_of_the_ratio_is_tried_and_gives_the_same_bits(benchmarks, device_of, monkeypatch):
+    device_of("triton")
+    tune = pytest.importorskip("tune_verdict")
+
+    def at_once(function, inputs, device):  # for a graph
+        function(*inputs[0])
+        return lambda *_: None
+
+    monkeypatch.setattr(tune, "_replays", at_once)
+    cuts = [(elements, warps) for elements in tune.ELEMENTS for warps in tune.WARPS]
+    try:
+        assert sorted(tune.shares(50, 3, torch.device("cpu"))) == cuts
+        monkeypatch.setattr(tune, "log_density_ratio", lambda *_, **__: torch.rand(50))
+        with pytest.raises(SystemExit, match="256 elements and 1 warps give other bits"):
+            tune.shares(50, 3, torch.device("cpu"))
+    finally:
+        sys.modules.pop("tune_verdict")
 
 
 def test_only_what_runs_on_a_device_is_measured_beside_torch(benchmarks, monkeypatch):

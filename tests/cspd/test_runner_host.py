@@ -63,7 +63,7 @@ def as_on_a_device(monkeypatch):
     monkeypatch.setattr(accept_reject_op, "_check_residual", lambda *_: None)
     monkeypatch.setattr(accept_reject_op, "check", lambda op, x, draft, target, relaxation, sigma: relaxation)
     backend = functools.partial(torch_backend.accept_reject, compact=False)
-    monkeypatch.setattr(accept_reject_op, "implementation", lambda *_, **__: backend)
+    monkeypatch.setattr(accept_reject_op, "remembered", lambda *_, **__: backend)
 
 
 @pytest.fixture(scope="module")

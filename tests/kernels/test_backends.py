@@ -3,6 +3,7 @@
 import importlib.util
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -203,3 +204,73 @@ def test_the_installation_is_looked_at_once(this_triton, monkeypatch):
     monkeypatch.setattr(importlib, "import_module", lambda name: pytest.fail(f"{name} is imported again"))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: pytest.fail(f"{name} is looked for again"))
     assert available_backends() == first
+
+
+@pytest.fixture
+def choices(monkeypatch):
+    """What was asked of :func:`backends.implementation`; and tokens that say they are on a device."""
+    asked = []
+
+    def implementation(op, backend, device, x, tokens):
+        asked.append((op, backend, device.type, *x.shape))
+        return len(asked)
+
+    monkeypatch.setattr(backends, "implementation", implementation)
+    monkeypatch.setattr(backends, "_remembered", {})
+    for name in ("CSPD_BACKEND", "TRITON_INTERPRET", "CSPD_CUDA_EMULATION"):
+        monkeypatch.delenv(name, raising=False)
+    return asked
+
+
+def tokens(*shape, device="cuda:0"):
+    return SimpleNamespace(shape=torch.Size(shape), device=torch.device(device))
+
+
+def test_a_choice_is_made_once_for_each_kind_of_call(choices):
+    kinds = [("accept_reject", None, tokens(5, 16)), ("log_density_ratio", None, tokens(5, 16))]
+    kinds += [("accept_reject", name, tokens(5, 16)) for name in ("torch", "triton", "cuda", "other")]
+    kinds += [("accept_reject", None, tokens(*shape)) for shape in ((6, 16), (5, 17))]
+    kinds += [("accept_reject", None, tokens(5, 16, device="cuda:1"))]
+    for _ in range(2):
+        assert [backends.remembered(*kind) for kind in kinds] == list(range(1, len(kinds) + 1))
+    assert choices[0] == ("accept_reject", None, "cuda", 5, 16)
+    assert len(choices) == len(kinds)
+
+
+@pytest.mark.parametrize(
+    ("backend", "variables"),
+    [
+        (None, ("CSPD_BACKEND", "TRITON_INTERPRET", "CSPD_CUDA_EMULATION")),
+        ("triton", ("TRITON_INTERPRET",)),
+        ("cuda", ("CSPD_CUDA_EMULATION",)),
+    ],
+)
+def test_a_changed_environment_is_another_choice(choices, monkeypatch, backend, variables):
+    first = backends.remembered("accept_reject", backend, tokens(5, 16))
+    for number, name in enumerate(variables, start=2):
+        monkeypatch.setenv(name, "1")
+        assert backends.remembered("accept_reject", backend, tokens(5, 16)) == number
+        monkeypatch.delenv(name)
+        assert backends.remembered("accept_reject", backend, tokens(5, 16)) == first
+
+
+def test_on_the_cpu_and_for_what_is_no_name_nothing_is_remembered(choices):
+    for number in (1, 2):
+        assert backends.remembered("accept_reject", "triton", tokens(5, 16, device="cpu")) == number
+    for number in (3, 4):
+        assert backends.remembered("accept_reject", ["triton"], tokens(5, 16)) == number
+
+
+def test_an_error_is_raised_again_and_memory_is_bounded(choices, monkeypatch):
+    monkeypatch.setattr(backends, "_MOST_REMEMBERED", 3)
+    for n in range(10):
+        backends.remembered("accept_reject", None, tokens(n, 16))
+        assert len(backends._remembered) <= 3
+
+    def refuse(*_):
+        raise RuntimeError("cannot serve")
+
+    monkeypatch.setattr(backends, "implementation", refuse)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="cannot serve"):
+            backends.remembered("accept_reject", None, tokens(99, 16))

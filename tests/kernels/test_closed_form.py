@@ -255,7 +255,7 @@ def test_unequal_sigmas_are_refused_where_it_costs_nothing_to_look():
 )
 def test_options_are_checked_before_anything_is_computed(monkeypatch, bad, message):
     monkeypatch.setattr(
-        "cspd_kernels.ops.accept_reject.implementation", lambda *_, **__: pytest.fail("asked for a backend")
+        "cspd_kernels.ops.accept_reject.remembered", lambda *_, **__: pytest.fail("asked for a backend")
     )
     x, draft, target = random_chains(4, 3, 0)
     with pytest.raises(ValueError, match=message):

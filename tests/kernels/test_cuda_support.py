@@ -3,12 +3,14 @@
 import importlib
 import json
 import types
+from contextlib import nullcontext
 
 import pytest
 import torch
 
 from cspd_kernels import cuda_support
 from cspd_kernels.cuda_support import build_record, covers, why_unavailable, why_unsupported_here
+from cspd_kernels.devices import on
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 BUILT = {"built": True, "architectures": [80, 90], "ptx": [90], "nvcc": "13.0.88", "kernels": []}
@@ -191,7 +193,31 @@ def test_other_devices(extension, monkeypatch):
     assert why_unsupported_here(CUDA) == "its kernels are written for NVIDIA devices: use backend='torch'"
 
 
-def test_launches_go_to_the_current_stream(extension, monkeypatch):
+@pytest.mark.parametrize("raw", [None, lambda index: 7 if index == 0 else pytest.fail("another device")])
+def test_launches_go_to_the_current_stream(extension, monkeypatch, raw):
     streams = {CUDA: types.SimpleNamespace(cuda_stream=7)}
-    monkeypatch.setattr(torch.cuda, "current_stream", streams.__getitem__)
+    monkeypatch.setattr(torch.cuda, "current_stream", streams.__getitem__ if raw is None else None)
+    monkeypatch.setattr(cuda_support, "_raw_stream", raw)
     assert cuda_support.launch_stream(CUDA) == 7
+
+
+@pytest.mark.gpu
+def test_the_handle_is_that_of_the_current_stream():
+    stream = torch.cuda.Stream()
+    for current in (torch.cuda.default_stream(), stream):
+        with torch.cuda.stream(current):
+            assert cuda_support.launch_stream(stream.device) == current.cuda_stream
+
+
+def test_only_another_device_is_made_the_current_one(monkeypatch):
+    current, made = [0], []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
+    monkeypatch.setattr(torch.cuda, "device", lambda device: made.append(device) or nullcontext())
+    for device in (CPU, torch.device("cuda", 0)):
+        with on(device):
+            assert made == []
+    with on(torch.device("cuda", 1)):
+        assert made == [torch.device("cuda", 1)]
+    current[0] = 1
+    with on(torch.device("cuda", 0)), on(torch.device("cuda", 1)):
+        assert made[1:] == [torch.device("cuda", 0)]

@@ -196,7 +196,7 @@ def test_bad_arguments_raise_before_anything_is_computed(monkeypatch, op, case):
     change, error, message = BAD[case]
     for package in ("density_ratio", "accept_reject"):
         monkeypatch.setattr(
-            f"cspd_kernels.ops.{package}.implementation", lambda *_, **__: lambda *_: pytest.fail("computed")
+            f"cspd_kernels.ops.{package}.remembered", lambda *_, **__: lambda *_: pytest.fail("computed")
         )
     arguments = dict(zip(("x", "draft", "target"), random_chains(4, 3, 0)))
     seed = {"seed": 0} if op is accept_reject else {}

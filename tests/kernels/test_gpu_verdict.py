@@ -132,8 +132,12 @@ def test_any_strides(backend, matrix, line, residual):
     )  # fmt: skip
     rows = laid_out_there(torch.arange(203), line, DEVICE)
     relaxation = laid_out_there(torch.linspace(0.3, 5, 203), line, DEVICE)
-    check_ratio(backend, *there, relaxation=relaxation)
-    check_verdict(backend, *there, rows=rows, relaxation=relaxation, residual=residual)
+    ratio = check_ratio(backend, *there, relaxation=relaxation)
+    verdict = check_verdict(backend, *there, rows=rows, relaxation=relaxation, residual=residual)
+    copies = there[0].contiguous(), *(Denoised(*(v.contiguous() for v in c)) for c in there[1:])
+    assert torch.equal(log_density_ratio(*copies, relaxation=relaxation, backend=backend), ratio)
+    options = {"seed": 0, "rows": rows.contiguous(), "relaxation": relaxation.contiguous(), "residual": residual}
+    equal(accept_reject(*copies, **options, backend=backend), verdict)
 
 
 @pytest.mark.parametrize("channels", [1, 16, 100, 256])
@@ -149,6 +153,25 @@ def test_a_token_depends_on_neither_its_batch_nor_its_place(backend, channels, r
         again = accept_reject(*few, seed=9, rows=rows[part], residual=residual, backend=backend)
         equal([v[part] for v in verdict], again)
         assert torch.equal(log_density_ratio(*few, backend=backend), ratio[part])
+
+
+@pytest.mark.parametrize("channels", [3, 16, 256])
+@pytest.mark.parametrize("residual", RESIDUALS)
+def test_a_token_depends_on_neither_alignment_nor_type(backend, channels, residual):
+    x, draft, target = chains_of(777, channels, 15, residual)
+    half = x.bfloat16(), cast(draft, torch.bfloat16), cast(target, torch.bfloat16)
+    same = half[0].float(), *(cast(c, torch.float32) for c in half[1:])
+    options = {"seed": 3, "rows": addresses(777), "residual": residual, "backend": backend}
+    expected = accept_reject(*same, **options)
+    assert torch.equal(log_density_ratio(*same, backend=backend), expected.log_ratio)
+    equal(accept_reject(*half, **options), expected)
+    for first in (1, 2, 4):
+
+        def moved(v, first=first):
+            return torch.cat([v.new_full((first,), float("nan")), v.flatten()])[first:].view(v.shape)
+
+        equal(accept_reject(moved(same[0]), *(Denoised(*map(moved, c)) for c in same[1:]), **options), expected)
+        equal(accept_reject(same[0], same[1], Denoised(*map(moved, same[2])), **options), expected)
 
 
 def test_many_runs_agree_bit_by_bit(backend):

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from ...backends import implementation, untraced
+from ...backends import remembered, untraced
 from ...noise import check_rows, check_seed
 from ..denoise import Denoised
 from ..density_ratio import check
@@ -26,7 +26,6 @@ class Verdict(NamedTuple):
 
 
 @untraced
-@torch.no_grad()
 def accept_reject(
     x: torch.Tensor,
     draft: Denoised,
@@ -85,15 +84,16 @@ def accept_reject(
     """
     relaxation = check("accept_reject", x, draft, target, relaxation, sigma)
     check_seed(seed)
+    n, device = x.shape[0], x.device
     if rows is None:
-        rows = torch.arange(x.shape[0], device=x.device)
-    check_rows(rows, x.device)
-    if len(rows) != len(x):
-        raise ValueError(f"accept_reject expected rows of shape ({len(x)},) to match x, got ({len(rows)},)")
+        rows = torch.arange(n, device=device)
+    check_rows(rows, device)
+    if rows.shape[0] != n:
+        raise ValueError(f"accept_reject expected rows of shape ({n},) to match x, got ({rows.shape[0]},)")
     if isinstance(max_tries, bool) or not isinstance(max_tries, int) or max_tries < 0:
         raise ValueError(f"accept_reject expected max_tries as an int >= 0, got {max_tries!r}")
     _check_residual(draft, target, residual, target_sigma)
-    run = implementation("accept_reject", backend, x.device, x, tokens=len(x))
+    run = remembered("accept_reject", backend, x)
     return Verdict(*run(x, draft, target, seed, rows, relaxation, sigma, min(max_tries, _MOST_TRIES), residual))
 
 

@@ -9,7 +9,7 @@ import torch
 
 from ...cuda_support import extension, launch_stream, multiprocessors
 from ...devices import on
-from ..density_ratio.cuda import operands, pointers, why_unsupported
+from ..density_ratio.cuda import operands, plain, pointers, why_unsupported
 
 __all__ = ["accept_reject", "why_unsupported"]
 
@@ -17,17 +17,19 @@ __all__ = ["accept_reject", "why_unsupported"]
 def accept_reject(x, draft, target, seed, rows, relaxation, sigma, max_tries, residual):
     """As :func:`cspd_kernels.accept_reject`."""
     n, channels = x.shape
-    token = torch.empty(n, channels, dtype=torch.float32, device=x.device)
-    accepted = torch.empty(n, dtype=torch.bool, device=x.device)
-    tries, log_ratio = (torch.empty(n, dtype=t, device=x.device) for t in (torch.int32, torch.float32))
+    device = x.device
+    token = torch.empty(n, channels, dtype=torch.float32, device=device)
+    accepted = torch.empty(n, dtype=torch.bool, device=device)
+    tries = torch.empty(n, dtype=torch.int32, device=device)
+    log_ratio = torch.empty(n, dtype=torch.float32, device=device)
     if n:
-        with on(x.device):
+        with on(device):
             tensors, relaxation = operands(x, draft, target, relaxation)
-            sample, rows = target.sample.float().contiguous(), rows.contiguous()
+            sample, rows = plain(target.sample), rows.contiguous()
             extension().accept_reject(
                 *pointers(tensors), relaxation, sample.data_ptr(), rows.data_ptr(), token.data_ptr(),
                 accepted.data_ptr(), tries.data_ptr(), log_ratio.data_ptr(), n, channels, seed,
                 max_tries, sigma == "released", residual == "closed_form",
-                multiprocessors(x.device), launch_stream(x.device),
+                multiprocessors(device), launch_stream(device),
             )  # fmt: skip
     return token, accepted, tries, log_ratio

@@ -16,6 +16,7 @@ from .reference import closed_form, keep, propose
 _BLOCK_ELEMENTS = 1 << 24  # of (rows, tries, channels) at once: 64 MiB a temporary
 
 
+@torch.no_grad()
 def accept_reject(x, draft, target, seed, rows, relaxation, sigma, max_tries, residual="rejection", *, compact=None):
     """As :func:`cspd_kernels.accept_reject`; ``compact`` says whether to pick out the undecided rows."""
     log_ratio = log_density_ratio(x, draft, target, relaxation, sigma)

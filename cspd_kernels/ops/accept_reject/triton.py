@@ -7,11 +7,13 @@ import triton
 import triton.language as tl
 
 from ...devices import on
-from ..density_ratio.triton import OPTIONS, operands, row_log_ratio, why_unsupported
-from ..density_ratio.triton_terms import load, path_term
+from ...triton_launch import launch
+from ..density_ratio.triton import operands, row_log_ratio, why_unsupported
+from ..density_ratio.triton_terms import load, load_line, path_term
 from .triton_redraw import by_rejection, in_closed_form, uniform_of
 
 __all__ = ["accept_reject", "why_unsupported"]
+OPTIONS = {"enable_fp_fusion": False, "num_warps": 1}
 
 
 @triton.jit(do_not_specialize=["N", "seed_low", "seed_high", "max_tries"])
@@ -33,7 +35,7 @@ def _accept_reject_kernel(
         x_row, x_channel, mean_q_row, mean_q_channel, log_q_row, log_q_channel, mean_p_row, mean_p_channel,
         log_p_row, log_p_channel, path_q_row, path_p_row, relaxation_row, C, 4 * BG, PER_TOKEN, RELEASED,
     )  # fmt: skip
-    address = tl.load(rows + row * rows_row, inside, 0)
+    address = load_line(rows, row, rows_row, inside, 0)
     keep = tl.log(uniform_of(seed, address, 0)) <= ratio
     channel = tl.arange(0, 4 * BG)[None, :]
     valid = channel < C
@@ -45,11 +47,11 @@ def _accept_reject_kernel(
     for r in range(R):
         if (rejected >> r) & 1:
             at = start + r
-            draft_mean = load(mean_q, at, mean_q_row, channel, mean_q_channel, valid)
-            target_mean = load(mean_p, at, mean_p_row, channel, mean_p_channel, valid)
-            target_log = load(log_p, at, log_p_row, channel, log_p_channel, valid)
+            draft_mean = load(mean_q, at, mean_q_row, channel, mean_q_channel, valid, C)
+            target_mean = load(mean_p, at, mean_p_row, channel, mean_p_channel, valid, C)
+            target_log = load(log_p, at, log_p_row, channel, log_p_channel, valid, C)
             path = path_term(path_q, path_p, at, path_q_row, path_p_row, at < N, RELEASED)
-            own = tl.load(rows + at * rows_row)
+            own = load_line(rows, at, rows_row, at < N, 0)
             kept = 0
             if CLOSED_FORM:
                 kept, y, index = in_closed_form(
@@ -57,7 +59,7 @@ def _accept_reject_kernel(
                 )
                 tl.store(token + at * C + channel, y, valid & (index == kept)[:, None])
             else:
-                draft_log = load(log_q, at, log_q_row, channel, log_q_channel, valid)
+                draft_log = load(log_q, at, log_q_row, channel, log_q_channel, valid, C)
                 first = 1
                 while (kept == 0) & (first <= max_tries):
                     kept, y, index = by_rejection(
@@ -66,7 +68,7 @@ def _accept_reject_kernel(
                     tl.store(token + at * C + channel + 0 * index[:, None], y, valid & (index == kept)[:, None])
                     first += K
             if kept == 0:
-                drawn = load(sample, at, sample_row, channel, sample_channel, valid)
+                drawn = load(sample, at, sample_row, channel, sample_channel, valid, C)
                 tl.store(token + at * C + channel, drawn, valid)
                 kept = -1
             tl.store(tries + at, kept)
@@ -75,20 +77,32 @@ def _accept_reject_kernel(
 def accept_reject(x, draft, target, seed, rows, relaxation, sigma, max_tries, residual):
     """As :func:`cspd_kernels.accept_reject`."""
     n, channels = x.shape
-    token = torch.empty(n, channels, dtype=torch.float32, device=x.device)
-    accepted = torch.empty(n, dtype=torch.bool, device=x.device)
-    tries, log_ratio = (torch.empty(n, dtype=t, device=x.device) for t in (torch.int32, torch.float32))
+    device = x.device
+    token = torch.empty(n, channels, dtype=torch.float32, device=device)
+    accepted = torch.empty(n, dtype=torch.bool, device=device)
+    tries = torch.empty(n, dtype=torch.int32, device=device)
+    log_ratio = torch.empty(n, dtype=torch.float32, device=device)
     if n:
-        tensors, strides = operands(x, draft, target, relaxation)
-        groups = triton.next_power_of_2(triton.cdiv(max(channels, 1), 4))
-        # Of rows and tries at a time, whatever n: the order of a sum must not depend on the batch.
-        rows_at_once, tries_at_once = max(1, min(4, 64 // groups)), max(4, 32 // groups)
-        with on(x.device):
-            _accept_reject_kernel[(triton.cdiv(n, rows_at_once),)](
-                *tensors, target.sample, rows, token, accepted, tries, log_ratio, n, _signed(seed), _signed(seed >> 32),
-                max_tries, *strides, *target.sample.stride(), rows.stride(0),
-                C=channels, BG=groups, R=rows_at_once, K=tries_at_once, PER_TOKEN=isinstance(relaxation, torch.Tensor),
-                RELEASED=sigma == "released", CLOSED_FORM=residual == "closed_form", num_warps=1, **OPTIONS,
+        sample = target.sample
+        others = (sample, rows, token, accepted, tries, log_ratio)
+        tensors, strides, key = operands(x, draft, target, relaxation, *others)
+        if sample.is_contiguous() and rows.is_contiguous():
+            strides = (*strides, None, None, None)
+            key = (key, sample.dtype) if key else None
+        else:
+            strides, key = (*strides, *sample.stride(), rows.stride(0)), None
+        groups = 1 << max(-(-channels // 4) - 1, 0).bit_length()  # of four channels
+        rows_at_once = max(1, min(4, 64 // groups))
+        constants = {
+            "C": channels, "BG": groups, "R": rows_at_once, "K": max(4, 32 // groups),
+            "PER_TOKEN": isinstance(relaxation, torch.Tensor), "RELEASED": sigma == "released",
+            "CLOSED_FORM": residual == "closed_form",
+        }  # fmt: skip
+        numbers = (n, _signed(seed), _signed(seed >> 32), max_tries)
+        with on(device):
+            launch(
+                _accept_reject_kernel, -(-n // rows_at_once), (*tensors, *others, *numbers, *strides), constants,
+                OPTIONS, key,
             )  # fmt: skip
     return token, accepted, tries, log_ratio
 

@@ -13,7 +13,7 @@ from ...noise import STREAM_PROPOSAL as _STREAM_PROPOSAL
 from ...noise import STREAM_UNIFORM as _STREAM_UNIFORM
 from ...triton_noise import normals, uniform, words
 from ...triton_support import expm1
-from ..density_ratio.triton_terms import judged, residuals
+from ..density_ratio.triton_terms import judged, residuals, sum_of_channels
 from .reference import FARTHEST as _FARTHEST
 from .reference import SHORTEST as _SHORTEST
 
@@ -43,7 +43,7 @@ def by_rejection(
     y = mean_p + tl.exp(log_p) * n
     difference, total, log_scale = residuals(y, mean_q, log_q, mean_p, log_p)
     term = tl.where(valid, 0.5 * difference * total - log_scale, 0.0)
-    log_ratio = judged(tl.sum(term, 1) + path)
+    log_ratio = judged(sum_of_channels(term) + path)
     kept = (uniform_of(seed, row, index) <= -expm1(-log_ratio)) & (index <= max_tries)
     never = 0x7FFFFFFF
     at = tl.min(tl.where(kept, index, never), 0)
@@ -60,13 +60,13 @@ def in_closed_form(seed, row, max_tries, mean_q, mean_p, log_p, path, valid, BG:
     n = normals(seed, row, index[:, None], tl.arange(0, BG)[None, :], STREAM_PROPOSAL)
     d = (mean_p.to(tl.float64) - mean_q.to(tl.float64)) * tl.exp(-log_p.to(tl.float64))
     d = tl.where(valid, d, 0.0)
-    distance = tl.sqrt(tl.sum(tl.sum(d * d, 1), 0))
+    distance = tl.sqrt(tl.sum(sum_of_channels(d * d), 0))
     t_0 = -0.5 * distance - path.to(tl.float64) / distance
     exists = (t_0 <= FARTHEST) & (distance < float("inf")) & (max_tries > 0)  # not at temperature 0: d is not finite
     t = invert(tl.maximum(distance, SHORTEST), t_0, uniform_of(seed, row, 1).to(tl.float64))
     inverse = 1.0 / tl.maximum(distance, 1e-200)
     along = (d * inverse).to(tl.float32)
-    across = tl.sum(tl.sum(tl.where(valid, n * along, 0.0), 1), 0)
+    across = tl.sum(sum_of_channels(tl.where(valid, n * along, 0.0)), 0)
     y = mean_p + tl.exp(log_p) * (n + (t.to(tl.float32) - across) * along)
     infinite = tl.sum(tl.sum(tl.where(valid & ~(tl.abs(y) < float("inf")), 1, 0), 1), 0)
     return tl.where(exists & (infinite == 0), 1, 0), y, index

@@ -7,14 +7,15 @@ from numbers import Real
 
 import torch
 
-from ...backends import implementation, untraced
+from ...backends import remembered, untraced
 from ..denoise import Denoised
 
 SIGMAS = ("paper", "released")
+_FIELDS = ("mean", "log_std", "path_log_std")
+_FIELDS_AND_SAMPLE = (*_FIELDS, "sample")
 
 
 @untraced
-@torch.no_grad()
 def log_density_ratio(
     x: torch.Tensor,
     draft: Denoised,
@@ -54,7 +55,7 @@ def log_density_ratio(
     Source: Wang et al. 2024, arXiv 2411.11925 (denoising trajectory alignment).
     """
     relaxation = check("log_density_ratio", x, draft, target, relaxation, sigma)
-    run = implementation("log_density_ratio", backend, x.device, x, tokens=len(x))
+    run = remembered("log_density_ratio", backend, x)
     return run(x, draft, target, relaxation, sigma)
 
 
@@ -63,21 +64,19 @@ def check(op: str, x, draft, target, relaxation, sigma) -> float | torch.Tensor:
     if not isinstance(x, torch.Tensor) or x.dim() != 2 or not x.is_floating_point():
         got = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, torch.Tensor) else type(x).__name__
         raise ValueError(f"{op} expected x as a floating tensor (N, C), got {got}")
+    shape, device = x.shape, x.device
+    line = shape[:1]
     for name, chain in (("draft", draft), ("target", target)):
-        fields = {"mean": x.shape, "log_std": x.shape, "path_log_std": x.shape[:1]}
-        if name == "target" and op == "accept_reject":
-            fields["sample"] = x.shape  # what a row without a kept proposal takes
-        for field, shape in fields.items():
-            value = getattr(chain, field, None)
-            if not isinstance(value, torch.Tensor):
-                raise TypeError(f"{op} expected {name} as a Denoised with a tensor {field}, got {type(chain).__name__}")
-            if value.shape != shape or not value.is_floating_point():
-                raise ValueError(
-                    f"{op} expected {name}.{field} floating of shape {tuple(shape)} to match x, "
-                    f"got {value.dtype} {tuple(value.shape)}"
-                )
-            if value.device != x.device:
-                raise ValueError(f"{op} expected {name}.{field} on the device of x, {x.device}, got {value.device}")
+        # Of a rejected row without a kept proposal, the token is the target's sample.
+        for field in _FIELDS if name == "draft" or op != "accept_reject" else _FIELDS_AND_SAMPLE:
+            value, wanted = getattr(chain, field, None), line if field == "path_log_std" else shape
+            if not (
+                isinstance(value, torch.Tensor)
+                and value.shape == wanted
+                and value.is_floating_point()
+                and value.device == device
+            ):
+                raise _misfit(op, f"{name}.{field}", value, wanted, device, chain)
     if sigma not in SIGMAS:
         raise ValueError(f"{op} expected sigma one of {SIGMAS}, got {sigma!r}")
     if isinstance(relaxation, torch.Tensor):
@@ -93,3 +92,15 @@ def check(op: str, x, draft, target, relaxation, sigma) -> float | torch.Tensor:
     if not isinstance(relaxation, Real) or not 0 < relaxation < math.inf:
         raise ValueError(f"{op} expected a finite relaxation > 0, got {relaxation!r}")
     return float(relaxation)
+
+
+def _misfit(op: str, field: str, value, shape: torch.Size, device: torch.device, chain) -> Exception:
+    """What is wrong with a field of a chain, such as ``draft.mean``."""
+    if not isinstance(value, torch.Tensor):
+        name, field = field.split(".")
+        return TypeError(f"{op} expected {name} as a Denoised with a tensor {field}, got {type(chain).__name__}")
+    if value.shape != shape or not value.is_floating_point():
+        return ValueError(
+            f"{op} expected {field} floating of shape {tuple(shape)} to match x, got {value.dtype} {tuple(value.shape)}"
+        )
+    return ValueError(f"{op} expected {field} on the device of x, {device}, got {value.device}")

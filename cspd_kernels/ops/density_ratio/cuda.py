@@ -17,10 +17,14 @@ __all__ = ["log_density_ratio", "operands", "pointers", "why_unsupported"]
 def operands(x, draft, target, relaxation) -> tuple[list[torch.Tensor], float]:
     """(x, both chains and a relaxation per token as the kernels read them, the relaxation where it is one number)."""
     tensors = [x, draft.mean, draft.log_std, draft.path_log_std, target.mean, target.log_std, target.path_log_std]
-    per_token = isinstance(relaxation, torch.Tensor)
-    if per_token:
-        tensors.append(relaxation)
-    return [v.float().contiguous() for v in tensors], 1.0 if per_token else relaxation
+    if isinstance(relaxation, torch.Tensor):
+        tensors, relaxation = [*tensors, relaxation], 1.0
+    return [v if v.dtype is torch.float32 and v.is_contiguous() else plain(v) for v in tensors], relaxation
+
+
+def plain(v: torch.Tensor) -> torch.Tensor:
+    """Contiguous float32."""
+    return v.detach().float().contiguous()
 
 
 def pointers(tensors: list[torch.Tensor]) -> list[int]:
@@ -31,12 +35,12 @@ def pointers(tensors: list[torch.Tensor]) -> list[int]:
 def log_density_ratio(x, draft, target, relaxation, sigma):
     """As :func:`cspd_kernels.log_density_ratio`."""
     n, channels = x.shape
-    out = torch.empty(n, dtype=torch.float32, device=x.device)
+    device = x.device
+    out = torch.empty(n, dtype=torch.float32, device=device)
     if n:
-        with on(x.device):
+        with on(device):
             tensors, relaxation = operands(x, draft, target, relaxation)
             extension().log_density_ratio(
-                *pointers(tensors), relaxation, out.data_ptr(), n, channels, sigma == "released",
-                launch_stream(x.device),
+                *pointers(tensors), relaxation, out.data_ptr(), n, channels, sigma == "released", launch_stream(device),
             )  # fmt: skip
     return out

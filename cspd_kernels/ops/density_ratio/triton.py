@@ -7,13 +7,17 @@ import triton
 import triton.language as tl
 
 from ...devices import on
+from ...triton_launch import aligned, launch
 from ...triton_support import why_unsupported_here
 from .shared import why_too_wide
-from .triton_terms import judged, load, path_term, residuals
+from .triton_terms import judged, load, load_line, path_term, residuals, sum_of_channels
 
 # Fused products would round x - mean differently from the definition, for kernels that wait for memory anyway.
-OPTIONS = {"enable_fp_fusion": False}
-_ELEMENTS = 2048  # of one program: five loads of 16 each by 128 threads are in flight together
+OPTIONS = {"enable_fp_fusion": False, "num_warps": 4}
+# Of one program, chosen by `python benchmarks/tune_verdict.py`: so many programs that the last ones to start do not
+# leave the device half empty, five loads of 16 bytes a thread under way.
+ELEMENTS = 512
+_CONTIGUOUS = (None,) * 13  # strides
 
 
 def why_unsupported(x: torch.Tensor) -> str | None:
@@ -31,22 +35,22 @@ def row_log_ratio(
     """(log ratio [R], x [R, BC]) of the rows [R] (int64)."""
     at, channel = row[:, None], tl.arange(0, BC)[None, :]
     valid = inside[:, None] & (channel < C)
-    value = load(x, at, x_row, channel, x_channel, valid)
+    value = load(x, at, x_row, channel, x_channel, valid, C)
     difference, total, log_scale = residuals(
         value,
-        load(mean_q, at, mean_q_row, channel, mean_q_channel, valid),
-        load(log_q, at, log_q_row, channel, log_q_channel, valid),
-        load(mean_p, at, mean_p_row, channel, mean_p_channel, valid),
-        load(log_p, at, log_p_row, channel, log_p_channel, valid),
+        load(mean_q, at, mean_q_row, channel, mean_q_channel, valid, C),
+        load(log_q, at, log_q_row, channel, log_q_channel, valid, C),
+        load(mean_p, at, mean_p_row, channel, mean_p_channel, valid, C),
+        load(log_p, at, log_p_row, channel, log_p_channel, valid, C),
     )
     if PER_TOKEN:
-        width = tl.load(relaxation + row * relaxation_row, inside, 1.0).to(tl.float32)[:, None]
+        width = load_line(relaxation, row, relaxation_row, inside, 1.0).to(tl.float32)[:, None]
         width = tl.where(width > 0, width, float("nan"))
         term = 0.5 * (difference / width) * (total / width) - log_scale
     else:
         term = 0.5 * (difference / relaxation) * (total / relaxation) - log_scale
     path = path_term(path_q, path_p, row, path_q_row, path_p_row, inside, RELEASED)
-    return judged(tl.sum(term, 1) + path), value
+    return judged(sum_of_channels(term) + path), value
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -67,26 +71,37 @@ def _log_density_ratio_kernel(
     tl.store(out + row, log_ratio, inside)
 
 
-def operands(x, draft, target, relaxation) -> tuple[tuple, tuple]:
-    """What :func:`row_log_ratio` reads, and the strides it reads it with."""
-    per_token = isinstance(relaxation, torch.Tensor)
-    fields = (x, draft.mean, draft.log_std, draft.path_log_std, target.mean, target.log_std, target.path_log_std)
-    strides = (s for v in (x, draft.mean, draft.log_std, target.mean, target.log_std) for s in v.stride())
-    paths = (*draft.path_log_std.stride(), *target.path_log_std.stride())
-    return (*fields, relaxation), (*strides, *paths, relaxation.stride(0) if per_token else 0)
+def operands(x, draft, target, relaxation, *others) -> tuple[tuple, tuple, tuple | None]:
+    """What :func:`row_log_ratio` reads, the strides it reads it with, and the key of the call's compilation for
+    :func:`cspd_kernels.triton_launch.launch`: None where an operand is not contiguous, or not aligned, or one of the
+    ``others`` is not aligned."""
+    matrices = (x, draft.mean, draft.log_std, target.mean, target.log_std)
+    lines = (draft.path_log_std, target.path_log_std)
+    tensors = (x, draft.mean, draft.log_std, lines[0], target.mean, target.log_std, lines[1], relaxation)
+    if isinstance(relaxation, torch.Tensor):
+        lines = (*lines, relaxation)
+    read = (*matrices, *lines)
+    if all([v.is_contiguous() for v in read]):
+        key = (x.device, *[v.dtype for v in read], x.shape[0] < 2**31) if aligned(*read, *others) else None
+        return tensors, _CONTIGUOUS, key
+    strides = [s for v in matrices for s in ((None, None) if v.is_contiguous() else v.stride())]
+    strides += [None if v.is_contiguous() else v.stride(0) for v in lines]
+    return tensors, (*strides, *_CONTIGUOUS[len(strides) :]), None
 
 
 def log_density_ratio(x, draft, target, relaxation, sigma):
     """As :func:`cspd_kernels.log_density_ratio`."""
     n, channels = x.shape
-    out = torch.empty(n, dtype=torch.float32, device=x.device)
+    device = x.device
+    out = torch.empty(n, dtype=torch.float32, device=device)
     if n:
-        tensors, strides = operands(x, draft, target, relaxation)
-        block = triton.next_power_of_2(max(channels, 1))
-        rows = max(1, _ELEMENTS // block)  # not fewer for few rows: a row's sum does not depend on its batch
-        with on(x.device):
-            _log_density_ratio_kernel[(triton.cdiv(n, rows),)](
-                *tensors, out, n, *strides, C=channels, BC=block, R=rows,
-                PER_TOKEN=isinstance(relaxation, torch.Tensor), RELEASED=sigma == "released", num_warps=4, **OPTIONS,
-            )  # fmt: skip
+        tensors, strides, key = operands(x, draft, target, relaxation, out)
+        block = 1 << max(channels - 1, 0).bit_length()
+        rows = max(1, ELEMENTS // block)
+        constants = {
+            "C": channels, "BC": block, "R": rows,
+            "PER_TOKEN": isinstance(relaxation, torch.Tensor), "RELEASED": sigma == "released",
+        }  # fmt: skip
+        with on(device):
+            launch(_log_density_ratio_kernel, -(-n // rows), (*tensors, out, n, *strides), constants, OPTIONS, key)
     return out

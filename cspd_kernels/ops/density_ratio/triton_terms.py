@@ -12,9 +12,32 @@ from ...triton_support import expm1
 
 
 @triton.jit
-def load(base, row, row_stride, channel, channel_stride, valid):
-    """Float32 values at (row, channel), 0 where not valid. Any floating type, any strides."""
-    return tl.load(base + row * row_stride + channel.to(tl.int64) * channel_stride, valid, 0.0).to(tl.float32)
+def load(base, row, row_stride, channel, channel_stride, valid, C: tl.constexpr):
+    """Float32 values at (row, channel), 0 where not valid. Any floating type, any strides; those of contiguous rows of
+    C channels are None, which leaves room for wide loads."""
+    at = row * C + channel if row_stride is None else row * row_stride + channel.to(tl.int64) * channel_stride
+    return tl.load(base + at, valid, 0.0).to(tl.float32)
+
+
+@triton.jit
+def load_line(base, row, stride, inside, otherwise):
+    """Values at (row), of contiguous ones where the stride is None; ``otherwise`` where not inside."""
+    at = row if stride is None else row * stride
+    return tl.load(base + at, inside, otherwise)
+
+
+@triton.jit
+def sum_of_channels(values):
+    """The sum over the last axis, a power of two up to 256: [R, BC] -> [R].
+
+    Neighbours in pairs, then pairs of pairs. A sum of two has the same bits in either order, so those of the whole
+    depend on neither how the compiler lays the block out over threads, which follows the operands' types, strides and
+    alignment, nor on the number of rows.
+    """
+    for _ in tl.static_range(8):
+        if values.shape[1] > 1:
+            values = tl.sum(tl.reshape(values, [values.shape[0], values.shape[1] // 2, 2]), 2)
+    return tl.reshape(values, [values.shape[0]])
 
 
 @triton.jit
@@ -41,8 +64,8 @@ def residuals(x, mean_q, log_q, mean_p, log_p):
 @triton.jit
 def path_term(path_q, path_p, row, path_q_stride, path_p_stride, inside, RELEASED: tl.constexpr):
     """L_q - L_p, or its negative as the released code has it; NaN where it is not finite."""
-    q = tl.load(path_q + row * path_q_stride, inside, 0.0).to(tl.float32)
-    p = tl.load(path_p + row * path_p_stride, inside, 0.0).to(tl.float32)
+    q = load_line(path_q, row, path_q_stride, inside, 0.0).to(tl.float32)
+    p = load_line(path_p, row, path_p_stride, inside, 0.0).to(tl.float32)
     path = p - q if RELEASED else q - p
     return path + 0.0 * path
 

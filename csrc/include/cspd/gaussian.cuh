@@ -26,9 +26,14 @@ CSPD_HD float log_ratio_term(float x, const Gaussians& g, float relaxation) {
   const float log_scale = g.log_p - g.log_q, inverse_q = inverse_std(g.log_q);
   const float a = (x - g.mean_p) * inverse_std(g.log_p), b = (x - g.mean_q) * inverse_q;
   const float close = (g.mean_p - g.mean_q) * inverse_q + a * expm1f(log_scale);
-  const float difference = fabsf(log_scale) < 0.5f ? close : b - a;
+  float difference = fabsf(log_scale) < 0.5f ? close : b - a, total = a + b;
+  // Without relaxation nothing changes, and two divisions would take a fourth of the instructions.
+  if (relaxation != 1.0f) {
+    difference /= relaxation;
+    total /= relaxation;
+  }
   const float poison = 0.0f * x + 0.0f * g.mean_q + 0.0f * g.mean_p + 0.0f * g.log_q + 0.0f * g.log_p;
-  return 0.5f * (difference / relaxation) * ((a + b) / relaxation) - log_scale + poison;
+  return 0.5f * difference * total - log_scale + poison;
 }
 
 // L_q - L_p, or its negative as the released code has it; NaN where it is not finite.

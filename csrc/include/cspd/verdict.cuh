@@ -105,8 +105,9 @@ __device__ __forceinline__ float relaxation_of(const Judged& judged, std::int64_
   return relaxation > 0.0f ? relaxation : NAN;
 }
 
-template <int Lanes, int Quads>
+template <int Lanes, int Quads, bool Aligned>
 __global__ void __launch_bounds__(kVerdictThreads) log_density_ratio_kernel(Judged judged, float* out) {
+  judged.aligned = Aligned;  // known to the compiler, so that all loads are under way before the first is waited for
   const std::int64_t warps = static_cast<std::int64_t>(blockIdx.x) * (kVerdictThreads / kWarp) + warp();
   const std::int64_t token = warps * (kWarp / Lanes) + lane() / Lanes;
   // Lanes beyond the last token judge it once more: a warp stays whole.
