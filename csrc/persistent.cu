@@ -16,8 +16,8 @@ PersistentPlan plan_of(int rows, int tokens, int channels, int width, int depth,
     return shared_layout<T>(compiled_rows(rows), tokens, channels, width, depth, plan.columns, slots).bytes;
   };
   const int layer_pieces = Pieces<T>::of_layer(width, plan.columns);
-  // float32 weights of the released heads do not fit anywhere.
-  plan.resident = sizeof(T) == 2 && bytes(2 * depth * layer_pieces) <= shared_limit;
+  // Float32 weights of the released heads do not fit anywhere, nor do wide layers.
+  plan.resident = sizeof(T) == 2 && width <= kNarrowWidth && bytes(2 * depth * layer_pieces) <= shared_limit;
   int slots = 2 * depth * layer_pieces;
   if (!plan.resident) {
     const std::size_t fixed = bytes(0), slot = static_cast<std::size_t>(kChainThreads) * kPieceBytes;
@@ -29,7 +29,7 @@ PersistentPlan plan_of(int rows, int tokens, int channels, int width, int depth,
   }
   plan.blocks = (width + plan.columns - 1) / plan.columns;
   plan.shared_bytes = bytes(slots);
-  plan.exchange_words = exchange_layout(rows, channels, width).words;
+  plan.exchange_words = exchange_copies(compiled_rows(rows)) * exchange_layout(rows, channels, width).words;
   return plan;
 }
 

@@ -26,15 +26,23 @@ struct Pieces {
   static constexpr int kSpan = 4 * kPiece;                // of k, by the four lanes of a column
 
   // Spans of a warp, the last warps' perhaps beyond W.
-  static CSPD_HD int spans(int width) { return ((width + kSpan - 1) / kSpan + kChainWarps - 1) / kChainWarps; }
-  static CSPD_HD int of_layer(int width, int columns) { return columns / kTileColumns * spans(width); }
+  static CSPD_HD constexpr int spans(int width) {
+    return ((width + kSpan - 1) / kSpan + kChainWarps - 1) / kChainWarps;
+  }
+  static CSPD_HD constexpr int of_layer(int width, int columns) { return columns / kTileColumns * spans(width); }
 };
 
 // A thread's supply of pieces, layer after layer, the same layers again in every step.
-template <typename T, bool Resident>
+template <typename T, bool Resident, int MaxWidth>
 class WeightSupply {
  public:
   using Piece = Vector<T, Pieces<T>::kPiece>;
+  static constexpr int kSpans = Resident ? Pieces<T>::spans(MaxWidth) : 0;
+
+  // The pieces of one tile in registers, as far as there are so many spans; nothing where they pass through a ring.
+  struct Tile {
+    Piece v[kSpans > 0 ? kSpans : 1];
+  };
 
   // ``layers`` [count] are addresses of [W, W] weights, in shared memory; ``ring`` is the block's.
   __device__ __forceinline__ WeightSupply(unsigned char* ring, const void* const* layers, int count, int steps,
@@ -58,33 +66,42 @@ class WeightSupply {
     }
   }
 
-  // Before the pieces of a layer are used.
-  __device__ __forceinline__ void begin(int layer) {
+  // Before the operand of a layer is there: its first tile, where weights are resident.
+  __device__ __forceinline__ Tile begin(int layer) {
     if constexpr (Resident) {
       if (!arrived_) copy_async_wait<0>();
       arrived_ = true;
       slot_ = layer * layer_pieces_;
+      return next_tile();
     } else {
       in_layer_ = 0;
+      return {};
     }
   }
 
-  // The next piece of the layer: span after span of its first tile, then of the next.
-  __device__ __forceinline__ Piece next() {
-    if constexpr (Resident) {
-      return at(slot_++);
-    } else {
-      if (part_ == 0) copy_async_wait<kStages - 1>();
-      const Piece piece = at(used_stage_ * stage_pieces_ + part_);
-      const bool layer_ends = ++in_layer_ == layer_pieces_;
-      if (++part_ == stage_pieces_ || layer_ends) {
-        part_ = 0;
-        used_stage_ = (used_stage_ + 1) % kStages;
-        // The last stage of a layer is refilled when others no longer wait for the layer.
-        if (!layer_ends) refill();
-      }
-      return piece;
+  // Resident: the next tile of the layer.
+  __device__ __forceinline__ Tile next_tile() {
+    Tile tile = {};
+#pragma unroll
+    for (int span = 0; span < kSpans; ++span) {
+      if (span < spans_) tile.v[span] = at(slot_ + span);
     }
+    slot_ += spans_;
+    return tile;
+  }
+
+  // In a ring: the next piece of the layer: span after span of its first tile, then of the next.
+  __device__ __forceinline__ Piece next() {
+    if (part_ == 0) copy_async_wait<kStages - 1>();
+    const Piece piece = at(used_stage_ * stage_pieces_ + part_);
+    const bool layer_ends = ++in_layer_ == layer_pieces_;
+    if (++part_ == stage_pieces_ || layer_ends) {
+      part_ = 0;
+      used_stage_ = (used_stage_ + 1) % kStages;
+      // The last stage of a layer is refilled when others no longer wait for the layer.
+      if (!layer_ends) refill();
+    }
+    return piece;
   }
 
   // After what the layer has made has been passed on.
@@ -135,19 +152,18 @@ class WeightSupply {
 //
 // A piece holds 8 values of k where an instruction wants two pairs 8 apart; in which order k is summed is the same
 // for both operands, so pieces of both are taken as they lie. An instruction waits for the last one on its sums, so
-// there are two sums for either half of a piece, of even and of odd spans (Lane 0 and 1).
+// there are two sums for either half of a piece: ``set`` 0 and 1, of even and of odd spans.
 template <typename T, int Rows>
 class TileSum {
  public:
-  template <int Lane>
-  __device__ __forceinline__ void add(const Vector<T, 8>& piece, const T* a, int stride) {
+  __device__ __forceinline__ void add(int set, const Vector<T, 8>& piece, const T* a, int stride) {
     const int g = lane() / 4;
     const auto weights = bit_cast<Vector<std::uint32_t, 4>>(piece);
     Vector<std::uint32_t, 4> low = {}, high = {};
     if (g < Rows) low = *reinterpret_cast<const Vector<std::uint32_t, 4>*>(a + g * stride);
     if (Rows > 8) high = *reinterpret_cast<const Vector<std::uint32_t, 4>*>(a + (g + 8) * stride);
-    multiply_tile<T>(c_[Lane][0], {low.v[0], high.v[0], low.v[1], high.v[1]}, {weights.v[0], weights.v[1]});
-    multiply_tile<T>(c_[Lane][1], {low.v[2], high.v[2], low.v[3], high.v[3]}, {weights.v[2], weights.v[3]});
+    multiply_tile<T>(c_[set][0], {low.v[0], high.v[0], low.v[1], high.v[1]}, {weights.v[0], weights.v[1]});
+    multiply_tile<T>(c_[set][1], {low.v[2], high.v[2], low.v[3], high.v[3]}, {weights.v[2], weights.v[3]});
   }
 
   // Leave the sums in ``out`` [Rows, columns].
@@ -174,8 +190,7 @@ class TileSum {
 template <int Rows>
 class TileSum<float, Rows> {
  public:
-  template <int Lane>
-  __device__ __forceinline__ void add(const Vector<float, 4>& piece, const float* a, int stride) {
+  __device__ __forceinline__ void add(int, const Vector<float, 4>& piece, const float* a, int stride) {
 #pragma unroll
     for (int row = 0; row < Rows; ++row) {
       const auto values = *reinterpret_cast<const Vector<float, 4>*>(a + row * stride);
