@@ -23,7 +23,7 @@ static_assert(kChainThreads == kRowThreads && kChainWarps == kRowWarps);
 template <typename T, int Rows, int MaxWidth, bool Resident>
 class ChainBlock {
   static constexpr int kChunks = MaxWidth / kNarrowWidth;
-  static constexpr int kMostTogether = 8 / kChunks;  // what the registers of a thread hold
+  static constexpr int kMostTogether = (sizeof(T) == 2 ? 8 : 4) / kChunks;  // what the registers of a thread hold
   static constexpr int kTogether = Rows < kMostTogether ? Rows : kMostTogether;
   static constexpr bool kOwnStart = has_own_start(Rows, MaxWidth);
   static constexpr int kCopies = exchange_copies(Rows);
@@ -37,15 +37,18 @@ class ChainBlock {
         first_column_(static_cast<int>(blockIdx.x) * plan.columns),
         rows_(chain.tokens * chain.halves),
         outputs_(chain.learned ? 2 * chain.channels : chain.channels),
-        stride_(operand_stride<T>(chain.width)),
+        stride_(operand_stride<T, Resident>(chain.width)),
         x_stride_(x_stride(chain.channels)),
+        row_step_(kChainThreads / plan.columns),
+        c_step_(kChainThreads % plan.columns),
         places_(exchange_layout(rows_, chain.channels, chain.width)),
         read_(chain.exchange + blockIdx.x % kCopies * places_.words),
         shape_(chain.width),
         watchdog_(chain.error, chain.timeout_ns) {
     const int layer_pieces = Pieces<T>::of_layer(chain.width, columns_);
     const int slots = Resident ? 2 * chain.depth * layer_pieces : kStages * plan.stage_pieces;
-    const auto layout = shared_layout<T>(Rows, chain.tokens, chain.channels, chain.width, chain.depth, columns_, slots);
+    const auto layout =
+        shared_layout<T, Resident>(Rows, chain.tokens, chain.channels, chain.width, chain.depth, columns_, slots);
     auto* memory = shared_memory<unsigned char>();
     ring_ = memory + layout.weights;
     operand_ = reinterpret_cast<T*>(memory + layout.operand);
@@ -61,7 +64,7 @@ class ChainBlock {
     partial_ = reinterpret_cast<float*>(memory + layout.partial);
     blocks_ = reinterpret_cast<BlockWeights*>(memory + layout.blocks);
     layers_ = reinterpret_cast<const void**>(memory + layout.layers);
-    first_ = item(thread());
+    first_ = item(thread(), thread() / columns_, thread() % columns_);
   }
 
   __device__ __forceinline__ void run(int stage_pieces) {
@@ -106,15 +109,18 @@ class ChainBlock {
     int index, row, c, column;  // column is that of the layer, c the block's
   };
 
-  // Divides, which takes long: a thread's first item is found out once.
-  __device__ __forceinline__ Item item(int index) const {
-    return {index, index / columns_, index % columns_, first_column_ + index % columns_};
+  __device__ __forceinline__ Item item(int index, int row, int c) const { return {index, row, c, first_column_ + c}; }
+
+  // Without dividing, which takes long.
+  __device__ __forceinline__ Item next_item(const Item& i) const {
+    const int c = i.c + c_step_, over = c >= columns_;
+    return item(i.index + kChainThreads, i.row + row_step_ + over, over ? c - columns_ : c);
   }
 
   // ``use`` with every item of this thread that there is.
   template <typename Use>
   __device__ __forceinline__ void for_items(const Use& use) const {
-    for (Item i = first_; i.index < rows_ * columns_; i = item(i.index + kChainThreads)) {
+    for (Item i = first_; i.index < rows_ * columns_; i = next_item(i)) {
       if (i.column < chain_.width) use(i);
     }
   }
@@ -258,9 +264,10 @@ class ChainBlock {
     for (int tile = 0; tile < tiles; ++tile) {
       TileSum<T, Rows> sum;
       if constexpr (Resident) {
+        // Beyond the warp's spans the weights are zeros, and the operand another warp's or zeros.
 #pragma unroll
         for (int span = 0; span < Supply::kSpans; ++span) {
-          if (span < spans) sum.add(span % 2, pieces.v[span], start + span * kSpan, stride_);
+          sum.add(span % 2, pieces.v[span], start + span * kSpan, stride_);
         }
         if (tile + 1 < tiles) pieces = weights.next_tile();
       } else {
@@ -419,7 +426,7 @@ class ChainBlock {
   }
 
   const Persistent& chain_;
-  int columns_, first_column_, rows_, outputs_, stride_, x_stride_;
+  int columns_, first_column_, rows_, outputs_, stride_, x_stride_, row_step_, c_step_;
   Item first_;
   ExchangeLayout places_;
   const std::uint32_t* read_;  // the copy of the exchange that this block reads

@@ -27,14 +27,15 @@ CSPD_HD constexpr bool has_own_start(int rows, int width) { return rows <= 4 && 
 // From one token's x to the next: 0 beyond the channels, as far as their weights stay in registers (step_start.cuh).
 CSPD_HD int x_stride(int channels) { return channels <= 16 ? 16 : (channels + 3) / 4 * 4; }
 
-// Values from one row of a layer's operand to the next. The last warps' spans may lie beyond W, and rows start on
-// different banks.
-template <typename T>
+// Values from one row of a layer's operand to the next, which starts on another bank. A warp may read more spans than
+// its own: where weights stay as many as the widest layer has.
+template <typename T, bool Resident>
 CSPD_HD int operand_stride(int width) {
-  return kChainWarps * Pieces<T>::spans(width) * Pieces<T>::kSpan + 64 / static_cast<int>(sizeof(T));
+  const int spans = Pieces<T>::spans(width), read = Resident ? Pieces<T>::spans(compiled_width<T>(width)) : spans;
+  return ((kChainWarps - 1) * spans + read) * Pieces<T>::kSpan + 64 / static_cast<int>(sizeof(T));
 }
 
-template <typename T>
+template <typename T, bool Resident>
 CSPD_HD SharedLayout shared_layout(int rows, int tokens, int channels, int width, int depth, int columns,
                                    int weight_slots) {
   std::size_t next = 0;
@@ -45,7 +46,7 @@ CSPD_HD SharedLayout shared_layout(int rows, int tokens, int channels, int width
   };
   SharedLayout layout;
   layout.weights = take(static_cast<std::size_t>(weight_slots) * kChainThreads * kPieceBytes);
-  layout.operand = take(rows * operand_stride<T>(width) * sizeof(T));
+  layout.operand = take(rows * operand_stride<T, Resident>(width) * sizeof(T));
   layout.sums = take(kChainWarps * rows * columns * sizeof(float));
   layout.own_h = take(rows * columns * sizeof(float));
   layout.biases = take(2 * depth * columns * sizeof(float));

@@ -13,6 +13,9 @@
 
 namespace cspd {
 
+// Sixteen bytes of weights or of activations, as words: the compiler moves the halves of words one by one.
+using Piece = Vector<std::uint32_t, 4>;
+
 constexpr int kChainThreads = 256;
 constexpr int kChainWarps = kChainThreads / kWarp;
 constexpr int kTileColumns = 8;
@@ -36,10 +39,9 @@ struct Pieces {
 template <typename T, bool Resident, int MaxWidth>
 class WeightSupply {
  public:
-  using Piece = Vector<T, Pieces<T>::kPiece>;
   static constexpr int kSpans = Resident ? Pieces<T>::spans(MaxWidth) : 0;
 
-  // The pieces of one tile in registers, as far as there are so many spans; nothing where they pass through a ring.
+  // The pieces of one tile in registers, zeros where the tile has fewer spans; nothing where they pass through a ring.
   struct Tile {
     Piece v[kSpans > 0 ? kSpans : 1];
   };
@@ -156,12 +158,11 @@ class WeightSupply {
 template <typename T, int Rows>
 class TileSum {
  public:
-  __device__ __forceinline__ void add(int set, const Vector<T, 8>& piece, const T* a, int stride) {
+  __device__ __forceinline__ void add(int set, const Piece& weights, const T* a, int stride) {
     const int g = lane() / 4;
-    const auto weights = bit_cast<Vector<std::uint32_t, 4>>(piece);
-    Vector<std::uint32_t, 4> low = {}, high = {};
-    if (g < Rows) low = *reinterpret_cast<const Vector<std::uint32_t, 4>*>(a + g * stride);
-    if (Rows > 8) high = *reinterpret_cast<const Vector<std::uint32_t, 4>*>(a + (g + 8) * stride);
+    Piece low = {}, high = {};
+    if (g < Rows) low = *reinterpret_cast<const Piece*>(a + g * stride);
+    if (Rows > 8) high = *reinterpret_cast<const Piece*>(a + (g + 8) * stride);
     multiply_tile<T>(c_[set][0], {low.v[0], high.v[0], low.v[1], high.v[1]}, {weights.v[0], weights.v[1]});
     multiply_tile<T>(c_[set][1], {low.v[2], high.v[2], low.v[3], high.v[3]}, {weights.v[2], weights.v[3]});
   }
@@ -190,7 +191,8 @@ class TileSum {
 template <int Rows>
 class TileSum<float, Rows> {
  public:
-  __device__ __forceinline__ void add(int, const Vector<float, 4>& piece, const float* a, int stride) {
+  __device__ __forceinline__ void add(int, const Piece& words, const float* a, int stride) {
+    const auto piece = bit_cast<Vector<float, 4>>(words);
 #pragma unroll
     for (int row = 0; row < Rows; ++row) {
       const auto values = *reinterpret_cast<const Vector<float, 4>*>(a + row * stride);
