@@ -18,9 +18,10 @@ PersistentPlan plan_of(int rows, int tokens, int channels, int width, int depth,
     return shared_layout<T, resident.value>(compiled_rows(rows), tokens, channels, width, depth, plan.columns, slots)
         .bytes;
   };
-  const int layer_pieces = Pieces<T>::of_layer(width, plan.columns), all_pieces = 2 * depth * layer_pieces;
+  const int layer_pieces = Pieces<T>::of_layer(width, plan.columns);
   // Float32 weights of the released heads do not fit anywhere, nor do wide layers.
-  const std::size_t all_bytes = bytes(std::true_type{}, all_pieces);
+  const std::size_t all_bytes =
+      bytes(std::true_type{}, resident_slots(compiled_rows(rows), depth, plan.columns, layer_pieces));
   plan.resident = sizeof(T) == 2 && width <= kNarrowWidth && all_bytes <= shared_limit;
   plan.shared_bytes = all_bytes;
   if (!plan.resident) {

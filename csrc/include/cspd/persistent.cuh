@@ -28,7 +28,7 @@ class ChainBlock {
   static constexpr bool kOwnStart = has_own_start(Rows, MaxWidth);
   static constexpr int kCopies = exchange_copies(Rows);
   using Group = RowGroup<kTogether, kChunks>;
-  using Supply = WeightSupply<T, Resident, MaxWidth>;
+  using Supply = WeightSupply<T, Rows, MaxWidth, Resident>;
 
  public:
   __device__ __forceinline__ ChainBlock(const Persistent& chain, const PersistentPlan& plan)
@@ -46,7 +46,8 @@ class ChainBlock {
         shape_(chain.width),
         watchdog_(chain.error, chain.timeout_ns) {
     const int layer_pieces = Pieces<T>::of_layer(chain.width, columns_);
-    const int slots = Resident ? 2 * chain.depth * layer_pieces : kStages * plan.stage_pieces;
+    const int slots =
+        Resident ? resident_slots(Rows, chain.depth, columns_, layer_pieces) : kStages * plan.stage_pieces;
     const auto layout =
         shared_layout<T, Resident>(Rows, chain.tokens, chain.channels, chain.width, chain.depth, columns_, slots);
     auto* memory = shared_memory<unsigned char>();

@@ -35,6 +35,11 @@ CSPD_HD int operand_stride(int width) {
   return ((kChainWarps - 1) * spans + read) * Pieces<T>::kSpan + 64 / static_cast<int>(sizeof(T));
 }
 
+// Pieces of a thread in shared memory, where weights stay.
+CSPD_HD int resident_slots(int rows, int depth, int columns, int layer_pieces) {
+  return (2 * depth - (keeps_layer(rows, columns) ? 1 : 0)) * layer_pieces;
+}
+
 template <typename T, bool Resident>
 CSPD_HD SharedLayout shared_layout(int rows, int tokens, int channels, int width, int depth, int columns,
                                    int weight_slots) {

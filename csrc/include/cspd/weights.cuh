@@ -4,8 +4,8 @@
 // copies, keeps and reads pieces of 16 bytes of its own, so that weights need no waiting among threads: lane (g, q),
 // g = lane / 4 and q = lane % 4, has the part q of 4 of a span of k, of column g.
 //
-// Pieces either all stay (``resident``), or pass through a ring of stages that is refilled as it is used up, whatever
-// the activations are doing.
+// Pieces either all stay (``resident``), those of one layer perhaps in registers; or pass through a ring of stages that
+// is refilled as it is used up, whatever the activations are doing.
 #pragma once
 
 #include "cspd/device.cuh"
@@ -35,8 +35,11 @@ struct Pieces {
   static CSPD_HD constexpr int of_layer(int width, int columns) { return columns / kTileColumns * spans(width); }
 };
 
+// Whether of resident weights one layer, of one tile, stays in registers: many rows take much of the shared memory.
+CSPD_HD constexpr bool keeps_layer(int rows, int columns) { return rows > 8 && columns == kTileColumns; }
+
 // A thread's supply of pieces, layer after layer, the same layers again in every step.
-template <typename T, bool Resident, int MaxWidth>
+template <typename T, int Rows, int MaxWidth, bool Resident>
 class WeightSupply {
  public:
   static constexpr int kSpans = Resident ? Pieces<T>::spans(MaxWidth) : 0;
@@ -59,8 +62,11 @@ class WeightSupply {
         column_(first_column + lane() / 4),
         k_(warp() * spans_ * Pieces<T>::kSpan + lane() % 4 * Pieces<T>::kPiece) {
     if constexpr (Resident) {
-      copy(count * layer_pieces_, 0);
+      const int kept = keeps_layer(Rows, columns) ? 1 : 0;
+      copy((count - kept) * layer_pieces_, 0);
       copy_async_commit();
+      kept_layer_ = count - kept;
+      if (kept) kept_ = tile_of(static_cast<const T*>(layers[count - 1]));
     } else {
       left_ = steps * count * ((layer_pieces_ + stage_pieces - 1) / stage_pieces);
 #pragma unroll 1
@@ -73,6 +79,7 @@ class WeightSupply {
     if constexpr (Resident) {
       if (!arrived_) copy_async_wait<0>();
       arrived_ = true;
+      if (keeps_layer(Rows, kTileColumns) && layer == kept_layer_) return kept_;
       slot_ = layer * layer_pieces_;
       return next_tile();
     } else {
@@ -114,6 +121,19 @@ class WeightSupply {
  private:
   __device__ __forceinline__ Piece& at(int slot) { return ring_[slot * kChainThreads]; }
 
+  // The pieces of the first tile of a layer, from where they lie.
+  __device__ __forceinline__ Tile tile_of(const T* weight) const {
+    Tile tile = {};
+#pragma unroll
+    for (int span = 0; span < kSpans; ++span) {
+      const int k = k_ + span * Pieces<T>::kSpan;
+      if (span < spans_ && column_ < width_ && k < width_) {
+        tile.v[span] = *reinterpret_cast<const Piece*>(weight + static_cast<std::int64_t>(column_) * width_ + k);
+      }
+    }
+    return tile;
+  }
+
   // The next pieces that have not been asked for, into slots from ``slot`` on.
   __device__ __forceinline__ void copy(int pieces, int slot) {
 #pragma unroll 1
@@ -147,6 +167,8 @@ class WeightSupply {
   int layer_ = 0, tile_ = 0, span_ = 0;  // of the next piece to ask for
   int slot_ = 0;                         // resident: of the next piece to use
   bool arrived_ = false;
+  int kept_layer_ = 0;
+  Tile kept_ = {};
   int left_ = 0, asked_stage_ = 0, used_stage_ = 0, part_ = 0, in_layer_ = 0;  // in the ring
 };
 
