@@ -7,8 +7,9 @@
 // It takes memory that is zero at the start, where the first writing has bit 1, and two things of its users. A thread
 // reads every writing of its words: reads of one place by one thread are in order (PTX: coherence), so what it finds is
 // the latest writing or the one before, which has the other bit. And a place is written again only by a block that has
-// since read something from every block that reads the place, which that block passed on after all of its threads had:
-// to read the new writing there, a thread would have to read what depends on its own reading (PTX: no thin air).
+// since read something that depends, directly or by way of other blocks, on what every block that reads the place has
+// passed on after all of its threads had: to read the new writing there, a thread would have to read what depends on
+// its own reading (PTX: no thin air).
 //
 // Who waits too long sets an error flag; then nobody waits any more, and values mean nothing.
 #pragma once

@@ -20,8 +20,9 @@ CSPD_HD constexpr int compiled_width(int width) {
   return sizeof(T) == 2 && width <= kNarrowWidth ? kNarrowWidth : kMaxWidth;
 }
 
-// Whether every block computes all of a step's first h for itself. What it takes grows with the rows, and a hand-over
-// does not, nearly.
+// Whether every block computes all of a step's first h for itself. That takes 64 fused products a row and thread, so
+// 128 cycles a row, and a wide row's weights are too many for the registers; a hand-over takes about 1,400 cycles for
+// any few rows.
 CSPD_HD constexpr bool has_own_start(int rows, int width) { return rows <= 4 && width <= kNarrowWidth; }
 
 // From one token's x to the next: 0 beyond the channels, as far as their weights stay in registers (step_start.cuh).
@@ -74,7 +75,18 @@ CSPD_HD SharedLayout shared_layout(int rows, int tokens, int channels, int width
 CSPD_HD constexpr int exchange_copies(int rows) { return rows <= 2 ? 2 : 1; }
 
 // Places of one copy of the exchange buffer, and its words. What the last network block leaves in h, ``final_h``, has a
-// place of its own: only who computes outputs reads it, and readers of a place read every writing (exchange.cuh).
+// place of its own: only who computes outputs reads it, and readers of a place read every writing.
+//
+// Why a block W may write a place again, and no block R still waits for what was there (exchange.cuh):
+// - activations, within a step: W has read the h that follows them from every R, and R passes its columns of h on after
+//   it has read them. From a step to the next: W has read the outputs. Whoever made those had read final_h from every
+//   R, which R passed on after it had read the step's last activations.
+// - h: W has read the activations that follow it from every R, and R passes those on after it has read h. The first h
+//   of a step, where it is exchanged, follows the last one of the step before, so this holds for it, too.
+// - final_h: W has read the first activations of its own step from every R, which has by then ended the step before.
+// - outputs: W has read final_h of its own step from every R, which has by then ended the step before.
+// A block ends reading before it passes on: between the two all of its threads meet. A launch begins with zeros, and a
+// copy is a place like another: its readers are some of the blocks.
 struct ExchangeLayout {
   std::int64_t h, activations, final_h, outputs, words;
 };
