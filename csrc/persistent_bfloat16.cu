@@ -1,4 +1,6 @@
 #include "cspd/persistent_launch.cuh"
 
-template cudaError_t cspd::launch_chain<cspd::bfloat16>(const cspd::Persistent&, const cspd::PersistentPlan&,
-                                                        cudaStream_t);
+namespace cspd {
+CSPD_LAUNCH(bfloat16, kNarrowWidth, true);
+CSPD_LAUNCH(bfloat16, kNarrowWidth, false);
+}  // namespace cspd

@@ -1,4 +1,6 @@
 #include "cspd/persistent_launch.cuh"
 
-template cudaError_t cspd::launch_chain<cspd::float16>(const cspd::Persistent&, const cspd::PersistentPlan&,
-                                                       cudaStream_t);
+namespace cspd {
+CSPD_LAUNCH(float16, kNarrowWidth, true);
+CSPD_LAUNCH(float16, kNarrowWidth, false);
+}  // namespace cspd

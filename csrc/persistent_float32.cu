@@ -1,3 +1,5 @@
 #include "cspd/persistent_launch.cuh"
 
-template cudaError_t cspd::launch_chain<float>(const cspd::Persistent&, const cspd::PersistentPlan&, cudaStream_t);
+namespace cspd {
+CSPD_LAUNCH(float, kMaxWidth, false);
+}  // namespace cspd

@@ -109,7 +109,8 @@ Doubles plain_network(const Inputs<T>& in, const Doubles& x, int step) {
 template <typename T>
 Results plain_chain(const Inputs<T>& in) {
   const Size& size = in.size;
-  Results results = {in.x.values, Doubles(size.tokens * size.channels), Doubles(size.tokens)};
+  const Doubles none(size.tokens * size.channels);
+  Results results = {in.x.values, none, none};
   for (int step = size.steps - 1; step >= 0; --step) {
     const auto out = plain_network(in, results.x, step);
     for (int i = 0; i < size.tokens * size.channels; ++i) {
@@ -126,7 +127,7 @@ Results plain_chain(const Inputs<T>& in) {
       const auto after = plain_step(results.x[i], eps, v, in.tables[step], in.temperature.values[0], noise, step == 0);
       results.x[i] = after.x;
       results.log_std[i] = after.log_std;
-      if (step > 0) results.path[token] += after.log_std;
+      if (step > 0) results.path[i] += after.log_std;
     }
   }
   return results;
@@ -145,7 +146,7 @@ class ChainOnDevice {
         addresses_(in.rows_of_noise),
         x_(in.x.typed),
         log_std_(in.x.typed.size()),
-        path_(std::vector<float>(in.size.tokens, 0.0f)),
+        path_(std::vector<float>(in.x.typed.size(), 0.0f)),
         exchange_(plan.exchange_words),
         error_({0}) {
     std::vector<cspd::BlockWeights> addresses;

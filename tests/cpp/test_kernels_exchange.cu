@@ -43,28 +43,35 @@ __global__ void relay_kernel(std::uint32_t* words, std::int32_t* error, int roun
   out[block * kThreads + threadIdx.x] = sum;
 }
 
-// The same with whole rows: ``words`` [2, width], of which every block writes its share.
-__global__ void rows_kernel(std::uint32_t* words, std::int32_t* error, int width, int rounds, int* out) {
+// The same with whole rows: ``words`` [2, rows, width], of which every block writes its share. ``rows`` of kRows.
+constexpr int kRows = 4;
+
+__global__ void rows_kernel(std::uint32_t* words, std::int32_t* error, int rows, int width, int rounds, int* out) {
   cspd::Watchdog watchdog(error, kTimeout);
   const int block = static_cast<int>(blockIdx.x), blocks = static_cast<int>(gridDim.x);
   int sum = block;
   for (int round = 1; round <= rounds; ++round) {
-    for (int i = block + blocks * static_cast<int>(threadIdx.x); i < width; i += blocks * kThreads) {
-      cspd::pass_on(words + place_of(round) * width + i, static_cast<float>(next_value(sum, i)), bit_of(round));
+    std::uint32_t* place = words + place_of(round) * rows * width;
+    for (int i = block + blocks * static_cast<int>(threadIdx.x); i < rows * width; i += blocks * cspd::kRowThreads) {
+      cspd::pass_on(place + i, static_cast<float>(next_value(sum, i)), bit_of(round));
     }
-    const auto row = cspd::await_row<kThreads>(words + place_of(round) * width, width, bit_of(round), watchdog);
+    const auto group = cspd::await_rows<kRows, 2>(place, rows, width, bit_of(round), watchdog);
     float mine = 0.0f;
-    for (const auto& chunk : row.v) {
-      for (const float value : chunk.v) mine += rintf(value);
+    for (const auto& row : group.v) {
+      for (const auto& chunk : row) {
+        for (const float value : chunk.v) mine += rintf(value);
+      }
     }
     float* scratch = cspd::shared_memory<float>();
     mine = cspd::sum_over<32>(mine);
     if (cspd::lane() == 0) scratch[cspd::warp()] = mine;
     cspd::sync_block();
-    sum = static_cast<int>(scratch[0] + scratch[1]) % kModulus;
+    sum = 0;
+    for (int w = 0; w < cspd::kRowWarps; ++w) sum += static_cast<int>(scratch[w]);
+    sum %= kModulus;
     cspd::sync_block();
   }
-  out[block * kThreads + threadIdx.x] = sum;
+  out[block * cspd::kRowThreads + threadIdx.x] = sum;
 }
 
 void check_sums(const std::vector<int>& got, int expected) {
@@ -93,21 +100,22 @@ void single_words(int blocks) {
   check_sums(out, sums[0]);
 }
 
-void rows(int blocks, int width) {
+void rows(int blocks, int count, int width) {
+  const int words_of_all = count * width, rounds_of_rows = rounds() / 8;
   const auto out = device::in_any_order([&] {
-    const Array<std::uint32_t> words(std::vector<std::uint32_t>(2 * width, 0));
+    const Array<std::uint32_t> words(std::vector<std::uint32_t>(2 * words_of_all, 0));
     const Array<std::int32_t> error({0});
-    const Array<int> out(blocks * kThreads);
-    RUN(cspd::launch(rows_kernel, cspd::Grid{blocks, kThreads, 2 * sizeof(float), true}, nullptr, words.get(),
-                     error.get(), width, rounds() / 4, out.get()));
+    const Array<int> out(blocks * cspd::kRowThreads);
+    const cspd::Grid grid{blocks, cspd::kRowThreads, cspd::kRowWarps * sizeof(float), true};
+    RUN(cspd::launch(rows_kernel, grid, nullptr, words.get(), error.get(), count, width, rounds_of_rows, out.get()));
     CHECK_EQUAL(error.host()[0], 0);
     return out.host();
   });
   std::vector<int> sums(blocks);
   for (int k = 0; k < blocks; ++k) sums[k] = k;
-  for (int round = 0; round < rounds() / 4; ++round) {
+  for (int round = 0; round < rounds_of_rows; ++round) {
     int sum = 0;
-    for (int i = 0; i < width; ++i) sum += (sums[i % blocks] * 3 + 7 * i + 1) % kModulus;
+    for (int i = 0; i < words_of_all; ++i) sum += (sums[i % blocks] * 3 + 7 * i + 1) % kModulus;
     std::fill(sums.begin(), sums.end(), sum % kModulus);
   }
   check_sums(out, sums[0]);
@@ -169,10 +177,10 @@ void values_and_bits() {
 int main(int argc, char** argv) {
   return device::program("exchange", argc, argv, [] {
     for (const int blocks : {1, 2, 7, device::kEmulated ? 16 : 64}) single_words(blocks);
-    rows(1, 16);
-    rows(5, 64);
-    rows(3, 272);
-    rows(8, 2048);
+    rows(1, 1, 16);
+    rows(5, 3, 64);
+    rows(3, 4, 272);
+    rows(8, 2, 2048);
     values_and_bits();
     a_silent_block();
     many_short_waits();

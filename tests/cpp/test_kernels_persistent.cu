@@ -85,6 +85,8 @@ void every_type() {
   // Columns beyond the width in the last block; more outputs of the final layer than blocks, and fewer.
   check_plans<T>({3, 4, 80, 2, 3}, device::small ? std::vector<int>{3} : std::vector<int>{1, 3, 7});
   check_size<T>({2, 64, 16, 1, 2, true}, 2);
+  // Many rows and one tile a block: a layer of resident weights stays in registers.
+  for (const int depth : {1, 2}) check_plans<T>({16, 3, 48, depth, 3}, {6});
   check_size<T>({1, 1, 112, 3, 2, false, false}, 7);
   if (!device::small) check_size<T>({2, 16, 1040, 1, 1, true}, 7);
 }
@@ -133,6 +135,70 @@ void any_order() {
           6);
     }
   }
+}
+
+// ``to`` [outer, rows, inner]: these rows of ``from`` [outer, all, inner].
+template <typename T>
+void take_rows(Tensor<T>& to, const Tensor<T>& from, const std::vector<int>& rows, std::size_t all, std::size_t inner) {
+  to.typed.clear();
+  for (auto start = from.typed.begin(); start != from.typed.end(); start += all * inner) {
+    for (const int row : rows) to.typed.insert(to.typed.end(), start + row * inner, start + (row + 1) * inner);
+  }
+  to.values = doubles(to.typed);
+  to.array.set(to.typed);
+}
+
+// Some tokens of a batch, in another order and as another number of rows, come out with the same bits.
+template <typename T>
+void tokens_among_others(const Size& all, const std::vector<int>& tokens, int multiprocessors) {
+  const check::In in(std::string(Type<T>::kName) + ", " + check::text(tokens.size()) + " of " + all.text());
+  Size some = all;
+  some.tokens = static_cast<int>(tokens.size());
+  auto rows = tokens;
+  if (all.guided) {
+    for (const int token : tokens) rows.push_back(all.tokens + token);
+  }
+  const Inputs<T> from(all);
+  Inputs<T> to(some);
+  take_rows(to.mods, from.mods, rows, all.rows(), 3 * all.width);
+  take_rows(to.final_mods, from.final_mods, rows, all.rows(), 2 * all.width);
+  take_rows(to.x, from.x, tokens, all.tokens, all.channels);
+  take_rows(to.scale, from.scale, tokens, all.tokens, 1);
+  for (std::size_t i = 0; i < tokens.size(); ++i) to.rows_of_noise[i] = from.rows_of_noise[tokens[i]];
+  const auto same = [](auto& to, const auto& from) {
+    to.values = from.values;
+    to.array.set(from.typed);
+  };
+  for (const auto tensor :
+       {&Inputs<T>::input_weight, &Inputs<T>::input_bias, &Inputs<T>::final_weight, &Inputs<T>::final_bias}) {
+    same(to.*tensor, from.*tensor);
+  }
+  for (int i = 0; i < all.depth; ++i) {
+    auto &block = *to.network[i], &wanted = *from.network[i];
+    same(block.norm_weight, wanted.norm_weight);
+    same(block.norm_bias, wanted.norm_bias);
+    same(block.weight0, wanted.weight0);
+    same(block.bias0, wanted.bias0);
+    same(block.weight1, wanted.weight1);
+    same(block.bias1, wanted.bias1);
+  }
+  const auto whole = run(from, plan_of<T>(all, multiprocessors)), part = run(to, plan_of<T>(some, multiprocessors));
+  for (std::size_t i = 0; i < tokens.size(); ++i) {
+    for (int channel = 0; channel < all.channels; ++channel) {
+      const int to_at = static_cast<int>(i) * all.channels + channel, from_at = tokens[i] * all.channels + channel;
+      CHECK(part.x[to_at] == whole.x[from_at]);
+      CHECK(part.log_std[to_at] == whole.log_std[from_at]);
+      CHECK(part.path[to_at] == whole.path[from_at]);
+    }
+  }
+}
+
+template <typename T>
+void places_in_a_batch() {
+  tokens_among_others<T>({4, 5, 80, 2, 3, false, true, true}, {2}, 7);
+  tokens_among_others<T>({4, 5, 48, 2, 3, false, true, true}, {3, 1, 0}, 3);
+  tokens_among_others<T>({2, 5, 48, 2, 3, true, true, true}, {1}, 3);
+  tokens_among_others<T>({16, 5, 48, 2, 3, false, true, true}, {15, 2, 7, 9, 0, 4}, 6);
 }
 
 template <typename T>
@@ -196,6 +262,9 @@ int main(int argc, char** argv) {
     every_type<float16>();
     every_type<bfloat16>();
     uneven_stages();
+    places_in_a_batch<float>();
+    places_in_a_batch<float16>();
+    places_in_a_batch<bfloat16>();
     chunks_of_steps<float>();
     chunks_of_steps<bfloat16>();
     any_order<float>();

@@ -97,7 +97,7 @@ class Chain:
             "final_mods": (steps * rows, 2 * width),
         }
         self.log_std = empty(tokens, channels)
-        self.path = empty(tokens)
+        self.path = empty(tokens, channels)
         self.result = self.x
         self._filled: dict[str, float] = {}  # what whole buffers hold
 
@@ -160,7 +160,7 @@ class Chain:
             tables.gave_up.add(self.error)
         log_temperature = math.log(temperature) if temperature > 0 else -math.inf
         mean = self.result[:n].clone()
-        return mean, mean, self.log_std[:n] + log_temperature, self.path[:n].clone()
+        return mean, mean, self.log_std[:n] + log_temperature, self.path[:n].sum(1)
 
     def start(self, head: DiffusionHead) -> None:
         """What comes before the first step's modulations: the projected condition y."""

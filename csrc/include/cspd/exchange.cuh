@@ -7,13 +7,14 @@
 // It takes memory that is zero at the start, where the first writing has bit 1, and two things of its users. A thread
 // reads every writing of its words: reads of one place by one thread are in order (PTX: coherence), so what it finds is
 // the latest writing or the one before, which has the other bit. And a place is written again only by a block that has
-// since read something from every block that reads the place, which that block passed on after all of its threads had:
-// to read the new writing there, a thread would have to read what depends on its own reading (PTX: no thin air).
+// since read something that depends, directly or by way of other blocks, on what every block that reads the place has
+// passed on after all of its threads had: to read the new writing there, a thread would have to read what depends on
+// its own reading (PTX: no thin air).
 //
 // Who waits too long sets an error flag; then nobody waits any more, and values mean nothing.
 #pragma once
 
-#include "cspd/rows.cuh"
+#include "cspd/row_group.cuh"
 
 namespace cspd {
 
@@ -72,36 +73,44 @@ __device__ __forceinline__ void await(const std::uint32_t* const (&words)[Count]
   for (int i = 0; i < Count; ++i) values[i] = bit_cast<float>(got[i]);
 }
 
-// A thread's part of a row; all of it is asked for at once.
-template <int Threads>
-__device__ __forceinline__ RowPart<Threads> await_row(const std::uint32_t* words, int width, unsigned bit,
-                                                      Watchdog& watchdog) {
-  using Part = RowPart<Threads>;
-  Vector<std::uint32_t, 4> got[Part::kChunks];
-  const auto* first = reinterpret_cast<const Vector<std::uint32_t, 4>*>(words + Part::column(0));
+// A thread's part of rows of which there are ``rows``; all of it is asked for at once.
+template <int Rows, int Chunks>
+__device__ __forceinline__ RowGroup<Rows, Chunks> await_rows(const std::uint32_t* words, int rows, int width,
+                                                             unsigned bit, Watchdog& watchdog) {
+  using Group = RowGroup<Rows, Chunks>;
+  Vector<std::uint32_t, 4> got[Rows][Chunks];
   std::uint32_t ones;  // counted, as ptxas puts the tests of single words between the loads
   watchdog.start();
   do {
 #pragma unroll
-    for (int chunk = 0; chunk < Part::kChunks; ++chunk) {
-      got[chunk] = load_relaxed_if(Part::column(chunk) < width, first + Threads * chunk, bit);
+    for (int row = 0; row < Rows; ++row) {
+#pragma unroll
+      for (int chunk = 0; chunk < Chunks; ++chunk) {
+        const auto* at = reinterpret_cast<const Vector<std::uint32_t, 4>*>(words + row * width + Group::column(chunk));
+        got[row][chunk] = load_relaxed_if(row < rows && Group::column(chunk) < width, at, bit);
+      }
     }
     ones = 0;
 #pragma unroll
-    for (int chunk = 0; chunk < Part::kChunks; ++chunk) {
+    for (int row = 0; row < Rows; ++row) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) ones += got[chunk].v[i] & 1;
+      for (int chunk = 0; chunk < Chunks; ++chunk) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) ones += got[row][chunk].v[i] & 1;
+      }
     }
-  } while (ones != 4 * Part::kChunks * bit && watchdog.patient());
-  Part row;
+  } while (ones != 4 * Rows * Chunks * bit && watchdog.patient());
+  Group group;
 #pragma unroll
-  for (int chunk = 0; chunk < Part::kChunks; ++chunk) {
+  for (int row = 0; row < Rows; ++row) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      row.v[chunk].v[i] = Part::column(chunk) < width ? bit_cast<float>(got[chunk].v[i]) : 0.0f;
+    for (int chunk = 0; chunk < Chunks; ++chunk) {
+      const bool there = row < rows && Group::column(chunk) < width;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) group.v[row][chunk].v[i] = there ? bit_cast<float>(got[row][chunk].v[i]) : 0.0f;
     }
   }
-  return row;
+  return group;
 }
 
 }  // namespace cspd

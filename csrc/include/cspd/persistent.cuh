@@ -6,24 +6,29 @@
 // block for itself, as are the update of x and what else is cheap.
 //
 // Per reverse step: for each network block h -> activations -> h; h -> outputs of the final layer, spread over the
-// blocks by channel; outputs -> x, in every block -> h. So 2 D + 2 exchanges.
+// blocks by channel; outputs -> x, in every block -> h. The h of a step's start is computed by every block for itself
+// where that takes less time than an exchange (step_start.cuh), else by columns, too: 2 D + 1 or 2 D + 2 exchanges.
 #pragma once
 
 #include "cspd/exchange.cuh"
 #include "cspd/persistent_layout.cuh"
 #include "cspd/posterior.cuh"
+#include "cspd/step_start.cuh"
 
 namespace cspd {
 
 static_assert(kChainThreads == kRowThreads && kChainWarps == kRowWarps);
 
-// ``Rows`` is the number of rows, rounded up to 2, 4, 8 or 16.
-template <typename T, int Rows, bool Resident>
+// ``Rows`` is the number of rows, rounded up to 2, 4, 8 or 16, and ``MaxWidth`` the width, rounded up to 1024 or 2048.
+template <typename T, int Rows, int MaxWidth, bool Resident>
 class ChainBlock {
-  static constexpr int kThreadsPerRow = Rows >= 8 ? kWarp : kRowThreads / Rows;  // at most 128
-  static constexpr int kRowsAtOnce = kRowThreads / kThreadsPerRow;
-  static constexpr int kPasses = (Rows + kRowsAtOnce - 1) / kRowsAtOnce;
-  using Row = RowPart<kThreadsPerRow>;
+  static constexpr int kChunks = MaxWidth / kNarrowWidth;
+  static constexpr int kMostTogether = (sizeof(T) == 2 ? 8 : 4) / kChunks;  // what the registers of a thread hold
+  static constexpr int kTogether = Rows < kMostTogether ? Rows : kMostTogether;
+  static constexpr bool kOwnStart = has_own_start(Rows, MaxWidth);
+  static constexpr int kCopies = exchange_copies(Rows);
+  using Group = RowGroup<kTogether, kChunks>;
+  using Supply = WeightSupply<T, Rows, MaxWidth, Resident>;
 
  public:
   __device__ __forceinline__ ChainBlock(const Persistent& chain, const PersistentPlan& plan)
@@ -32,13 +37,19 @@ class ChainBlock {
         first_column_(static_cast<int>(blockIdx.x) * plan.columns),
         rows_(chain.tokens * chain.halves),
         outputs_(chain.learned ? 2 * chain.channels : chain.channels),
-        stride_(operand_stride<T>(chain.width)),
+        stride_(operand_stride<T, Resident>(chain.width)),
+        x_stride_(x_stride(chain.channels)),
+        row_step_(kChainThreads / plan.columns),
+        c_step_(kChainThreads % plan.columns),
         places_(exchange_layout(rows_, chain.channels, chain.width)),
+        read_(chain.exchange + blockIdx.x % kCopies * places_.words),
         shape_(chain.width),
         watchdog_(chain.error, chain.timeout_ns) {
     const int layer_pieces = Pieces<T>::of_layer(chain.width, columns_);
-    const int slots = Resident ? 2 * chain.depth * layer_pieces : kStages * plan.stage_pieces;
-    const auto layout = shared_layout<T>(Rows, chain.tokens, chain.channels, chain.width, chain.depth, columns_, slots);
+    const int slots =
+        Resident ? resident_slots(Rows, chain.depth, columns_, layer_pieces) : kStages * plan.stage_pieces;
+    const auto layout =
+        shared_layout<T, Resident>(Rows, chain.tokens, chain.channels, chain.width, chain.depth, columns_, slots);
     auto* memory = shared_memory<unsigned char>();
     ring_ = memory + layout.weights;
     operand_ = reinterpret_cast<T*>(memory + layout.operand);
@@ -50,39 +61,43 @@ class ChainBlock {
     x_ = reinterpret_cast<float*>(memory + layout.x);
     log_stds_ = reinterpret_cast<float*>(memory + layout.log_stds);
     path_ = reinterpret_cast<float*>(memory + layout.path);
-    scratch_ = reinterpret_cast<float*>(memory + layout.scratch);
+    scratch_ = reinterpret_cast<Moments*>(memory + layout.scratch);
+    partial_ = reinterpret_cast<float*>(memory + layout.partial);
     blocks_ = reinterpret_cast<BlockWeights*>(memory + layout.blocks);
     layers_ = reinterpret_cast<const void**>(memory + layout.layers);
-    first_ = item(thread());
+    first_ = item(thread(), thread() / columns_, thread() % columns_);
   }
 
   __device__ __forceinline__ void run(int stage_pieces) {
     load_addresses();
     sync_block();
-    WeightSupply<T, Resident> weights(ring_, layers_, 2 * chain_.depth, chain_.stop - chain_.start, chain_.width,
-                                      first_column_, columns_, stage_pieces);
+    Supply weights(ring_, layers_, 2 * chain_.depth, chain_.stop - chain_.start, chain_.width, first_column_, columns_,
+                   stage_pieces);
     load_constants();
     sync_block();
-    project();
+    if constexpr (!kOwnStart) project();
     for (int step = chain_.stop - 1; step >= chain_.start; --step) {
       const std::int64_t row = static_cast<std::int64_t>(step - chain_.first) * rows_;
       for (int block = 0; block < chain_.depth; ++block) {
         const T* mods = static_cast<const T*>(chain_.mods) + block * chain_.mods_block + row * 3 * chain_.width;
+        const auto first_tile = weights.begin(2 * block);
         normalise(block, mods);
-        multiply(weights, 2 * block);
+        multiply(weights, first_tile);
         pass_on_activations(block);
         weights.end();
         const float gate = gate_at(mods, first_);
+        const auto second_tile = weights.begin(2 * block + 1);
         await_activations();
-        multiply(weights, 2 * block + 1);
+        multiply(weights, second_tile);
         add_residual(block, mods, gate);
         weights.end();
       }
       final_layer(static_cast<const T*>(chain_.final_mods) + row * 2 * chain_.width);
       update(step);
       sync_block();
-      if (step > chain_.start) project();
-      if (step > 0) add_path();
+      if constexpr (!kOwnStart) {
+        if (step > chain_.start) project();
+      }
     }
     store_results();
   }
@@ -95,22 +110,23 @@ class ChainBlock {
     int index, row, c, column;  // column is that of the layer, c the block's
   };
 
-  // Divides, which takes long: a thread's first item is found out once.
-  __device__ __forceinline__ Item item(int index) const {
-    return {index, index / columns_, index % columns_, first_column_ + index % columns_};
+  __device__ __forceinline__ Item item(int index, int row, int c) const { return {index, row, c, first_column_ + c}; }
+
+  // Without dividing, which takes long.
+  __device__ __forceinline__ Item next_item(const Item& i) const {
+    const int c = i.c + c_step_, over = c >= columns_;
+    return item(i.index + kChainThreads, i.row + row_step_ + over, over ? c - columns_ : c);
   }
 
   // ``use`` with every item of this thread that there is.
   template <typename Use>
   __device__ __forceinline__ void for_items(const Use& use) const {
-    for (Item i = first_; i.index < rows_ * columns_; i = item(i.index + kChainThreads)) {
+    for (Item i = first_; i.index < rows_ * columns_; i = next_item(i)) {
       if (i.column < chain_.width) use(i);
     }
   }
 
   __device__ __forceinline__ bool speaks() const { return static_cast<int>(blockIdx.x) != chain_.silent; }
-
-  __device__ __forceinline__ int row_of(int pass) const { return thread() / kThreadsPerRow + pass * kRowsAtOnce; }
 
   __device__ __forceinline__ void load_addresses() {
     for (int block = thread(); block < chain_.depth; block += kChainThreads) {
@@ -129,22 +145,29 @@ class ChainBlock {
       const T* bias = static_cast<const T*>(layer % 2 ? block.bias1 : block.bias0);
       biases_[i] = column < width ? to_float(bias[column]) : 0.0f;
     }
-    for (int i = thread(); i < channels * columns_; i += kChainThreads) {  // [C, columns]: no two lanes on one bank
-      const int column = first_column_ + i % columns_;
-      input_weight_[i] = column < width ? chain_.ends.input_weight[column * channels + i / columns_] : 0.0f;
+    if constexpr (kOwnStart) {
+      start_.load(chain_.ends, channels, width);
+    } else {
+      for (int i = thread(); i < channels * columns_; i += kChainThreads) {  // [C, columns]: no two lanes on one bank
+        const int column = first_column_ + i % columns_;
+        input_weight_[i] = column < width ? chain_.ends.input_weight[column * channels + i / columns_] : 0.0f;
+      }
+      for (int i = thread(); i < columns_; i += kChainThreads) {
+        input_bias_[i] = first_column_ + i < width ? chain_.ends.input_bias[first_column_ + i] : 0.0f;
+      }
     }
-    for (int i = thread(); i < columns_; i += kChainThreads) {
-      input_bias_[i] = first_column_ + i < width ? chain_.ends.input_bias[first_column_ + i] : 0.0f;
+    for (int i = thread(); i < chain_.tokens * x_stride_; i += kChainThreads) {
+      const int token = i / x_stride_, channel = i % x_stride_;
+      x_[i] = channel < channels ? chain_.x[token * channels + channel] : 0.0f;
     }
-    for (int i = thread(); i < chain_.tokens * channels; i += kChainThreads) x_[i] = chain_.x[i];
-    for (int i = thread(); i < chain_.tokens; i += kChainThreads) path_[i] = 0.0f;
+    for (int i = thread(); i < chain_.tokens * channels; i += kChainThreads) path_[i] = 0.0f;
   }
 
   // h of the block's columns, from x: the same for both halves.
   __device__ __forceinline__ void project() {
     ++h_written_;
     for_items([&](const Item& i) {
-      const float* x = x_ + (i.row < chain_.tokens ? i.row : i.row - chain_.tokens) * chain_.channels;
+      const float* x = x_ + token_of(i.row) * x_stride_;
       float h = input_bias_[i.c];
       for (int channel = 0; channel < chain_.channels; ++channel) {
         h = fmaf(x[channel], input_weight_[channel * columns_ + i.c], h);
@@ -159,13 +182,40 @@ class ChainBlock {
   }
 
   __device__ __forceinline__ void pass_on_at(std::int64_t place, float value, unsigned times) {
-    if (speaks()) pass_on(chain_.exchange + place, value, times & 1);
+    if (!speaks()) return;
+#pragma unroll
+    for (int copy = 0; copy < kCopies; ++copy) {
+      pass_on(chain_.exchange + copy * places_.words + place, value, times & 1);
+    }
   }
 
-  // A row that every block has columns of, as it comes in; modulations and the like are asked for before.
-  __device__ __forceinline__ Row await_h(std::int64_t place, int row, unsigned times) {
-    const auto* words = chain_.exchange + place + static_cast<std::int64_t>(row) * chain_.width;
-    return await_row<kThreadsPerRow>(words, chain_.width, times & 1, watchdog_);
+  __device__ __forceinline__ int token_of(int row) const { return row < chain_.tokens ? row : row - chain_.tokens; }
+
+  // Rows from ``first`` on, as they come in; modulations and the like are asked for before.
+  __device__ __forceinline__ Group await_rows_at(std::int64_t place, int first, unsigned times) {
+    const auto* words = read_ + place + static_cast<std::int64_t>(first) * chain_.width;
+    return await_rows<kTogether, kChunks>(words, rows_ - first, chain_.width, times & 1, watchdog_);
+  }
+
+  // Every block's h of a step's start, from x, of which it keeps its own columns.
+  __device__ __forceinline__ Group start_of_step() {
+    Group h;
+    start_.project(h, chain_.ends, x_, x_stride_, chain_.tokens, rows_, chain_.width);
+    const int column = Group::column(0), c = column - first_column_;
+    if (c >= 0 && c < columns_ && column < chain_.width) {
+#pragma unroll
+      for (int row = 0; row < kTogether; ++row) {
+        if (row < rows_) store_four(own_h_ + row * columns_ + c, h.v[row][0]);
+      }
+    }
+    return h;
+  }
+
+  __device__ __forceinline__ Group await_h(int block, int first) {
+    if constexpr (kOwnStart) {
+      if (block == 0) return start_of_step();
+    }
+    return await_rows_at(places_.h, first, h_written_);
   }
 
   // The first layer's operand.
@@ -173,71 +223,76 @@ class ChainBlock {
     const Modulation<T> modulation = {blocks_[block].norm_weight, blocks_[block].norm_bias, mods, 3 * chain_.width,
                                       chain_.epsilon};
 #pragma unroll 1
-    for (int pass = 0; pass < kPasses; ++pass) {
-      const int row = row_of(pass);
-      const bool mine = row < rows_;
-      const ModulationPart<kThreadsPerRow, T> early(modulation, mine ? row : 0, chain_.width);
-      Row h = {};
-      if (mine) h = await_h(places_.h, row, h_written_);
-      const auto statistics = row_statistics(h, shape_, chain_.width, chain_.epsilon, scratch_);
-#pragma unroll
-      for (int chunk = 0; chunk < Row::kChunks; ++chunk) {
-        const int column = Row::column(chunk);
-        if (!mine || column >= chain_.width) continue;
-        store_four(operand_ + row * stride_ + column, early.apply(chunk, h.v[chunk], statistics));
-      }
+    for (int first = 0; first < rows_; first += kTogether) {
+      const GroupModulation<kTogether, kChunks, T> early(modulation, first, rows_, chain_.width);
+      const Group h = await_h(block, first);
+      Statistics statistics[kTogether];
+      group_statistics(h, shape_, chain_.width, chain_.epsilon, scratch_ + first * kRowWarps, statistics);
+      store_operand(first,
+                    [&](int row, int chunk) { return early.apply(row, chunk, h.v[row][chunk], statistics[row]); });
     }
     sync_block();
   }
 
+  // ``value`` of the rows from ``first`` on that there are, into the operand.
+  template <typename Value>
+  __device__ __forceinline__ void store_operand(int first, const Value& value) {
+#pragma unroll
+    for (int chunk = 0; chunk < kChunks; ++chunk) {
+      const int column = Group::column(chunk);
+      if (column >= chain_.width) continue;
+#pragma unroll
+      for (int row = 0; row < kTogether; ++row) {
+        if (first + row < rows_) store_four(operand_ + (first + row) * stride_ + column, value(row, chunk));
+      }
+    }
+  }
+
   __device__ __forceinline__ void await_activations() {
 #pragma unroll 1
-    for (int pass = 0; pass < kPasses; ++pass) {
-      const int row = row_of(pass);
-      if (row >= rows_) continue;
-      const auto* words = chain_.exchange + places_.activations + static_cast<std::int64_t>(row) * chain_.width;
-      const auto values = await_row<kThreadsPerRow>(words, chain_.width, activations_written_ & 1, watchdog_);
-#pragma unroll
-      for (int chunk = 0; chunk < Row::kChunks; ++chunk) {
-        const int column = Row::column(chunk);
-        if (column < chain_.width) store_four(operand_ + row * stride_ + column, values.v[chunk]);
-      }
+    for (int first = 0; first < rows_; first += kTogether) {
+      const Group values = await_rows_at(places_.activations, first, activations_written_);
+      store_operand(first, [&](int row, int chunk) { return values.v[row][chunk]; });
     }
     sync_block();
   }
 
   // Every warp's share of operand @ weights^T, into ``sums_`` [warps, Rows, columns].
-  __device__ __forceinline__ void multiply(WeightSupply<T, Resident>& weights, int layer) {
-    weights.begin(layer);
+  __device__ __forceinline__ void multiply(Supply& weights, typename Supply::Tile pieces) {
     constexpr int kSpan = Pieces<T>::kSpan;
-    const int spans = Pieces<T>::spans(chain_.width);
+    const int spans = Pieces<T>::spans(chain_.width), tiles = columns_ / kTileColumns;
     const T* start = operand_ + warp() * spans * kSpan + lane() % 4 * Pieces<T>::kPiece;
-    for (int tile = 0; tile < columns_ / kTileColumns; ++tile) {
+    for (int tile = 0; tile < tiles; ++tile) {
       TileSum<T, Rows> sum;
-      const T* a = start;
       if constexpr (Resident) {
-        int span = 0;
-#pragma unroll 2
-        for (; span + 1 < spans; span += 2, a += 2 * kSpan) {
-          sum.template add<0>(weights.next(), a, stride_);
-          sum.template add<1>(weights.next(), a + kSpan, stride_);
+        // Beyond the warp's spans the weights are zeros, and the operand another warp's or zeros.
+#pragma unroll
+        for (int span = 0; span < Supply::kSpans; ++span) {
+          sum.add(span % 2, pieces.v[span], start + span * kSpan, stride_);
         }
-        if (span < spans) sum.template add<0>(weights.next(), a, stride_);
+        if (tile + 1 < tiles) pieces = weights.next_tile();
       } else {
+        const T* a = start;
         // Not unrolled: a ring takes much code.
 #pragma unroll 1
-        for (int span = 0; span < spans; ++span, a += kSpan) sum.template add<0>(weights.next(), a, stride_);
+        for (int span = 0; span < spans; ++span, a += kSpan) sum.add(0, weights.next(), a, stride_);
       }
       sum.store(sums_ + warp() * Rows * columns_ + tile * kTileColumns, columns_);
     }
     sync_block();
   }
 
-  __device__ __forceinline__ float layer_value(int layer, const Item& i) const {
-    float value = biases_[layer * columns_ + i.c];
+  // The sum of what the warps have of a value, ``stride`` apart, and ``more``: in short chains.
+  static __device__ __forceinline__ float sum_of_warps(const float* values, int stride, float more) {
+    static_assert(kChainWarps == 8);
+    float v[kChainWarps];
 #pragma unroll
-    for (int w = 0; w < kChainWarps; ++w) value += sums_[w * Rows * columns_ + i.index];
-    return value;
+    for (int w = 0; w < kChainWarps; ++w) v[w] = values[w * stride];
+    return (((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7]))) + more;
+  }
+
+  __device__ __forceinline__ float layer_value(int layer, const Item& i) const {
+    return sum_of_warps(sums_ + i.index, Rows * columns_, biases_[layer * columns_ + i.c]);
   }
 
   __device__ __forceinline__ void pass_on_activations(int block) {
@@ -271,58 +326,68 @@ class ChainBlock {
     if (static_cast<int>(blockIdx.x) >= outputs_) return;
     const Modulation<T> modulation = {nullptr, nullptr, mods, 2 * chain_.width, chain_.epsilon};
 #pragma unroll 1
-    for (int pass = 0; pass < kPasses; ++pass) {
-      const int row = row_of(pass);
-      const bool mine = row < rows_;
-      const ModulationPart<kThreadsPerRow, T> early(modulation, mine ? row : 0, chain_.width);
+    for (int first = 0; first < rows_; first += kTogether) {
+      const GroupModulation<kTogether, kChunks, T> early(modulation, first, rows_, chain_.width);
       int output = static_cast<int>(blockIdx.x);
-      Row weights = final_weights(output), a = {};
+      auto weights = final_weights(output);
       float bias = chain_.ends.final_bias[output];
-      if (mine) a = await_h(places_.final_h, row, final_h_written_);
-      const auto statistics = row_statistics(a, shape_, chain_.width, chain_.epsilon, scratch_);
+      Group a = await_rows_at(places_.final_h, first, final_h_written_);
+      Statistics statistics[kTogether];
+      group_statistics(a, shape_, chain_.width, chain_.epsilon, scratch_ + first * kRowWarps, statistics);
 #pragma unroll
-      for (int chunk = 0; chunk < Row::kChunks; ++chunk) {
-        if (mine && Row::column(chunk) < chain_.width) {
-          a.v[chunk] = early.apply(chunk, a.v[chunk], statistics);
+      for (int row = 0; row < kTogether; ++row) {
+#pragma unroll
+        for (int chunk = 0; chunk < kChunks; ++chunk) {
+          if (first + row >= rows_ || Group::column(chunk) >= chain_.width) continue;
+          a.v[row][chunk] = early.apply(row, chunk, a.v[row][chunk], statistics[row]);
         }
       }
       while (output < outputs_) {
-        float sum = 0.0f;
+        float sums[kTogether];
 #pragma unroll
-        for (int chunk = 0; chunk < Row::kChunks; ++chunk) {
+        for (int row = 0; row < kTogether; ++row) {
+          sums[row] = 0.0f;
 #pragma unroll
-          for (int i = 0; i < 4; ++i) sum = fmaf(a.v[chunk].v[i], weights.v[chunk].v[i], sum);
+          for (int chunk = 0; chunk < kChunks; ++chunk) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+              sums[row] = fmaf(a.v[row][chunk].v[i], weights.v[0][chunk].v[i], sums[row]);
+            }
+          }
         }
-        sum = sum_over_row<kThreadsPerRow>(sum, scratch_ + 2 * kRowWarps) + bias;
-        if (mine && thread() % kThreadsPerRow == 0) {
-          pass_on_at(places_.outputs + static_cast<std::int64_t>(row) * 2 * chain_.channels + output, sum,
-                     outputs_written_);
+        const float of_warp = merged_over_warp(sums, [](int, float own, float other) { return own + other; });
+        constexpr int kLanes = lanes_of_row<kTogether>;
+        if (lane() % kLanes == 0) partial_[lane() / kLanes * kRowWarps + warp()] = of_warp;
+        sync_block();
+        const int row = first + thread();
+        if (thread() < kTogether && row < rows_) {
+          pass_on_at(places_.outputs + static_cast<std::int64_t>(row) * 2 * chain_.channels + output,
+                     sum_of_warps(partial_ + thread() * kRowWarps, 1, bias), outputs_written_);
         }
         output += static_cast<int>(gridDim.x);
         if (output < outputs_) {
           weights = final_weights(output);
           bias = chain_.ends.final_bias[output];
         }
-        sync_block();  // the scratch is used again
+        sync_block();  // the partial sums are used again
       }
     }
   }
 
-  // A thread's part of one row of the final layer, 0 where there is none.
-  __device__ __forceinline__ Row final_weights(int output) const {
-    Row weights = {};
-    if (output >= outputs_) return weights;
+  // A thread's part of one row of the final layer.
+  __device__ __forceinline__ RowGroup<1, kChunks> final_weights(int output) const {
+    RowGroup<1, kChunks> weights = {};
     const float* weight = chain_.ends.final_weight + static_cast<std::int64_t>(output) * chain_.width;
 #pragma unroll
-    for (int chunk = 0; chunk < Row::kChunks; ++chunk) {
-      const int column = Row::column(chunk);
-      if (column < chain_.width) weights.v[chunk] = load_four(weight + column);
+    for (int chunk = 0; chunk < kChunks; ++chunk) {
+      const int column = Group::column(chunk);
+      if (column < chain_.width) weights.v[0][chunk] = load_four(weight + column);
     }
     return weights;
   }
 
   __device__ __forceinline__ const std::uint32_t* output_word(int row, int output) const {
-    return chain_.exchange + places_.outputs + row * 2 * chain_.channels + output;
+    return read_ + places_.outputs + row * 2 * chain_.channels + output;
   }
 
   // x after the step, in every block.
@@ -341,18 +406,11 @@ class ChainBlock {
       float values[3];
       await(words, values, outputs_written_ & 1, watchdog_);
       const Output out = {values[0], chain_.learned ? values[1] : 0.0f, values[2]};
-      const Step after = reverse_step(x_[i], out, table, guided, scale, temperature, noise, step == 0);
-      x_[i] = after.x;
+      float& x = x_[token * x_stride_ + channel];
+      const Step after = reverse_step(x, out, table, guided, scale, temperature, noise, step == 0);
+      x = after.x;
       log_stds_[i] = after.log_std;
-    }
-  }
-
-  // After the update's wait; nobody waits for this.
-  __device__ __forceinline__ void add_path() {
-    for (int token = thread(); token < chain_.tokens; token += kChainThreads) {
-      float sum = 0.0f;
-      for (int channel = 0; channel < chain_.channels; ++channel) sum += log_stds_[token * chain_.channels + channel];
-      path_[token] += sum;
+      if (step > 0) path_[i] += after.log_std;
     }
   }
 
@@ -360,30 +418,34 @@ class ChainBlock {
     if (blockIdx.x != 0) return;
     fence();  // what came from who gave up came after the flag
     const bool broken = load_relaxed(reinterpret_cast<const std::uint32_t*>(chain_.error)) != 0;
-    for (int i = thread(); i < chain_.tokens * chain_.channels; i += kChainThreads) {
-      chain_.x[i] = broken ? NAN : x_[i];
+    const int channels = chain_.channels;
+    for (int i = thread(); i < chain_.tokens * channels; i += kChainThreads) {
+      chain_.x[i] = broken ? NAN : x_[i / channels * x_stride_ + i % channels];
       if (chain_.start == 0) chain_.log_std[i] = log_stds_[i];
+      chain_.path[i] += path_[i];
     }
-    for (int token = thread(); token < chain_.tokens; token += kChainThreads) chain_.path[token] += path_[token];
   }
 
   const Persistent& chain_;
-  int columns_, first_column_, rows_, outputs_, stride_;
+  int columns_, first_column_, rows_, outputs_, stride_, x_stride_, row_step_, c_step_;
   Item first_;
   ExchangeLayout places_;
-  RowShape<kThreadsPerRow> shape_;
+  const std::uint32_t* read_;  // the copy of the exchange that this block reads
+  GroupShape<kChunks> shape_;
+  StepStart start_;
   Watchdog watchdog_;
   unsigned h_written_ = 0, activations_written_ = 0, final_h_written_ = 0, outputs_written_ = 0;
   unsigned char* ring_;
   T* operand_;
-  float *sums_, *own_h_, *biases_, *input_weight_, *input_bias_, *x_, *log_stds_, *path_, *scratch_;
+  float *sums_, *own_h_, *biases_, *input_weight_, *input_bias_, *x_, *log_stds_, *path_, *partial_;
+  Moments* scratch_;
   BlockWeights* blocks_;
   const void** layers_;
 };
 
-template <typename T, int Rows, bool Resident>
+template <typename T, int Rows, int MaxWidth, bool Resident>
 __global__ void __launch_bounds__(kChainThreads, 1) persistent_kernel(Persistent chain, PersistentPlan plan) {
-  ChainBlock<T, Rows, Resident>(chain, plan).run(plan.stage_pieces);
+  ChainBlock<T, Rows, MaxWidth, Resident>(chain, plan).run(plan.stage_pieces);
 }
 
 }  // namespace cspd

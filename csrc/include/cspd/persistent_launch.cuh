@@ -1,7 +1,6 @@
-// The persistent kernel's launches by operand type: each in a file of its own, as they take long to compile.
+// The persistent kernel's launches by operand type, widest row and kind of weights: in several files, as they take long
+// to compile.
 #pragma once
-
-#include <type_traits>
 
 #include "cspd/persistent.cuh"
 
@@ -12,27 +11,38 @@ constexpr int kMaxRows = 16;
 // Rows as the kernel is compiled for.
 inline int compiled_rows(int rows) { return rows <= 2 ? 2 : rows <= 4 ? 4 : rows <= 8 ? 8 : kMaxRows; }
 
-template <typename T>
-cudaError_t launch_chain(const Persistent& chain, const PersistentPlan& plan, cudaStream_t stream) {
+template <typename T, int MaxWidth, bool Resident>
+cudaError_t launch_with_rows(const Persistent& chain, const PersistentPlan& plan, cudaStream_t stream) {
   const Grid grid{plan.blocks, kChainThreads, plan.shared_bytes, true};
-  const auto with_rows = [&](auto rows) {
-    constexpr int kRows = decltype(rows)::value;
-    if constexpr (sizeof(T) == 2) {
-      if (plan.resident) return launch(persistent_kernel<T, kRows, true>, grid, stream, chain, plan);
-    }
-    return launch(persistent_kernel<T, kRows, false>, grid, stream, chain, plan);
-  };
   switch (compiled_rows(chain.tokens * chain.halves)) {
-    case 2: return with_rows(std::integral_constant<int, 2>{});
-    case 4: return with_rows(std::integral_constant<int, 4>{});
-    case 8: return with_rows(std::integral_constant<int, 8>{});
-    default: return with_rows(std::integral_constant<int, kMaxRows>{});
+    case 2: return launch(persistent_kernel<T, 2, MaxWidth, Resident>, grid, stream, chain, plan);
+    case 4: return launch(persistent_kernel<T, 4, MaxWidth, Resident>, grid, stream, chain, plan);
+    case 8: return launch(persistent_kernel<T, 8, MaxWidth, Resident>, grid, stream, chain, plan);
+    default: return launch(persistent_kernel<T, kMaxRows, MaxWidth, Resident>, grid, stream, chain, plan);
   }
 }
 
-// Instantiated in persistent_<type>.cu.
-extern template cudaError_t launch_chain<float>(const Persistent&, const PersistentPlan&, cudaStream_t);
-extern template cudaError_t launch_chain<float16>(const Persistent&, const PersistentPlan&, cudaStream_t);
-extern template cudaError_t launch_chain<bfloat16>(const Persistent&, const PersistentPlan&, cudaStream_t);
+// Instantiated in persistent_<type>.cu and persistent_<type>_wide.cu. Weights of wide layers do not stay, and float32
+// ones nowhere.
+#define CSPD_LAUNCH(type, max_width, resident)                                                                     \
+  template cudaError_t cspd::launch_with_rows<type, max_width, resident>(const Persistent&, const PersistentPlan&, \
+                                                                         cudaStream_t)
+extern CSPD_LAUNCH(float, kMaxWidth, false);
+extern CSPD_LAUNCH(float16, kNarrowWidth, true);
+extern CSPD_LAUNCH(float16, kNarrowWidth, false);
+extern CSPD_LAUNCH(float16, kMaxWidth, false);
+extern CSPD_LAUNCH(bfloat16, kNarrowWidth, true);
+extern CSPD_LAUNCH(bfloat16, kNarrowWidth, false);
+extern CSPD_LAUNCH(bfloat16, kMaxWidth, false);
+
+template <typename T>
+cudaError_t launch_chain(const Persistent& chain, const PersistentPlan& plan, cudaStream_t stream) {
+  if constexpr (sizeof(T) == 2) {
+    if (plan.resident) return launch_with_rows<T, kNarrowWidth, true>(chain, plan, stream);
+    if (compiled_width<T>(chain.width) == kNarrowWidth)
+      return launch_with_rows<T, kNarrowWidth, false>(chain, plan, stream);
+  }
+  return launch_with_rows<T, kMaxWidth, false>(chain, plan, stream);
+}
 
 }  // namespace cspd

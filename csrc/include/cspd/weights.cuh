@@ -4,14 +4,17 @@
 // copies, keeps and reads pieces of 16 bytes of its own, so that weights need no waiting among threads: lane (g, q),
 // g = lane / 4 and q = lane % 4, has the part q of 4 of a span of k, of column g.
 //
-// Pieces either all stay (``resident``), or pass through a ring of stages that is refilled as it is used up, whatever
-// the activations are doing.
+// Pieces either all stay (``resident``), those of one layer perhaps in registers; or pass through a ring of stages that
+// is refilled as it is used up, whatever the activations are doing.
 #pragma once
 
 #include "cspd/device.cuh"
 #include "cspd/parameters.h"
 
 namespace cspd {
+
+// Sixteen bytes of weights or of activations, as words: the compiler moves the halves of words one by one.
+using Piece = Vector<std::uint32_t, 4>;
 
 constexpr int kChainThreads = 256;
 constexpr int kChainWarps = kChainThreads / kWarp;
@@ -26,15 +29,25 @@ struct Pieces {
   static constexpr int kSpan = 4 * kPiece;                // of k, by the four lanes of a column
 
   // Spans of a warp, the last warps' perhaps beyond W.
-  static CSPD_HD int spans(int width) { return ((width + kSpan - 1) / kSpan + kChainWarps - 1) / kChainWarps; }
-  static CSPD_HD int of_layer(int width, int columns) { return columns / kTileColumns * spans(width); }
+  static CSPD_HD constexpr int spans(int width) {
+    return ((width + kSpan - 1) / kSpan + kChainWarps - 1) / kChainWarps;
+  }
+  static CSPD_HD constexpr int of_layer(int width, int columns) { return columns / kTileColumns * spans(width); }
 };
 
+// Whether of resident weights one layer, of one tile, stays in registers: many rows take much of the shared memory.
+CSPD_HD constexpr bool keeps_layer(int rows, int columns) { return rows > 8 && columns == kTileColumns; }
+
 // A thread's supply of pieces, layer after layer, the same layers again in every step.
-template <typename T, bool Resident>
+template <typename T, int Rows, int MaxWidth, bool Resident>
 class WeightSupply {
  public:
-  using Piece = Vector<T, Pieces<T>::kPiece>;
+  static constexpr int kSpans = Resident ? Pieces<T>::spans(MaxWidth) : 0;
+
+  // The pieces of one tile in registers, zeros where the tile has fewer spans; nothing where they pass through a ring.
+  struct Tile {
+    Piece v[kSpans > 0 ? kSpans : 1];
+  };
 
   // ``layers`` [count] are addresses of [W, W] weights, in shared memory; ``ring`` is the block's.
   __device__ __forceinline__ WeightSupply(unsigned char* ring, const void* const* layers, int count, int steps,
@@ -49,8 +62,11 @@ class WeightSupply {
         column_(first_column + lane() / 4),
         k_(warp() * spans_ * Pieces<T>::kSpan + lane() % 4 * Pieces<T>::kPiece) {
     if constexpr (Resident) {
-      copy(count * layer_pieces_, 0);
+      const int kept = keeps_layer(Rows, columns) ? 1 : 0;
+      copy((count - kept) * layer_pieces_, 0);
       copy_async_commit();
+      kept_layer_ = count - kept;
+      if (kept) kept_ = tile_of(static_cast<const T*>(layers[count - 1]));
     } else {
       left_ = steps * count * ((layer_pieces_ + stage_pieces - 1) / stage_pieces);
 #pragma unroll 1
@@ -58,33 +74,43 @@ class WeightSupply {
     }
   }
 
-  // Before the pieces of a layer are used.
-  __device__ __forceinline__ void begin(int layer) {
+  // Before the operand of a layer is there: its first tile, where weights are resident.
+  __device__ __forceinline__ Tile begin(int layer) {
     if constexpr (Resident) {
       if (!arrived_) copy_async_wait<0>();
       arrived_ = true;
+      if (keeps_layer(Rows, kTileColumns) && layer == kept_layer_) return kept_;
       slot_ = layer * layer_pieces_;
+      return next_tile();
     } else {
       in_layer_ = 0;
+      return {};
     }
   }
 
-  // The next piece of the layer: span after span of its first tile, then of the next.
-  __device__ __forceinline__ Piece next() {
-    if constexpr (Resident) {
-      return at(slot_++);
-    } else {
-      if (part_ == 0) copy_async_wait<kStages - 1>();
-      const Piece piece = at(used_stage_ * stage_pieces_ + part_);
-      const bool layer_ends = ++in_layer_ == layer_pieces_;
-      if (++part_ == stage_pieces_ || layer_ends) {
-        part_ = 0;
-        used_stage_ = (used_stage_ + 1) % kStages;
-        // The last stage of a layer is refilled when others no longer wait for the layer.
-        if (!layer_ends) refill();
-      }
-      return piece;
+  // Resident: the next tile of the layer.
+  __device__ __forceinline__ Tile next_tile() {
+    Tile tile = {};
+#pragma unroll
+    for (int span = 0; span < kSpans; ++span) {
+      if (span < spans_) tile.v[span] = at(slot_ + span);
     }
+    slot_ += spans_;
+    return tile;
+  }
+
+  // In a ring: the next piece of the layer: span after span of its first tile, then of the next.
+  __device__ __forceinline__ Piece next() {
+    if (part_ == 0) copy_async_wait<kStages - 1>();
+    const Piece piece = at(used_stage_ * stage_pieces_ + part_);
+    const bool layer_ends = ++in_layer_ == layer_pieces_;
+    if (++part_ == stage_pieces_ || layer_ends) {
+      part_ = 0;
+      used_stage_ = (used_stage_ + 1) % kStages;
+      // The last stage of a layer is refilled when others no longer wait for the layer.
+      if (!layer_ends) refill();
+    }
+    return piece;
   }
 
   // After what the layer has made has been passed on.
@@ -94,6 +120,19 @@ class WeightSupply {
 
  private:
   __device__ __forceinline__ Piece& at(int slot) { return ring_[slot * kChainThreads]; }
+
+  // The pieces of the first tile of a layer, from where they lie.
+  __device__ __forceinline__ Tile tile_of(const T* weight) const {
+    Tile tile = {};
+#pragma unroll
+    for (int span = 0; span < kSpans; ++span) {
+      const int k = k_ + span * Pieces<T>::kSpan;
+      if (span < spans_ && column_ < width_ && k < width_) {
+        tile.v[span] = *reinterpret_cast<const Piece*>(weight + static_cast<std::int64_t>(column_) * width_ + k);
+      }
+    }
+    return tile;
+  }
 
   // The next pieces that have not been asked for, into slots from ``slot`` on.
   __device__ __forceinline__ void copy(int pieces, int slot) {
@@ -128,6 +167,8 @@ class WeightSupply {
   int layer_ = 0, tile_ = 0, span_ = 0;  // of the next piece to ask for
   int slot_ = 0;                         // resident: of the next piece to use
   bool arrived_ = false;
+  int kept_layer_ = 0;
+  Tile kept_ = {};
   int left_ = 0, asked_stage_ = 0, used_stage_ = 0, part_ = 0, in_layer_ = 0;  // in the ring
 };
 
@@ -135,19 +176,17 @@ class WeightSupply {
 //
 // A piece holds 8 values of k where an instruction wants two pairs 8 apart; in which order k is summed is the same
 // for both operands, so pieces of both are taken as they lie. An instruction waits for the last one on its sums, so
-// there are two sums for either half of a piece, of even and of odd spans (Lane 0 and 1).
+// there are two sums for either half of a piece: ``set`` 0 and 1, of even and of odd spans.
 template <typename T, int Rows>
 class TileSum {
  public:
-  template <int Lane>
-  __device__ __forceinline__ void add(const Vector<T, 8>& piece, const T* a, int stride) {
+  __device__ __forceinline__ void add(int set, const Piece& weights, const T* a, int stride) {
     const int g = lane() / 4;
-    const auto weights = bit_cast<Vector<std::uint32_t, 4>>(piece);
-    Vector<std::uint32_t, 4> low = {}, high = {};
-    if (g < Rows) low = *reinterpret_cast<const Vector<std::uint32_t, 4>*>(a + g * stride);
-    if (Rows > 8) high = *reinterpret_cast<const Vector<std::uint32_t, 4>*>(a + (g + 8) * stride);
-    multiply_tile<T>(c_[Lane][0], {low.v[0], high.v[0], low.v[1], high.v[1]}, {weights.v[0], weights.v[1]});
-    multiply_tile<T>(c_[Lane][1], {low.v[2], high.v[2], low.v[3], high.v[3]}, {weights.v[2], weights.v[3]});
+    Piece low = {}, high = {};
+    if (g < Rows) low = *reinterpret_cast<const Piece*>(a + g * stride);
+    if (Rows > 8) high = *reinterpret_cast<const Piece*>(a + (g + 8) * stride);
+    multiply_tile<T>(c_[set][0], {low.v[0], high.v[0], low.v[1], high.v[1]}, {weights.v[0], weights.v[1]});
+    multiply_tile<T>(c_[set][1], {low.v[2], high.v[2], low.v[3], high.v[3]}, {weights.v[2], weights.v[3]});
   }
 
   // Leave the sums in ``out`` [Rows, columns].
@@ -174,8 +213,8 @@ class TileSum {
 template <int Rows>
 class TileSum<float, Rows> {
  public:
-  template <int Lane>
-  __device__ __forceinline__ void add(const Vector<float, 4>& piece, const float* a, int stride) {
+  __device__ __forceinline__ void add(int, const Piece& words, const float* a, int stride) {
+    const auto piece = bit_cast<Vector<float, 4>>(words);
 #pragma unroll
     for (int row = 0; row < Rows; ++row) {
       const auto values = *reinterpret_cast<const Vector<float, 4>*>(a + row * stride);

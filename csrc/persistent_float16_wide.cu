@@ -1,0 +1,5 @@
+#include "cspd/persistent_launch.cuh"
+
+namespace cspd {
+CSPD_LAUNCH(float16, kMaxWidth, false);
+}  // namespace cspd
