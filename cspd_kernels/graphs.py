@@ -25,10 +25,39 @@ def why_not_here(device: torch.device) -> str | None:
     return None
 
 
+class _Captures:
+    """What all captures on a device share: a side stream, as the default one cannot be captured, and a pool of memory.
+
+    PyTorch keeps a workspace of cuBLAS for every stream, and frees all of them whenever ``torch.compile`` captures a
+    graph: replays of ours would write to memory that has gone. So nothing runs on this stream, and all that is
+    allocated in a capture lies in one pool, which a first capture, never replayed, keeps for good. Plans take turns,
+    and need nothing that another one left there.
+    """
+
+    def __init__(self, device: torch.device):
+        self.stream = torch.cuda.Stream(device)
+        self.keeper: torch.cuda.CUDAGraph | None = None
+
+    def capture(self, launch: Callable[[], None], warm_up: Callable[[], None]) -> torch.cuda.CUDAGraph:
+        with torch.cuda.stream(self.stream):
+            if self.keeper is None:
+                self.keeper = _captured(warm_up)
+            return _captured(launch, pool=self.keeper.pool())
+
+
 @functools.cache
-def _capture_stream(device: torch.device) -> torch.cuda.Stream:
-    """One side stream per device: the default stream cannot be captured, and library workspaces belong to streams."""
-    return torch.cuda.Stream(device)
+def _captures(device: torch.device) -> _Captures:
+    return _Captures(device)
+
+
+def _captured(launch: Callable[[], None], **options) -> torch.cuda.CUDAGraph:
+    graph = torch.cuda.CUDAGraph()
+    graph.capture_begin(capture_error_mode="thread_local", **options)  # other threads may allocate meanwhile
+    try:
+        launch()
+    finally:
+        graph.capture_end()
+    return graph
 
 
 class CudaGraph:
@@ -58,29 +87,19 @@ class CudaGraph:
             launch()
 
     def _capture(self, launch: Callable[[], None], warm_up: Callable[[], None]) -> torch.cuda.CUDAGraph:
-        graph, stream, current = torch.cuda.CUDAGraph(), _capture_stream(self.device), torch.cuda.current_stream()
-        stream.wait_stream(current)
+        warm_up()  # what a library makes once for a thread cannot be made in a capture
         collecting = gc.isenabled()
         gc.disable()  # what a collection would free may wait for the device, which ends a capture
         try:
-            with torch.cuda.stream(stream):
-                warm_up()
-                # Other threads may allocate meanwhile.
-                graph.capture_begin(capture_error_mode="thread_local")
-                try:
-                    launch()
-                finally:
-                    graph.capture_end()
+            return _captures(self.device).capture(launch, warm_up)
         finally:
             if collecting:
                 gc.enable()
-            current.wait_stream(stream)  # also after a failure: it has warmed up on the buffers
-        return graph
 
 
 class _Turn:
-    """Who ran a plan of a device last. All of its graphs hold the workspaces that libraries keep for the one capture
-    stream: two of them, of two heads even, must not run at a time."""
+    """Who ran a plan of a device last. All of its graphs have one pool of memory, with the workspaces of libraries: two
+    of them, of two heads even, must not run at a time."""
 
     def __init__(self):
         self.lock = threading.RLock()
