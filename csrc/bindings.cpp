@@ -80,6 +80,21 @@ void residual(int type, Address product, Address bias, Address mods, Address h, 
   check(cspd::residual(operand(type), product, bias, mods, h, next, out, rows, width, stream), "residual");
 }
 
+// A network block by the extension's own products, in tiles of [tile_rows, tile_columns]: h and the operand before it
+// become h and the operand after it.
+void block(int type, int tile_rows, int tile_columns, Address operand_before, Address hidden, Address h,
+           Address weight0, Address bias0, Address weight1, Address bias1, Address mods, Address norm_weight,
+           Address norm_bias, Address next_mods, Address out, std::int64_t rows, int width, float epsilon,
+           Address stream) {
+  const auto of = operand(type);
+  const cspd::Product first = {operand_before, weight0, bias0, hidden, nullptr, nullptr, rows, width};
+  const cspd::Product second = {hidden, weight1, bias1, nullptr, mods, h, rows, width};
+  const cspd::AnyModulation next = {norm_weight, norm_bias, next_mods, epsilon};
+  check(cspd::product(of, first, tile_rows, tile_columns, stream), "product");
+  check(cspd::product(of, second, tile_rows, tile_columns, stream), "product");
+  check(cspd::residual(of, nullptr, nullptr, nullptr, h, next, out, rows, width, stream), "residual");
+}
+
 void update(Address final_operand, Address final_weight, Address final_bias, Address coefficients, Address temperature,
             Address scale, Address x, Address noise, Address seed, Address addresses, int step, Address log_std,
             Address path, std::int64_t n, int channels, bool learned, int width, Address stream) {
@@ -168,6 +183,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("bias_silu", &bias_silu, unlocked);
   m.def("input", &input, unlocked);
   m.def("residual", &residual, unlocked);
+  m.def("block", &block, unlocked);
   m.def("update", &update, unlocked);
   m.def("driver_version", [] { return version(cudaDriverGetVersion); });
   m.def("runtime_version", [] { return version(cudaRuntimeGetVersion); });

@@ -58,6 +58,17 @@ struct AnyModulation {
   float epsilon;
 };
 
+// A layer of width W whose product and what follows are one kernel: activations = silu(operand weight^T + bias) or,
+// where ``h`` is not null, h += gate (operand weight^T + bias). Of type T, a half-precision one, but for h.
+struct Product {
+  const void *operand, *weight, *bias;  // [M, W], [W, W], [W]
+  void* activations;                    // [M, W]
+  const void* mods;                     // [M, 3 W]: the gate is the third column block
+  float* h;                             // [M, W]
+  std::int64_t rows;
+  int width;
+};
+
 // Where a step's noise comes from: stored, or addressed where ``noise`` is null.
 struct Noise {
   const float* noise;  // [N, C] of step 0, and ``stride`` floats further for every step
@@ -78,7 +89,7 @@ struct Update {
   const float *temperature, *scale;  // [1], [N]; scale is null without guidance
   float* x;                          // [N, C], in place
   Noise noise;
-  float *log_std, *path;  // [N, C] of step 0, without the temperature; [N], added to by the others
+  float *log_std, *path;  // [N, C] of step 0, without the temperature; [N, C], added to by the others
   std::int64_t tokens;
   int step, channels, width;
   bool learned;
