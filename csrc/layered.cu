@@ -38,13 +38,14 @@ cudaError_t condition(Operand type, const void* y, const float* time_embedding, 
   });
 }
 
-cudaError_t bias_silu(Operand type, void* value, const void* bias, std::int64_t rows, int width, cudaStream_t stream) {
+cudaError_t bias_silu(Operand type, void* value, const void* bias, const Ahead& ahead, std::int64_t rows, int width,
+                      cudaStream_t stream) {
   if (!covered(width)) return cudaErrorInvalidValue;
   const std::int64_t chunks = rows * width / kOwn;
   return with_type(type, [&](auto zero) {
     using T = decltype(zero);
     return launch(bias_silu_kernel<T>, elements(chunks, true), stream, static_cast<T*>(value),
-                  static_cast<const T*>(bias), width, chunks);
+                  static_cast<const T*>(bias), ahead, width, chunks);
   });
 }
 

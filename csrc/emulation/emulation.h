@@ -185,6 +185,9 @@ inline void pause() { emulation::yield(); }
 
 inline std::uint64_t nanoseconds() { return emulation::nanoseconds(); }
 
+// Looks at the memory, so that what lies beyond an array shows.
+inline void prefetch(const void* at) { static_cast<void>(*static_cast<const volatile unsigned char*>(at)); }
+
 inline void load_matrices(std::uint32_t (&matrices)[4], const void* row) {
   const auto* rows = emulation::exchange(emulation::payload(row));
   const int lane = static_cast<int>(threadIdx.x % 32);

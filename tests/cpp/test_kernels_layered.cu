@@ -28,8 +28,10 @@ template <typename T>
 void bias_silu(int width, int rows) {
   Random random(2);
   const Tensor<T> value(random.normals(rows * width, 2.0)), bias(random.normals(width));
+  const Array<T> gates(static_cast<std::size_t>(3) * rows * width), next(static_cast<std::size_t>(2) * rows * width);
   const auto launch = [&] {
-    return cspd::bias_silu(Type<T>::kOperand, value.array.get(), bias.get(), rows, width, nullptr);
+    const cspd::Ahead ahead = {gates.get(), next.get(), 2 * width};
+    return cspd::bias_silu(Type<T>::kOperand, value.array.get(), bias.get(), ahead, rows, width, nullptr);
   };
   if (rows == 0) {
     RUN(launch());
@@ -97,11 +99,12 @@ Doubles transposed(const Doubles& matrix, int rows, int columns) {
 
 template <typename T>
 std::vector<float> input(int width, int tokens, int halves, int channels, bool affine) {
-  Random random(3);
   const int rows = tokens * halves;
-  // Far from 0 beside its spread: no difference of large squares gets this right.
-  const Tensor<float> x(random.normals(tokens * channels)), weight(random.normals(channels * width)),
-      bias(random.normals(width, 1.0, 30.0));
+  // Every tensor from numbers of its own: the first tokens' are the same in a larger batch. The bias is far from 0
+  // beside its spread: no difference of large squares gets this right.
+  const Tensor<float> x(Random(3).normals(tokens * channels)), weight(Random(5).normals(channels * width)),
+      bias(Random(6).normals(width, 1.0, 30.0));
+  Random random(7);
   const Following<T> following(random, rows, width, affine);
   const OperandOut<T> operand(static_cast<std::size_t>(rows) * width, affine);
   const Array<float> h(static_cast<std::size_t>(rows) * width);
@@ -186,6 +189,14 @@ void any_order() {
   }
 }
 
+// Blocks of several tokens serve larger batches.
+void a_token_is_the_same_in_every_batch() {
+  const auto alone = input<bfloat16>(304, 3, 1, 5, true);
+  auto among_others = input<bfloat16>(304, 66, 1, 5, true);
+  among_others.resize(alone.size());
+  CHECK_SAME_BITS(among_others, alone);
+}
+
 void widths_beyond_the_kernels() {
   const Array<float> memory(3 * 4096);
   float* at = memory.get();
@@ -193,10 +204,10 @@ void widths_beyond_the_kernels() {
   const cspd::AnyModulation none = {nullptr, nullptr, at, kEpsilon};
   for (const int width : {-16, 0, 8, 24, 2064, 4096}) {
     CHECK(cspd::condition(type, at, at, at, 1, 1, width, nullptr) == cudaErrorInvalidValue);
-    CHECK(cspd::bias_silu(type, at, at, 1, width, nullptr) == cudaErrorInvalidValue);
+    CHECK(cspd::bias_silu(type, at, at, {}, 1, width, nullptr) == cudaErrorInvalidValue);
     CHECK(cspd::input(type, at, at, at, at, none, at, 1, 1, 1, width, nullptr) == cudaErrorInvalidValue);
     CHECK(cspd::residual(type, at, at, at, at, none, at, 1, width, nullptr) == cudaErrorInvalidValue);
-    const cspd::Product product = {at, at, at, at, nullptr, nullptr, 1, width};
+    const cspd::Product product = {at, at, at, at, nullptr, nullptr, {}, 1, width};
     CHECK(cspd::product(cspd::Operand::kBfloat16, product, 16, 16, nullptr) == cudaErrorInvalidValue);
     cspd::Update update = {};
     update.x = at;
@@ -205,7 +216,7 @@ void widths_beyond_the_kernels() {
     update.width = width;
     CHECK(cspd::update(update, nullptr) == cudaErrorInvalidValue);
   }
-  CHECK(cspd::bias_silu(static_cast<cspd::Operand>(3), at, at, 1, 16, nullptr) == cudaErrorInvalidValue);
+  CHECK(cspd::bias_silu(static_cast<cspd::Operand>(3), at, at, {}, 1, 16, nullptr) == cudaErrorInvalidValue);
   device::synchronise();
   CHECK(memory.untouched());
 }
@@ -219,6 +230,7 @@ int main(int argc, char** argv) {
     every_size<bfloat16>();
     any_order<float>();
     any_order<bfloat16>();
+    a_token_is_the_same_in_every_batch();
     widths_beyond_the_kernels();
   });
 }

@@ -29,6 +29,7 @@ std::vector<float> product(int width, int rows, const Tile& tile, bool residual)
                                    residual ? nullptr : activations.get(),
                                    residual ? mods.get() : nullptr,
                                    residual ? h.array.get() : nullptr,
+                                   {mods.get(), mods.get(), 3 * width},
                                    rows,
                                    width};
   const auto launch = [&] { return cspd::product(Type<T>::kOperand, arguments, tile.rows, tile.columns, nullptr); };
@@ -92,7 +93,7 @@ void any_order() {
 void what_there_is_not() {
   const Array<float> memory(4096);
   float* at = memory.get();
-  const cspd::Product product = {at, at, at, at, nullptr, nullptr, 1, 16};
+  const cspd::Product product = {at, at, at, at, nullptr, nullptr, {}, 1, 16};
   const auto half = cspd::Operand::kFloat16;
   CHECK(cspd::product(cspd::Operand::kFloat32, product, 16, 16, nullptr) == cudaErrorInvalidValue);
   for (const auto& tile : {Tile{16, 32}, Tile{32, 16}, Tile{0, 0}, Tile{64, 64}}) {

@@ -93,7 +93,8 @@ class LayeredChain(CudaChain):
             )  # fmt: skip
             return
         torch.mm(self.operand, weight0, out=self.hidden)
-        kernels.bias_silu(self.code, self.hidden_at, bias0, rows, width, stream)
+        next_gated = index + 1 < head.depth
+        kernels.bias_silu(self.code, self.hidden_at, bias0, mods, following[2], next_gated, rows, width, stream)
         torch.mm(self.hidden, weight1, out=self.product)
         kernels.residual(
             self.code, self.product_at, bias1, mods, self.h_at, *following, rows, width, self.epsilon, stream

@@ -113,6 +113,17 @@ __device__ __forceinline__ void statistics_of(const Eight (&rows)[Rows], const R
   }
 }
 
+// Of a row, from a column on: by whoever has the first columns of a cache line of 128 bytes.
+template <typename T>
+__device__ __forceinline__ void prefetch_ahead(const Ahead& ahead, std::int64_t row, int column, int width) {
+  if (column * sizeof(T) % 128 != 0) return;
+  if (ahead.gates) prefetch(static_cast<const T*>(ahead.gates) + (3 * row + 2) * width + column);
+  if (!ahead.next) return;
+  const T* next = static_cast<const T*>(ahead.next) + row * ahead.next_stride + column;
+  prefetch(next);
+  prefetch(next + width);
+}
+
 // What is done with a thread's columns of every row, by weights: it may be asked for before the rows are there.
 struct Affine {
   Eight gain, offset;

@@ -156,6 +156,9 @@ __device__ __forceinline__ void load_matrices(std::uint32_t (&matrices)[4], cons
                : "memory");
 }
 
+// Bring the cache line of an address into the second-level cache, in the background: a hint. It reads nothing.
+__device__ __forceinline__ void prefetch(const void* at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
+
 // Words that blocks pass to each other while they run: each is read and written whole, past the caches of one
 // multiprocessor, and in no order with any other.
 __device__ __forceinline__ std::uint32_t load_relaxed(const std::uint32_t* at) {

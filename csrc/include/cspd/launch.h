@@ -23,7 +23,8 @@ cudaError_t accept_reject(const Judged& judged, const Redraw& redraw, bool close
 // Widths are multiples of 16 up to 2048.
 cudaError_t condition(Operand type, const void* y, const float* time_embedding, void* out, int steps, int rows,
                       int width, cudaStream_t stream);
-cudaError_t bias_silu(Operand type, void* value, const void* bias, std::int64_t rows, int width, cudaStream_t stream);
+cudaError_t bias_silu(Operand type, void* value, const void* bias, const Ahead& ahead, std::int64_t rows, int width,
+                      cudaStream_t stream);
 cudaError_t input(Operand type, const float* x, const float* weight, const float* bias, float* h,
                   const AnyModulation& modulation, void* operand, std::int64_t tokens, int halves, int channels,
                   int width, cudaStream_t stream);

@@ -28,12 +28,14 @@ __global__ void __launch_bounds__(kElementThreads)
 // value [rows, W] = silu(value + bias [W]), in place.
 template <typename T>
 __global__ void __launch_bounds__(kElementThreads)
-    bias_silu_kernel(T* value, const T* bias, int width, std::int64_t chunks) {
+    bias_silu_kernel(T* value, const T* bias, Ahead ahead, int width, std::int64_t chunks) {
   const std::int64_t chunk = static_cast<std::int64_t>(blockIdx.x) * kElementThreads + threadIdx.x;
-  const auto added = load_packed(bias + (chunk < chunks ? chunk * kOwn % width : 0));
+  const int column = chunk < chunks ? static_cast<int>(chunk * kOwn % width) : 0;
+  const auto added = load_packed(bias + column);
   wait_for_earlier();
   if (chunk >= chunks) return;
   const auto before = load_packed(value + chunk * kOwn);
+  prefetch_ahead<T>(ahead, chunk * kOwn / width, column, width);
   Eight now;
 #pragma unroll
   for (int i = 0; i < kOwn; ++i) now.v[i] = silu(before[i] + added[i]);

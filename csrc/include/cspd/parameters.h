@@ -58,6 +58,14 @@ struct AnyModulation {
   float epsilon;
 };
 
+// Modulations that kernels to come will read, and that the one at hand asks the second-level cache for: they come from
+// device memory, which is otherwise idle here. Nothing where the pointers are null.
+struct Ahead {
+  const void* gates;  // [M, 3 W], the third column block
+  const void* next;   // [M, next_stride], the first two column blocks: shift and scale of the next layer
+  int next_stride;
+};
+
 // A layer of width W whose product and what follows are one kernel: activations = silu(operand weight^T + bias) or,
 // where ``h`` is not null, h += gate (operand weight^T + bias). Of type T, a half-precision one, but for h.
 struct Product {
@@ -65,6 +73,7 @@ struct Product {
   void* activations;                    // [M, W]
   const void* mods;                     // [M, 3 W]: the gate is the third column block
   float* h;                             // [M, W]
+  Ahead ahead;
   std::int64_t rows;
   int width;
 };

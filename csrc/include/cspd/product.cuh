@@ -6,7 +6,7 @@
 // In which order a value's products are added depends on the width alone: its bits are the same in every tile.
 #pragma once
 
-#include "cspd/rows.cuh"
+#include "cspd/block_rows.cuh"
 
 namespace cspd {
 
@@ -56,6 +56,7 @@ class ProductTile {
       copy_async_commit();
     }
     if (kEarly && product_.h) load_residual();
+    look_ahead();
     int stage = 0;
 #pragma unroll 1
     for (int i = 0; i < count_; ++i) {
@@ -170,6 +171,12 @@ class ProductTile {
       gates_[i] = *reinterpret_cast<const Vector<T, 4>*>(static_cast<const T*>(product_.mods) +
                                                          (3 * at + 2) * product_.width + first_column_ + column);
     });
+  }
+
+  __device__ __forceinline__ void look_ahead() const {
+    const int row = static_cast<int>(threadIdx.x);
+    if (row >= Rows || first_row_ + row >= product_.rows) return;
+    prefetch_ahead<T>(product_.ahead, first_row_ + row, first_column_, product_.width);
   }
 
   __device__ __forceinline__ void finish() {
