@@ -189,12 +189,12 @@ inline std::uint64_t nanoseconds() { return emulation::nanoseconds(); }
 inline void prefetch(const void* at) { static_cast<void>(*static_cast<const volatile unsigned char*>(at)); }
 
 inline void load_matrices(std::uint32_t (&matrices)[4], const void* row) {
-  const auto* rows = emulation::exchange(emulation::payload(row));
+  // A lane's row as it is now: others may not have written theirs.
+  emulation::Payload mine = {};
+  std::memcpy(&mine, row, 16);
+  const auto* rows = emulation::exchange(mine);
   const int lane = static_cast<int>(threadIdx.x % 32);
-  for (int i = 0; i < 4; ++i) {
-    const auto* from = emulation::value_of<const unsigned char*>(rows[8 * i + lane / 4]);
-    std::memcpy(&matrices[i], from + 4 * (lane % 4), sizeof(std::uint32_t));
-  }
+  for (int i = 0; i < 4; ++i) matrices[i] = rows[8 * i + lane / 4].words[lane % 4];
 }
 
 // Products of the operands' own values, summed in float32, in order of k.
