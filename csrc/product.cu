@@ -22,6 +22,7 @@ cudaError_t product(Operand type, const Product& product, int tile_rows, int til
       if (tile_rows == 16 && tile_columns == 16) return run<T, 16, 16>(product, stream);
       if (tile_rows == 32 && tile_columns == 32) return run<T, 32, 32>(product, stream);
       if (tile_rows == 64 && tile_columns == 32) return run<T, 64, 32>(product, stream);
+      if (tile_rows == 64 && tile_columns == 64) return run<T, 64, 64>(product, stream);
     }
     return cudaErrorInvalidValue;
   });

@@ -10,7 +10,7 @@ using device::Array;
 struct Tile {
   int rows, columns;
 };
-constexpr Tile kTiles[] = {{16, 16}, {32, 32}, {64, 32}};
+constexpr Tile kTiles[] = {{16, 16}, {32, 32}, {64, 32}, {64, 64}};
 
 // activations = silu(operand weight^T + bias), or h += gate (operand weight^T + bias).
 template <typename T>
@@ -63,7 +63,7 @@ void every_size() {
       for (const int rows : {1, 16, 35, 70}) {
         if (device::small && (width > 48 || rows == 16)) continue;
         const auto first = product<T>(width, rows, kTiles[0], residual);
-        for (const auto& tile : {kTiles[1], kTiles[2]}) {
+        for (const auto& tile : {kTiles[1], kTiles[2], kTiles[3]}) {
           CHECK_SAME_BITS(product<T>(width, rows, tile, residual), first);
         }
         auto among_others = first;
@@ -96,7 +96,7 @@ void what_there_is_not() {
   const cspd::Product product = {at, at, at, at, nullptr, nullptr, {}, 1, 16};
   const auto half = cspd::Operand::kFloat16;
   CHECK(cspd::product(cspd::Operand::kFloat32, product, 16, 16, nullptr) == cudaErrorInvalidValue);
-  for (const auto& tile : {Tile{16, 32}, Tile{32, 16}, Tile{0, 0}, Tile{64, 64}}) {
+  for (const auto& tile : {Tile{16, 32}, Tile{32, 16}, Tile{0, 0}, Tile{64, 16}}) {
     CHECK(cspd::product(half, product, tile.rows, tile.columns, nullptr) == cudaErrorInvalidValue);
   }
   device::synchronise();

@@ -15,7 +15,7 @@ from cspd_kernels.testing import random_inputs, relative_error
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 HALF = DTYPES[1:]
-TILES = [Tile(16, 16), Tile(32, 32), Tile(64, 32)]
+TILES = [Tile(16, 16), Tile(32, 32), Tile(64, 32), Tile(64, 64)]
 
 
 @pytest.fixture
@@ -49,10 +49,11 @@ def products(monkeypatch, used):
 
 def test_the_library_makes_the_products_of_many_rows_and_of_float32():
     assert [tile_for(1, 1024, dtype) for dtype in DTYPES] == [None, Tile(16, 16), Tile(16, 16)]
-    assert [tile_for(rows, 1024, torch.bfloat16) for rows in (16, 17, 64, 65, 128, 129, 4096)] == [
-        *(Tile(16, 16), Tile(32, 32), Tile(32, 32), Tile(64, 32), Tile(64, 32), None, None)
-    ]
-    assert [tile_for(rows, 1536, torch.bfloat16) for rows in (16, 64, 65)] == [Tile(16, 16), Tile(32, 32), None]
+    for width, most in ((1024, 240), (1280, 128), (1536, 128)):
+        tiles = [tile_for(rows, width, torch.bfloat16) for rows in range(1, 600)]
+        assert tiles.index(None) == most
+        assert set(tiles[:most]) <= set(TILES)
+        assert set(tiles[most:]) == {None}
     assert tile_for(1, 1024, torch.bfloat16, ()) is None
     assert {entry.tile for entry in TABLE} <= {*TILES, None}
 

@@ -1,10 +1,11 @@
 """Whose products the layered CUDA chain takes: the library's, or the extension's own, and those in which tiles.
 
-Not measured yet. The library takes 3.6 us for a product of MAR-B's width at 2 rows, 4.3 at 64, and of MAR-H's 6.0 at 64
-and 7.1 at 512 (H100, bfloat16, commit b589fd5), and two further kernels come with every pair of them. The own ones do
-without one of these, start before the kernel before them has ended, and read all weights of a block of theirs at once,
-but every tile reads its operands through the second-level cache: about 5.5 TB/s on an H100, to which the estimates in
-the table belong. Where they do not clearly win, the library keeps the product.
+Estimates, not measured. On an H100 in bfloat16 (commit b589fd5) the library takes 3.6 us for a product of MAR-B's width
+at 2 rows and 4.3 at 64, of MAR-H's 6.0 at 64 and 7.1 at 512, and two kernels more come with every pair of products. The
+own ones do without one of them, start before the kernel before them has ended, and have 96 KiB of operands on their
+way at a time. Every tile reads (rows + columns) * width * 2 bytes of operands through the second-level cache, of which
+all together get about 5.5 TB/s and one multiprocessor about 50 bytes a cycle: the longer of the two is in the table.
+Where that does not clearly win, the library keeps the product.
 """
 
 from __future__ import annotations
@@ -28,11 +29,12 @@ class Entry(NamedTuple):
 
 
 # The first entry that covers a head's width and a call's rows, in half precision. float32 is the library's.
-# Bytes through the second-level cache are tiles * (tile rows + tile columns) * width * 2.
 TABLE = (
-    Entry(16, 2048, Tile(16, 16)),  # W = 1024 / 1536: 4 / 9 MB, 0.8 / 1.7 us
-    Entry(64, 2048, Tile(32, 32)),  # 64 rows: 8 / 19 MB, 1.5 / 3.4 us
-    Entry(128, 1280, Tile(64, 32)),  # 128 rows: 13 / 28 MB, 2.3 / 5.1 us, of which the latter is no clear win
+    Entry(16, 2048, Tile(16, 16)),  # W = 1024 / 1536: 64 / 96 tiles, 0.8 / 1.7 us
+    Entry(64, 2048, Tile(32, 32)),  # 64 rows: 64 / 96 tiles, 1.5 / 3.4 us
+    Entry(128, 1280, Tile(64, 32)),  # 128 rows of W = 1024 / 1280: 64 / 80 tiles, 2.3 / 3.6 us
+    Entry(128, 2048, Tile(64, 64)),  # 128 rows of W = 1536: 48 tiles, 4.5 us
+    Entry(240, 1024, Tile(64, 64)),  # 240 rows: 64 tiles, 3.1 us
 )
 
 

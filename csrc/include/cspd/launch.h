@@ -32,7 +32,7 @@ cudaError_t input(Operand type, const float* x, const float* weight, const float
 cudaError_t residual(Operand type, const void* product, const void* bias, const void* mods, float* h,
                      const AnyModulation& next, void* operand, std::int64_t rows, int width, cudaStream_t stream);
 cudaError_t update(const Update& update, cudaStream_t stream);
-// By tiles of [16, 16], [32, 32] or [64, 32]; of a half-precision type.
+// By tiles of [16, 16], [32, 32], [64, 32] or [64, 64]; of a half-precision type.
 cudaError_t product(Operand type, const Product& product, int tile_rows, int tile_columns, cudaStream_t stream);
 
 // For ``rows`` = M <= 16, and shared memory of ``shared_limit`` bytes a block.

@@ -12,14 +12,19 @@ namespace cspd {
 
 constexpr int kProductThreads = 128;
 constexpr int kProductWarps = kProductThreads / kWarp;
-constexpr int kSpan = 64;             // of k, at a time: 128 bytes of a row, eight pieces of 16
-constexpr int kRingBytes = 24 << 10;  // of a warp; so a block takes 96 KiB, of which two fit where it matters
+constexpr int kSpan = 64;             // of k: 128 bytes of a row
+constexpr int kRingBytes = 24 << 10;  // of a warp; a block's 96 KiB fit every device, and twice those with most memory
 constexpr int kSumsPad = 8;           // floats between rows of sums: other banks
 
 template <typename T, int Rows, int Columns>
 class ProductTile {
   static_assert(sizeof(T) == 2 && Rows % 16 == 0 && Columns % 16 == 0);
-  static constexpr int kStageBytes = (Rows + Columns) * kSpan * 2;
+  // Of a span at a time: all of it, or half where two stages of it are too large.
+  static constexpr int kDepth = 2 * (Rows + Columns) * kSpan * 2 <= kRingBytes ? kSpan : kSpan / 2;
+  static constexpr int kParts = kSpan / kDepth;
+  static constexpr int kPieces = kDepth / 8;       // of 16 bytes
+  static constexpr int kAtOnce = kWarp / kPieces;  // rows that a warp copies
+  static constexpr int kStageBytes = (Rows + Columns) * kDepth * 2;
   static constexpr int kStages = kRingBytes / kStageBytes;
   static_assert(kStages >= 2);
   static constexpr int kSumsStride = Columns + kSumsPad;
@@ -34,11 +39,10 @@ class ProductTile {
     const std::int64_t row_tiles = (product.rows + Rows - 1) / Rows;  // neighbours share weights
     first_row_ = blockIdx.x % row_tiles * Rows;
     first_column_ = static_cast<int>(blockIdx.x / row_tiles) * Columns;
-    count_ = ((product.width + kSpan - 1) / kSpan + kProductWarps - 1) / kProductWarps;
-    // Rows that this lane copies: its first, and every fourth from there. Where the first is beyond the matrix, none
-    // is.
-    const std::int64_t row = first_row_ + lane() / 8;
-    const int column = first_column_ + lane() / 8;
+    count_ = ((product.width + kSpan - 1) / kSpan + kProductWarps - 1) / kProductWarps * kParts;
+    // Of the rows that this lane copies the first, which may already be beyond the matrix.
+    const std::int64_t row = first_row_ + lane() / kPieces;
+    const int column = first_column_ + lane() / kPieces;
     rows_left_ = product.rows - row < Rows ? static_cast<int>(product.rows - row) : Rows;
     columns_left_ = product.width - column;
     operand_ = static_cast<const T*>(product.operand) + (rows_left_ > 0 ? row : 0) * product.width;
@@ -69,47 +73,51 @@ class ProductTile {
       copy_async_commit();
       stage = stage + 1 < kStages ? stage + 1 : 0;
     }
-    if (!kEarly) load_biases();
-    if (!kEarly && product_.h) load_residual();
     copy_async_wait<0>();  // nothing comes any more where the sums go
     sync_warp();
     leave_sums();
+    if (!kEarly) load_biases();
+    if (!kEarly && product_.h) load_residual();
     sync_block();
     finish();
   }
 
  private:
-  // Where a piece of a row lies in a stage: rows of 128 bytes, whose pieces are exchanged so that eight rows' same
-  // piece is in eight groups of banks.
-  static __device__ __forceinline__ int place(int row, int piece) { return row * kSpan * 2 + (piece ^ (row & 7)) * 16; }
+  // Where a piece of a row lies in a stage: the pieces of a row change places so that the same piece of eight rows is
+  // in eight groups of banks.
+  static __device__ __forceinline__ int place(int row, int piece) {
+    const int exchanged = kParts == 1 ? row & 7 : row >> 1 & 3;
+    return row * kDepth * 2 + (piece ^ exchanged) * 16;
+  }
 
-  // The next span of so many rows, ``left`` of which there are behind this lane's first; beyond the matrix, zeros.
+  // So many rows from k on, ``left`` of which there are from this lane's first on; beyond the matrix, zeros.
   template <int Count>
   __device__ __forceinline__ void copy(unsigned char* to, const T* from, int left, int k) {
 #pragma unroll
-    for (int i = 0; i < Count / 4; ++i) {
-      const bool valid = k < product_.width && 4 * i < left;
-      const unsigned offset = valid ? static_cast<unsigned>(4 * i * product_.width + k) : 0;
-      copy_async(to + place(i * 4 + lane() / 8, lane() % 8), from + offset, valid);
+    for (int i = 0; i < Count / kAtOnce; ++i) {
+      const bool valid = k < product_.width && kAtOnce * i < left;
+      const unsigned offset = valid ? static_cast<unsigned>(kAtOnce * i * product_.width + k) : 0;
+      copy_async(to + place(i * kAtOnce + lane() / kPieces, lane() % kPieces), from + offset, valid);
     }
   }
 
-  __device__ __forceinline__ int k_of(int span) const {
-    return (span * kProductWarps + warp()) * kSpan + lane() % 8 * 8;
+  // ``part`` counts this warp's own parts of spans.
+  __device__ __forceinline__ int k_of(int part) const {
+    return (part / kParts * kProductWarps + warp()) * kSpan + part % kParts * kDepth + lane() % kPieces * 8;
   }
 
-  __device__ __forceinline__ void copy_operand(int stage, int span) {
-    copy<Rows>(ring_ + stage * kStageBytes, operand_, rows_left_, k_of(span));
+  __device__ __forceinline__ void copy_operand(int stage, int part) {
+    copy<Rows>(ring_ + stage * kStageBytes, operand_, rows_left_, k_of(part));
   }
 
-  __device__ __forceinline__ void copy_weights(int stage, int span) {
-    copy<Columns>(ring_ + stage * kStageBytes + Rows * kSpan * 2, weight_, columns_left_, k_of(span));
+  __device__ __forceinline__ void copy_weights(int stage, int part) {
+    copy<Columns>(ring_ + stage * kStageBytes + Rows * kDepth * 2, weight_, columns_left_, k_of(part));
   }
 
   __device__ __forceinline__ void multiply(int stage) {
-    const unsigned char *rows = ring_ + stage * kStageBytes, *columns = rows + Rows * kSpan * 2;
+    const unsigned char *rows = ring_ + stage * kStageBytes, *columns = rows + Rows * kDepth * 2;
 #pragma unroll
-    for (int k = 0; k < kSpan / 16; ++k) {
+    for (int k = 0; k < kDepth / 16; ++k) {
       std::uint32_t a[Rows / 16][4], b[Columns / 16][4];
 #pragma unroll
       for (int i = 0; i < Rows / 16; ++i) {
@@ -206,14 +214,14 @@ class ProductTile {
   unsigned char* ring_;
   const T *operand_, *weight_;
   std::int64_t first_row_;
-  int first_column_, rows_left_, columns_left_, count_;  // the last: spans of a warp
+  int first_column_, rows_left_, columns_left_, count_;  // the last: parts of spans of a warp
   float sums_[Rows / 16][Columns / 8][4] = {};
   Vector<float, 4> biases_[kOwnFours], before_[kOwnFours];
   Vector<T, 4> gates_[kOwnFours];
 };
 
 template <typename T, int Rows, int Columns>
-__global__ void __launch_bounds__(kProductThreads, 3) product_kernel(Product product) {
+__global__ void __launch_bounds__(kProductThreads, Rows* Columns > 2048 ? 2 : 3) product_kernel(Product product) {
   ProductTile<T, Rows, Columns>(product).run();
 }
 
