@@ -75,10 +75,11 @@ void bias_silu(int type, Address value, Address bias, Address mods, Address next
 }
 
 void input(int type, Address x, Address weight, Address bias, Address h, Address norm_weight, Address norm_bias,
-           Address mods, Address out, std::int64_t n, int halves, int channels, int width, float epsilon,
+           Address mods, Address out, std::int64_t n, int halves, int channels, int width, float epsilon, bool early,
            Address stream) {
   const cspd::AnyModulation modulation = {norm_weight, norm_bias, mods, epsilon};
-  check(cspd::input(operand(type), x, weight, bias, h, modulation, out, n, halves, channels, width, stream), "input");
+  check(cspd::input(operand(type), x, weight, bias, h, modulation, out, n, halves, channels, width, early, stream),
+        "input");
 }
 
 void residual(int type, Address product, Address bias, Address mods, Address h, Address norm_weight, Address norm_bias,

@@ -51,7 +51,7 @@ cudaError_t bias_silu(Operand type, void* value, const void* bias, const Ahead& 
 
 cudaError_t input(Operand type, const float* x, const float* weight, const float* bias, float* h,
                   const AnyModulation& any, void* operand, std::int64_t tokens, int halves, int channels, int width,
-                  cudaStream_t stream) {
+                  bool early, cudaStream_t stream) {
   if (!covered(width)) return cudaErrorInvalidValue;
   return with_type(type, [&](auto zero) {
     using T = decltype(zero);
@@ -60,7 +60,7 @@ cudaError_t input(Operand type, const float* x, const float* weight, const float
       const auto with_tokens = [&](auto of_block) {
         constexpr int kTokens = decltype(of_block)::value;
         const std::size_t shared = (statistics_floats(kTokens) + kTokens * channels) * sizeof(float);
-        const Grid grid{(tokens + kTokens - 1) / kTokens, threads_of_row(width), shared, false, true};
+        const Grid grid{(tokens + kTokens - 1) / kTokens, threads_of_row(width), shared, false, early};
         return launch(input_kernel<T, Out, kTokens>, grid, stream, x, weight, bias, h, modulation,
                       static_cast<Out*>(operand), tokens, halves, channels, width);
       };

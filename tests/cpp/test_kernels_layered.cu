@@ -110,7 +110,7 @@ std::vector<float> input(int width, int tokens, int halves, int channels, bool a
   const Array<float> h(static_cast<std::size_t>(rows) * width);
   const auto launch = [&] {
     return cspd::input(Type<T>::kOperand, x.get(), weight.get(), bias.get(), h.get(), following.get(), operand.get(),
-                       tokens, halves, channels, width, nullptr);
+                       tokens, halves, channels, width, true, nullptr);
   };
   if (tokens == 0) {
     RUN(launch());
@@ -205,7 +205,7 @@ void widths_beyond_the_kernels() {
   for (const int width : {-16, 0, 8, 24, 2064, 4096}) {
     CHECK(cspd::condition(type, at, at, at, 1, 1, width, nullptr) == cudaErrorInvalidValue);
     CHECK(cspd::bias_silu(type, at, at, {}, 1, width, nullptr) == cudaErrorInvalidValue);
-    CHECK(cspd::input(type, at, at, at, at, none, at, 1, 1, 1, width, nullptr) == cudaErrorInvalidValue);
+    CHECK(cspd::input(type, at, at, at, at, none, at, 1, 1, 1, width, false, nullptr) == cudaErrorInvalidValue);
     CHECK(cspd::residual(type, at, at, at, at, none, at, 1, width, nullptr) == cudaErrorInvalidValue);
     const cspd::Product product = {at, at, at, at, nullptr, nullptr, {}, 1, width};
     CHECK(cspd::product(cspd::Operand::kBfloat16, product, 16, 16, nullptr) == cudaErrorInvalidValue);

@@ -51,6 +51,7 @@ class LayeredChain(CudaChain):
         self.h_at, self.operand_at, self.hidden_at, self.product_at, self.final_operand_at = (
             buffer.data_ptr() for buffer in (self.h, self.operand, self.hidden, self.product, self.final_operand)
         )
+        self.mods_at = [mods.data_ptr() for mods in self.mods]
         self.row_bytes = 3 * head.width * head.dtype.itemsize  # of a block's modulations
 
     def warm_up(self, head) -> None:
@@ -61,13 +62,9 @@ class LayeredChain(CudaChain):
 
     def modulation(self, index: int, first_row: int) -> int:
         """The address of a layer's modulations from a row on; the final layer comes after the last block."""
-        if index < len(self.mods):
-            return self.mods.data_ptr() + index * self.block_bytes + first_row * self.row_bytes
+        if index < len(self.mods_at):
+            return self.mods_at[index] + first_row * self.row_bytes
         return self.final_mods.data_ptr() + first_row * self.row_bytes // 3 * 2
-
-    @property
-    def block_bytes(self) -> int:
-        return self.steps * self.rows * self.row_bytes
 
     def next_operand(self, layers: Layers, index: int, first_row: int) -> tuple[int, int, int, int]:
         """How h becomes a layer's operand: the norm's gain and offset, its modulation, and where to."""
@@ -114,7 +111,7 @@ class LayeredChain(CudaChain):
             first_row = (step - start) * self.rows
             kernels.input(
                 self.code, x, *ends[:2], self.h_at, *self.next_operand(layers, 0, first_row), self.tokens, self.halves,
-                head.channels, self.width, self.epsilon, stream,
+                head.channels, self.width, self.epsilon, step < stop - 1, stream,
             )  # fmt: skip
             for index in range(head.depth):
                 self.run_block(head, index, first_row, layers, stream)

@@ -25,9 +25,11 @@ cudaError_t condition(Operand type, const void* y, const float* time_embedding, 
                       int width, cudaStream_t stream);
 cudaError_t bias_silu(Operand type, void* value, const void* bias, const Ahead& ahead, std::int64_t rows, int width,
                       cudaStream_t stream);
+// ``early``: where the kernel before it is the ``update`` of the step before. It is not for the first step of a chain,
+// so that what was launched before the chain has ended when others of its kernels start early.
 cudaError_t input(Operand type, const float* x, const float* weight, const float* bias, float* h,
                   const AnyModulation& modulation, void* operand, std::int64_t tokens, int halves, int channels,
-                  int width, cudaStream_t stream);
+                  int width, bool early, cudaStream_t stream);
 // Without a product, h is left as it is.
 cudaError_t residual(Operand type, const void* product, const void* bias, const void* mods, float* h,
                      const AnyModulation& next, void* operand, std::int64_t rows, int width, cudaStream_t stream);

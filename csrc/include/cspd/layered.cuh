@@ -1,6 +1,7 @@
 // The kernels of the layered denoising chain but its products: those are a library's, or product.cuh's.
 //
-// All but the first are launched early (wait_for_earlier), with the weights they need asked for before they wait.
+// They are launched early (wait_for_earlier), with the weights they need asked for before they wait; not the condition,
+// nor the input of a chain's first step, so that weights may be new when a chain starts.
 #pragma once
 
 #include "cspd/block_rows.cuh"
