@@ -69,21 +69,46 @@ void condition(int type, Address y, Address time_embedding, Address out, int ste
   check(cspd::condition(operand(type), y, time_embedding, out, steps, rows, width, stream), "condition");
 }
 
-void bias_silu(int type, Address value, Address bias, std::int64_t rows, int width, Address stream) {
-  check(cspd::bias_silu(operand(type), value, bias, rows, width, stream), "bias_silu");
+// The modulations of the block at hand and of the next layer, whose shift and scale are followed by a gate or not.
+cspd::Ahead ahead(Address mods, Address next_mods, bool gated, int width) {
+  return {mods, next_mods, gated ? 3 * width : 2 * width};
+}
+
+void bias_silu(int type, Address value, Address bias, Address mods, Address next_mods, bool next_gated,
+               std::int64_t rows, int width, Address stream) {
+  const auto modulations = ahead(mods, next_mods, next_gated, width);
+  check(cspd::bias_silu(operand(type), value, bias, modulations, rows, width, stream), "bias_silu");
 }
 
 void input(int type, Address x, Address weight, Address bias, Address h, Address norm_weight, Address norm_bias,
-           Address mods, Address out, std::int64_t n, int halves, int channels, int width, float epsilon,
+           Address mods, Address out, std::int64_t n, int halves, int channels, int width, float epsilon, bool early,
            Address stream) {
   const cspd::AnyModulation modulation = {norm_weight, norm_bias, mods, epsilon};
-  check(cspd::input(operand(type), x, weight, bias, h, modulation, out, n, halves, channels, width, stream), "input");
+  check(cspd::input(operand(type), x, weight, bias, h, modulation, out, n, halves, channels, width, early, stream),
+        "input");
 }
 
 void residual(int type, Address product, Address bias, Address mods, Address h, Address norm_weight, Address norm_bias,
               Address next_mods, Address out, std::int64_t rows, int width, float epsilon, Address stream) {
   const cspd::AnyModulation next = {norm_weight, norm_bias, next_mods, epsilon};
   check(cspd::residual(operand(type), product, bias, mods, h, next, out, rows, width, stream), "residual");
+}
+
+// A network block by the extension's own products, in tiles of [tile_rows, tile_columns]: h and the operand before it
+// become h and the operand after it.
+void block(int type, int tile_rows, int tile_columns, Address operand_before, Address hidden, Address h,
+           Address weight0, Address bias0, Address weight1, Address bias1, Address mods, Address norm_weight,
+           Address norm_bias, Address next_mods, Address out, std::int64_t rows, int width, float epsilon,
+           Address stream) {
+  const auto of = operand(type);
+  const bool gated = static_cast<const void*>(norm_weight) != nullptr;
+  const auto modulations = ahead(mods, next_mods, gated, width);
+  const cspd::Product first = {operand_before, weight0, bias0, hidden, nullptr, nullptr, modulations, rows, width};
+  const cspd::Product second = {hidden, weight1, bias1, nullptr, mods, h, {}, rows, width};
+  const cspd::AnyModulation next = {norm_weight, norm_bias, next_mods, epsilon};
+  check(cspd::product(of, first, tile_rows, tile_columns, stream), "product");
+  check(cspd::product(of, second, tile_rows, tile_columns, stream), "product");
+  check(cspd::residual(of, nullptr, nullptr, nullptr, h, next, out, rows, width, stream), "residual");
 }
 
 void update(Address final_operand, Address final_weight, Address final_bias, Address coefficients, Address temperature,
@@ -175,6 +200,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("bias_silu", &bias_silu, unlocked);
   m.def("input", &input, unlocked);
   m.def("residual", &residual, unlocked);
+  m.def("block", &block, unlocked);
   m.def("update", &update, unlocked);
   m.def("driver_version", [] { return version(cudaDriverGetVersion); });
   m.def("runtime_version", [] { return version(cudaRuntimeGetVersion); });

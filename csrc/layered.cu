@@ -3,11 +3,13 @@
 #include <type_traits>
 
 #include "cspd/types.cuh"
+#include "cspd/update.cuh"
 
 namespace cspd {
 namespace {
 
-constexpr int kFewTokens = 256;  // up to here every token has a block of the update to itself
+constexpr int kLoneTokens = 64;  // up to here every token has a block of the input to itself
+constexpr int kSharing = 4;      // tokens of a block beyond
 
 bool covered(int width) { return width > 0 && width <= kMaxWidth && width % 16 == 0; }
 
@@ -19,42 +21,51 @@ cudaError_t with_operand(const AnyModulation& any, int width, const Use& use) {
   return any.gain ? use(modulation, static_cast<T*>(nullptr)) : use(modulation, static_cast<float*>(nullptr));
 }
 
-Grid elements(std::int64_t chunks) { return {(chunks + kElementThreads - 1) / kElementThreads, kElementThreads}; }
+Grid elements(std::int64_t chunks, bool early) {
+  return {(chunks + kElementThreads - 1) / kElementThreads, kElementThreads, 0, false, early};
+}
 
 }  // namespace
 
 cudaError_t condition(Operand type, const void* y, const float* time_embedding, void* out, int steps, int rows,
                       int width, cudaStream_t stream) {
   if (!covered(width)) return cudaErrorInvalidValue;
-  const std::int64_t chunks = static_cast<std::int64_t>(steps) * rows * width / 4;
+  const std::int64_t chunks = static_cast<std::int64_t>(steps) * rows * width / kOwn;
   return with_type(type, [&](auto value) {
     using T = decltype(value);
-    return launch(condition_kernel<T>, elements(chunks), stream, static_cast<const T*>(y), time_embedding,
+    return launch(condition_kernel<T>, elements(chunks, false), stream, static_cast<const T*>(y), time_embedding,
                   static_cast<T*>(out), rows, width, chunks);
   });
 }
 
-cudaError_t bias_silu(Operand type, void* value, const void* bias, std::int64_t rows, int width, cudaStream_t stream) {
+cudaError_t bias_silu(Operand type, void* value, const void* bias, const Ahead& ahead, std::int64_t rows, int width,
+                      cudaStream_t stream) {
   if (!covered(width)) return cudaErrorInvalidValue;
-  const std::int64_t chunks = rows * width / 4;
+  const std::int64_t chunks = rows * width / kOwn;
   return with_type(type, [&](auto zero) {
     using T = decltype(zero);
-    return launch(bias_silu_kernel<T>, elements(chunks), stream, static_cast<T*>(value), static_cast<const T*>(bias),
-                  width, chunks);
+    return launch(bias_silu_kernel<T>, elements(chunks, true), stream, static_cast<T*>(value),
+                  static_cast<const T*>(bias), ahead, width, chunks);
   });
 }
 
 cudaError_t input(Operand type, const float* x, const float* weight, const float* bias, float* h,
                   const AnyModulation& any, void* operand, std::int64_t tokens, int halves, int channels, int width,
-                  cudaStream_t stream) {
+                  bool early, cudaStream_t stream) {
   if (!covered(width)) return cudaErrorInvalidValue;
-  const Grid grid{tokens, kRowThreads, 2 * kRowWarps * sizeof(float)};
   return with_type(type, [&](auto zero) {
     using T = decltype(zero);
     return with_operand<T>(any, width, [&](const auto& modulation, auto* none) {
       using Out = std::remove_pointer_t<decltype(none)>;
-      return launch(input_kernel<T, Out>, grid, stream, x, weight, bias, h, modulation, static_cast<Out*>(operand),
-                    tokens, halves, channels, width);
+      const auto with_tokens = [&](auto of_block) {
+        constexpr int kTokens = decltype(of_block)::value;
+        const std::size_t shared = (statistics_floats(kTokens) + kTokens * channels) * sizeof(float);
+        const Grid grid{(tokens + kTokens - 1) / kTokens, threads_of_row(width), shared, false, early};
+        return launch(input_kernel<T, Out, kTokens>, grid, stream, x, weight, bias, h, modulation,
+                      static_cast<Out*>(operand), tokens, halves, channels, width);
+      };
+      return tokens <= kLoneTokens ? with_tokens(std::integral_constant<int, 1>{})
+                                   : with_tokens(std::integral_constant<int, kSharing>{});
     });
   });
 }
@@ -62,7 +73,7 @@ cudaError_t input(Operand type, const float* x, const float* weight, const float
 cudaError_t residual(Operand type, const void* product, const void* bias, const void* mods, float* h,
                      const AnyModulation& next, void* operand, std::int64_t rows, int width, cudaStream_t stream) {
   if (!covered(width)) return cudaErrorInvalidValue;
-  const Grid grid{rows, kRowThreads, 2 * kRowWarps * sizeof(float)};
+  const Grid grid{rows, threads_of_row(width), statistics_floats(1) * sizeof(float), false, true};
   return with_type(type, [&](auto zero) {
     using T = decltype(zero);
     return with_operand<T>(next, width, [&](const auto& modulation, auto* none) {
@@ -75,12 +86,22 @@ cudaError_t residual(Operand type, const void* product, const void* bias, const 
 
 cudaError_t update(const Update& update, cudaStream_t stream) {
   if (!covered(update.width)) return cudaErrorInvalidValue;
-  const auto grid = [&](int tokens) {
-    return Grid{(update.tokens + tokens - 1) / tokens, kRowThreads, tokens * update.channels * sizeof(float)};
+  const auto run = [&](auto tokens, auto channels, auto threads) {
+    constexpr int kTokens = decltype(tokens)::value, kChannels = decltype(channels)::value;
+    constexpr int kThreads = decltype(threads)::value, kTiles = kThreads / kWarp;
+    const std::int64_t tiles =
+        (update.tokens + kTokens - 1) / kTokens * ((update.channels + kChannels - 1) / kChannels);
+    const Grid grid{(tiles + kTiles - 1) / kTiles, kThreads, 0, false, true};
+    return launch(update_kernel<kTokens, kChannels, kThreads>, grid, stream, update);
   };
-  // Many tokens share a block's reading of the weights.
-  return update.tokens <= kFewTokens ? launch(update_kernel<1>, grid(1), stream, update)
-                                     : launch(update_kernel<4>, grid(4), stream, update);
+  using std::integral_constant;
+  const integral_constant<int, 1> one;
+  const integral_constant<int, 2> two;
+  const integral_constant<int, 4> four;
+  // Few tokens are spread over the device; many share what a block reads.
+  if (update.tokens <= 32) return run(one, one, integral_constant<int, 64>{});
+  if (update.tokens <= 128) return run(two, two, integral_constant<int, 64>{});
+  return run(four, four, integral_constant<int, 256>{});
 }
 
 }  // namespace cspd

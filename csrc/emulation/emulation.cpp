@@ -45,7 +45,7 @@ struct Fiber {
   std::unique_ptr<char[]> stack;
   ucontext_t start;
   jmp_buf place;
-  bool started = false, ended = false;
+  bool started = false, ended = false, waited = false;
   const Meeting* waits_for = nullptr;
   unsigned waits_turn = 0;
   std::vector<Copy> open;
@@ -107,7 +107,7 @@ std::uint64_t seed() {
 }
 
 // Run blocks [first, last) to their end, all at the same time.
-bool run_blocks(std::int64_t first, std::int64_t last, int threads, std::size_t shared_bytes,
+bool run_blocks(std::int64_t first, std::int64_t last, int threads, std::size_t shared_bytes, bool early,
                 std::vector<std::unique_ptr<char[]>>& stacks, std::mt19937_64& random) {
   std::vector<Block> blocks(last - first);
   std::vector<Fiber> fibers(blocks.size() * threads);
@@ -171,21 +171,24 @@ bool run_blocks(std::int64_t first, std::int64_t last, int threads, std::size_t 
     if (!moved && for_all) return false;
     for_all = !moved;
   }
-  return true;
+  return !early || std::all_of(fibers.begin(), fibers.end(), [](const Fiber& fiber) { return fiber.waited; });
 }
 
 }  // namespace
 
-bool run(std::int64_t blocks, int threads, std::size_t shared_bytes, bool together, const std::function<void()>& body) {
+std::function<void()> unfinished;
+
+bool run(std::int64_t blocks, int threads, std::size_t shared_bytes, bool together, bool early,
+         const std::function<void()>& body) {
   const std::lock_guard<std::mutex> lock(one_at_a_time);
   std::mt19937_64 random(seed());
   std::vector<std::unique_ptr<char[]>> stacks;
   body_of_all = &body;
   gridDim = {static_cast<unsigned>(blocks)};
   blockDim = {static_cast<unsigned>(threads)};
-  if (together) return run_blocks(0, blocks, threads, shared_bytes, stacks, random);
+  if (together) return run_blocks(0, blocks, threads, shared_bytes, early, stacks, random);
   for (std::int64_t block = 0; block < blocks; ++block) {
-    if (!run_blocks(block, block + 1, threads, shared_bytes, stacks, random)) return false;
+    if (!run_blocks(block, block + 1, threads, shared_bytes, early, stacks, random)) return false;
   }
   return true;
 }
@@ -204,6 +207,15 @@ void* shared_memory() {
 }
 
 void sync_block() { meet(current->home->whole); }
+
+void wait_for_earlier() {
+  current->waited = true;
+  if (!unfinished) return;
+  meet(current->home->whole);
+  if (!unfinished) return;  // somebody has done it
+  unfinished();
+  unfinished = nullptr;
+}
 
 void yield() { leave(); }
 

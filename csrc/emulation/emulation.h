@@ -76,14 +76,21 @@ union Payload {
   std::uint32_t words[8];
 };
 
-// Run ``body`` for every thread of every block; false where they wait for each other for ever.
-bool run(std::int64_t blocks, int threads, std::size_t shared_bytes, bool together, const std::function<void()>& body);
+// Run ``body`` for every thread of every block; false where they wait for each other for ever,
+// or, of an ``early`` kernel, one ends without having waited for the kernels before it.
+bool run(std::int64_t blocks, int threads, std::size_t shared_bytes, bool together, bool early,
+         const std::function<void()>& body);
+
+// What the kernel before has left to do when the next, early one starts: for tests, which set it. It is done when all
+// threads of a block wait for it, the first time; what they read before, they read too early.
+extern std::function<void()> unfinished;
 
 // Give every thread of the warp the payloads of all 32. Whoever has ended takes no part, which is an error.
 const Payload* exchange(const Payload& mine);
 
 void* shared_memory();
 void sync_block();
+void wait_for_earlier();
 void yield();
 void copy_later(void* to, const void* from, bool valid);
 void commit_copies();
@@ -115,7 +122,7 @@ cudaError_t launch(void (*kernel)(Parameters...), const Grid& grid, cudaStream_t
   }
   const std::tuple<Parameters...> values(static_cast<Parameters>(arguments)...);
   const auto body = [&] { std::apply(kernel, values); };
-  const bool ended = emulation::run(grid.blocks, grid.threads, grid.shared_bytes, grid.cooperative, body);
+  const bool ended = emulation::run(grid.blocks, grid.threads, grid.shared_bytes, grid.cooperative, grid.early, body);
   return ended ? cudaSuccess : cudaErrorLaunchFailure;
 }
 
@@ -125,6 +132,10 @@ T* shared_memory() {
 }
 
 inline void sync_block() { emulation::sync_block(); }
+
+inline void sync_warp() { emulation::exchange({}); }
+
+inline void wait_for_earlier() { emulation::wait_for_earlier(); }
 
 template <typename T>
 T shuffle(T value, int lane) {
@@ -173,6 +184,18 @@ inline void fence() {}
 inline void pause() { emulation::yield(); }
 
 inline std::uint64_t nanoseconds() { return emulation::nanoseconds(); }
+
+// Looks at the memory, so that what lies beyond an array shows.
+inline void prefetch(const void* at) { static_cast<void>(*static_cast<const volatile unsigned char*>(at)); }
+
+inline void load_matrices(std::uint32_t (&matrices)[4], const void* row) {
+  // A lane's row as it is now: others may not have written theirs.
+  emulation::Payload mine = {};
+  std::memcpy(&mine, row, 16);
+  const auto* rows = emulation::exchange(mine);
+  const int lane = static_cast<int>(threadIdx.x % 32);
+  for (int i = 0; i < 4; ++i) matrices[i] = rows[8 * i + lane / 4].words[lane % 4];
+}
 
 // Products of the operands' own values, summed in float32, in order of k.
 template <typename T>

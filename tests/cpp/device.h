@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <functional>
 #include <initializer_list>
 #include <vector>
 
@@ -115,10 +116,13 @@ class Array {
 
   T* get() const { return reinterpret_cast<T*>(memory_ + front()); }
 
-  void set(const std::vector<T>& values) {
+  void set(const std::vector<T>& values) const {
     if (values.size() != count_) std::abort();
     copy(get(), values.data(), count_ * sizeof(T));
   }
+
+  // Back to NaNs.
+  void poison() const { fill(get(), kPoison, count_ * sizeof(T)); }
 
   std::vector<T> host() const {
     std::vector<T> values(count_);
@@ -167,6 +171,22 @@ class Array {
   std::size_t count_, offset_;
   unsigned char* memory_;
 };
+
+// A launch, to succeed, of an early kernel, and its end. ``before`` is what the kernels before it still have to do:
+// emulated, it is done when all threads of the first block wait for them, so that nothing of it can be read or written
+// over earlier; on a device, before the launch. There is at least one block.
+template <typename Launch>
+void run_early(const std::function<void()>& before, const Launch& launch) {
+#ifdef CSPD_EMULATED
+  cspd::emulation::unfinished = before;
+  RUN(launch());
+  CHECK(!cspd::emulation::unfinished);
+  cspd::emulation::unfinished = nullptr;
+#else
+  before();
+  RUN(launch());
+#endif
+}
 
 // The same bits whoever runs first: the emulation's order is drawn anew for every seed, a device's by itself.
 // ``compute`` returns a vector; the first result is returned.

@@ -55,6 +55,13 @@ struct Tensor {
   const T* get() const { return array.get(); }
 };
 
+// A launch that needs what kernels before it write into these tensors, see run_early.
+template <typename Launch, typename... Tensors>
+void run_early(const Launch& launch, const Tensors&... late) {
+  (late.array.poison(), ...);
+  device::run_early([&] { (late.array.set(late.typed), ...); }, launch);
+}
+
 inline double silu(double value) { return value / (1.0 + std::exp(-value)); }
 
 template <typename T>

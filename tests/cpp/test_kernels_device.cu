@@ -114,6 +114,56 @@ void tiles() {
   }
 }
 
+// Each lane gives the rows of the matrices in an order of its own.
+__global__ void matrices_kernel(const std::uint16_t* values, std::uint32_t* pairs) {
+  auto* shared = cspd::shared_memory<std::uint16_t>();  // [32, 8]
+  const int lane = cspd::lane();
+  for (int k = 0; k < 8; ++k) shared[8 * lane + k] = values[8 * lane + k];
+  cspd::sync_warp();
+  std::uint32_t of_lane[4];
+  cspd::load_matrices(of_lane, shared + 8 * (lane * 11 % 32));
+  for (int i = 0; i < 4; ++i) pairs[4 * lane + i] = of_lane[i];
+}
+
+void matrices() {
+  std::vector<std::uint16_t> values(32 * 8);
+  for (int i = 0; i < 32 * 8; ++i) values[i] = static_cast<std::uint16_t>(i * 257);
+  const Array<std::uint16_t> in(values);
+  const Array<std::uint32_t> out(4 * 32);
+  RUN(cspd::launch(matrices_kernel, cspd::Grid{1, 32, 32 * 8 * 2}, nullptr, in.get(), out.get()));
+  const auto got = out.host();
+  for (int lane = 0; lane < 32; ++lane) {
+    for (int i = 0; i < 4; ++i) {
+      const int row = (8 * i + lane / 4) * 11 % 32, at = 8 * row + 2 * (lane % 4);
+      CHECK_EQUAL(got[4 * lane + i], values[at] | static_cast<std::uint32_t>(values[at + 1]) << 16);
+    }
+  }
+}
+
+__global__ void early_kernel(const float* weights, float* values, bool all_wait) {
+  const auto i = blockIdx.x * blockDim.x + threadIdx.x;
+  const float weight = weights[i];
+  if (!all_wait && i == 70) return;
+  cspd::wait_for_earlier();
+  values[i] += weight;
+}
+
+// Early kernels one after another, each adding to what the one before has left.
+void early() {
+  constexpr int kCount = 64 * 40, kLaunches = 20;
+  const Array<float> weights(std::vector<float>(kCount, 1.0f)), values(kCount);
+  const std::vector<float> start(kCount, 0.5f);
+  const cspd::Grid grid{40, 64, 0, false, true};
+  const auto launch = [&] { return cspd::launch(early_kernel, grid, nullptr, weights.get(), values.get(), true); };
+  device::run_early([&] { values.set(start); }, launch);
+  for (int i = 1; i < kLaunches; ++i) SUCCEED(launch());
+  device::synchronise();
+  CHECK_SAME_BITS(values.host(), std::vector<float>(kCount, 0.5f + kLaunches));
+#ifdef CSPD_EMULATED
+  CHECK(cspd::launch(early_kernel, grid, nullptr, weights.get(), values.get(), false) == cudaErrorLaunchFailure);
+#endif
+}
+
 // Copies that are waited for group by group; each thread uses its own only.
 __global__ void copies_kernel(const float* from, float* to) {
   const auto i = threadIdx.x;
@@ -223,6 +273,8 @@ int main(int argc, char** argv) {
     lanes();
     tiles<float16>();
     tiles<bfloat16>();
+    matrices();
+    early();
     copies();
     conversions();
     numbers();

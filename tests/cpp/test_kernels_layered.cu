@@ -28,7 +28,16 @@ template <typename T>
 void bias_silu(int width, int rows) {
   Random random(2);
   const Tensor<T> value(random.normals(rows * width, 2.0)), bias(random.normals(width));
-  RUN(cspd::bias_silu(Type<T>::kOperand, value.array.get(), bias.get(), rows, width, nullptr));
+  const Array<T> gates(static_cast<std::size_t>(3) * rows * width), next(static_cast<std::size_t>(2) * rows * width);
+  const auto launch = [&] {
+    const cspd::Ahead ahead = {gates.get(), next.get(), 2 * width};
+    return cspd::bias_silu(Type<T>::kOperand, value.array.get(), bias.get(), ahead, rows, width, nullptr);
+  };
+  if (rows == 0) {
+    RUN(launch());
+  } else {
+    run_early(launch, value);
+  }
   Doubles expected;
   for (int i = 0; i < rows * width; ++i) expected.push_back(silu(value.values[i] + bias.values[i % width]));
   CHECK_ALL_NEAR(doubles(value.array.host()), expected, Type<T>::kRounding);
@@ -89,39 +98,61 @@ Doubles transposed(const Doubles& matrix, int rows, int columns) {
 }
 
 template <typename T>
-void input(int width, int tokens, int halves, int channels, bool affine) {
-  Random random(3);
+std::vector<float> input(int width, int tokens, int halves, int channels, bool affine) {
   const int rows = tokens * halves;
-  // Far from 0 beside its spread: no difference of large squares gets this right.
-  const Tensor<float> x(random.normals(tokens * channels)), weight(random.normals(channels * width)),
-      bias(random.normals(width, 1.0, 30.0));
+  // Every tensor from numbers of its own: the first tokens' are the same in a larger batch. The bias is far from 0
+  // beside its spread: no difference of large squares gets this right.
+  const Tensor<float> x(Random(3).normals(tokens * channels)), weight(Random(5).normals(channels * width)),
+      bias(Random(6).normals(width, 1.0, 30.0));
+  Random random(7);
   const Following<T> following(random, rows, width, affine);
   const OperandOut<T> operand(static_cast<std::size_t>(rows) * width, affine);
   const Array<float> h(static_cast<std::size_t>(rows) * width);
-  RUN(cspd::input(Type<T>::kOperand, x.get(), weight.get(), bias.get(), h.get(), following.get(), operand.get(), tokens,
-                  halves, channels, width, nullptr));
+  const auto launch = [&] {
+    return cspd::input(Type<T>::kOperand, x.get(), weight.get(), bias.get(), h.get(), following.get(), operand.get(),
+                       tokens, halves, channels, width, true, nullptr);
+  };
+  if (tokens == 0) {
+    RUN(launch());
+  } else {
+    run_early(launch, x, weight, following.mods);
+  }
   auto expected = linear(x.values, transposed(weight.values, channels, width), bias.values);
   if (halves == 2) expected.insert(expected.end(), expected.begin(), expected.begin() + tokens * width);
   CHECK_ALL_NEAR(h.host(), expected, 3e-6);
-  CHECK_ALL_NEAR(operand.host(), following.plain(expected, width), following.rounding() + 2e-5);
+  const auto got = operand.host();
+  CHECK_ALL_NEAR(got, following.plain(expected, width), following.rounding() + 2e-5);
+  return {got.begin(), got.end()};
 }
 
+// ``product`` or, without one, only the operand from h.
 template <typename T>
-std::vector<float> residual(int width, int rows, bool affine) {
+std::vector<float> residual(int width, int rows, bool affine, bool with_product = true) {
   Random random(4);
   const auto count = static_cast<std::size_t>(rows) * width;
   const Tensor<T> product(random.normals(count)), bias(random.normals(width)), mods(random.normals(3 * count));
   const Tensor<float> h(random.normals(count, 1.0, 2.0));
   const Following<T> following(random, rows, width, affine);
   const OperandOut<T> operand(count, affine);
-  RUN(cspd::residual(Type<T>::kOperand, product.get(), bias.get(), mods.get(), h.array.get(), following.get(),
-                     operand.get(), rows, width, nullptr));
+  const auto launch = [&] {
+    if (!with_product) {
+      return cspd::residual(Type<T>::kOperand, nullptr, nullptr, nullptr, h.array.get(), following.get(), operand.get(),
+                            rows, width, nullptr);
+    }
+    return cspd::residual(Type<T>::kOperand, product.get(), bias.get(), mods.get(), h.array.get(), following.get(),
+                          operand.get(), rows, width, nullptr);
+  };
+  if (rows == 0) {
+    RUN(launch());
+  } else {
+    run_early(launch, product, mods, h, following.mods);
+  }
   Doubles expected = h.values;
-  for (std::size_t i = 0; i < count; ++i) {
+  for (std::size_t i = 0; with_product && i < count; ++i) {
     const std::size_t row = i / width, column = i % width;
     expected[i] += mods.values[(3 * row + 2) * width + column] * (product.values[i] + bias.values[column]);
   }
-  CHECK_ALL_NEAR(h.array.host(), expected, 1e-6);
+  CHECK_ALL_NEAR(h.array.host(), expected, with_product ? 1e-6 : 0.0);
   const auto got = operand.host();
   CHECK_ALL_NEAR(got, following.plain(expected, width), following.rounding() + 2e-6);
   return {got.begin(), got.end()};
@@ -141,16 +172,29 @@ void every_size() {
         input<T>(width, rows, 1, 16, affine);
         input<T>(width, rows, 2, affine ? 3 : 64, affine);
         residual<T>(width, rows, affine);
+        residual<T>(width, rows, affine, false);
       }
     }
   }
+  // Up to 64 tokens a block of the input has one token, and then four, the last block perhaps fewer.
+  for (const int tokens : {64, 65, 67}) input<T>(tokens == 67 ? 1040 : 272, tokens, 2, 5, true);
 }
 
 template <typename T>
 void any_order() {
   for (const int width : {48, 2048}) {
     device::in_any_order([&] { return residual<T>(width, 3, true); });
+    device::in_any_order([&] { return input<T>(width, 3, 2, 5, true); });
+    device::in_any_order([&] { return input<T>(width, 66, 1, 5, true); });
   }
+}
+
+// Blocks of several tokens serve larger batches.
+void a_token_is_the_same_in_every_batch() {
+  const auto alone = input<bfloat16>(304, 3, 1, 5, true);
+  auto among_others = input<bfloat16>(304, 66, 1, 5, true);
+  among_others.resize(alone.size());
+  CHECK_SAME_BITS(among_others, alone);
 }
 
 void widths_beyond_the_kernels() {
@@ -160,9 +204,11 @@ void widths_beyond_the_kernels() {
   const cspd::AnyModulation none = {nullptr, nullptr, at, kEpsilon};
   for (const int width : {-16, 0, 8, 24, 2064, 4096}) {
     CHECK(cspd::condition(type, at, at, at, 1, 1, width, nullptr) == cudaErrorInvalidValue);
-    CHECK(cspd::bias_silu(type, at, at, 1, width, nullptr) == cudaErrorInvalidValue);
-    CHECK(cspd::input(type, at, at, at, at, none, at, 1, 1, 1, width, nullptr) == cudaErrorInvalidValue);
+    CHECK(cspd::bias_silu(type, at, at, {}, 1, width, nullptr) == cudaErrorInvalidValue);
+    CHECK(cspd::input(type, at, at, at, at, none, at, 1, 1, 1, width, false, nullptr) == cudaErrorInvalidValue);
     CHECK(cspd::residual(type, at, at, at, at, none, at, 1, width, nullptr) == cudaErrorInvalidValue);
+    const cspd::Product product = {at, at, at, at, nullptr, nullptr, {}, 1, width};
+    CHECK(cspd::product(cspd::Operand::kBfloat16, product, 16, 16, nullptr) == cudaErrorInvalidValue);
     cspd::Update update = {};
     update.x = at;
     update.tokens = 1;
@@ -170,7 +216,7 @@ void widths_beyond_the_kernels() {
     update.width = width;
     CHECK(cspd::update(update, nullptr) == cudaErrorInvalidValue);
   }
-  CHECK(cspd::bias_silu(static_cast<cspd::Operand>(3), at, at, 1, 16, nullptr) == cudaErrorInvalidValue);
+  CHECK(cspd::bias_silu(static_cast<cspd::Operand>(3), at, at, {}, 1, 16, nullptr) == cudaErrorInvalidValue);
   device::synchronise();
   CHECK(memory.untouched());
 }
@@ -184,6 +230,7 @@ int main(int argc, char** argv) {
     every_size<bfloat16>();
     any_order<float>();
     any_order<bfloat16>();
+    a_token_is_the_same_in_every_batch();
     widths_beyond_the_kernels();
   });
 }

@@ -14,38 +14,44 @@ std::vector<float> update(const Case& c) {
   const check::In in(check::text(c.tokens) + " tokens of " + check::text(c.channels) + " channels, width " +
                      check::text(c.width) + ", step " + check::text(c.step) + (c.guided ? ", guided" : "") +
                      (c.learned ? ", learned" : "") + (c.addressed ? ", addressed" : ""));
-  Random random(1);
+  // Every tensor from numbers of its own: the first tokens' are the same in a larger batch.
+  int seed_of_tensor = 0;
+  const auto normals = [&seed_of_tensor](std::size_t count, double scale = 1.0, double mean = 0.0) {
+    return Random(++seed_of_tensor).normals(count, scale, mean);
+  };
   const int rows = c.guided ? 2 * c.tokens : c.tokens, outputs = c.learned ? 2 * c.channels : c.channels;
   const auto count = static_cast<std::size_t>(c.tokens) * c.channels;
-  const Tensor<float> operand(random.normals(static_cast<std::size_t>(rows) * c.width)),
-      weight(random.normals(outputs * c.width, 1.0 / std::sqrt(c.width))), bias(random.normals(outputs)),
-      temperature({0.9f}), scale(random.normals(c.tokens, 1.0, 2.0)), x(random.normals(count)),
-      noise(random.normals(count)), path_before(random.normals(c.tokens));
-  // The end of its memory: adding to the NaNs behind it would not show.
-  const Array<float> path(path_before.typed, (4 - c.tokens % 4) % 4);
+  const Tensor<float> operand(normals(static_cast<std::size_t>(rows) * c.width)),
+      weight(normals(outputs * c.width, 1.0 / std::sqrt(c.width))), bias(normals(outputs)), temperature({0.9f}),
+      scale(normals(c.tokens, 1.0, 2.0)), x(normals(count)), noise(normals(count)), path(normals(count));
   std::vector<std::int64_t> rows_of_noise;
   for (int token = 0; token < c.tokens; ++token) rows_of_noise.push_back(5 * token + (std::int64_t{1} << 35));
   const Array<std::int64_t> seed({-77}), addresses(rows_of_noise);
   const Array<cspd::StepTable> table({table_of(c.step)});
   const Array<float> log_std(count);
-  const cspd::Update arguments = {operand.get(),
-                                  {nullptr, nullptr, weight.get(), bias.get()},
-                                  table.get(),
-                                  temperature.get(),
-                                  c.guided ? scale.get() : nullptr,
-                                  x.array.get(),
-                                  {c.addressed ? nullptr : noise.get(), 0, seed.get(), addresses.get()},
-                                  log_std.get(),
-                                  path.get(),
-                                  c.tokens,
-                                  c.step,
-                                  c.channels,
-                                  c.width,
-                                  c.learned};
-  RUN(cspd::update(arguments, nullptr));
+  cspd::Update arguments = {operand.get(),
+                            {nullptr, nullptr, weight.get(), bias.get()},
+                            table.get(),
+                            temperature.get(),
+                            c.guided ? scale.get() : nullptr,
+                            x.array.get(),
+                            {c.addressed ? nullptr : noise.get(), 0, seed.get(), addresses.get()},
+                            log_std.get(),
+                            path.array.get(),
+                            c.tokens,
+                            c.step,
+                            c.channels,
+                            c.width,
+                            c.learned};
+  const auto launch = [&] { return cspd::update(arguments, nullptr); };
+  if (c.tokens == 0) {
+    RUN(launch());
+  } else {
+    run_early(launch, operand, temperature, scale, x, noise, path);
+  }
 
   const auto network = linear(operand.values, weight.values, bias.values);
-  Doubles expected_x, expected_log_std, expected_path = path_before.values;
+  Doubles expected_x, expected_log_std, expected_path = path.values;
   for (int token = 0; token < c.tokens; ++token) {
     for (int channel = 0; channel < c.channels; ++channel) {
       const std::size_t at = static_cast<std::size_t>(token) * c.channels + channel;
@@ -59,12 +65,12 @@ std::vector<float> update(const Case& c) {
       const auto step = plain_step(x.values[at], eps, v, table_of(c.step), temperature.values[0], drawn, c.step == 0);
       expected_x.push_back(step.x);
       expected_log_std.push_back(step.log_std);
-      if (c.step > 0) expected_path[token] += step.log_std;
+      if (c.step > 0) expected_path[at] += step.log_std;
     }
   }
   const auto got = x.array.host();
   CHECK_ALL_NEAR(got, expected_x, 1e-5);
-  CHECK_ALL_NEAR(path.host(), expected_path, 1e-5);
+  CHECK_ALL_NEAR(path.array.host(), expected_path, 1e-5);
   if (c.step == 0) {
     CHECK_ALL_NEAR(log_std.host(), expected_log_std, 1e-5);
   } else {
@@ -73,24 +79,38 @@ std::vector<float> update(const Case& c) {
   return got;
 }
 
+// Tiles of other sizes serve larger batches.
+void a_token_is_the_same_in_every_batch() {
+  for (const bool addressed : {false, true}) {
+    const auto alone = update({3, 9, 272, 1, false, true, addressed});
+    for (const int tokens : {33, 131}) {
+      auto among_others = update({tokens, 9, 272, 1, false, true, addressed});
+      among_others.resize(alone.size());
+      CHECK_SAME_BITS(among_others, alone);
+    }
+  }
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
   return device::program("update", argc, argv, [] {
-    // Up to 256 tokens a block has one token, and then four, the last block perhaps fewer.
-    for (const int tokens : {0, 1, 5, 256, 257, 300, 515}) {
-      if (device::small && tokens > 5 && tokens != 257) continue;
+    // A warp has one token and channel, from 33 tokens on two by two, and from 129 on four by four.
+    for (const int tokens : {0, 1, 5, 32, 33, 128, 129, 131, 300}) {
+      if (device::small && tokens > 5 && tokens != 33 && tokens != 131) continue;
       for (int flags = 0; flags < 16; ++flags) {
         update({tokens, 3, 48, flags & 8 ? 2 : 0, (flags & 1) != 0, (flags & 2) != 0, (flags & 4) != 0});
       }
     }
     for (const int width : {16, 48, 1040, 2048}) {
-      for (const int tokens : {2, width > 1000 ? 3 : 259}) update({tokens, 16, width, 1, true, true, true});
+      for (const int tokens : {2, 34, width > 1000 ? 130 : 259}) update({tokens, 16, width, 1, true, true, true});
     }
-    for (const int channels : {1, 8, 9, 64}) update({3, channels, 32, 3, true, true, true});
-    update({257, 64, 16, 1, false, true, false});
-    for (const int tokens : {3, 258}) {
+    for (const int channels : {1, 8, 9, 64}) {
+      for (const int tokens : {3, 35, 135}) update({tokens, channels, 32, 3, true, true, true});
+    }
+    for (const int tokens : {3, 36, 258}) {
       device::in_any_order([&] { return update({tokens, 20, 48, 1, true, true, true}); });
     }
+    a_token_is_the_same_in_every_batch();
   });
 }

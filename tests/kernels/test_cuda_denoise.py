@@ -1,16 +1,21 @@
-"""The CUDA chains beyond what every backend is tested for: how the persistent kernel divides its work, its watchdog,
-and that nothing depends on the order in which threads run."""
+"""The CUDA chains beyond what every backend is tested for: whose products the layered one takes, how the persistent
+kernel divides its work, its watchdog, and that nothing depends on the order in which threads run."""
 
 import pytest
 import torch
-from chains import addressed, assert_agrees, kernels_of
+import torch.nn.functional as F
+from chains import BOUNDS, addressed, assert_agrees, kernels_of, run_chain
 
 from cspd_kernels import denoise
 from cspd_kernels.ops.denoise import cuda_persistent
+from cspd_kernels.ops.denoise.cuda_config import TABLE, Entry, Tile, tile_for
+from cspd_kernels.ops.denoise.cuda_layered import LayeredChain
 from cspd_kernels.ops.denoise.cuda_persistent import PersistentChain, plan_of
-from cspd_kernels.testing import random_inputs
+from cspd_kernels.testing import random_inputs, relative_error
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+HALF = DTYPES[1:]
+TILES = [Tile(16, 16), Tile(32, 32), Tile(64, 32), Tile(64, 64)]
 
 
 @pytest.fixture
@@ -26,6 +31,83 @@ def call(head, rows, guided, seed=0):
 def check(head, rows, guided, seed=0):
     inputs = random_inputs(head, rows, seed, guided)
     assert_agrees(head, *inputs, cfg_scale=2.5 if guided else 1.0, backend="cuda")
+
+
+@pytest.fixture
+def products(monkeypatch, used):
+    """``products(tile)``: every product is the extension's own, in such tiles, or (None) the library's."""
+    wanted = []
+
+    def take(tile):
+        monkeypatch.setattr(LayeredChain, "table", (Entry(1 << 20, 2048, tile),))
+        wanted.append(tile)
+
+    yield take
+    assert used
+    assert [chain.tile for chain in used] == [wanted[-1]] * len(used)
+
+
+def test_the_library_makes_the_products_of_many_rows_and_of_float32():
+    assert [tile_for(1, 1024, dtype) for dtype in DTYPES] == [None, Tile(16, 16), Tile(16, 16)]
+    for width, most in ((1024, 240), (1280, 128), (1536, 128)):
+        tiles = [tile_for(rows, width, torch.bfloat16) for rows in range(1, 600)]
+        assert tiles.index(None) == most
+        assert set(tiles[:most]) <= set(TILES)
+        assert set(tiles[most:]) == {None}
+    assert tile_for(1, 1024, torch.bfloat16, ()) is None
+    assert {entry.tile for entry in TABLE} <= {*TILES, None}
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("tile", [*TILES, None])
+@pytest.mark.parametrize(
+    ("rows", "width", "depth", "guided"),
+    [(1, 16, 1, False), (3, 80, 3, True), (17, 144, 2, False), (40, 48, 2, True), (65, 272, 1, False)],
+)
+def test_products(make_head, products, dtype, tile, rows, width, depth, guided):
+    products(tile)
+    check(make_head(dtype, width=width, depth=depth), rows, guided)
+
+
+@pytest.mark.parametrize("tile", TILES)
+def test_products_of_a_fixed_variance_and_addressed_noise(make_head, products, tile):
+    products(tile)
+    head = make_head(torch.bfloat16, learn_sigma=False, steps=3, depth=2)
+    cond, x, _ = random_inputs(head, 5, 2, guided=True)
+    assert_agrees(head, cond, x, addressed(head, 5), cfg_scale=3.0, temperature=0.7, backend="cuda")
+
+
+@pytest.mark.parametrize(("width", "rows"), [(1024, 2), (1536, 20)])
+def test_products_as_the_table_has_them(make_head, used, width, rows):
+    check(make_head(torch.bfloat16, width=width, channels=16), rows, False)
+    assert {chain.tile for chain in used} == {tile_for(rows, width, torch.bfloat16)} != {None}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("table", [TABLE, ()])
+def test_one_block(make_head, monkeypatch, kernel_device, dtype, table):
+    """``run_block`` is a block of the network, with the modulations of the step whose first row it is told."""
+    monkeypatch.setattr(LayeredChain, "table", table)
+    head = make_head(dtype, width=80, depth=3, steps=2)
+    inputs = random_inputs(head, 5, 0, guided=True)
+    chain = LayeredChain(head, 5, True, inputs[2], 2, static=False)
+    run_chain(chain, head, inputs, cfg_scale=2.0)
+    block, following = head.blocks[1], head.blocks[2]
+    chain.h.normal_()
+    chain.operand.normal_()
+    h, operand, first_row = chain.h.double(), chain.operand.double(), 10  # of step 1
+    chain.run_block(head, 1, first_row)
+
+    def modulations(index):
+        return chain.mods[index, first_row : first_row + 10].double().chunk(3, dim=1)
+
+    hidden = F.silu(F.linear(operand, block.weight0.double(), block.bias0.double()))
+    h += modulations(1)[2] * F.linear(hidden, block.weight1.double(), block.bias1.double())
+    shift, scale, _ = modulations(2)
+    normal = F.layer_norm(h, (80,), following.norm_weight.double(), following.norm_bias.double(), head.norm_eps)
+    bound = BOUNDS[dtype]
+    assert relative_error(chain.h, h) < bound
+    assert relative_error(chain.operand, normal * (1 + scale) + shift) < bound
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -97,7 +97,7 @@ class Chain:
             "final_mods": (steps * rows, 2 * width),
         }
         self.log_std = empty(tokens, channels)
-        self.path = empty(tokens, channels)
+        self.path = empty(tokens, channels)  # sums over steps
         self.result = self.x
         self._filled: dict[str, float] = {}  # what whole buffers hold
 

@@ -1,62 +1,122 @@
-"""The layered chain in CUDA: library products, and one kernel for everything between two of them.
+"""The layered chain in CUDA: two products a network block, and everything between them in kernels of the extension.
 
-Per reverse step: ``input`` (input projection, and the first block's operand), for each block product, ``bias_silu``,
-product and ``residual`` (gate, residual, and the next layer's operand), then ``update`` (final layer, guidance,
-posterior, noise). The products follow PyTorch's settings at the time a graph is captured, as those of the modulations
-do: float32 ones are IEEE unless ``torch.backends.cuda.matmul.allow_tf32`` is set.
+Per reverse step: ``input`` (input projection, and the first block's operand), the blocks, then ``update`` (final layer,
+guidance, posterior, noise). A block is, as :mod:`cuda_config` has it, either
+
+- a library product, ``bias_silu``, another product, and ``residual`` (bias, gate, residual, and the next layer's
+  operand); the products follow PyTorch's settings at the time a graph is captured, as those of the modulations do:
+  float32 ones are IEEE unless ``torch.backends.cuda.matmul.allow_tf32`` is set; or
+- ``block``: two products of the extension, which do what follows them themselves, and the next layer's operand.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 from ...cuda_support import extension, launch_stream
+from . import cuda_config
 from .cuda_chain import DTYPE_CODES, CudaChain
 
 
+class Layers(NamedTuple):
+    """What the kernels are given of a head's blocks; it is made once for many steps."""
+
+    norms: list[tuple[int, int]]  # addresses of every block's gain and offset, and two zeros: the final norm has none
+    weights: list[tuple[torch.Tensor, int, torch.Tensor, int]]  # (W, W) transposed, and addresses of the biases
+
+    @staticmethod
+    def of(head) -> Layers:
+        blocks = head.blocks
+        norms = [(b.norm_weight.data_ptr(), b.norm_bias.data_ptr()) for b in blocks]
+        weights = [(b.weight0.t(), b.bias0.data_ptr(), b.weight1.t(), b.bias1.data_ptr()) for b in blocks]
+        return Layers([*norms, (0, 0)], weights)
+
+
 class LayeredChain(CudaChain):
-    """A chain whose products are the library's."""
+    """A chain of a few launches a layer."""
+
+    table = cuda_config.TABLE  # for tests and benchmarks to replace: () leaves all products to the library
 
     def __init__(self, head, tokens, guided, noise, steps, static):
         super().__init__(head, tokens, guided, noise, steps, static)
         shape = self.rows, head.width
+        self.tile = cuda_config.tile_for(*shape, head.dtype, self.table)
         self.h = torch.empty(shape, device=head.device, dtype=torch.float32)
         self.operand, self.hidden, self.product = torch.empty((3, *shape), device=head.device, dtype=head.dtype)
         self.final_operand = torch.empty_like(self.h)
+        self.code, self.width, self.epsilon = DTYPE_CODES[head.dtype], head.width, head.norm_eps
+        # Addresses and strides that every step asks for.
+        self.h_at, self.operand_at, self.hidden_at, self.product_at, self.final_operand_at = (
+            buffer.data_ptr() for buffer in (self.h, self.operand, self.hidden, self.product, self.final_operand)
+        )
+        self.mods_at = [mods.data_ptr() for mods in self.mods]
+        self.row_bytes = 3 * head.width * head.dtype.itemsize  # of a block's modulations
 
     def warm_up(self, head) -> None:
         super().warm_up(head)
-        for b in head.blocks[:1]:
-            torch.mm(self.operand, b.weight0.t(), out=self.hidden)
+        if self.tile is None:
+            for b in head.blocks[:1]:
+                torch.mm(self.operand, b.weight0.t(), out=self.hidden)
+
+    def modulation(self, index: int, first_row: int) -> int:
+        """The address of a layer's modulations from a row on; the final layer comes after the last block."""
+        if index < len(self.mods_at):
+            return self.mods_at[index] + first_row * self.row_bytes
+        return self.final_mods.data_ptr() + first_row * self.row_bytes // 3 * 2
+
+    def next_operand(self, layers: Layers, index: int, first_row: int) -> tuple[int, int, int, int]:
+        """How h becomes a layer's operand: the norm's gain and offset, its modulation, and where to."""
+        to = self.operand_at if index < len(layers.weights) else self.final_operand_at
+        return *layers.norms[index], self.modulation(index, first_row), to
+
+    def run_block(self, head, index: int, first_row: int, layers: Layers | None = None, stream: int | None = None):
+        """One network block of one step, from ``h`` and ``operand`` to ``h`` and the next layer's operand.
+
+        Args:
+            first_row: of the step in the modulations.
+            layers, stream: what ``Layers.of`` and ``launch_stream`` return, of who has them.
+        """
+        layers = layers or Layers.of(head)
+        stream = launch_stream(head.device) if stream is None else stream
+        kernels, rows, width = extension(), self.rows, self.width
+        weight0, bias0, weight1, bias1 = layers.weights[index]
+        mods, following = self.modulation(index, first_row), self.next_operand(layers, index + 1, first_row)
+        if self.tile is not None:
+            kernels.block(
+                self.code, *self.tile, self.operand_at, self.hidden_at, self.h_at, weight0.data_ptr(), bias0,
+                weight1.data_ptr(), bias1, mods, *following, rows, width, self.epsilon, stream,
+            )  # fmt: skip
+            return
+        torch.mm(self.operand, weight0, out=self.hidden)
+        next_gated = index + 1 < head.depth
+        kernels.bias_silu(self.code, self.hidden_at, bias0, mods, following[2], next_gated, rows, width, stream)
+        torch.mm(self.hidden, weight1, out=self.product)
+        kernels.residual(
+            self.code, self.product_at, bias1, mods, self.h_at, *following, rows, width, self.epsilon, stream
+        )
 
     def run_steps(self, head, tables, start, stop) -> None:
         if stop == head.num_steps:
             tables.input_weight.copy_(head.input_weight.t())  # the module's own weights may have changed
-        kernels, stream, code = extension(), launch_stream(head.device), DTYPE_CODES[head.dtype]
-        rows, width, eps = self.rows, head.width, head.norm_eps
-        norms = [(b.norm_weight.data_ptr(), b.norm_bias.data_ptr()) for b in head.blocks]
-        weights = [(b.weight0.t(), b.bias0.data_ptr(), b.weight1.t(), b.bias1.data_ptr()) for b in head.blocks]
+        kernels, stream, layers = extension(), launch_stream(head.device), Layers.of(head)
+        ends = [v.data_ptr() for v in (tables.input_weight, head.input_bias, head.final_weight, head.final_bias)]
+        coefficients, x = tables.coefficients.data_ptr(), self.x.data_ptr()
+        coefficients_bytes = tables.coefficients.stride(0) * tables.coefficients.itemsize
+        noise, noise_bytes = (0, 0) if self.philox else (self.noise.data_ptr(), 4 * self.noise.stride(0))
+        state = [v.data_ptr() for v in (self.seed, self.addresses, self.log_std, self.path, self.temperature)]
+        seed, addresses, log_std, path, temperature = state
         for step in reversed(range(start, stop)):
-            of_step = slice((step - start) * rows, (step - start + 1) * rows)
-            mods = [m.data_ptr() for m in self.mods[:, of_step]]
-            # How h becomes the operand of every block and of the final layer: its norm, its modulation, and where to.
-            operands = [(*norm, m, self.operand.data_ptr()) for norm, m in zip(norms, mods)]
-            operands.append((0, 0, self.final_mods[of_step].data_ptr(), self.final_operand.data_ptr()))
+            first_row = (step - start) * self.rows
             kernels.input(
-                code, self.x.data_ptr(), tables.input_weight.data_ptr(), head.input_bias.data_ptr(), self.h.data_ptr(),
-                *operands[0], self.tokens, self.halves, head.channels, width, eps, stream,
+                self.code, x, *ends[:2], self.h_at, *self.next_operand(layers, 0, first_row), self.tokens, self.halves,
+                head.channels, self.width, self.epsilon, step < stop - 1, stream,
             )  # fmt: skip
-            for (weight0, bias0, weight1, bias1), m, following in zip(weights, mods, operands[1:]):
-                torch.mm(self.operand, weight0, out=self.hidden)
-                kernels.bias_silu(code, self.hidden.data_ptr(), bias0, rows, width, stream)
-                torch.mm(self.hidden, weight1, out=self.product)
-                kernels.residual(
-                    code, self.product.data_ptr(), bias1, m, self.h.data_ptr(), *following, rows, width, eps, stream
-                )
+            for index in range(head.depth):
+                self.run_block(head, index, first_row, layers, stream)
             kernels.update(
-                self.final_operand.data_ptr(), head.final_weight.data_ptr(), head.final_bias.data_ptr(),
-                tables.coefficients[step].data_ptr(), self.temperature.data_ptr(), self.scale_pointer,
-                self.x.data_ptr(), 0 if self.philox else self.noise[step].data_ptr(), self.seed.data_ptr(),
-                self.addresses.data_ptr(), step, self.log_std.data_ptr(), self.path.data_ptr(), self.tokens,
-                head.channels, head.learned_variance, width, stream,
+                self.final_operand_at, *ends[2:], coefficients + step * coefficients_bytes, temperature,
+                self.scale_pointer, x, noise + step * noise_bytes, seed, addresses, step, log_std, path, self.tokens,
+                head.channels, head.learned_variance, self.width, stream,
             )  # fmt: skip

@@ -10,6 +10,8 @@
 #include "emulation.h"
 #else
 #include <cuda_runtime.h>
+
+#include <atomic>
 #endif
 
 namespace cspd {
@@ -23,9 +25,31 @@ struct Grid {
   int threads;
   std::size_t shared_bytes = 0;
   bool cooperative = false;  // all blocks run at the same time
+  bool early = false;        // may start while the kernel before it in the stream still runs: see wait_for_earlier
 };
 
 #ifndef CSPD_EMULATED
+
+// Whether kernels with ``early`` in their grid do start early on the current device: their code must have the wait,
+// which that of compute capability 9.0 and later has, and graphs hold such launches from CUDA 12.3 on. All kernels are
+// compiled for the same devices, so the first one that asks finds out for all.
+inline bool starts_early(const void* kernel) {
+  constexpr int kDevices = 64;
+  enum Answer : signed char { kUnknown, kNo, kYes };
+  static std::atomic<signed char> answers[kDevices];
+  int device = 0;
+  if (cudaGetDevice(&device) != cudaSuccess || device >= kDevices) return false;
+  auto& answer = answers[device];
+  if (answer == kUnknown) {
+    int runtime = 0, driver = 0;
+    cudaFuncAttributes code = {};
+    const bool yes = cudaRuntimeGetVersion(&runtime) == cudaSuccess && runtime >= 12030 &&
+                     cudaDriverGetVersion(&driver) == cudaSuccess && driver >= 12030 &&
+                     cudaFuncGetAttributes(&code, kernel) == cudaSuccess && code.ptxVersion >= 90;
+    answer = yes ? kYes : kNo;
+  }
+  return answer == kYes;
+}
 
 // Launch on the current device. The kernels' shared memory may exceed the 48 KiB that need no opting in.
 template <typename... Parameters, typename... Arguments>
@@ -40,16 +64,23 @@ cudaError_t launch(void (*kernel)(Parameters...), const Grid& grid, cudaStream_t
       return set;
     }
   }
-  cudaLaunchAttribute attribute;
-  attribute.id = cudaLaunchAttributeCooperative;
-  attribute.val.cooperative = 1;
+  cudaLaunchAttribute attributes[2];
+  unsigned count = 0;
+  if (grid.cooperative) {
+    attributes[count].id = cudaLaunchAttributeCooperative;
+    attributes[count++].val.cooperative = 1;
+  }
+  if (grid.early && starts_early(reinterpret_cast<const void*>(kernel))) {
+    attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[count++].val.programmaticStreamSerializationAllowed = 1;
+  }
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(grid.blocks));
   config.blockDim = dim3(grid.threads);
   config.dynamicSmemBytes = grid.shared_bytes;
   config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = grid.cooperative ? 1 : 0;
+  config.attrs = attributes;
+  config.numAttrs = count;
   const auto launched = cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
   cudaGetLastError();  // not to be found by whoever asks next
   return launched;
@@ -62,6 +93,26 @@ __device__ __forceinline__ T* shared_memory() {
 }
 
 __device__ __forceinline__ void sync_block() { __syncthreads(); }
+
+__device__ __forceinline__ void sync_warp() { __syncwarp(); }
+
+// Programmatic dependent launch: in a kernel whose grid is ``early``, wait until every kernel before it in the stream
+// has ended and its writing can be seen, then let the next one start, which waits here in turn.
+//
+// Such a kernel may be launched while the one before it runs. What makes that safe:
+// - Before the wait only such memory is read as nothing in the chain writes: weights, biases, tables. Not what an
+//   earlier kernel writes, though it has surely ended: one rule for all. Nothing is written.
+// - Every thread of every block waits, those without work of their own, too. So a kernel ends after all that came
+//   before it, and whoever waits for its end waits for all of them, a library's kernels in between or not.
+// - The next kernel is let go after the wait, never before: at most two of a chain are on the device at a time, and
+//   its blocks get what the running ones leave free. A library's kernel does not start early, and an early one after
+//   it waits for its end, whatever it does itself.
+__device__ __forceinline__ void wait_for_earlier() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
 
 template <typename T>
 __device__ __forceinline__ T shuffle_xor(T value, int lanes) {
@@ -93,6 +144,20 @@ template <int Pending>
 __device__ __forceinline__ void copy_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(Pending) : "memory");
 }
+
+// Four matrices of [8, 8] half-precision values out of shared memory: lane i has the address of row i % 8 of matrix
+// i / 8, 16 bytes, and gets of each matrix the pair (row lane / 4, columns 2 (lane % 4)). What is read may be copied
+// over after the next wait of the warp.
+__device__ __forceinline__ void load_matrices(std::uint32_t (&matrices)[4], const void* row) {
+  const auto from = static_cast<unsigned>(__cvta_generic_to_shared(row));
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(matrices[0]), "=r"(matrices[1]), "=r"(matrices[2]), "=r"(matrices[3])
+               : "r"(from)
+               : "memory");
+}
+
+// Bring the cache line of an address into the second-level cache, in the background: a hint. It reads nothing.
+__device__ __forceinline__ void prefetch(const void* at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
 
 // Words that blocks pass to each other while they run: each is read and written whole, past the caches of one
 // multiprocessor, and in no order with any other.

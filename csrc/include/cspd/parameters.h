@@ -67,6 +67,26 @@ struct AnyModulation {
   float epsilon;
 };
 
+// Modulations that kernels to come will read, and that the one at hand asks the second-level cache for: they come from
+// device memory, which is otherwise idle here. Nothing where the pointers are null.
+struct Ahead {
+  const void* gates;  // [M, 3 W], the third column block
+  const void* next;   // [M, next_stride], the first two column blocks: shift and scale of the next layer
+  int next_stride;
+};
+
+// A layer of width W whose product and what follows are one kernel: activations = silu(operand weight^T + bias) or,
+// where ``h`` is not null, h += gate (operand weight^T + bias). Of type T, a half-precision one, but for h.
+struct Product {
+  const void *operand, *weight, *bias;  // [M, W], [W, W], [W]
+  void* activations;                    // [M, W]
+  const void* mods;                     // [M, 3 W]: the gate is the third column block
+  float* h;                             // [M, W]
+  Ahead ahead;
+  std::int64_t rows;
+  int width;
+};
+
 // Where a step's noise comes from: stored, or addressed where ``noise`` is null.
 struct Noise {
   const float* noise;  // [N, C] of step 0, and ``stride`` floats further for every step
@@ -87,7 +107,7 @@ struct Update {
   const float *temperature, *scale;  // [1], [N]; scale is null without guidance
   float* x;                          // [N, C], in place
   Noise noise;
-  float *log_std, *path;  // [N, C] of step 0, without the temperature; [N], added to by the others
+  float *log_std, *path;  // [N, C] of step 0, without the temperature; [N, C], added to by the others
   std::int64_t tokens;
   int step, channels, width;
   bool learned;

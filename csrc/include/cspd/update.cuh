@@ -1,0 +1,141 @@
+// The end of a reverse step: final layer, guidance, posterior, noise.
+//
+// A warp makes ``Tokens`` x ``Channels`` of them, its lanes side by side along k: each row of the weights that it reads
+// serves all of its tokens, each row of the operand all of its channels, and neighbouring warps of a block meet the
+// same rows in the first-level cache. A token's sums are added up in the same order whatever the tile.
+#pragma once
+
+#include "cspd/philox.cuh"
+#include "cspd/posterior.cuh"
+#include "cspd/rows.cuh"
+
+namespace cspd {
+
+// For each of ``Count`` values (1, 2, 4, ... 32) the sum over the warp: lane l has that of value l / (32 / Count).
+template <int Distance = kWarp / 2, int Count>
+__device__ __forceinline__ float sums_over_warp(const float (&values)[Count]) {
+  if constexpr (Distance == 0) {
+    return values[0];
+  } else if constexpr (Count == 1) {
+    return sums_over_warp<Distance / 2>({values[0] + shuffle_xor(values[0], Distance)});
+  } else {
+    const bool upper = lane() & Distance;  // this lane keeps the upper half of the values, and gives the lower one away
+    float kept[Count / 2];
+#pragma unroll
+    for (int i = 0; i < Count / 2; ++i) {
+      const float low = values[i], high = values[i + Count / 2];
+      kept[i] = (upper ? high : low) + shuffle_xor(upper ? low : high, Distance);
+    }
+    return sums_over_warp<Distance / 2>(kept);
+  }
+}
+
+// A warp's share of the final layer. Rows and columns that there are not are the last ones once more.
+template <int Tokens, int Channels>
+struct FinalLayer {
+  static constexpr int kCount = Tokens * Channels;
+  float eps[kCount] = {}, v[kCount] = {}, eps_u[kCount] = {};  // [Tokens, Channels]
+
+  __device__ __forceinline__ void run(const Update& update, std::int64_t first_token, int first_channel) {
+    const float *operands[Tokens], *weights[Channels];
+#pragma unroll
+    for (int t = 0; t < Tokens; ++t) {
+      const std::int64_t token = first_token + t < update.tokens ? first_token + t : update.tokens - 1;
+      operands[t] = update.operand + token * update.width;
+    }
+#pragma unroll
+    for (int c = 0; c < Channels; ++c) {
+      const int channel = first_channel + c < update.channels ? first_channel + c : update.channels - 1;
+      weights[c] = update.ends.final_weight + static_cast<std::int64_t>(channel) * update.width;
+    }
+    const std::int64_t to_v = static_cast<std::int64_t>(update.channels) * update.width;
+    const std::int64_t to_u = update.tokens * update.width;
+    [[maybe_unused]] constexpr int kUnroll = kCount == 1 ? 4 : kCount <= 4 ? 2 : 1;
+#pragma unroll kUnroll
+    for (int column = 4 * lane(); column < update.width; column += 4 * kWarp) {
+      Vector<float, 4> of_eps[Channels], of_v[Channels] = {}, a[Tokens], u[Tokens] = {};
+#pragma unroll
+      for (int c = 0; c < Channels; ++c) of_eps[c] = load_four(weights[c] + column);
+#pragma unroll
+      for (int c = 0; c < Channels; ++c) {
+        if (update.learned) of_v[c] = load_four(weights[c] + to_v + column);
+      }
+#pragma unroll
+      for (int t = 0; t < Tokens; ++t) a[t] = load_four(operands[t] + column);
+#pragma unroll
+      for (int t = 0; t < Tokens; ++t) {
+        if (update.scale) u[t] = load_four(operands[t] + to_u + column);
+      }
+      add(eps, a, of_eps);
+      if (update.learned) add(v, a, of_v);
+      if (update.scale) add(eps_u, u, of_eps);
+    }
+  }
+
+ private:
+  static __device__ __forceinline__ void add(float (&sums)[kCount], const Vector<float, 4> (&rows)[Tokens],
+                                             const Vector<float, 4> (&weights)[Channels]) {
+#pragma unroll
+    for (int t = 0; t < Tokens; ++t) {
+#pragma unroll
+      for (int c = 0; c < Channels; ++c) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          sums[t * Channels + c] = fmaf(rows[t].v[i], weights[c].v[i], sums[t * Channels + c]);
+        }
+      }
+    }
+  }
+};
+
+template <int Tokens, int Channels, int Threads>
+__global__ void __launch_bounds__(Threads) update_kernel(Update update) {
+  constexpr int kCount = Tokens * Channels, kLanes = kWarp / kCount;
+  const int channels = update.channels, groups = (channels + Channels - 1) / Channels;
+  const std::int64_t tile = static_cast<std::int64_t>(blockIdx.x) * (Threads / kWarp) + warp();
+  const std::int64_t first_token = tile / groups * Tokens;
+  const int first_channel = static_cast<int>(tile % groups) * Channels;
+  // What this lane ends the step of.
+  const int own = lane() / kLanes, channel = first_channel + own % Channels;
+  const std::int64_t token = first_token + own / Channels, at = token * channels + channel;
+  const bool mine = lane() % kLanes == 0 && token < update.tokens && channel < channels;
+  Output bias = {};
+  if (mine) {
+    bias.eps = bias.eps_u = update.ends.final_bias[channel];
+    if (update.learned) bias.v = update.ends.final_bias[channels + channel];
+  }
+  wait_for_earlier();
+  // On their way while the final layer is made.
+  const bool guided = update.scale != nullptr, last = update.step == 0, stored = update.noise.noise != nullptr;
+  float x = 0.0f, scale = 1.0f, noise = 0.0f;
+  std::uint64_t seed = 0;
+  std::int64_t address = 0;
+  StepTable table = {};
+  if (mine) {
+    x = update.x[at];
+    if (guided) scale = update.scale[token];
+    table = *update.table;
+    if (!last && stored) noise = update.noise.noise[update.step * update.noise.stride + at];
+    if (!last && !stored) {
+      seed = static_cast<std::uint64_t>(*update.noise.seed);
+      address = update.noise.addresses[token];
+    }
+  }
+  FinalLayer<Tokens, Channels> layer;
+  layer.run(update, first_token, first_channel);
+  Output out;
+  out.eps = sums_over_warp(layer.eps) + bias.eps;
+  out.v = update.learned ? sums_over_warp(layer.v) + bias.v : 0.0f;
+  out.eps_u = guided ? sums_over_warp(layer.eps_u) + bias.eps_u : 0.0f;
+  if (!mine) return;
+  if (!last && !stored) noise = normal_at(seed, address, update.step, channel, kStreamStep);
+  const Step step = reverse_step(x, out, table, guided, scale, *update.temperature, noise, last);
+  update.x[at] = step.x;
+  if (last) {
+    update.log_std[at] = step.log_std;
+  } else {
+    update.path[at] += step.log_std;
+  }
+}
+
+}  // namespace cspd
