@@ -1,5 +1,3 @@
-#include <type_traits>
-
 #include "cspd/persistent_launch.cuh"
 #include "cspd/types.cuh"
 
@@ -14,25 +12,25 @@ PersistentPlan plan_of(int rows, int tokens, int channels, int width, int depth,
   PersistentPlan plan = {};
   const int tiles = width / kTileColumns;
   plan.columns = kTileColumns * ((tiles + multiprocessors - 1) / multiprocessors);
-  const auto bytes = [&](auto resident, int slots) {
-    return shared_layout<T, resident.value>(compiled_rows(rows), tokens, channels, width, depth, plan.columns, slots)
-        .bytes;
+  const auto bytes = [&](int slots) {
+    return shared_layout<T>(compiled_rows(rows), tokens, channels, width, depth, plan.columns, slots).bytes;
   };
   const int layer_pieces = Pieces<T>::of_layer(width, plan.columns);
+  int slots = resident_slots(compiled_rows(rows), depth, plan.columns, layer_pieces);
   // Float32 weights of the released heads do not fit anywhere, nor do wide layers.
-  const std::size_t all_bytes =
-      bytes(std::true_type{}, resident_slots(compiled_rows(rows), depth, plan.columns, layer_pieces));
-  plan.resident = sizeof(T) == 2 && width <= kNarrowWidth && all_bytes <= shared_limit;
-  plan.shared_bytes = all_bytes;
+  plan.resident = sizeof(T) == 2 && width <= kNarrowWidth && bytes(slots) <= shared_limit;
   if (!plan.resident) {
-    const std::size_t fixed = bytes(std::false_type{}, 0), slot = std::size_t{kChainThreads} * kPieceBytes;
+    const std::size_t fixed = bytes(0), slot = std::size_t{kChainThreads} * kPieceBytes;
     if (fixed + kStages * slot > shared_limit) return plan;
     const auto room = static_cast<int>((shared_limit - fixed) / slot / kStages);
-    const int stages = (layer_pieces + room - 1) / room;  // of a layer, of about the same length
-    plan.stage_pieces = (layer_pieces + stages - 1) / stages;
-    plan.shared_bytes = fixed + kStages * plan.stage_pieces * slot;
+    // Stages of whole tiles, if there is room, and of about the same length in a layer.
+    const int spans = Pieces<T>::spans(width), unit = room >= spans ? spans : 1;
+    const int units = layer_pieces / unit, most = room / unit, stages = (units + most - 1) / most;
+    plan.stage_pieces = (units + stages - 1) / stages * unit;
+    slots = kStages * plan.stage_pieces;
   }
   plan.blocks = (width + plan.columns - 1) / plan.columns;
+  plan.shared_bytes = bytes(slots);
   plan.exchange_words = exchange_copies(compiled_rows(rows)) * exchange_layout(rows, channels, width).words;
   return plan;
 }

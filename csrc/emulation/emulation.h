@@ -179,6 +179,8 @@ T load_relaxed_if(bool wanted, const T* at, std::uint32_t otherwise) {
 
 inline void store_relaxed(std::uint32_t* at, std::uint32_t word) { *at = word; }
 
+inline void prefetch_line(const void* at) { static_cast<void>(*static_cast<const volatile char*>(at)); }
+
 inline void fence() {}
 
 inline void pause() { emulation::yield(); }

@@ -85,6 +85,8 @@ void every_type() {
   // Columns beyond the width in the last block; more outputs of the final layer than blocks, and fewer.
   check_plans<T>({3, 4, 80, 2, 3}, device::small ? std::vector<int>{3} : std::vector<int>{1, 3, 7});
   check_size<T>({2, 64, 16, 1, 2, true}, 2);
+  // Stages of less than a tile, and of several.
+  check_plans<T>({2, 3, 272, 1, 2}, {7});
   // Many rows and one tile a block: a layer of resident weights stays in registers.
   for (const int depth : {1, 2}) check_plans<T>({16, 3, 48, depth, 3}, {6});
   check_size<T>({1, 1, 112, 3, 2, false, false}, 7);

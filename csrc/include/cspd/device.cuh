@@ -185,6 +185,9 @@ __device__ __forceinline__ void store_relaxed(std::uint32_t* at, std::uint32_t w
   asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(at), "r"(word) : "memory");
 }
 
+// The cache line at ``at`` is on its way to the L2 cache.
+__device__ __forceinline__ void prefetch_line(const void* at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
+
 // What this thread wrote before is seen, by who sees what it writes after.
 __device__ __forceinline__ void fence() { __threadfence(); }
 

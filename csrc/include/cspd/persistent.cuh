@@ -37,7 +37,7 @@ class ChainBlock {
         first_column_(static_cast<int>(blockIdx.x) * plan.columns),
         rows_(chain.tokens * chain.halves),
         outputs_(chain.learned ? 2 * chain.channels : chain.channels),
-        stride_(operand_stride<T, Resident>(chain.width)),
+        stride_(operand_stride<T>(chain.width)),
         x_stride_(x_stride(chain.channels)),
         row_step_(kChainThreads / plan.columns),
         c_step_(kChainThreads % plan.columns),
@@ -48,8 +48,7 @@ class ChainBlock {
     const int layer_pieces = Pieces<T>::of_layer(chain.width, columns_);
     const int slots =
         Resident ? resident_slots(Rows, chain.depth, columns_, layer_pieces) : kStages * plan.stage_pieces;
-    const auto layout =
-        shared_layout<T, Resident>(Rows, chain.tokens, chain.channels, chain.width, chain.depth, columns_, slots);
+    const auto layout = shared_layout<T>(Rows, chain.tokens, chain.channels, chain.width, chain.depth, columns_, slots);
     auto* memory = shared_memory<unsigned char>();
     ring_ = memory + layout.weights;
     operand_ = reinterpret_cast<T*>(memory + layout.operand);
@@ -85,6 +84,7 @@ class ChainBlock {
         multiply(weights, first_tile);
         pass_on_activations(block);
         weights.end();
+        if constexpr (!Resident) prefetch_for_next(block, step, mods);
         const float gate = gate_at(mods, first_);
         const auto second_tile = weights.begin(2 * block + 1);
         await_activations();
@@ -261,16 +261,18 @@ class ChainBlock {
   __device__ __forceinline__ void multiply(Supply& weights, typename Supply::Tile pieces) {
     constexpr int kSpan = Pieces<T>::kSpan;
     const int spans = Pieces<T>::spans(chain_.width), tiles = columns_ / kTileColumns;
+    const bool whole = weights.whole_tiles();
     const T* start = operand_ + warp() * spans * kSpan + lane() % 4 * Pieces<T>::kPiece;
     for (int tile = 0; tile < tiles; ++tile) {
       TileSum<T, Rows> sum;
-      if constexpr (Resident) {
+      if (whole) {
+        if (!Supply::kAhead || tile > 0) pieces = weights.next_tile();
         // Beyond the warp's spans the weights are zeros, and the operand another warp's or zeros.
 #pragma unroll
         for (int span = 0; span < Supply::kSpans; ++span) {
+          if (span >= 4 && span % 2 == 0 && span >= spans) break;
           sum.add(span % 2, pieces.v[span], start + span * kSpan, stride_);
         }
-        if (tile + 1 < tiles) pieces = weights.next_tile();
       } else {
         const T* a = start;
         // Not unrolled: a ring takes much code.
@@ -301,6 +303,34 @@ class ChainBlock {
       pass_on_at(places_.activations + i.row * chain_.width + i.column, silu(layer_value(2 * block, i)),
                  activations_written_);
     });
+  }
+
+  // Weights that stream by have driven out of the L2 cache what is read once a step: ask for that of the next block of
+  // the network, or of the end of the step and the start of the next, each block of the grid for some of it.
+  __device__ __forceinline__ void prefetch_for_next(int block, int step, const T* mods) const {
+    const std::int64_t row_bytes = chain_.width * static_cast<std::int64_t>(sizeof(T)), norm_bytes = 4 * chain_.width;
+    const bool last = block == chain_.depth - 1;
+    if (last) {
+      const std::int64_t row = static_cast<std::int64_t>(step - chain_.first) * rows_;
+      prefetch(static_cast<const T*>(chain_.final_mods) + row * 2 * chain_.width, rows_ * 2 * row_bytes);
+      if (step == chain_.start) return;
+      mods = static_cast<const T*>(chain_.mods) + (row - rows_) * 3 * chain_.width;
+    } else {
+      mods += chain_.mods_block;
+    }
+    const auto& next = blocks_[last ? 0 : block + 1];
+    prefetch(mods, rows_ * 3 * row_bytes);
+    prefetch(next.norm_weight, norm_bytes);
+    prefetch(next.norm_bias, norm_bytes);
+  }
+
+  static __device__ __forceinline__ void prefetch(const void* at, std::int64_t bytes) {
+    constexpr int kLine = 128;
+    const auto* start = static_cast<const unsigned char*>(at);
+    for (std::int64_t i = blockIdx.x + static_cast<std::int64_t>(gridDim.x) * thread(); i * kLine < bytes;
+         i += static_cast<std::int64_t>(gridDim.x) * kChainThreads) {
+      prefetch_line(start + i * kLine);
+    }
   }
 
   // 0 beyond the last value.

@@ -29,11 +29,12 @@ CSPD_HD constexpr bool has_own_start(int rows, int width) { return rows <= 4 && 
 CSPD_HD int x_stride(int channels) { return channels <= 16 ? 16 : (channels + 3) / 4 * 4; }
 
 // Values from one row of a layer's operand to the next, which starts on another bank. A warp may read more spans than
-// its own: where weights stay as many as the widest layer has.
-template <typename T, bool Resident>
+// its own: as many as the widest layer has.
+template <typename T>
 CSPD_HD int operand_stride(int width) {
-  const int spans = Pieces<T>::spans(width), read = Resident ? Pieces<T>::spans(compiled_width<T>(width)) : spans;
-  return ((kChainWarps - 1) * spans + read) * Pieces<T>::kSpan + 64 / static_cast<int>(sizeof(T));
+  const int spans = Pieces<T>::spans(width), most = Pieces<T>::spans(compiled_width<T>(width));
+  return ((kChainWarps - 1) * spans + (sizeof(T) == 2 ? most : spans)) * Pieces<T>::kSpan +
+         64 / static_cast<int>(sizeof(T));
 }
 
 // Pieces of a thread in shared memory, where weights stay.
@@ -41,7 +42,7 @@ CSPD_HD int resident_slots(int rows, int depth, int columns, int layer_pieces) {
   return (2 * depth - (keeps_layer(rows, columns) ? 1 : 0)) * layer_pieces;
 }
 
-template <typename T, bool Resident>
+template <typename T>
 CSPD_HD SharedLayout shared_layout(int rows, int tokens, int channels, int width, int depth, int columns,
                                    int weight_slots) {
   std::size_t next = 0;
@@ -52,7 +53,7 @@ CSPD_HD SharedLayout shared_layout(int rows, int tokens, int channels, int width
   };
   SharedLayout layout;
   layout.weights = take(static_cast<std::size_t>(weight_slots) * kChainThreads * kPieceBytes);
-  layout.operand = take(rows * operand_stride<T, Resident>(width) * sizeof(T));
+  layout.operand = take(rows * operand_stride<T>(width) * sizeof(T));
   layout.sums = take(kChainWarps * rows * columns * sizeof(float));
   layout.own_h = take(rows * columns * sizeof(float));
   layout.biases = take(2 * depth * columns * sizeof(float));

@@ -42,9 +42,11 @@ CSPD_HD constexpr bool keeps_layer(int rows, int columns) { return rows > 8 && c
 template <typename T, int Rows, int MaxWidth, bool Resident>
 class WeightSupply {
  public:
-  static constexpr int kSpans = Resident ? Pieces<T>::spans(MaxWidth) : 0;
+  // Float32 weights are taken piece by piece: a tile of them is too much for the registers.
+  static constexpr int kSpans = sizeof(T) == 2 ? Pieces<T>::spans(MaxWidth) : 0;
+  static constexpr bool kAhead = Resident || (kSpans > 0 && Rows <= 4);  // as far as registers go
 
-  // The pieces of one tile in registers, zeros where the tile has fewer spans; nothing where they pass through a ring.
+  // The pieces of one tile in registers, zeros where it has fewer spans.
   struct Tile {
     Piece v[kSpans > 0 ? kSpans : 1];
   };
@@ -59,6 +61,7 @@ class WeightSupply {
         spans_(Pieces<T>::spans(width)),
         layer_pieces_(Pieces<T>::of_layer(width, columns)),
         stage_pieces_(stage_pieces),
+        whole_tiles_(stage_pieces % spans_ == 0),
         column_(first_column + lane() / 4),
         k_(warp() * spans_ * Pieces<T>::kSpan + lane() % 4 * Pieces<T>::kPiece) {
     if constexpr (Resident) {
@@ -74,28 +77,37 @@ class WeightSupply {
     }
   }
 
-  // Before the operand of a layer is there: its first tile, where weights are resident.
+  // Before the operand of a layer is there: its first tile, where that is asked for so early.
   __device__ __forceinline__ Tile begin(int layer) {
     if constexpr (Resident) {
       if (!arrived_) copy_async_wait<0>();
       arrived_ = true;
       if (keeps_layer(Rows, kTileColumns) && layer == kept_layer_) return kept_;
       slot_ = layer * layer_pieces_;
-      return next_tile();
     } else {
       in_layer_ = 0;
-      return {};
     }
+    if (kAhead && whole_tiles()) return next_tile();
+    return {};
   }
 
-  // Resident: the next tile of the layer.
+  // Whether the layer is to be taken by tiles, else by pieces: a stage then holds less than a tile.
+  __device__ __forceinline__ bool whole_tiles() const { return Resident || (kSpans > 0 && whole_tiles_); }
+
+  // The next tile of the layer.
   __device__ __forceinline__ Tile next_tile() {
     Tile tile = {};
+    if (!Resident && part_ == 0) copy_async_wait<kStages - 1>();
+    const int first = Resident ? slot_ : used_stage_ * stage_pieces_ + part_;
 #pragma unroll
     for (int span = 0; span < kSpans; ++span) {
-      if (span < spans_) tile.v[span] = at(slot_ + span);
+      if (span < spans_) tile.v[span] = at(first + span);
     }
-    slot_ += spans_;
+    if constexpr (Resident) {
+      slot_ += spans_;
+    } else {
+      end_pieces(spans_);
+    }
     return tile;
   }
 
@@ -103,13 +115,7 @@ class WeightSupply {
   __device__ __forceinline__ Piece next() {
     if (part_ == 0) copy_async_wait<kStages - 1>();
     const Piece piece = at(used_stage_ * stage_pieces_ + part_);
-    const bool layer_ends = ++in_layer_ == layer_pieces_;
-    if (++part_ == stage_pieces_ || layer_ends) {
-      part_ = 0;
-      used_stage_ = (used_stage_ + 1) % kStages;
-      // The last stage of a layer is refilled when others no longer wait for the layer.
-      if (!layer_ends) refill();
-    }
+    end_pieces(1);
     return piece;
   }
 
@@ -132,6 +138,18 @@ class WeightSupply {
       }
     }
     return tile;
+  }
+
+  // In a ring: so many more pieces have been read.
+  __device__ __forceinline__ void end_pieces(int pieces) {
+    in_layer_ += pieces;
+    part_ += pieces;
+    const bool layer_ends = in_layer_ == layer_pieces_;
+    if (part_ != stage_pieces_ && !layer_ends) return;
+    part_ = 0;
+    used_stage_ = (used_stage_ + 1) % kStages;
+    // The last stage of a layer is refilled when others no longer wait for the layer.
+    if (!layer_ends) refill();
   }
 
   // The next pieces that have not been asked for, into slots from ``slot`` on.
@@ -164,6 +182,7 @@ class WeightSupply {
   Piece* ring_;  // the thread's own column of it
   const void* const* layers_;
   int count_, width_, spans_, layer_pieces_, stage_pieces_, column_, k_;
+  bool whole_tiles_;
   int layer_ = 0, tile_ = 0, span_ = 0;  // of the next piece to ask for
   int slot_ = 0;                         // resident: of the next piece to use
   bool arrived_ = false;
