@@ -1,14 +1,14 @@
-"""What a patched call costs beside its kernels: ``python benchmarks/host.py [--model MAR-B] [--json FILE]``.
+"""What calls cost beside their kernels: ``python benchmarks/host.py [--model MAR-B] [--json FILE]``.
 
 The drop-in reads the call, looks at the weights and draws the noise before the op ``denoise`` runs, and lays out the
 tokens after it. Here the op is measured by itself, and everything else with the op taken out of the call. The baseline
-of the ratio is the code that is replaced, on the same conditions.
+of the ratio is the code that is replaced, on the same conditions. ``host_judging.py`` measures the ops that judge
+tokens.
 """
 
 from __future__ import annotations
 
 import argparse
-import time
 from functools import partial
 from pathlib import Path
 from unittest import mock
@@ -22,6 +22,7 @@ from cspd.models import DiffLoss
 from cspd_kernels.testing import randomize_, relative_error
 
 from common import measure, spread
+from host_judging import host_seconds, judging_rows, print_judging_rows
 from kernels import CHANNELS, HEADS
 from report import write_results
 
@@ -48,7 +49,7 @@ def rows_of(model: str, dtype: torch.dtype, weights: str, runs: int, device: tor
             seconds = measure({"call": eager, "op": op}, [()], runs, device)
             with mock.patch.object(calls, "denoise", lambda *_, result=result, **__: result):
                 rest = measure({"rest": eager}, [()], 10 * runs, device)["rest"]
-                host = _host_seconds(eager, 10 * runs, device)
+                host = host_seconds(eager, 10 * runs, device)
             cspd.unpatch(head)
             seconds |= measure({"eager": eager}, [()], max(3, runs // 3), device)
         medians = {name: spread(values) for name, values in {**seconds, "rest": rest, "host": host}.items()}
@@ -73,18 +74,6 @@ def _seeded(head, z, cfg) -> torch.Tensor:
     return head.sample(z, 1.0, cfg)
 
 
-def _host_seconds(function, runs: int, device: torch.device) -> list[float]:
-    """Until the call returns, whatever the device still has to do."""
-    seconds = []
-    for _ in range(runs):
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        start = time.perf_counter()
-        function()
-        seconds.append(time.perf_counter() - start)
-    return seconds
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=HEADS, default="MAR-B")
@@ -107,8 +96,10 @@ def main() -> None:
             f"{1e3 * rest_high:.2f})  {100 * row['share']:5.2f}%  {1e3 * row['host seconds'][0]:6.3f}  "
             f"{row['ratio']:6.2f}x  {row['error']:.0e}"
         )
+    judging = judging_rows(20 * args.runs, torch.device(args.device))
+    print_judging_rows(judging)
     if args.json:
-        write_results(args.json, rows, median=float(np.float64(50)), spread=[20, 80])
+        write_results(args.json, rows + judging, median=float(np.float64(50)), spread=[20, 80])
         print(f"wrote {args.json}")
 
 

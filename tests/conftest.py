@@ -117,13 +117,14 @@ def benchmarks(monkeypatch):
     import blocks
     import common
     import host
+    import host_judging
     import judging
     import kernels
     import quality
     import report
     import tables
 
-    modules = (kernels, blocks, common, baselines, host, judging, quality, report, tables)
+    modules = (kernels, blocks, common, baselines, host, host_judging, judging, quality, report, tables)
     yield SimpleNamespace(**{module.__name__: module for module in modules})
     for name in (module.__name__ for module in modules):
         sys.modules.pop(name, None)

@@ -60,6 +60,43 @@ def test_every_cut_of_the_ratio_is_tried_and_gives_the_same_bits(benchmarks, dev
         sys.modules.pop("tune_verdict")
 
 
+def test_the_hosts_part_of_the_ops_that_judge_tokens(benchmarks, capsys):
+    pytest.importorskip("triton")
+    judging = benchmarks.host_judging
+    rows = judging.judging_rows(3, torch.device("cpu"))
+    assert {(row["op"], row["backend"]) for row in rows} == {
+        (op, backend) for op in ("log_density_ratio", "accept_reject") for backend in ("triton", "cuda")
+    }
+    for row in rows:
+        (median, low, high), bare = row["host seconds"], row["bare launch seconds"]
+        assert 0 < low <= median <= high
+        assert bare is None
+    judging.print_judging_rows([*rows, rows[0] | {"bare launch seconds": (1e-6, 1e-6, 2e-6)}])
+    assert capsys.readouterr().out.endswith("   1.0 (1.0-2.0)\n")
+
+
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+@pytest.mark.parametrize("op", ["log_density_ratio", "accept_reject"])
+def test_a_bare_launch_is_the_calls_own_again(benchmarks, device_of, backend, op):
+    device, judging = device_of(backend), benchmarks.host_judging
+    (x, draft, target), *_ = judging._inputs(9, device)
+    seed = {"seed": 1, "rows": torch.arange(9, device=device)} if op == "accept_reject" else {}
+    results = []
+
+    def call():
+        results.append(getattr(judging, op)(x, draft, target, backend=backend, **seed))
+        return results[-1]
+
+    bare, expected = judging._bare_launch(op, backend, call), call()
+    outputs = [results[0]] if op == "log_density_ratio" else list(results[0])
+    for output in outputs:
+        output.zero_()
+    bare()
+    for output, value in zip(outputs, [expected] if op == "log_density_ratio" else expected, strict=True):
+        assert torch.equal(output, value)
+    assert len(results) == 2
+
+
 def test_only_what_runs_on_a_device_is_measured_beside_torch(benchmarks, monkeypatch):
     kernels = benchmarks.kernels
     monkeypatch.setattr(kernels, "why_unavailable", lambda name, op: None)  # as with an interpreter and an emulation
