@@ -51,8 +51,11 @@ class LayeredChain(CudaChain):
         self.h_at, self.operand_at, self.hidden_at, self.product_at, self.final_operand_at = (
             buffer.data_ptr() for buffer in (self.h, self.operand, self.hidden, self.product, self.final_operand)
         )
-        self.mods_at = [mods.data_ptr() for mods in self.mods]
         self.row_bytes = 3 * head.width * head.dtype.itemsize  # of a block's modulations
+
+    def keep_modulations_in(self, memory) -> None:
+        super().keep_modulations_in(memory)
+        self.mods_at = [mods.data_ptr() for mods in self.mods]
 
     def warm_up(self, head) -> None:
         super().warm_up(head)
@@ -70,6 +73,15 @@ class LayeredChain(CudaChain):
         """How h becomes a layer's operand: the norm's gain and offset, its modulation, and where to."""
         to = self.operand_at if index < len(layers.weights) else self.final_operand_at
         return *layers.norms[index], self.modulation(index, first_row), to
+
+    def begin_step(self, head, tables, first_row: int, layers: Layers | None = None, early: bool = False) -> None:
+        """h of a step and the first block's operand, from x. ``early``: a kernel of this chain's steps came before."""
+        layers = layers or Layers.of(head)
+        extension().input(
+            self.code, self.x.data_ptr(), tables.input_weight.data_ptr(), head.input_bias.data_ptr(), self.h_at,
+            *self.next_operand(layers, 0, first_row), self.tokens, self.halves, head.channels, self.width, self.epsilon,
+            early, launch_stream(head.device),
+        )  # fmt: skip
 
     def run_block(self, head, index: int, first_row: int, layers: Layers | None = None, stream: int | None = None):
         """One network block of one step, from ``h`` and ``operand`` to ``h`` and the next layer's operand.
@@ -101,7 +113,7 @@ class LayeredChain(CudaChain):
         if stop == head.num_steps:
             tables.input_weight.copy_(head.input_weight.t())  # the module's own weights may have changed
         kernels, stream, layers = extension(), launch_stream(head.device), Layers.of(head)
-        ends = [v.data_ptr() for v in (tables.input_weight, head.input_bias, head.final_weight, head.final_bias)]
+        ends = head.final_weight.data_ptr(), head.final_bias.data_ptr()
         coefficients, x = tables.coefficients.data_ptr(), self.x.data_ptr()
         coefficients_bytes = tables.coefficients.stride(0) * tables.coefficients.itemsize
         noise, noise_bytes = (0, 0) if self.philox else (self.noise.data_ptr(), 4 * self.noise.stride(0))
@@ -109,14 +121,11 @@ class LayeredChain(CudaChain):
         seed, addresses, log_std, path, temperature = state
         for step in reversed(range(start, stop)):
             first_row = (step - start) * self.rows
-            kernels.input(
-                self.code, x, *ends[:2], self.h_at, *self.next_operand(layers, 0, first_row), self.tokens, self.halves,
-                head.channels, self.width, self.epsilon, step < stop - 1, stream,
-            )  # fmt: skip
+            self.begin_step(head, tables, first_row, layers, early=step < stop - 1)
             for index in range(head.depth):
                 self.run_block(head, index, first_row, layers, stream)
             kernels.update(
-                self.final_operand_at, *ends[2:], coefficients + step * coefficients_bytes, temperature,
+                self.final_operand_at, *ends, coefficients + step * coefficients_bytes, temperature,
                 self.scale_pointer, x, noise + step * noise_bytes, seed, addresses, step, log_std, path, self.tokens,
                 head.channels, head.learned_variance, self.width, stream,
             )  # fmt: skip
