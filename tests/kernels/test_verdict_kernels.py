@@ -24,7 +24,7 @@ from verdicts import (
     take,
 )
 
-from cspd_kernels import Denoised, accept_reject
+from cspd_kernels import Denoised, accept_reject, log_density_ratio
 from cspd_kernels.noise import uniforms
 from cspd_kernels.ops.accept_reject import reference
 from cspd_kernels.testing import random_chains
@@ -150,6 +150,15 @@ def test_a_token_depends_on_neither_its_batch_nor_its_place(backend, kernel_devi
         few = (x[part], take(draft, part), take(target, part))
         again = accept_reject(*few, seed=9, rows=rows[part], residual=residual, backend=backend)
         equal([v[part] for v in verdict], again)
+
+
+@pytest.mark.parametrize("channels", [1, 5, 16, 200])
+def test_the_ratio_is_that_of_log_density_ratio_bit_by_bit(backend, kernel_device, channels):
+    x, draft, target = on(kernel_device, *judged_chains(21, channels, 14))
+    for relaxation in (1.0, 3.0, torch.linspace(0.5, 2, 21, device=kernel_device)):
+        verdict = accept_reject(x, draft, target, seed=0, relaxation=relaxation, max_tries=0, backend=backend)
+        ratio = log_density_ratio(x, draft, target, relaxation=relaxation, backend=backend)
+        assert torch.equal(verdict.log_ratio, ratio)
 
 
 @pytest.mark.parametrize("matrix", LAYOUTS)

@@ -19,12 +19,12 @@ def operands(x, draft, target, relaxation) -> tuple[list[torch.Tensor], float]:
     tensors = [x, draft.mean, draft.log_std, draft.path_log_std, target.mean, target.log_std, target.path_log_std]
     if isinstance(relaxation, torch.Tensor):
         tensors, relaxation = [*tensors, relaxation], 1.0
-    return [v if v.dtype is torch.float32 and v.is_contiguous() else plain(v) for v in tensors], relaxation
+    return [plain(v) for v in tensors], relaxation
 
 
 def plain(v: torch.Tensor) -> torch.Tensor:
-    """Contiguous float32."""
-    return v.detach().float().contiguous()
+    """Contiguous float32; nothing is asked of torch where it is that already."""
+    return v if v.dtype is torch.float32 and v.is_contiguous() else v.detach().float().contiguous()
 
 
 def pointers(tensors: list[torch.Tensor]) -> list[int]:
