@@ -83,6 +83,20 @@ def test_products_as_the_table_has_them(make_head, used, width, rows):
     assert {chain.tile for chain in used} == {tile_for(rows, width, torch.bfloat16)} != {None}
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [2, 60, 120, 240, 512])
+@pytest.mark.parametrize("table", [TABLE, ()])
+def test_kernels_that_start_early_give_the_same_bits_every_time(make_head, monkeypatch, used, rows, table):
+    """Launched one by one, and as a graph over and over: what starts too early would show now and then."""
+    monkeypatch.setattr(LayeredChain, "table", table)
+    monkeypatch.setenv("CSPD_PERSISTENT_MAX_TOKENS", "0")
+    head = make_head(torch.bfloat16, width=1024, channels=16, depth=3, steps=25)
+    first = call(head, rows, False)
+    for _ in range(50):
+        assert all(map(torch.equal, call(head, rows, False), first))
+    assert {type(chain) for chain in used} == {LayeredChain}
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("table", [TABLE, ()])
 def test_one_block(make_head, monkeypatch, kernel_device, dtype, table):

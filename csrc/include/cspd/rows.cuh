@@ -1,5 +1,5 @@
-// Rows of the residual stream, spread over the threads of a block, and what is done with a whole row: LayerNorm,
-// modulation, the input projection.
+// Rows of the residual stream, spread over the threads of a block, and what is done with a whole row: LayerNorm and
+// modulation.
 #pragma once
 
 #include "cspd/device.cuh"
@@ -186,17 +186,5 @@ class ModulationPart {
   Mods mods_of_[kModsEarly ? kChunks : 1];
   Gains gains_of_[kGainsEarly ? kChunks : 1];
 };
-
-// Four columns of the input projection of one token, x [C] @ weight [C, W] + bias.
-__device__ __forceinline__ Vector<float, 4> projected(const float* x, const float* weight, const float* bias,
-                                                      int channels, int column, int width) {
-  auto h = load_four(bias + column);
-  for (int c = 0; c < channels; ++c) {
-    const auto weights = load_four(weight + c * width + column);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) h.v[i] = fmaf(x[c], weights.v[i], h.v[i]);
-  }
-  return h;
-}
 
 }  // namespace cspd
