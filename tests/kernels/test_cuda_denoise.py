@@ -4,7 +4,7 @@ kernel divides its work, its watchdog, and that nothing depends on the order in 
 import pytest
 import torch
 import torch.nn.functional as F
-from chains import BOUNDS, addressed, assert_agrees, kernels_of, run_chain
+from chains import BOUNDS, addressed, assert_agrees, kernels_of
 
 from cspd_kernels import denoise
 from cspd_kernels.ops.denoise import cuda_persistent
@@ -103,12 +103,10 @@ def test_one_block(make_head, monkeypatch, kernel_device, dtype, table):
     """``run_block`` is a block of the network, with the modulations of the step whose first row it is told."""
     monkeypatch.setattr(LayeredChain, "table", table)
     head = make_head(dtype, width=80, depth=3, steps=2)
-    inputs = random_inputs(head, 5, 0, guided=True)
-    chain = LayeredChain(head, 5, True, inputs[2], 2, static=False)
-    run_chain(chain, head, inputs, cfg_scale=2.0)
+    chain = LayeredChain(head, 5, True, random_inputs(head, 5, 0, guided=True)[2], 2, static=False)
     block, following = head.blocks[1], head.blocks[2]
-    chain.h.normal_()
-    chain.operand.normal_()
+    for buffer in (chain.h, chain.operand, chain.mods):
+        buffer.normal_()
     h, operand, first_row = chain.h.double(), chain.operand.double(), 10  # of step 1
     chain.run_block(head, 1, first_row)
 
