@@ -130,7 +130,7 @@ __device__ __forceinline__ int lowest_bit(unsigned bits) { return __ffs(static_c
 
 __device__ __forceinline__ int count_bits(unsigned bits) { return __popc(bits); }
 
-// Copy 16 bytes to shared memory in the background, or zeros where not ``valid``.
+// Copy 16 bytes to shared memory in the background, or zeros where not ``valid``: ``global`` may then be anywhere.
 __device__ __forceinline__ void copy_async(void* shared, const void* global, bool valid) {
   const auto to = static_cast<unsigned>(__cvta_generic_to_shared(shared));
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(valid ? 16 : 0) : "memory");

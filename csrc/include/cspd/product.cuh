@@ -14,7 +14,8 @@ constexpr int kProductThreads = 128;
 constexpr int kProductWarps = kProductThreads / kWarp;
 constexpr int kSpan = 64;             // of k: 128 bytes of a row
 constexpr int kRingBytes = 24 << 10;  // of a warp; a block's 96 KiB fit every device, and twice those with most memory
-constexpr int kSumsPad = 8;           // floats between rows of sums: other banks
+static_assert(kProductWarps * kRingBytes <= 99 << 10, "the least that a block may have from 8.0 on");
+constexpr int kSumsPad = 8;  // floats between rows of sums: other banks
 
 template <typename T, int Rows, int Columns>
 class ProductTile {
@@ -93,10 +94,11 @@ class ProductTile {
   // So many rows from k on, ``left`` of which there are from this lane's first on; beyond the matrix, zeros.
   template <int Count>
   __device__ __forceinline__ void copy(unsigned char* to, const T* from, int left, int k) {
+    from += k;
 #pragma unroll
     for (int i = 0; i < Count / kAtOnce; ++i) {
       const bool valid = k < product_.width && kAtOnce * i < left;
-      const unsigned offset = valid ? static_cast<unsigned>(kAtOnce * i * product_.width + k) : 0;
+      const std::int64_t offset = static_cast<std::int64_t>(kAtOnce * i) * product_.width;
       copy_async(to + place(i * kAtOnce + lane() / kPieces, lane() % kPieces), from + offset, valid);
     }
   }
