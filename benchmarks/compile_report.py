@@ -15,7 +15,6 @@ import torch
 
 from cspd.models import DiffLoss
 from cspd_kernels import Denoised, DiffusionHead, PhiloxNoise
-from cspd_kernels.crossover import PERSISTENT_LIMIT
 from cspd_kernels.cuda_support import build_record, extension
 from cspd_kernels.devices import SHARED_LIMITS
 from cspd_kernels.ops.accept_reject import RESIDUALS
@@ -23,7 +22,6 @@ from cspd_kernels.ops.accept_reject.triton import accept_reject
 from cspd_kernels.ops.denoise.chain import Tables
 from cspd_kernels.ops.denoise.cuda_chain import DTYPE_CODES
 from cspd_kernels.ops.denoise.triton_chain import LayeredChain
-from cspd_kernels.ops.denoise.triton_persistent import PersistentChain
 from cspd_kernels.ops.density_ratio.triton import log_density_ratio
 from cspd_kernels.triton_refresh import Refresh
 from cspd_kernels.triton_report import ARCHITECTURES, Launch, compiled, recorded_launches
@@ -40,7 +38,6 @@ QUICK_VERDICT_CHANNELS = (16, 256)
 
 
 def launches_of(
-    kind: type[LayeredChain],
     depth: int,
     width: int,
     cond: int,
@@ -57,7 +54,7 @@ def launches_of(
             noise = PhiloxNoise(0, torch.empty(tokens, dtype=torch.int64))
         condition, x = torch.empty(2 * tokens if guided else tokens, cond), torch.empty(tokens, CHANNELS)
     with recorded_launches() as launches:
-        chain = kind(head, tokens, guided, noise, head.num_steps, static=False)
+        chain = LayeredChain(head, tokens, guided, noise, head.num_steps, static=False)
         chain.load(condition, x, noise, 1.0, 2.0 if guided else None)
         chain.launch(head, Tables(head))
     return list(launches)
@@ -78,10 +75,10 @@ def verdict_launches(channels: int, dtype: torch.dtype, residual: str | None, pe
     return list(launches)
 
 
-def _chain_rows(model, kind, size, dtype, tokens, case) -> list[dict]:
+def _chain_rows(model, size, dtype, tokens, case) -> list[dict]:
     guided, philox = case
     described = {"model": model, "tokens": tokens, "guided": guided, "philox": philox}
-    return _rows(launches_of(kind, *size, dtype, tokens, guided, philox), dtype, described)
+    return _rows(launches_of(*size, dtype, tokens, guided, philox), dtype, described)
 
 
 def _verdict_rows(channels, dtype, residual, per_token) -> list[dict]:
@@ -159,11 +156,10 @@ def _run(work: tuple) -> list[dict]:
 def report(heads: dict[str, tuple[int, int, int]], quick: bool, processes: int) -> list[dict]:
     """One row per kernel, size and architecture; compiled by ``processes`` at a time."""
     work = [
-        (_chain_rows, model, kind, size, dtype, tokens, case)
+        (_chain_rows, model, size, dtype, tokens, case)
         for model, size in heads.items()
         for dtype in DTYPES
         for tokens in (QUICK_TOKENS if quick else TOKENS)
-        for kind in ((LayeredChain, PersistentChain) if tokens <= PERSISTENT_LIMIT else (LayeredChain,))
         for case in CASES[: 1 if quick else None]
     ]
     work += [

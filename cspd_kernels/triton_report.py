@@ -23,6 +23,7 @@ from triton.runtime.jit import JITFunction
 from .devices import SHARED_LIMITS
 
 ARCHITECTURES = (80, 90, 100)
+EARLY_ARCHITECTURE = 90  # the first with programmatic dependent launch
 _POINTERS = {
     torch.float64: "*fp64", torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16",
     torch.int64: "*i64", torch.int32: "*i32", torch.bool: "*i1",
@@ -93,18 +94,29 @@ def _launch(kernel: JITFunction, args: tuple, kwargs: dict) -> Launch:
     return Launch(kernel, tuple(signature), tuple(constants), tuple(aligned), options)
 
 
-def compiled(launch: Launch, architecture: int) -> Resources:
-    """Compile for one architecture and read the binary's resources."""
+def binary(launch: Launch, architecture: int):
+    """What the compiler makes of a launch on one architecture.
+
+    A launch is recorded as on a device whose kernels may start early, the constant PDL; the others know no such thing.
+    """
+    constants, options = dict(launch.constants), dict(launch.options)
+    if architecture < EARLY_ARCHITECTURE and options.pop("launch_pdl", False):
+        constants["PDL"] = False
     source = ASTSource(
         launch.kernel,
         dict(launch.signature),
-        dict(launch.constants),
+        constants,
         {(i,): [["tt.divisibility", 16]] for i in launch.attributes},
     )
-    binary = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=dict(launch.options))
+    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+
+
+def compiled(launch: Launch, architecture: int) -> Resources:
+    """Compile for one architecture and read the binary's resources."""
+    made = binary(launch, architecture)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
-        path.write_bytes(binary.asm["cubin"])
+        path.write_bytes(made.asm["cubin"])
         tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
         report = subprocess.run([tool, "-res-usage", path], capture_output=True, text=True, check=True).stdout
     usage = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", report)}
@@ -113,6 +125,6 @@ def compiled(launch: Launch, architecture: int) -> Resources:
         architecture,
         usage["REG"],
         usage["STACK"] + usage["LOCAL"],
-        binary.metadata.shared,
-        binary.metadata.num_warps,
+        made.metadata.shared,
+        made.metadata.num_warps,
     )

@@ -94,7 +94,7 @@ class Chain:
         self.mods = empty(head.depth, steps * rows, 3 * width, dtype=dtype)
         self.final_mods = empty(steps * rows, 2 * width, dtype=dtype)
         self.log_std = empty(tokens, channels)
-        self.path = empty(tokens)
+        self.path = empty(tokens, channels)
         self.result = self.x
 
     def buffers(self) -> list[torch.Tensor]:
@@ -134,7 +134,7 @@ class Chain:
             tables.gave_up.add(self.error)
         log_temperature = math.log(temperature) if temperature > 0 else -math.inf
         mean = self.result[:n].clone()
-        return mean, mean, self.log_std[:n] + log_temperature, self.path[:n].clone()
+        return mean, mean, self.log_std[:n] + log_temperature, self.path[:n].sum(1)
 
     def start(self, head: DiffusionHead) -> None:
         """What comes before the first step's modulations: the projected condition y."""

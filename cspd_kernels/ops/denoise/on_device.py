@@ -28,11 +28,11 @@ _MAX_CHANNELS, _MAX_WIDTH, _WIDTH_MULTIPLE = 64, 2048, 16
 
 @dataclass(frozen=True)
 class Kernels:
-    """A backend's chains; ``persistent`` has a static ``serves(head, tables, tokens, guided)``."""
+    """A backend's chains; ``persistent``, where it has one, with a static ``serves(head, tables, tokens, guided)``."""
 
     backend: str
     layered: type[Chain]
-    persistent: type[Chain]
+    persistent: type[Chain] | None
 
 
 class HeadPlans:
@@ -110,7 +110,7 @@ def _chain(kernels, head, cond, x, noise, temperature, cfg_scale, limit, graph_l
     tokens = min(bucket(rows), limit)
     steps = min(head.num_steps, max(1, min(limit, graph_limit) // tokens))
     kind = kernels.layered
-    if prefers_persistent(kernels.backend, head.device, rows):
+    if kernels.persistent and prefers_persistent(kernels.backend, head.device, rows):
         kind = kernels.persistent if kernels.persistent.serves(head, shared.tables, tokens, guided) else kind
     philox = isinstance(noise, PhiloxNoise)
     if reason is None and (0 if philox else 4 * noise[:, :1].numel() * tokens) > GRAPH_BYTES // 2:

@@ -1,4 +1,4 @@
-"""``denoise`` in Triton: modulations hoisted into library products, then one fused kernel a layer."""
+"""``denoise`` in Triton: modulations hoisted into library products, then a few fused kernels a block."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ from ...head import DiffusionHead
 from ...triton_support import why_unsupported_here
 from .on_device import Kernels, denoise_on_device, why_not_covered
 from .triton_chain import LayeredChain
-from .triton_persistent import PersistentChain
 
-KERNELS = Kernels("triton", LayeredChain, PersistentChain)
+KERNELS = Kernels("triton", LayeredChain, None)
 
 
 def why_unsupported(head: DiffusionHead) -> str | None:
