@@ -105,7 +105,7 @@ def denoise_rows(model: str, rows: int, backends: list[str], runs: int, device: 
 
 def _serves_persistent(backend: str, head: DiffusionHead, rows: int) -> bool:
     kernels = importlib.import_module(f"cspd_kernels.ops.denoise.{backend}").KERNELS
-    return kernels.persistent.serves(head, Tables(head), bucket(rows), guided=False)
+    return kernels.persistent is not None and kernels.persistent.serves(head, Tables(head), bucket(rows), guided=False)
 
 
 def _up_to(tokens: int, head: DiffusionHead, *inputs, backend: str):

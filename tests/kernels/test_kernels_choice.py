@@ -30,29 +30,9 @@ def test_more_channels_than_the_kernels_of_the_verdict_cover(backend, kernel_dev
         op(x.to(kernel_device), cast(draft, kernel_device), cast(target, kernel_device), backend=backend)
 
 
-@pytest.mark.parametrize("value", ["17", "-1", "1.5", "all", "²"])
-def test_the_persistent_switch_takes_a_small_number(backend, make_head, monkeypatch, value):
-    monkeypatch.setenv("CSPD_PERSISTENT_MAX_TOKENS", value)
-    head = make_head()
-    message = f"expected CSPD_PERSISTENT_MAX_TOKENS as a number from 0 to 16, got '{value}'"
-    with pytest.raises(ValueError, match=message):
-        denoise(head, *random_inputs(head, 1, 0), backend=backend)
-
-
 def unaligned(value):
     """The same values, two elements behind a boundary."""
     return torch.cat([value.flatten()[:2], value.flatten()])[2:].view_as(value)
-
-
-def test_persistent_leaves_unaligned_weights_to_the_layered_chain(backend, make_head):
-    head = make_head()
-    persistent = kernels_of(backend).persistent
-    assert persistent.serves(head, Tables(head), 2, guided=True)
-    moved = dataclasses.replace(head.blocks[0], bias0=unaligned(head.blocks[0].bias0))
-    head = dataclasses.replace(head, blocks=(moved, *head.blocks[1:]))
-    assert not persistent.serves(head, Tables(head), 2, guided=True)
-    head = make_head(depth=0)
-    assert not persistent.serves(head, Tables(head), 2, guided=True)
 
 
 # --- what CUDA alone does not serve ---
@@ -62,6 +42,24 @@ def test_persistent_leaves_unaligned_weights_to_the_layered_chain(backend, make_
 def cuda(make_diffloss, device_of):
     """A head, where the CUDA kernels run."""
     return DiffusionHead.from_module(make_diffloss(steps=2).to(device_of("cuda")))
+
+
+@pytest.mark.parametrize("value", ["17", "-1", "1.5", "all", "²"])
+def test_the_persistent_switch_takes_a_small_number(cuda, monkeypatch, value):
+    monkeypatch.setenv("CSPD_PERSISTENT_MAX_TOKENS", value)
+    message = f"expected CSPD_PERSISTENT_MAX_TOKENS as a number from 0 to 16, got '{value}'"
+    with pytest.raises(ValueError, match=message):
+        denoise(cuda, *random_inputs(cuda, 1, 0), backend="cuda")
+
+
+def test_persistent_leaves_unaligned_weights_to_the_layered_chain(cuda, make_diffloss):
+    persistent = kernels_of("cuda").persistent
+    assert persistent.serves(cuda, Tables(cuda), 2, guided=True)
+    moved = dataclasses.replace(cuda.blocks[0], bias0=unaligned(cuda.blocks[0].bias0))
+    head = dataclasses.replace(cuda, blocks=(moved, *cuda.blocks[1:]))
+    assert not persistent.serves(head, Tables(head), 2, guided=True)
+    head = DiffusionHead.from_module(make_diffloss(depth=0, steps=2).to(cuda.device))
+    assert not persistent.serves(head, Tables(head), 2, guided=True)
 
 
 CHANGES = {

@@ -9,7 +9,7 @@ import triton.language as tl
 from ...head import DiffusionHead
 from ...triton_support import INTERPRETED, starts_early
 from .chain import Chain, Tables
-from .triton_config import FEW_COLUMNS, FEW_ROWS, Products, Tile, power_of_two, products, row_warps, update
+from .triton_config import FEW_COLUMNS, Products, Tile, power_of_two, products, row_warps, update
 from .triton_layered import (
     _bias_silu_kernel,
     _condition_kernel,
@@ -38,20 +38,23 @@ class LayeredChain(Chain):
     def __init__(self, head, tokens, guided, noise, steps, static):
         super().__init__(head, tokens, guided, noise, steps, static)
         rows, width, dtype = self.rows, head.width, head.dtype
-        self.few = rows <= FEW_ROWS
-        self.products = Products(None, None) if self.few else products(rows, width, dtype, head.device)
+        self.products = self.choose(head)
 
         def empty(*shape, dtype=dtype):
             return torch.empty(shape, device=head.device, dtype=dtype)
 
         self.h = empty(rows, width, dtype=torch.float32)
         self.activations = empty(rows, width)
-        if not self.few:
+        if self.products:
             self.operand = empty(rows, width)
             if self.products.second is None:
                 self.product = empty(rows, width)
         self.block_mods = tuple(self.mods)
         self._prepare(head)
+
+    def choose(self, head: DiffusionHead) -> Products | None:
+        """Who makes the products of a block; None: the kernels for a few rows."""
+        return products(self.rows, head.width, head.dtype, head.device)
 
     def _prepare(self, head: DiffusionHead) -> None:
         """Grids and constants of the launches, which a thousand launches of a call share."""
@@ -71,7 +74,7 @@ class LayeredChain(Chain):
             "LEARNED": head.learned_variance, "PHILOX": self.philox, "R": u.tokens, "G": u.channels,
         }  # fmt: skip
         self._row_options, self._norm_options = whole, norm
-        if self.few:
+        if not self.products:
             self._first_grid = self._second_grid = (triton.cdiv(width, FEW_COLUMNS),)
             few = {"BM": power_of_two(self.rows), "BN": FEW_COLUMNS}
             self._first_options, self._second_options = norm | few, whole | few
@@ -92,7 +95,7 @@ class LayeredChain(Chain):
 
     def warm_up(self, head: DiffusionHead) -> None:
         super().warm_up(head)
-        if not self.few and None in self.products and head.depth:
+        if self.products and None in self.products and head.depth:
             torch.mm(self.operand, head.blocks[0].weight0.t(), out=self.activations)
 
     def start(self, head: DiffusionHead) -> None:
@@ -123,8 +126,8 @@ class LayeredChain(Chain):
         update, noise_step = _update_kernel[self._update_grid], self.noise.stride(0)
         for step in reversed(range(start, stop)):
             first_row = (step - start) * self.rows
-            if not self.few and head.depth:
-                self._normalise(head, 0, first_row)
+            if self.products and head.depth:
+                self.normalise(head, 0, first_row)
             for index in range(head.depth):
                 self.run_block(head, index, first_row)
             update(
@@ -144,7 +147,7 @@ class LayeredChain(Chain):
     def run_first(self, head: DiffusionHead, index: int, first_row: int) -> None:
         """The first layer of a block: the activations."""
         b = head.blocks[index]
-        if self.few:
+        if not self.products:
             _few_mlp0_kernel[self._first_grid](
                 self.h, self.block_mods[index], b.norm_weight, b.norm_bias, b.weight0, b.bias0, self.activations,
                 self.rows, first_row, **self._first_options,
@@ -160,7 +163,7 @@ class LayeredChain(Chain):
     def run_second(self, head: DiffusionHead, index: int, first_row: int) -> None:
         """The second layer of a block: h, and the next block's operand."""
         b, mods, more = head.blocks[index], self.block_mods[index], index + 1 < head.depth
-        if self.few:
+        if not self.products:
             _few_mlp1_kernel[self._second_grid](
                 self.activations, mods, b.weight1, b.bias1, self.h, self.rows, first_row, **self._second_options
             )
@@ -169,7 +172,7 @@ class LayeredChain(Chain):
                 self.activations, mods, b.weight1, b.bias1, self.h, self.rows, first_row, **self._second_options
             )
             if more:
-                self._normalise(head, index + 1, first_row)
+                self.normalise(head, index + 1, first_row)
         else:
             torch.mm(self.activations, b.weight1.t(), out=self.product)
             following = head.blocks[index + 1] if more else b
@@ -178,8 +181,8 @@ class LayeredChain(Chain):
                 following.norm_bias, self.operand, first_row, NORM=more, **self._norm_options,
             )  # fmt: skip
 
-    def _normalise(self, head: DiffusionHead, index: int, first_row: int) -> None:
-        """The operand of a block."""
+    def normalise(self, head: DiffusionHead, index: int, first_row: int) -> None:
+        """The operand of a block of more than a few rows."""
         b = head.blocks[index]
         _norm_kernel[(self.rows,)](
             self.h, self.block_mods[index], b.norm_weight, b.norm_bias, self.operand, first_row, **self._norm_options

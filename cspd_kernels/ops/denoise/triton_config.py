@@ -38,7 +38,7 @@ class Products(NamedTuple):
 
 # What there is to choose from. Each compiles without spills for MAR-B, -L and -H on sm_80, sm_90 and sm_100.
 HALF_TILES = (
-    Tile(128, 128, 64, 8, 3), Tile(128, 64, 64, 4, 4), Tile(64, 128, 64, 4, 4), Tile(64, 64, 64, 4, 4),
+    Tile(128, 128, 64, 8, 3), Tile(128, 64, 64, 8, 4), Tile(64, 128, 64, 8, 4), Tile(64, 64, 64, 4, 4),
     Tile(64, 32, 128, 4, 3), Tile(32, 64, 128, 4, 3), Tile(32, 32, 128, 4, 4), Tile(16, 64, 128, 4, 4),
     Tile(16, 32, 128, 4, 4), Tile(16, 16, 128, 4, 4),
 )  # fmt: skip
@@ -61,8 +61,10 @@ def row_warps(width: int) -> int:
 
 
 @functools.cache
-def products(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> Products:
-    """Who makes the products of a block of so many rows, more than :data:`FEW_ROWS`."""
+def products(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> Products | None:
+    """Who makes the products of a block; None up to :data:`FEW_ROWS` rows, which have kernels of their own."""
+    if rows <= FEW_ROWS:
+        return None
     measured = TILES.get((_capability(device), width, dtype.itemsize), ())
     chosen = next((choice for limit, choice in measured if limit is None or rows <= limit), None)
     return chosen or _by_reasoning(rows, width, dtype, _multiprocessors(device))
@@ -82,15 +84,15 @@ def _by_reasoning(rows: int, width: int, dtype: torch.dtype, multiprocessors: in
     return Products(tile, tile)
 
 
-def _cycles(tile: Tile, rows: int, width: int, multiprocessors: int) -> float:
+def _cycles(tile: Tile, rows: int, width: int, multiprocessors: int) -> tuple[float, float]:
     """Of a 16-bit product: what an SM reads at 64 bytes a cycle, or multiplies, or waits for one multiplication after
-    another; the tiles of one SM share the first two."""
+    another; the tiles of one SM share the first two. Where it waits, the tile that reads least."""
     programs = -(-rows // tile.bm) * -(-width // tile.bn)
     each = -(-programs // multiprocessors)
     read = (tile.bm + tile.bn) * width * 2 / 64
     multiplied = tile.bm * tile.bn * width / (1200 if tile.bm >= 64 else 600)  # a warpgroup's instructions, or a warp's
     waited = width / 16 * 33
-    return max(each * read, each * multiplied, -(-each // 2) * waited)
+    return max(each * read, each * multiplied, -(-each // 2) * waited), each * read
 
 
 class Update(NamedTuple):
@@ -105,12 +107,13 @@ class Update(NamedTuple):
 
 @functools.cache
 def update(tokens: int, channels: int) -> Update:
-    """A program for every channel of every token until the device is full; then weights serve several tokens."""
-    group = 1
-    while group < 4 and tokens * channels > 2 * group * _MULTIPROCESSORS:
+    """A program for every channel of every token until there are two for each multiprocessor of a large device; then
+    more channels share a token's norm, and then more tokens the weights."""
+    enough = 2 * _MULTIPROCESSORS
+    group, some = 1, 1
+    while group < 4 and tokens * channels > group * enough:
         group *= 2
-    programs, some = tokens * -(-channels // group), 1
-    while some < 16 and programs > 8 * some * _MULTIPROCESSORS:
+    while some < 64 and tokens * -(-channels // group) > some * enough:
         some *= 2
     together = 1 if tokens <= 16 else 4
     return Update(some, group, together, max(16, 4096 // (together * max(16, power_of_two(channels)))))

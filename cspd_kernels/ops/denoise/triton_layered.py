@@ -162,8 +162,7 @@ def _mlp0_kernel(
     row_tile, col_tile = tile_of_program(M, W, BM, BN)
     rows, cols = row_tile * BM + tl.arange(0, BM), col_tile * BN + tl.arange(0, BN)
     if PDL:
-        if row_tile == 0:
-            prefetch_weights(weight, tl.minimum(cols, W - 1), W)
+        prefetch_weights(weight, row_tile, cols, W)
     added = tl.load(bias + cols, cols < W, 0.0)[None, :].to(tl.float32)
     wait_for_previous(PDL)
     value = product(a, weight, rows, cols, M, W, DOT, BM, BN, BK, STAGES) + added
@@ -182,8 +181,7 @@ def _mlp1_kernel(
     row_tile, col_tile = tile_of_program(M, W, BM, BN)
     rows, cols = row_tile * BM + tl.arange(0, BM), col_tile * BN + tl.arange(0, BN)
     if PDL:
-        if row_tile == 0:
-            prefetch_weights(weight, tl.minimum(cols, W - 1), W)
+        prefetch_weights(weight, row_tile, cols, W)
     added = tl.load(bias + cols, cols < W, 0.0)[None, :].to(tl.float32)
     valid = (rows < M)[:, None] & (cols < W)[None, :]
     row = rows[:, None].to(tl.int64)
@@ -277,10 +275,7 @@ def _update_kernel(
         guidance = tl.load(scale + token) if GUIDED else 0.0
         a = standardised(value, inside, W, EPS, 0) * (1.0 + factor) + shift
         eps = tl.sum(w * a[None, :], 1) + added
-        if LEARNED:
-            v = tl.sum(w_v * a[None, :], 1) + added_v
-        else:
-            v = tl.zeros_like(eps)
+        v = tl.sum(w_v * a[None, :], 1) + added_v if LEARNED else tl.zeros_like(eps)
         eps_u = eps
         if GUIDED:
             row += N

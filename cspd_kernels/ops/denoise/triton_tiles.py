@@ -1,7 +1,7 @@
 """Device functions of the denoising chain that several of its kernels share.
 
-A residual stream h is float32 [M, W]; M counts the rows of both halves under guidance, conditional first. Whole rows are
-WP wide, a power of two >= W, with 0 beyond W.
+A residual stream h is float32 [M, W]; M counts the rows of both halves under guidance, conditional first. Whole rows
+are WP wide, a power of two >= W, with 0 beyond W.
 """
 
 from __future__ import annotations
@@ -41,16 +41,16 @@ def shift_and_scale(mods, valid, W: tl.constexpr):
 
 
 @triton.jit
-def prefetch_weights(weight, cols, W: tl.constexpr):
-    """Ask for rows ``cols`` of a weight [W, W] to come into the L2 cache."""
+def prefetch_weights(weight, row_tile, cols, W: tl.constexpr):
+    """Ask for rows ``cols`` of a weight [W, W] to come into the L2 cache; one of the row tiles that need them does."""
     LINE: tl.constexpr = 1024 // weight.dtype.element_ty.primitive_bitwidth  # elements of 128 bytes
-    LINES: tl.constexpr = (W + LINE - 1) // LINE
-    LINES_P2: tl.constexpr = triton.next_power_of_2(LINES)
-    start = tl.minimum(tl.arange(0, LINES_P2) * LINE, W - 1)
-    address = (weight + cols[:, None] * W + start[None, :]).to(tl.int64)
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [address], dtype=tl.int32, is_pure=False, pack=1
-    )
+    LINES: tl.constexpr = triton.next_power_of_2((W + LINE - 1) // LINE)
+    if row_tile == 0:
+        start = tl.minimum(tl.arange(0, LINES) * LINE, W - 1)
+        address = (weight + tl.minimum(cols, W - 1)[:, None] * W + start[None, :]).to(tl.int64)
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [address], dtype=tl.int32, is_pure=False, pack=1
+        )
 
 
 @triton.jit
