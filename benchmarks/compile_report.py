@@ -94,7 +94,7 @@ def _chain_rows(model, size, dtype, tokens, case) -> list[dict]:
 
 
 def _tile_rows(model, size, dtype, tile) -> list[dict]:
-    described = {"model": model, "tokens": f"tile {tile.bm}x{tile.bn}", "guided": False, "philox": False}
+    described = {"model": model, "tokens": f"tile {tile.name}", "guided": False, "philox": False}
     return _rows(launches_of(*size, dtype, 64, False, False, tile), dtype, described)
 
 

@@ -72,7 +72,7 @@ def choices(rows: int, dtype: torch.dtype) -> dict:
     from cspd_kernels.ops.denoise.triton_config import FEW_ROWS, FLOAT32_TILES, HALF_TILES, Products
 
     tiles = HALF_TILES if dtype.itemsize == 2 else FLOAT32_TILES
-    made = {f"{t.bm}x{t.bn}": Products(t, t) for t in tiles if t.bm <= max(16, 2 * rows)}
+    made = {t.name: Products(t, t) for t in tiles if t.bm <= max(16, 2 * rows)}
     few = {"few": None} if rows <= FEW_ROWS else {}
     return few | made | {"library": Products(None, None)}
 
@@ -106,7 +106,7 @@ def rows_of(model: str, dtype: torch.dtype, rows: int, device: torch.device) -> 
             results.append(case)
             time = "WRONG" if case["seconds"] is None else f"{1e6 * case['seconds']:8.2f} us"
             print(
-                f"{model} {case['dtype']:8} M={rows:<5} {layer:6} {name:8} {time}  error {case['error']:.1e}",
+                f"{model} {case['dtype']:8} M={rows:<5} {layer:6} {name:12} {time}  error {case['error']:.1e}",
                 flush=True,
             )
         del chain
@@ -140,7 +140,7 @@ def table(results: list[dict], capability: tuple[int, int]) -> str:
 
     text = []
     for (width, size), entries in winners(results).items():
-        known = {f"{t.bm}x{t.bn}": t for t in (HALF_TILES if size == 2 else FLOAT32_TILES)} | {"library": None}
+        known = {t.name: t for t in (HALF_TILES if size == 2 else FLOAT32_TILES)} | {"library": None}
         entries = [entry for entry in entries if entry[0] > FEW_ROWS]
         # Of neighbours with the same winners the last, and no limit behind the largest.
         kept = [list(group)[-1] for _, group in groupby(entries, lambda entry: entry[1:])]

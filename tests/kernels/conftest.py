@@ -7,11 +7,12 @@ from chains import counted, kernels_of
 SHAPES = [("triton", "layered"), ("cuda", "layered"), ("cuda", "persistent")]
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_generate_tests(metafunc):
     """A test that asks for ``shape``, and does not say which, runs with each one of every backend."""
     said = any("shape" in mark.args[0] for mark in metafunc.definition.iter_markers("parametrize"))
     if "shape" in metafunc.fixturenames and not said:
-        metafunc.parametrize(("backend", "shape"), SHAPES, indirect=True)
+        metafunc.definition.add_marker(pytest.mark.parametrize(("backend", "shape"), SHAPES, indirect=True))
 
 
 @pytest.fixture

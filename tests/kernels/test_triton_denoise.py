@@ -13,7 +13,15 @@ pytest.importorskip("triton", reason="Triton is not installed: pip install trito
 from cspd_kernels.ops.denoise import triton_chain, triton_config
 from cspd_kernels.ops.denoise.chain import Tables
 from cspd_kernels.ops.denoise.triton_chain import LayeredChain
-from cspd_kernels.ops.denoise.triton_config import FEW_ROWS, Products, Tile, Update, power_of_two, products, update
+from cspd_kernels.ops.denoise.triton_config import (
+    FEW_ROWS,
+    Products,
+    Tile,
+    input_tile,
+    power_of_two,
+    products,
+    update_channels,
+)
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -55,7 +63,7 @@ def test_wide_heads(make_head, made_by):
 @pytest.mark.parametrize(
     ("dtype", "tile"),
     [(torch.float32, t) for t in triton_config.FLOAT32_TILES] + [(torch.float16, t) for t in triton_config.HALF_TILES],
-    ids=lambda v: f"{v.bm}x{v.bn}" if isinstance(v, Tile) else None,
+    ids=lambda v: v.name if isinstance(v, Tile) else None,
 )
 def test_every_tile_of_a_block(make_head, made_by, dtype, tile):
     made_by(tile, tile)
@@ -86,15 +94,20 @@ def test_a_few_rows_and_one_more(make_head, dtype, rows):
     assert_agrees(head, cond, x, addressed(head, rows), backend="triton")
 
 
-@pytest.mark.parametrize(
-    "divided", [Update(1, 1, 1, 16), Update(2, 4, 4, 64), Update(4, 2, 2, 32), Update(64, 16, 4, 16)]
-)
+@pytest.mark.parametrize("group", [1, 2, 4, 8])
 @pytest.mark.parametrize(("guided", "learned"), [(True, True), (False, False)])
-def test_every_division_of_the_update_and_of_the_input(make_head, monkeypatch, divided, guided, learned):
-    monkeypatch.setattr(triton_chain, "update", lambda *_: divided)
+def test_every_group_of_channels_of_the_update(make_head, monkeypatch, group, guided, learned):
+    monkeypatch.setattr(triton_chain, "update_channels", lambda *_: group)
     head = make_head(channels=5, width=80, learn_sigma=learned)
-    inputs = random_inputs(head, 3, 18, guided)
+    inputs = random_inputs(head, 2, 18, guided)
     assert_agrees(head, *inputs, cfg_scale=2.0 if guided else 1.0, backend="triton")
+
+
+@pytest.mark.parametrize("tile", [(1, 64), (2, 32), (4, 16)])
+def test_every_tile_of_the_input(make_head, monkeypatch, tile):
+    monkeypatch.setattr(triton_chain, "input_tile", lambda *_: tile)
+    head = make_head(width=80)
+    assert_agrees(head, *guided_inputs(head, 3, 18), cfg_scale=2.0, backend="triton")
 
 
 @pytest.mark.parametrize("channels", [1, 64])
@@ -110,7 +123,8 @@ def test_a_rows_bits_are_its_own_in_any_batch(make_head, made_by, monkeypatch, d
     """From the modulations on, which the library makes, and for one division of the work. The first rows of a batch: a
     product of numpy, which interprets ``tl.dot``, has other bits elsewhere in the tile."""
     made_by(OWN[dtype], OWN[dtype])
-    monkeypatch.setattr(triton_chain, "update", lambda *_: Update(2, 4, 4, 32))
+    monkeypatch.setattr(triton_chain, "update_channels", lambda *_: 4)
+    monkeypatch.setattr(triton_chain, "input_tile", lambda *_: (4, 32))
     head, results, torch_rng = make_head(dtype, depth=2, steps=1), [], torch.Generator().manual_seed(20)
     values = {}
     for rows in (all_rows, some):
@@ -182,11 +196,11 @@ def test_what_was_measured_goes_before_what_was_reasoned(monkeypatch):
 
 
 @pytest.mark.parametrize("channels", [1, 5, 16, 64])
-def test_updates_hold_all_tokens_and_channels_in_powers_of_two(channels):
+def test_updates_and_inputs_are_divided_by_powers_of_two(channels):
     for tokens in (1, 2, 16, 17, 64, 512, 100_000):
-        divided = update(tokens, channels)
+        divided = (update_channels(tokens, channels), *input_tile(tokens, channels))
         assert all(power_of_two(n) == n for n in divided)
-        assert divided.tokens == 1 or tokens > 16
+        assert update_channels(tokens, channels) < 2 * channels
 
 
 # --- addresses ---

@@ -9,7 +9,7 @@ import triton.language as tl
 from ...head import DiffusionHead
 from ...triton_support import INTERPRETED, starts_early
 from .chain import Chain, Tables
-from .triton_config import FEW_COLUMNS, Products, Tile, power_of_two, products, row_warps, update
+from .triton_config import FEW_COLUMNS, Products, Tile, input_tile, power_of_two, products, row_warps, update_channels
 from .triton_layered import (
     _bias_silu_kernel,
     _condition_kernel,
@@ -58,20 +58,23 @@ class LayeredChain(Chain):
 
     def _prepare(self, head: DiffusionHead) -> None:
         """Grids and constants of the launches, which a thousand launches of a call share."""
-        width, channels, u = head.width, head.channels, update(self.tokens, head.channels)
+        width, channels = head.width, head.channels
+        together, columns = input_tile(self.tokens, channels)
+        group = update_channels(self.tokens, channels)
         common = {"W": width, "PDL": starts_early(head.device), **OPTIONS}
         if common["PDL"]:
             common["launch_pdl"] = True
         whole = common | {"WP": power_of_two(width), "num_warps": row_warps(width)}
         norm = whole | {"EPS": head.norm_eps}
         guided = {"C": channels, "GUIDED": self.halves == 2}
-        self._input_grid = triton.cdiv(self.tokens, u.input_tokens), triton.cdiv(width, u.input_columns)
+        self._input_grid = triton.cdiv(self.tokens, together), triton.cdiv(width, columns)
         self._input_options = common | guided | {
-            "CP": max(16, power_of_two(channels)), "R": u.input_tokens, "BN": u.input_columns, "num_warps": 4,
+            "CP": max(16, power_of_two(channels)), "R": together, "BN": columns, "num_warps": 4,
         }  # fmt: skip
-        self._update_grid = triton.cdiv(self.tokens, u.tokens), triton.cdiv(channels, u.channels)
+        self._update_grid = self.tokens, triton.cdiv(channels, group)
+        # maxnreg: two programs fit an SM; left out, the assembler may spill to fit more.
         self._update_options = norm | guided | {
-            "LEARNED": head.learned_variance, "PHILOX": self.philox, "R": u.tokens, "G": u.channels,
+            "LEARNED": head.learned_variance, "PHILOX": self.philox, "G": group, "maxnreg": 128,
         }  # fmt: skip
         self._row_options, self._norm_options = whole, norm
         if not self.products:

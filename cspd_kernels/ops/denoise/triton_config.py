@@ -24,6 +24,10 @@ class Tile:
     stages: int
 
     @property
+    def name(self) -> str:
+        return f"{self.bm}x{self.bn}x{self.bk}/{self.stages}"
+
+    @property
     def options(self) -> dict[str, int]:
         """What the kernel is compiled with."""
         return {"num_warps": self.warps, "num_stages": self.stages}
@@ -38,9 +42,10 @@ class Products(NamedTuple):
 
 # What there is to choose from. Each compiles without spills for MAR-B, -L and -H on sm_80, sm_90 and sm_100.
 HALF_TILES = (
-    Tile(128, 128, 64, 8, 3), Tile(128, 64, 64, 8, 4), Tile(64, 128, 64, 8, 4), Tile(64, 64, 64, 4, 4),
-    Tile(64, 32, 128, 4, 3), Tile(32, 64, 128, 4, 3), Tile(32, 32, 128, 4, 4), Tile(16, 64, 128, 4, 4),
-    Tile(16, 32, 128, 4, 4), Tile(16, 16, 128, 4, 4),
+    Tile(128, 128, 64, 8, 3), Tile(128, 128, 64, 8, 4), Tile(128, 64, 64, 8, 4), Tile(64, 128, 64, 8, 4),
+    Tile(64, 64, 64, 4, 4), Tile(64, 64, 128, 4, 3), Tile(64, 32, 128, 4, 3), Tile(32, 64, 128, 4, 3),
+    Tile(32, 32, 128, 4, 4), Tile(16, 64, 128, 4, 4), Tile(16, 32, 128, 4, 4), Tile(16, 16, 128, 4, 4),
+    Tile(16, 16, 256, 4, 3),
 )  # fmt: skip
 FLOAT32_TILES = (Tile(64, 64, 32, 8, 3), Tile(32, 32, 32, 4, 4), Tile(16, 32, 64, 4, 3), Tile(16, 16, 64, 4, 3))
 
@@ -95,28 +100,21 @@ def _cycles(tile: Tile, rows: int, width: int, multiprocessors: int) -> tuple[fl
     return max(each * read, each * multiplied, -(-each // 2) * waited), each * read
 
 
-class Update(NamedTuple):
-    """A program of the update kernel: so many tokens, one after another, and channels; of the input projection: so many
-    tokens and columns."""
-
-    tokens: int
-    channels: int
-    input_tokens: int
-    input_columns: int
+@functools.cache
+def update_channels(tokens: int, channels: int) -> int:
+    """Of a token, for a program of the update kernel: one, until there are two programs for each multiprocessor of a
+    large device; then more share the token's norm."""
+    group = 1
+    while group < 4 and tokens * channels > 2 * group * _MULTIPROCESSORS:
+        group *= 2
+    return group
 
 
 @functools.cache
-def update(tokens: int, channels: int) -> Update:
-    """A program for every channel of every token until there are two for each multiprocessor of a large device; then
-    more channels share a token's norm, and then more tokens the weights."""
-    enough = 2 * _MULTIPROCESSORS
-    group, some = 1, 1
-    while group < 4 and tokens * channels > group * enough:
-        group *= 2
-    while some < 64 and tokens * -(-channels // group) > some * enough:
-        some *= 2
+def input_tile(tokens: int, channels: int) -> tuple[int, int]:
+    """Tokens and columns of h for a program of the input projection: 32 products a thread."""
     together = 1 if tokens <= 16 else 4
-    return Update(some, group, together, max(16, 4096 // (together * max(16, power_of_two(channels)))))
+    return together, max(16, 4096 // (together * max(16, power_of_two(channels))))
 
 
 @functools.cache

@@ -26,6 +26,7 @@ import triton
 import triton.language as tl
 
 from .triton_tiles import (
+    final_operand,
     prefetch_weights,
     product,
     reverse_step,
@@ -243,10 +244,10 @@ def _update_kernel(
     h, mods, weight, bias, coefficients, temperature, scale, x, noise, noise_step, seed, addresses, log_std_out, path,
     N, step, first_row,
     C: tl.constexpr, W: tl.constexpr, WP: tl.constexpr, EPS: tl.constexpr, GUIDED: tl.constexpr,
-    LEARNED: tl.constexpr, PHILOX: tl.constexpr, R: tl.constexpr, G: tl.constexpr, PDL: tl.constexpr,
+    LEARNED: tl.constexpr, PHILOX: tl.constexpr, G: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Final layer, guidance, posterior and noise of reverse step ``step``, in place on x: G channels of R tokens, one
-    after another, a program. Channels are independent from the final layer on.
+    """Final layer, guidance, posterior and noise of reverse step ``step``, in place on x: G channels of one token a
+    program. Channels are independent from the final layer on.
 
     The last step (0) leaves its mean in x and its log std, without the temperature, in log_std_out; every other one
     adds its log std to path.
@@ -261,31 +262,23 @@ def _update_kernel(
     if LEARNED:
         w_v, added_v = tl.load(w_at + C * W, here, 0.0), tl.load(bias + C + channels, valid, 0.0)
     table = step_table(coefficients, step)
+    token = tl.program_id(0)
+    row = token.to(tl.int64)
+    at = row * C + channels
     wait_for_previous(PDL)
-    strength = tl.load(temperature)
-    first = tl.program_id(0) * R
-    for i in tl.range(0, tl.minimum(N - first, R)):
-        token = first + i
-        row = token.to(tl.int64)
-        at = row * C + channels
-        value = tl.load(h + row * W + k, inside, 0.0)
-        shift, factor = shift_and_scale(mods + (first_row + row) * (2 * W) + k, inside, W)
-        now = tl.load(x + at, valid, 0.0)
-        z = step_noise(noise, noise_step, seed, addresses, step, token, valid, channels, C, PHILOX)
-        guidance = tl.load(scale + token) if GUIDED else 0.0
-        a = standardised(value, inside, W, EPS, 0) * (1.0 + factor) + shift
-        eps = tl.sum(w * a[None, :], 1) + added
-        v = tl.sum(w_v * a[None, :], 1) + added_v if LEARNED else tl.zeros_like(eps)
-        eps_u = eps
-        if GUIDED:
-            row += N
-            value = tl.load(h + row * W + k, inside, 0.0)
-            shift, factor = shift_and_scale(mods + (first_row + row) * (2 * W) + k, inside, W)
-            a = standardised(value, inside, W, EPS, 0) * (1.0 + factor) + shift
-            eps_u = tl.sum(w * a[None, :], 1) + added
-        value, log_std = reverse_step(now, eps, v, eps_u, z, table, step, guidance, strength, GUIDED)
-        tl.store(x + at, value, valid)
-        if step > 0:
-            tl.store(path + at, tl.load(path + at, valid, 0.0) + log_std, valid)
-        else:
-            tl.store(log_std_out + at, log_std, valid)
+    a = final_operand(h, mods, row, first_row, k, W, EPS)
+    now = tl.load(x + at, valid, 0.0)
+    z = step_noise(noise, noise_step, seed, addresses, step, token, valid, channels, C, PHILOX)
+    guidance = tl.load(scale + token) if GUIDED else 0.0
+    eps = tl.sum(w * a[None, :], 1) + added
+    v = tl.sum(w_v * a[None, :], 1) + added_v if LEARNED else tl.zeros_like(eps)
+    eps_u = eps
+    if GUIDED:
+        a = final_operand(h, mods, N + row, first_row, k, W, EPS)
+        eps_u = tl.sum(w * a[None, :], 1) + added
+    value, log_std = reverse_step(now, eps, v, eps_u, z, table, step, guidance, tl.load(temperature), GUIDED)
+    tl.store(x + at, value, valid)
+    if step > 0:
+        tl.store(path + at, tl.load(path + at, valid, 0.0) + log_std, valid)
+    else:
+        tl.store(log_std_out + at, log_std, valid)

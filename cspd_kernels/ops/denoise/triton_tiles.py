@@ -41,6 +41,14 @@ def shift_and_scale(mods, valid, W: tl.constexpr):
 
 
 @triton.jit
+def final_operand(h, mods, row, first_row, k, W: tl.constexpr, EPS: tl.constexpr):
+    """LN(h) (1 + scale) + shift of one row before the final layer, whose norm has no weights; 0 beyond W."""
+    value = tl.load(h + row * W + k, k < W, 0.0)
+    shift, scale = shift_and_scale(mods + (first_row + row) * (2 * W) + k, k < W, W)
+    return standardised(value, k < W, W, EPS, 0) * (1.0 + scale) + shift
+
+
+@triton.jit
 def prefetch_weights(weight, row_tile, cols, W: tl.constexpr):
     """Ask for rows ``cols`` of a weight [W, W] to come into the L2 cache; one of the row tiles that need them does."""
     LINE: tl.constexpr = 1024 // weight.dtype.element_ty.primitive_bitwidth  # elements of 128 bytes
