@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from cspd.models import DiffLoss
 from cspd_kernels import DiffusionHead
-from cspd_kernels.ops.denoise.chain import Chain
+from cspd_kernels.ops.denoise.chain import Chain, Tables
 from cspd_kernels.testing import random_inputs, randomize_, relative_error
 
 from common import captured, measure, spread
@@ -42,6 +42,7 @@ def started(backend: str, head: DiffusionHead, rows: int) -> Chain:
     chain.load(cond[None], x, noise, 1.0, None)
     chain.start(head)
     chain.hoist(head, STEPS - 1, STEPS)
+    chain.begin_step(head, Tables(head), 0)
     return chain
 
 

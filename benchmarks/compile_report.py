@@ -15,7 +15,6 @@ import torch
 
 from cspd.models import DiffLoss
 from cspd_kernels import Denoised, DiffusionHead, PhiloxNoise
-from cspd_kernels.crossover import PERSISTENT_LIMIT
 from cspd_kernels.cuda_support import build_record, extension
 from cspd_kernels.devices import SHARED_LIMITS
 from cspd_kernels.ops.accept_reject import RESIDUALS
@@ -23,7 +22,7 @@ from cspd_kernels.ops.accept_reject.triton import accept_reject
 from cspd_kernels.ops.denoise.chain import Tables
 from cspd_kernels.ops.denoise.cuda_chain import DTYPE_CODES
 from cspd_kernels.ops.denoise.triton_chain import LayeredChain
-from cspd_kernels.ops.denoise.triton_persistent import PersistentChain
+from cspd_kernels.ops.denoise.triton_config import FLOAT32_TILES, HALF_TILES, Products, Tile
 from cspd_kernels.ops.density_ratio.triton import log_density_ratio
 from cspd_kernels.triton_randn import randn
 from cspd_kernels.triton_refresh import Refresh
@@ -41,7 +40,6 @@ QUICK_VERDICT_CHANNELS = (16, 256)
 
 
 def launches_of(
-    kind: type[LayeredChain],
     depth: int,
     width: int,
     cond: int,
@@ -49,8 +47,10 @@ def launches_of(
     tokens: int,
     guided: bool,
     philox: bool,
+    tile: Tile | None = None,
 ) -> list[Launch]:
-    """Every kernel specialisation that a chain of this size launches, recorded on tensors without storage."""
+    """Every kernel specialisation that a chain of this size launches, recorded on tensors without storage; with a tile,
+    the products of this one."""
     with torch.device("meta"):
         head = DiffusionHead.from_module(DiffLoss(CHANNELS, cond, depth, width, "2"), dtype=dtype)
         noise = torch.empty(2, tokens, CHANNELS)
@@ -58,10 +58,19 @@ def launches_of(
             noise = PhiloxNoise(0, torch.empty(tokens, dtype=torch.int64))
         condition, x = torch.empty(2 * tokens if guided else tokens, cond), torch.empty(tokens, CHANNELS)
     with recorded_launches() as launches:
-        chain = kind(head, tokens, guided, noise, head.num_steps, static=False)
+        if tile:
+            chain = with_products(tile, tile)(head, tokens, guided, noise, head.num_steps, static=False)
+            chain.run_block(head, 0, 0)
+            return list(launches)[:2]
+        chain = LayeredChain(head, tokens, guided, noise, head.num_steps, static=False)
         chain.load(condition, x, noise, 1.0, 2.0 if guided else None)
         chain.launch(head, Tables(head))
     return list(launches)
+
+
+def with_products(first: Tile | None, second: Tile | None) -> type[LayeredChain]:
+    """The chain with products by these tiles, or by the library (None), whatever the table says."""
+    return type("Tiled", (LayeredChain,), {"choose": lambda chain, head: Products(first, second)})
 
 
 def verdict_launches(channels: int, dtype: torch.dtype, residual: str | None, per_token: bool) -> list[Launch]:
@@ -79,10 +88,15 @@ def verdict_launches(channels: int, dtype: torch.dtype, residual: str | None, pe
     return list(launches)
 
 
-def _chain_rows(model, kind, size, dtype, tokens, case) -> list[dict]:
+def _chain_rows(model, size, dtype, tokens, case) -> list[dict]:
     guided, philox = case
     described = {"model": model, "tokens": tokens, "guided": guided, "philox": philox}
-    return _rows(launches_of(kind, *size, dtype, tokens, guided, philox), dtype, described)
+    return _rows(launches_of(*size, dtype, tokens, guided, philox), dtype, described)
+
+
+def _tile_rows(model, size, dtype, tile) -> list[dict]:
+    described = {"model": model, "tokens": f"tile {tile.name}", "guided": False, "philox": False}
+    return _rows(launches_of(*size, dtype, 64, False, False, tile), dtype, described)
 
 
 def _verdict_rows(channels, dtype, residual, per_token) -> list[dict]:
@@ -173,12 +187,17 @@ def _run(work: tuple) -> list[dict]:
 def report(heads: dict[str, tuple[int, int, int]], quick: bool, processes: int) -> list[dict]:
     """One row per kernel, size and architecture; compiled by ``processes`` at a time."""
     work = [
-        (_chain_rows, model, kind, size, dtype, tokens, case)
+        (_chain_rows, model, size, dtype, tokens, case)
         for model, size in heads.items()
         for dtype in DTYPES
         for tokens in (QUICK_TOKENS if quick else TOKENS)
-        for kind in ((LayeredChain, PersistentChain) if tokens <= PERSISTENT_LIMIT else (LayeredChain,))
         for case in CASES[: 1 if quick else None]
+    ]
+    work += [
+        (_tile_rows, model, size, dtype, tile)
+        for model, size in heads.items()
+        for dtype, tiles in ((torch.bfloat16, HALF_TILES), (torch.float32, FLOAT32_TILES))
+        for tile in (() if quick else tiles)
     ]
     work += [
         (_verdict_rows, channels, dtype, residual, per_token)

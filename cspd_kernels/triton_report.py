@@ -23,6 +23,8 @@ from triton.runtime.jit import JITFunction
 from .devices import SHARED_LIMITS
 
 ARCHITECTURES = (80, 90, 100)
+EARLY_ARCHITECTURE = 90  # the first with programmatic dependent launch
+_WAIT = "griddepcontrol.wait"
 _POINTERS = {
     torch.float64: "*fp64", torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16",
     torch.int64: "*i64", torch.int32: "*i32", torch.bool: "*i1",
@@ -50,6 +52,8 @@ class Resources:
     stack_bytes: int  # a thread; spilled registers live there
     shared_bytes: int
     warps: int
+    waits: int = 0  # for the kernel in front, where this one may start before its end
+    before_wait: tuple[str, ...] = ()  # the arguments through which memory is touched before the first
 
     @property
     def fits(self) -> bool:
@@ -94,14 +98,20 @@ def _launch(kernel: JITFunction, args: tuple, kwargs: dict) -> Launch:
 
 
 def binary(launch: Launch, architecture: int):
-    """Triton's compilation for one architecture, with the text of every stage in ``asm``."""
+    """Triton's compilation for one architecture, with the text of every stage in ``asm``.
+
+    A launch is recorded as on a device whose kernels may start early, the constant PDL; the others know no such thing.
+    """
+    constants, options = dict(launch.constants), dict(launch.options)
+    if architecture < EARLY_ARCHITECTURE and options.pop("launch_pdl", False):
+        constants["PDL"] = False
     source = ASTSource(
         launch.kernel,
         dict(launch.signature),
-        dict(launch.constants),
+        constants,
         {(i,): [["tt.divisibility", 16]] for i in launch.attributes},
     )
-    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=dict(launch.options))
+    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
 
 
 def compiled(launch: Launch, architecture: int) -> Resources:
@@ -112,6 +122,7 @@ def compiled(launch: Launch, architecture: int) -> Resources:
         path.write_bytes(made.asm["cubin"])
         tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
         report = subprocess.run([tool, "-res-usage", path], capture_output=True, text=True, check=True).stdout
+    names = [name if kind.startswith("*") else None for name, kind in launch.signature if kind != "constexpr"]
     usage = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", report)}
     return Resources(
         launch.kernel.__name__,
@@ -120,4 +131,26 @@ def compiled(launch: Launch, architecture: int) -> Resources:
         usage["STACK"] + usage["LOCAL"],
         made.metadata.shared,
         made.metadata.num_warps,
+        made.asm["ptx"].count(_WAIT),
+        touched_before_wait(made.asm["ptx"], names),
     )
+
+
+def touched_before_wait(ptx: str, names: list[str | None]) -> tuple[str, ...]:
+    """The pointers among a kernel's arguments (``names`` has None for the others) from which an address is made that is
+    read or written before the wait for the kernel in front; nothing for a kernel that does not wait."""
+    before, waits, _ = ptx.partition(_WAIT)
+    if not waits:
+        return ()
+    origins: dict[str, set[str]] = {}  # of a register's value
+    touched: set[str] = set()
+    for line in before.splitlines():
+        registers = re.findall(r"%\w+", line)
+        if argument := re.search(r"\bld\.param\S*\s+(%\w+), \[\w+_param_(\d+)\]", line):
+            origins[argument[1]] = set(names[int(argument[2]) :][:1]) - {None}
+        elif re.search(r"\b(ld|st|atom|red|prefetch|cp\.async)\.", line):
+            for address in re.findall(r"\[\s*(%\w+)", line):
+                touched |= origins.get(address, set())
+        elif len(registers) > 1:
+            origins[registers[0]] = set().union(*(origins.get(r, set()) for r in registers[1:]))
+    return tuple(sorted(touched))

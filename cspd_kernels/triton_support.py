@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 
 import torch
@@ -12,6 +13,7 @@ from triton.runtime.jit import JITFunction
 from .backends import interpreting
 
 _OLDEST_CAPABILITY = (8, 0)
+_EARLY_CAPABILITY, _EARLY_DRIVER = (9, 0), 12030  # of launches before the end of the kernel in front, in graphs too
 
 
 @triton.jit
@@ -44,3 +46,24 @@ def _why_unsupported_device(device: torch.device) -> str | None:
         needed, got = (".".join(map(str, c)) for c in (_OLDEST_CAPABILITY, capability))
         return f"its kernels need compute capability {needed}, and this device has {got}"
     return None
+
+
+@functools.cache
+def starts_early(device: torch.device) -> bool:
+    """Whether kernels may start before the one in front of them has ended (programmatic dependent launch).
+
+    A meta tensor has no device to ask: there, what the newest ones do (see ``triton_report``).
+    """
+    if INTERPRETED or device.type != "cuda":
+        return device.type == "meta"
+    return torch.cuda.get_device_capability(device) >= _EARLY_CAPABILITY and _driver_version() >= _EARLY_DRIVER
+
+
+def _driver_version() -> int:
+    """Of CUDA, 1000 major + 10 minor; 0 where it cannot be asked."""
+    version = ctypes.c_int(0)
+    try:
+        ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    except (OSError, AttributeError):
+        return 0
+    return version.value

@@ -123,8 +123,9 @@ def benchmarks(monkeypatch):
     import quality
     import report
     import tables
+    import tiles
 
-    modules = (kernels, blocks, common, baselines, host, host_judging, judging, quality, report, tables)
+    modules = (kernels, blocks, common, baselines, host, host_judging, judging, quality, report, tables, tiles)
     yield SimpleNamespace(**{module.__name__: module for module in modules})
     for name in (module.__name__ for module in modules):
         sys.modules.pop(name, None)

@@ -112,6 +112,7 @@ def test_only_what_runs_on_a_device_is_measured_beside_torch(benchmarks, monkeyp
     assert kernels.why_not_measured("denoise", "triton", torch.device("cuda")) == "made of wood"
 
 
+@pytest.mark.parametrize("backend", ["cuda"], indirect=True)  # the one that has such a kernel
 def test_persistent_rows_run_the_persistent_kernel(benchmarks, make_head, backend, monkeypatch):
     head, used = make_head(), []
     kinds = kernels_of(backend)
@@ -128,6 +129,54 @@ def test_persistent_rows_run_the_persistent_kernel(benchmarks, make_head, backen
             assert not out.sample.isnan().any()
             assert os.environ.get("CSPD_PERSISTENT_MAX_TOKENS") == before
     assert not benchmarks.kernels._serves_persistent(backend, make_head(depth=0), 2)
+
+
+@pytest.mark.parametrize("backend", ["triton"], indirect=True)
+@torch.no_grad()
+def test_choices_of_products_are_checked_before_they_are_timed(benchmarks, make_head, backend, monkeypatch):
+    tiles = benchmarks.tiles
+    for dtype, rows in ((torch.bfloat16, 5), (torch.float32, 3)):
+        head, bound = make_head(dtype, depth=2), benchmarks.kernels.BOUNDS[dtype]
+        choices = tiles.choices(rows, dtype)
+        assert ("few" in choices) == (rows == 3)
+        for choice in {**dict(list(choices.items())[-2:]), **dict(list(choices.items())[:1])}.values():
+            for layer in ("first", "second"):
+                assert tiles.error_of(tiles.chain_of(choice, head, rows), head, layer) <= bound
+                chain = tiles.chain_of(choice, head, rows)
+                run = getattr(chain, f"run_{layer}")
+                value = chain.activations if layer == "first" else chain.h
+                wrong = lambda *arguments, run=run, value=value: (run(*arguments), value[-1].mul_(1.1))  # noqa: E731
+                monkeypatch.setattr(chain, f"run_{layer}", wrong)
+                assert tiles.error_of(chain, head, layer) > bound
+
+
+def test_the_table_of_tiles_holds_the_fastest_that_are_right(benchmarks, device_of):
+    device_of("triton")
+    from cspd_kernels.ops.denoise.triton_config import HALF_TILES, Products, Tile
+
+    first, last = HALF_TILES[0].name, HALF_TILES[-1].name
+    seconds = {
+        (4, "few"): (1, 1), (4, last): (2, 2),
+        (64, last): (1, 2), (64, first): (2, 1), (64, "library"): (None, 9),
+        (100, last): (1, 2), (100, first): (2, 1), (100, "library"): (3, 3),
+        (200, last): (5, 5), (200, first): (4, 4), (200, "library"): (3, 3),
+    }  # fmt: skip
+    case = {"width": 1024, "dtype": "bfloat16"}
+    results = [
+        case | {"rows": rows, "choice": choice, "layer": layer, "seconds": time}
+        for (rows, choice), times in seconds.items()
+        for layer, time in zip(("first", "second"), times)
+    ]
+    text = benchmarks.tiles.table(results, (9, 0))
+    entries = ((100, Products(HALF_TILES[-1], HALF_TILES[0])), (None, Products(None, None)))
+    assert eval(f"{{{text}}}", {"Products": Products, "Tile": Tile}) == {((9, 0), 1024, 2): entries}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="here there is something to measure")
+def test_without_a_gpu_no_tiles_are_timed(benchmarks, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["tiles.py"])
+    with pytest.raises(SystemExit, match="nothing to measure"):
+        benchmarks.tiles.main()
 
 
 @pytest.mark.parametrize("error", [1.0, float("nan")])

@@ -6,14 +6,24 @@ from chains import counted, kernels_of
 
 from cspd_kernels.backends import why_unavailable
 
+SHAPES = [("triton", "layered"), ("cuda", "layered"), ("cuda", "persistent")]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_generate_tests(metafunc):
+    """A test that asks for ``shape``, and does not say which, runs with each one of every backend."""
+    said = any("shape" in mark.args[0] for mark in metafunc.definition.iter_markers("parametrize"))
+    if "shape" in metafunc.fixturenames and not said:
+        metafunc.definition.add_marker(pytest.mark.parametrize(("backend", "shape"), SHAPES, indirect=True))
+
 
 @pytest.fixture
 def multiprocessors(monkeypatch, backend, kernel_device):
-    """``multiprocessors(n)``: without a device the persistent chain takes n programs. In Triton's interpreter a single
-    one has its barriers and all steps in one launch, as on a GPU; the emulation runs any number of them together."""
+    """``multiprocessors(n)``: without a device a persistent chain takes n programs, all of which the emulation runs
+    together."""
 
     def use(count):
-        if kernel_device.type == "cpu":
+        if kernel_device.type == "cpu" and kernels_of(backend).persistent:
             monkeypatch.setattr(f"cspd_kernels.ops.denoise.{backend}_persistent.multiprocessors", lambda device: count)
 
     return use
@@ -23,17 +33,17 @@ def multiprocessors(monkeypatch, backend, kernel_device):
 def used(monkeypatch, backend):
     """The chains that run, in order and once for every chunk of steps."""
     kernels, chains = kernels_of(backend), []
-    for kind in (kernels.layered, kernels.persistent):
+    for kind in filter(None, (kernels.layered, kernels.persistent)):
         monkeypatch.setattr(kind, "run_steps", counted(kind.run_steps, chains))
     return chains
 
 
-@pytest.fixture(params=["layered", "persistent"])
+@pytest.fixture
 def shape(request, monkeypatch, backend, multiprocessors, used):
-    """Run a test with each shape of the chain, and see to it that this one was taken."""
+    """Run a test with a shape of the chain, and see to it that this one was taken."""
     monkeypatch.setenv("CSPD_PERSISTENT_MAX_TOKENS", "0" if request.param == "layered" else "16")
     if request.param != "layered":
-        multiprocessors(1 if backend == "triton" else 3)
+        multiprocessors(3)
     yield request.param
     assert {type(chain) for chain in used} == {getattr(kernels_of(backend), request.param)}
 

@@ -177,6 +177,7 @@ def test_more_rows_than_a_tile_are_left_to_the_layered_chain(make_head, monkeypa
         assert {type(chain) for chain in used} == {getattr(kernels, kind)}
 
 
+@pytest.mark.parametrize("shape", ["layered", "persistent"], indirect=True)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_order_of_threads_changes_nothing(make_head, monkeypatch, shape, kernel_device, dtype):
     """The emulation draws it anew for every seed; on a device it is what it is."""

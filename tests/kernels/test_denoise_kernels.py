@@ -18,6 +18,8 @@ from cspd_kernels.ops.denoise.chain import Tables
 from cspd_kernels.testing import random_inputs
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+# Of those with kernels, CUDA alone has a persistent one.
+cuda_alone = pytest.mark.parametrize("backend", ["cuda"], indirect=True)
 
 
 def guided_inputs(head, rows, seed=0):
@@ -43,6 +45,7 @@ def test_sizes(backend, make_head, rows, channels, width, guided):
     assert_agrees(head, *random_inputs(head, rows, 0, guided), cfg_scale=2.5 if guided else 1.0, backend=backend)
 
 
+@cuda_alone
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("programs", "rows", "steps", "guided"), [(1, 3, 7, True), (2, 5, 2, True), (3, 1, 2, False)])
 def test_persistent_agrees_with_float64(backend, make_head, persistent, dtype, programs, rows, steps, guided):
@@ -52,6 +55,7 @@ def test_persistent_agrees_with_float64(backend, make_head, persistent, dtype, p
     assert_agrees(head, *inputs, cfg_scale=2.5 if guided else 1.0, backend=backend)
 
 
+@cuda_alone
 @pytest.mark.parametrize(("rows", "channels", "width"), [(1, 4, 16), (2, 33, 80), (16, 5, 144)])
 def test_persistent_sizes(backend, make_head, persistent, rows, channels, width):
     persistent(5)
@@ -149,6 +153,7 @@ def test_small_workspace_bounds_the_modulations_and_changes_nothing(backend, mak
     assert workspace == 1 or max(sizes) <= workspace
 
 
+@cuda_alone
 @pytest.mark.parametrize("steps_at_once", [1, 2, 4])
 def test_persistent_in_chunks_of_steps(backend, make_head, persistent, steps_at_once):
     persistent(1)
@@ -208,7 +213,9 @@ def test_nothing_is_read_before_it_is_written(backend, make_head, shape, poisone
     assert_agrees(head, *guided_inputs(head, 5, 17), cfg_scale=2.0, backend=backend)
 
 
-@pytest.mark.parametrize("kind", ["layered", "persistent"])
+@pytest.mark.parametrize(
+    ("backend", "kind"), [("triton", "layered"), ("cuda", "layered"), ("cuda", "persistent")], indirect=["backend"]
+)
 @pytest.mark.parametrize("noise", ["stored", "addressed"])
 @torch.no_grad()
 def test_a_chain_serves_fewer_tokens_than_it_has_and_one_call_after_the_other(
@@ -236,6 +243,7 @@ def test_results_are_copies(backend, make_head):
     assert all(map(torch.equal, out, kept))
 
 
+@cuda_alone
 @torch.no_grad()
 def test_a_chain_that_stopped_waiting_gives_nan_and_the_next_call_says_so(backend, make_head, multiprocessors):
     multiprocessors(1)
@@ -257,6 +265,7 @@ def test_a_chain_that_stopped_waiting_gives_nan_and_the_next_call_says_so(backen
     assert_close(run_chain(chain, head, inputs), definition(head, *inputs, 0.9), 1e-5)
 
 
+@cuda_alone
 @torch.no_grad()
 def test_calls_that_stopped_waiting_are_told_of_once_however_many(backend, make_head, multiprocessors):
     multiprocessors(1)
@@ -274,6 +283,7 @@ def test_calls_that_stopped_waiting_are_told_of_once_however_many(backend, make_
         tables.check()
 
 
+@cuda_alone
 def test_persistent_takes_up_to_the_given_number_of_tokens(backend, make_head, monkeypatch, multiprocessors, used):
     multiprocessors(1)
     monkeypatch.setenv("CSPD_PERSISTENT_MAX_TOKENS", "3")

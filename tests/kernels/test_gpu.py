@@ -16,6 +16,9 @@ from cspd_kernels.testing import random_chains, random_inputs, relative_error
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("available")]
 
 BACKENDS = [None, "torch", "triton", "cuda"]
+# Of those with kernels, CUDA alone has a persistent one.
+cuda_alone = pytest.mark.parametrize("backend", ["cuda"], indirect=True)
+PERSISTENT_OR_NOT = [("triton", "0"), ("cuda", "0"), ("cuda", "16")]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 HEADS = {"MAR-B": (6, 1024, 768), "MAR-L": (8, 1280, 1024), "MAR-H": (12, 1536, 1280)}  # D, W, Z
 
@@ -151,6 +154,7 @@ def test_heads_of_the_released_sizes_by_the_automatic_choice(mar_head, name, dty
         assert_agrees(head, *random_inputs(head, rows, seed, guided=True), cfg_scale=2.5)
 
 
+@cuda_alone
 @pytest.mark.parametrize("rows", [1, 2, 7, 16])
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda v: str(v).removeprefix("torch."))
 @pytest.mark.parametrize("guided", [False, True])
@@ -167,10 +171,11 @@ def test_persistent_kernel_agrees_with_the_layered_ones_and_float64(
         inputs = random_inputs(head, rows, seed, guided)
         assert_agrees(head, *inputs, cfg_scale=2.5 if guided else 1.0, backend=backend)
     assert_close(call(backend, head, rows, 2, guided), layered, 1e-5 if dtype == torch.float32 else 2e-2)
-    kernels, beyond = kernels_of(backend), backend == "cuda" and guided and rows > 8  # of a tile of 16 rows
+    kernels, beyond = kernels_of(backend), guided and rows > 8  # of a tile of 16 rows
     assert {type(chain) for chain in used} == {kernels.layered if beyond else kernels.persistent}
 
 
+@cuda_alone
 @pytest.mark.parametrize("busy", [False, True])
 def test_persistent_kernel_many_times(backend, make_diffloss, monkeypatch, used, busy):
     """Its blocks find each other every time, also where another stream keeps the device busy."""
@@ -193,6 +198,25 @@ def test_persistent_kernel_many_times(backend, make_diffloss, monkeypatch, used,
     assert {type(chain) for chain in used} == {kernels_of(backend).persistent}
 
 
+@pytest.mark.parametrize("rows", [2, 64, 512])
+def test_kernels_that_start_early_give_the_bits_of_those_that_do_not(mar_head, device_of, monkeypatch, rows):
+    device_of("triton")
+    from cspd_kernels.ops.denoise import triton_chain
+
+    head = mar_head("MAR-B", torch.bfloat16)
+    if not triton_chain.starts_early(head.device):
+        pytest.skip("kernels do not start early on this device")
+    inputs, wrong = random_inputs(head, rows, 0), torch.zeros((), dtype=torch.int64, device="cuda")
+    with monkeypatch.context() as patch:
+        patch.setattr(triton_chain, "starts_early", lambda device: False)
+        expected = denoise(head, *inputs, backend="triton")
+    head = mar_head("MAR-B", torch.bfloat16)  # without the plans of the other
+    for _ in range(500):
+        out = denoise(head, *inputs, backend="triton")
+        wrong += sum((a != b).any() for a, b in zip(out, expected))
+    assert int(wrong) == 0
+
+
 def test_a_block_that_stays_silent_is_noticed(mar_head, device_of, monkeypatch):
     device_of("cuda")
     from cspd_kernels.ops.denoise.cuda_persistent import PersistentChain
@@ -209,7 +233,7 @@ def test_a_block_that_stays_silent_is_noticed(mar_head, device_of, monkeypatch):
         assert_agrees(head, *random_inputs(head, 2, seed), backend="cuda")
 
 
-@pytest.mark.parametrize("persistent", ["0", "16"])
+@pytest.mark.parametrize(("backend", "persistent"), PERSISTENT_OR_NOT, indirect=["backend"])
 def test_replays_see_what_changes_between_calls(backend, small, monkeypatch, persistent):
     monkeypatch.setenv("CSPD_PERSISTENT_MAX_TOKENS", persistent)
     for seed, rows in enumerate((8, 5, 7, 8, 6)):
@@ -318,9 +342,8 @@ def test_captured_or_not_in_a_context_of_the_caller(backend, small, context, cal
         assert_close(result, definition(small, *inputs), 1e-5)
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton", "cuda"])
+@pytest.mark.parametrize(("backend", "persistent"), [("torch", "0"), *PERSISTENT_OR_NOT])
 @pytest.mark.parametrize("rows", [1, 5, 100, 250])
-@pytest.mark.parametrize("persistent", ["0", "16"])
 def test_inside_a_graph_of_the_caller(small, monkeypatch, backend, rows, persistent):
     monkeypatch.setenv("CSPD_PERSISTENT_MAX_TOKENS", persistent)
     static = random_inputs(small, rows, 0)

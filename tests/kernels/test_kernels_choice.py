@@ -29,16 +29,6 @@ def test_more_channels_than_the_kernels_of_the_verdict_cover(backend, kernel_dev
         op(x.to(kernel_device), cast(draft, kernel_device), cast(target, kernel_device), backend=backend)
 
 
-@pytest.mark.parametrize("backend", ["cuda"], indirect=True)
-@pytest.mark.parametrize("value", ["17", "-1", "1.5", "all", "²"])
-def test_the_persistent_switch_takes_a_small_number(backend, make_head, monkeypatch, value):
-    monkeypatch.setenv("CSPD_PERSISTENT_MAX_TOKENS", value)
-    head = make_head()
-    message = f"expected CSPD_PERSISTENT_MAX_TOKENS as a number from 0 to 16, got '{value}'"
-    with pytest.raises(ValueError, match=message):
-        denoise(head, *random_inputs(head, 1, 0), backend=backend)
-
-
 def unaligned(value):
     """The same values, two elements behind a boundary."""
     return torch.cat([value.flatten()[:2], value.flatten()])[2:].view_as(value)
@@ -62,6 +52,14 @@ def test_the_persistent_kernel_covers_few_rows_of_a_head_with_blocks(device_of, 
 def cuda(make_diffloss, device_of):
     """A head, where the CUDA kernels run."""
     return DiffusionHead.from_module(make_diffloss(steps=2).to(device_of("cuda")))
+
+
+@pytest.mark.parametrize("value", ["17", "-1", "1.5", "all", "²"])
+def test_the_persistent_switch_takes_a_small_number(cuda, monkeypatch, value):
+    monkeypatch.setenv("CSPD_PERSISTENT_MAX_TOKENS", value)
+    message = f"expected CSPD_PERSISTENT_MAX_TOKENS as a number from 0 to 16, got '{value}'"
+    with pytest.raises(ValueError, match=message):
+        denoise(cuda, *random_inputs(cuda, 1, 0), backend="cuda")
 
 
 CHANGES = {

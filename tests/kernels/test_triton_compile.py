@@ -21,12 +21,23 @@ from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime.jit import JITFunction
 
 from cspd_kernels.devices import SHARED_LIMITS
-from cspd_kernels.triton_report import ARCHITECTURES, Resources, recorded_launches
+from cspd_kernels.triton_report import ARCHITECTURES, Resources, recorded_launches, touched_before_wait
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 VERDICTS = {"_log_density_ratio_kernel": {""}, "_accept_reject_kernel": {" rejection", " closed_form"}}
 ONE_EACH = {"_refresh_kernel", "_randn_kernel"}  # for every type
-LAYERED = {"_condition_kernel", "_input_kernel", "_mlp0_kernel", "_mlp1_kernel", "_update_kernel"}
+ALWAYS = {"_condition_kernel", "_input_kernel", "_update_kernel"}
+FEW = {"_few_mlp0_kernel", "_few_mlp1_kernel"}
+OWN, LIBRARY = (
+    {"_norm_kernel", "_mlp0_kernel", "_mlp1_kernel"},
+    {"_norm_kernel", "_bias_silu_kernel", "_residual_kernel"},
+)
+# What a guided chain of so many tokens launches, by the rules of the table.
+LAYERED = {
+    ("bfloat16", 1): FEW, ("bfloat16", 64): OWN, ("bfloat16", 512): LIBRARY,
+    ("float32", 1): FEW, ("float32", 64): LIBRARY, ("float32", 512): LIBRARY,
+}  # fmt: skip
+WEIGHTS = {"weight", "bias", "norm_weight", "norm_bias", "coefficients"}
 
 
 @pytest.fixture(scope="module")
@@ -51,21 +62,31 @@ def test_the_report_leaves_nothing_out(rows):
     def case(row):
         return row["model"], row["architecture"], row["dtype"]
 
-    everything = {
-        (m, a, d) for m in ("MAR-B", "MAR-L", "MAR-H") for a in ARCHITECTURES for d in ("float32", "bfloat16")
-    }
     assert ARCHITECTURES == (80, 90, 100)
-    for kernel in LAYERED:
-        for tokens in (1, 64, 512):
-            assert {case(r) for r in rows if (r["kernel"], r["tokens"]) == (kernel, tokens)} == everything
-    assert {case(r) for r in rows if r["kernel"] == "_persistent_kernel"} == everything
+    sizes = {(model, architecture) for model in ("MAR-B", "MAR-L", "MAR-H") for architecture in ARCHITECTURES}
+    for (dtype, tokens), kernels in LAYERED.items():
+        of_case = [row for row in rows if (row["dtype"], row["tokens"]) == (dtype, tokens)]
+        assert {row["kernel"] for row in of_case} == ALWAYS | kernels
+        for kernel in ALWAYS | kernels:
+            assert {case(row)[:2] for row in of_case if row["kernel"] == kernel} == sizes
     types = {(a, d) for a in ARCHITECTURES for d in ("float32", "bfloat16")}
     for kernel, methods in VERDICTS.items():
         for model in (f"C={channels}{method}" for channels in (16, 256) for method in methods):
             assert {case(r)[1:] for r in rows if (r["kernel"], r["model"]) == (kernel, model)} == types
     for kernel in ONE_EACH:
         assert {case(r)[1:] for r in rows if r["kernel"] == kernel} == types
-    assert {row["kernel"] for row in rows} == LAYERED | {"_persistent_kernel"} | ONE_EACH | set(VERDICTS)
+    chain = ALWAYS.union(*LAYERED.values())
+    assert {row["kernel"] for row in rows} == chain | ONE_EACH | set(VERDICTS)
+
+
+def test_kernels_that_may_start_early_wait_before_they_touch_more_than_weights(rows):
+    """On every architecture that has it; on others, and between library products, nothing waits."""
+    early = ALWAYS.union(*LAYERED.values()) - {"_condition_kernel"}
+    for row in rows:
+        waits = row["kernel"] in early and row["architecture"] >= 90
+        assert (row["waits"] > 0) == waits, row
+        assert set(row["before_wait"]) <= WEIGHTS, row
+        assert any("bias" in name for name in row["before_wait"]) == waits, row  # or the listing was not understood
 
 
 @pytest.fixture
@@ -100,6 +121,37 @@ def test_spills_or_too_much_shared_memory_do_not_fit(architecture):
     limit = SHARED_LIMITS[architecture]
     for stack, shared, fits in ((0, limit, True), (8, 0, False), (0, limit + 1, False)):
         assert Resources("k", architecture, 255, stack, shared, 4).fits is fits
+
+
+LISTING = """
+    ld.param.b64 %rd1, [k_param_0];
+    ld.param.u64 %rd2, [k_param_1];
+    ld.param.b32 %r1, [k_param_2];
+    cvta.to.global.u64 %rd3, %rd1;
+    mul.wide.s32 %rd4, %r1, 4;
+    add.s64 %rd5, %rd3, %rd4;
+    @%p1 ld.global.b32 {{ %r2 }}, [ %rd5 + 0 ];
+    add.s64 %rd6, %rd2, %rd4;
+    {early}
+    griddepcontrol.wait;
+    st.global.b32 [ %rd6 + 0 ], {{ %r2 }};
+"""
+
+
+@pytest.mark.parametrize(
+    ("early", "touched"),
+    [
+        ("", ("x",)),
+        ("@%p1 st.global.b32 [ %rd6 + 0 ], { %r2 };", ("out", "x")),
+        ("cp.async.cg.shared.global [ %r9 + 0 ], [ %rd6 + 0 ], 0x10;", ("out", "x")),
+        ("prefetch.global.L2 [%rd6];", ("out", "x")),
+        ("atom.global.add.u32 %r3, [%rd6], 1;", ("out", "x")),
+    ],
+)
+def test_what_is_touched_before_the_wait_is_read_from_the_listing(early, touched):
+    listing = LISTING.format(early=early)
+    assert touched_before_wait(listing, ["x", "out", None]) == touched
+    assert touched_before_wait(listing.replace("griddepcontrol.wait", "nop"), ["x", "out", None]) == ()
 
 
 # --- the launches that the report compiles ---

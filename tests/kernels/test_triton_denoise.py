@@ -1,23 +1,35 @@
-"""The tiles of the Triton chains: on a GPU, or in Triton's interpreter on the CPU."""
+"""How the Triton chain divides its work: on a GPU, or in Triton's interpreter on the CPU."""
 
 import multiprocessing
 
 import pytest
 import torch
-from chains import assert_agrees
+from chains import addressed, assert_agrees
 
-from cspd_kernels import DiffusionHead
-from cspd_kernels.testing import random_inputs
+from cspd_kernels.testing import random_inputs, relative_error
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
 
-import triton
-
 from cspd_kernels.ops.denoise import triton_chain, triton_config
 from cspd_kernels.ops.denoise.chain import Tables
-from cspd_kernels.ops.denoise.triton_config import Tile, block_tile, update_tile
+from cspd_kernels.ops.denoise.triton_chain import LayeredChain
+from cspd_kernels.ops.denoise.triton_config import (
+    FEW_ROWS,
+    Products,
+    Tile,
+    input_tile,
+    power_of_two,
+    products,
+    update_channels,
+)
 
+CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+OWN = {
+    torch.float32: Tile(16, 32, 64, 4, 3),
+    torch.float16: Tile(16, 32, 128, 4, 4),
+    torch.bfloat16: Tile(16, 16, 128, 4, 4),
+}
 
 
 @pytest.fixture
@@ -29,78 +41,169 @@ def guided_inputs(head, rows, seed=0):
     return random_inputs(head, rows, seed, guided=True)
 
 
-def test_wide_heads(make_head, monkeypatch, shape):
-    # Larger ones than there are for so few tokens: fewer programs.
-    monkeypatch.setattr(triton_chain, "block_tile", lambda *_: Tile(16, 128, 128, 4, 2))
-    monkeypatch.setattr(triton_chain, "update_tile", lambda tokens, channels: update_tile(256, channels))
+@pytest.fixture
+def made_by(monkeypatch):
+    """``made_by(first, second)``: a tile or None (the library) for each product of a block of more than a few rows."""
+
+    def choose(*made):
+        monkeypatch.setattr(
+            LayeredChain, "choose", lambda chain, head: Products(*made) if chain.rows > FEW_ROWS else None
+        )
+
+    return choose
+
+
+def test_wide_heads(make_head, made_by):
+    tile = Tile(16, 128, 128, 4, 2)  # larger than there are for so few tokens: fewer programs
+    made_by(tile, tile)
     head = make_head(channels=4, width=1040)
     assert_agrees(head, *random_inputs(head, 5, 0), backend="triton")
 
 
 @pytest.mark.parametrize(
     ("dtype", "tile"),
-    [(torch.float32, t) for t in triton_config._FLOAT32] + [(torch.float16, t) for t in triton_config._HALF],
-    ids=lambda v: f"{v.bm}x{v.bn}" if isinstance(v, Tile) else None,
+    [(torch.float32, t) for t in triton_config.FLOAT32_TILES] + [(torch.float16, t) for t in triton_config.HALF_TILES],
+    ids=lambda v: v.name if isinstance(v, Tile) else None,
 )
-def test_every_tile_of_a_block(make_head, monkeypatch, dtype, tile):
-    monkeypatch.setattr(triton_chain, "block_tile", lambda *_: tile)
-    monkeypatch.setattr(triton_chain, "update_tile", lambda tokens, channels: update_tile(256, channels))
+def test_every_tile_of_a_block(make_head, made_by, dtype, tile):
+    made_by(tile, tile)
     head = make_head(dtype, width=144)  # more than one tile of columns and of the sum, the last one cut
     assert_agrees(head, *random_inputs(head, 17, 14), backend="triton")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("rows", [1, 3])
-def test_sums_of_a_few_rows_in_several_parts(make_head, monkeypatch, dtype, rows):
-    tile = Tile(triton_config.power_of_two(rows), 32, 64, 4, 2, by_sum=True)
-    monkeypatch.setattr(triton_chain, "block_tile", lambda *_: tile)
-    head = make_head(dtype, width=144)
-    assert_agrees(head, *random_inputs(head, rows, 15), backend="triton")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("library", ["neither", "first", "second", "both"])
+def test_products_by_the_library_or_not(make_head, made_by, dtype, library):
+    made_by(*(None if library in (name, "both") else OWN[dtype] for name in ("first", "second")))
+    head = make_head(dtype, width=80, depth=2)
+    assert_agrees(head, *guided_inputs(head, 3, 15), cfg_scale=2.0, backend="triton")
 
 
-@pytest.mark.parametrize("tokens", [1, 256])
-@pytest.mark.parametrize("channels", [5, 64])
-def test_every_tile_of_the_update(make_head, monkeypatch, tokens, channels):
-    tile = update_tile(tokens, channels)
-    monkeypatch.setattr(triton_chain, "update_tile", lambda *_: tile)
-    head = make_head(channels=channels, width=272)  # the sum takes several parts
-    assert_agrees(head, *guided_inputs(head, 3, 16), cfg_scale=2.0, backend="triton")
-
-
-@pytest.mark.parametrize("guided", [False, True])
-def test_the_final_layer_by_tensor_cores(make_head, monkeypatch, guided):
-    """No entry of the table does so yet."""
-    monkeypatch.setattr(triton_chain, "update_tile", lambda *_: Tile(16, 16, 32, 4, 2))
-    head = make_head()
-    inputs = guided_inputs(head, 19) if guided else random_inputs(head, 19, 0)
-    assert_agrees(head, *inputs, cfg_scale=2.0 if guided else 1.0, backend="triton")
+def test_row_tiles_in_groups(make_head, made_by):
+    """More of them than share a tile of weights, and columns besides."""
+    made_by(Tile(16, 16, 32, 4, 2), Tile(16, 16, 32, 4, 2))
+    head = make_head(channels=1, width=32, steps=1)
+    assert_agrees(head, *random_inputs(head, 130, 17), backend="triton")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_tiles_serve_all_rows_and_few_rows_are_summed(dtype):
-    for rows in (1, 2, 3, 4, 5, 16, 17, 100, 1000, 8192):
-        tile = block_tile(rows, 1024, dtype)
-        assert tile.by_sum == (rows <= triton_config.BY_SUM_ROWS)
-        assert tile.bm <= max(16, triton_config.power_of_two(rows))
-        assert not tile.by_sum or tile.bm >= rows
+@pytest.mark.parametrize("rows", range(1, FEW_ROWS + 2))
+def test_a_few_rows_and_one_more(make_head, dtype, rows):
+    head = make_head(dtype, width=144)
+    cond, x, _ = random_inputs(head, rows, 16)
+    assert_agrees(head, cond, x, addressed(head, rows), backend="triton")
 
 
-@pytest.mark.parametrize("rows", [1, 3, 32])
-@pytest.mark.parametrize("width", [16, 1024, 1280, 2048])
-@pytest.mark.parametrize("count", [1, 108, 132])
-def test_persistent_tiles_hold_all_rows_and_every_program_has_a_multiprocessor(rows, width, count):
-    tile = triton_config.persistent_tile(rows, width, count)
-    assert tile.bm >= rows
-    assert triton.cdiv(width, tile.bn) <= count
+@pytest.mark.parametrize("group", [1, 2, 4, 8])
+@pytest.mark.parametrize(("guided", "learned"), [(True, True), (False, False)])
+def test_every_group_of_channels_of_the_update(make_head, monkeypatch, group, guided, learned):
+    monkeypatch.setattr(triton_chain, "update_channels", lambda *_: group)
+    head = make_head(channels=5, width=80, learn_sigma=learned)
+    inputs = random_inputs(head, 2, 18, guided)
+    assert_agrees(head, *inputs, cfg_scale=2.0 if guided else 1.0, backend="triton")
 
 
-def test_persistent_leaves_unaligned_weights_to_the_layered_chain(make_diffloss, kernel_device):
-    module = make_diffloss(steps=2).to(kernel_device)
-    assert Tables(DiffusionHead.from_module(module)).serves_persistent
-    bias = module.net.res_blocks[0].mlp[0].bias
-    bias.data = torch.cat([bias.data, bias.data])[1 : 1 + len(bias)]
-    assert not Tables(DiffusionHead.from_module(module)).serves_persistent
-    assert not Tables(DiffusionHead.from_module(make_diffloss(depth=0, steps=2))).serves_persistent
+@pytest.mark.parametrize("tile", [(1, 64), (2, 32), (4, 16)])
+def test_every_tile_of_the_input(make_head, monkeypatch, tile):
+    monkeypatch.setattr(triton_chain, "input_tile", lambda *_: tile)
+    head = make_head(width=80)
+    assert_agrees(head, *guided_inputs(head, 3, 18), cfg_scale=2.0, backend="triton")
+
+
+@pytest.mark.parametrize("channels", [1, 64])
+def test_the_fewest_and_the_most_channels(make_head, channels):
+    head = make_head(channels=channels)
+    assert_agrees(head, *guided_inputs(head, 2, 19), cfg_scale=2.0, backend="triton")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("all_rows", "some"), [(FEW_ROWS, 3), (9, 5)])
+@torch.no_grad()
+def test_a_rows_bits_are_its_own_in_any_batch(make_head, made_by, monkeypatch, dtype, all_rows, some):
+    """From the modulations on, which the library makes, and for one division of the work. The first rows of a batch: a
+    product of numpy, which interprets ``tl.dot``, has other bits elsewhere in the tile."""
+    made_by(OWN[dtype], OWN[dtype])
+    monkeypatch.setattr(triton_chain, "update_channels", lambda *_: 4)
+    monkeypatch.setattr(triton_chain, "input_tile", lambda *_: (4, 32))
+    head, results, torch_rng = make_head(dtype, depth=2, steps=1), [], torch.Generator().manual_seed(20)
+    values = {}
+    for rows in (all_rows, some):
+        cond, x, noise = random_inputs(head, all_rows, 20)
+        chain = LayeredChain(head, rows, False, noise[:, :rows], 1, static=True)
+        chain.load(cond[:rows], x[:rows], noise[:, :rows], 1.0, None)
+        chain.start(head)
+        for name in ("mods", "final_mods"):
+            buffer = getattr(chain, name)
+            values.setdefault(name, torch.randn(buffer.shape, generator=torch_rng))
+            buffer.copy_(values[name][..., :rows, :])
+        chain.run_steps(head, Tables(head), 0, 1)
+        results.append([v[:some].clone() for v in (chain.h, chain.result, chain.log_std)])
+    assert all(map(torch.equal, *results))
+
+
+@pytest.mark.parametrize("rows", [2, 5])
+@torch.no_grad()
+def test_one_block_at_a_time_is_the_chain(make_head, made_by, rows):
+    """h after every block, by the definition."""
+    made_by(OWN[torch.float32], None)
+    head = make_head(depth=3, steps=2)
+    cond, x, noise = random_inputs(head, rows, 21)
+    chain = LayeredChain(head, rows, False, noise, head.num_steps, static=True)
+    chain.load(cond, x, noise, 1.0, None)
+    chain.start(head)
+    chain.hoist(head, 0, head.num_steps)
+    first_row = (head.num_steps - 1) * rows
+    wide = head.to(torch.float64)
+    h = x.double() @ wide.input_weight.t() + wide.input_bias
+    y = torch.nn.functional.silu(wide.time_embedding[-1] + cond.double() @ wide.cond_weight.t() + wide.cond_bias)
+    assert relative_error(chain.h, h) <= 1e-5
+    if rows > FEW_ROWS:
+        chain.normalise(head, 0, first_row)
+    for index, b in enumerate(wide.blocks):
+        shift, scale, gate = (y @ b.mod_weight.t() + b.mod_bias).chunk(3, dim=-1)
+        a = torch.nn.functional.layer_norm(h, (head.width,), b.norm_weight, b.norm_bias, head.norm_eps)
+        a = torch.nn.functional.silu((a * (1 + scale) + shift) @ b.weight0.t() + b.bias0)
+        h = h + gate * (a @ b.weight1.t() + b.bias1)
+        chain.run_block(head, index, first_row)
+        assert relative_error(chain.h, h) <= 1e-5
+
+
+# --- the table ---
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [16, 48, 1024, 1280, 1536, 2048])
+def test_every_number_of_rows_has_its_products(dtype, width):
+    assert [products(rows, width, dtype, CPU) for rows in range(1, FEW_ROWS + 1)] == [None] * FEW_ROWS
+    for rows in (5, 16, 17, 100, 1000, 8192):
+        for tile in filter(None, products(rows, width, dtype, CPU)):
+            assert tile in (triton_config.FLOAT32_TILES if dtype == torch.float32 else triton_config.HALF_TILES)
+            assert tile.bm <= max(16, power_of_two(rows))
+
+
+def test_what_was_measured_goes_before_what_was_reasoned(monkeypatch):
+    tile = triton_config.HALF_TILES[0]
+    entries = ((64, Products(tile, None)), (None, Products(None, tile)))
+    monkeypatch.setattr(triton_config, "TILES", {((9, 0), 1024, 2): entries})
+    monkeypatch.setattr(triton_config, "_capability", lambda device: (9, 0))
+
+    def chosen(rows, width=1024, dtype=torch.float16):
+        return products.__wrapped__(rows, width, dtype, CPU)
+
+    assert [chosen(rows) for rows in (5, 64, 65, 9999)] == [entries[0][1]] * 2 + [entries[1][1]] * 2
+    assert chosen(64, 1280) not in [entry for _, entry in entries]
+    assert chosen(64, dtype=torch.float32) == Products(None, None)
+
+
+@pytest.mark.parametrize("channels", [1, 5, 16, 64])
+def test_updates_and_inputs_are_divided_by_powers_of_two(channels):
+    for tokens in (1, 2, 16, 17, 64, 512, 100_000):
+        divided = (update_channels(tokens, channels), *input_tile(tokens, channels))
+        assert all(power_of_two(n) == n for n in divided)
+        assert update_channels(tokens, channels) < 2 * channels
+
+
+# --- addresses ---
 
 
 class Before:
@@ -132,23 +235,27 @@ class Far:
         def launch(*arguments, **options):
             named = dict(zip(self.kernel.arg_names, arguments))
             away = 2**31 // named["mods"].shape[-1] + 1
-            named["mods"] = Before(named["mods"], away * named["mods"].shape[-1])
+            for mods in {"mods", "next_mods"} & set(named):
+                named[mods] = Before(named[mods], away * named[mods].shape[-1])
             named["first_row"] += away
             self.kernel[grid](**named, **options)
 
         return launch
 
 
-def test_modulations_beyond_two_to_the_31(make_head, monkeypatch, kernel_device):
+@pytest.mark.parametrize(("tokens", "second"), [(2, None), (3, OWN[torch.float32]), (3, None)])
+def test_modulations_beyond_two_to_the_31(make_head, made_by, monkeypatch, kernel_device, tokens, second):
     if kernel_device.type == "cuda":
         pytest.skip("the launcher checks its pointers")
-    for name in ("_mlp0_kernel", "_mlp1_kernel", "_update_kernel"):
+    kernels = ("_few_mlp0_kernel", "_few_mlp1_kernel", "_norm_kernel", "_mlp1_kernel", "_residual_kernel")
+    for name in (*kernels, "_update_kernel"):
         monkeypatch.setattr(triton_chain, name, Far(getattr(triton_chain, name)))
-    head = make_head(width=16)
+    made_by(OWN[torch.float32], second)
+    head = make_head(width=16, depth=2)
     options = {"cfg_scale": 2.0, "backend": "triton"}
     # In a process of its own, since a wrong address may end it.
     fork = multiprocessing.get_context("fork")
-    process = fork.Process(target=assert_agrees, args=(head, *guided_inputs(head, 2, 18)), kwargs=options)
+    process = fork.Process(target=assert_agrees, args=(head, *guided_inputs(head, tokens, 18)), kwargs=options)
     process.start()
     process.join()
     assert process.exitcode == 0

@@ -1,4 +1,4 @@
-"""``denoise`` in Triton: modulations hoisted into library products, then one fused kernel a layer."""
+"""``denoise`` in Triton: modulations hoisted into library products, then a few fused kernels a block."""
 
 from __future__ import annotations
 

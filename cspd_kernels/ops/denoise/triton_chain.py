@@ -1,4 +1,4 @@
-"""The layered chain in Triton: its tiles, its statistics, and its launches."""
+"""The layered chain in Triton: its buffers, and its launches."""
 
 from __future__ import annotations
 
@@ -7,10 +7,21 @@ import triton
 import triton.language as tl
 
 from ...head import DiffusionHead
-from ...triton_support import INTERPRETED
+from ...triton_support import INTERPRETED, starts_early
 from .chain import Chain, Tables
-from .triton_config import Tile, block_tile, input_columns, multiprocessors, power_of_two, update_tile
-from .triton_layered import _condition_kernel, _input_kernel, _mlp0_kernel, _mlp1_kernel, _update_kernel
+from .triton_config import FEW_COLUMNS, Products, Tile, input_tile, power_of_two, products, row_warps, update_channels
+from .triton_layered import (
+    _bias_silu_kernel,
+    _condition_kernel,
+    _few_mlp0_kernel,
+    _few_mlp1_kernel,
+    _input_kernel,
+    _mlp0_kernel,
+    _mlp1_kernel,
+    _norm_kernel,
+    _residual_kernel,
+    _update_kernel,
+)  # fmt: skip
 
 TL_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 OPTIONS = {"enable_fp_fusion": True}  # explicit: the default differs between versions of Triton
@@ -22,38 +33,87 @@ def dot_dtype(dtype: torch.dtype):
 
 
 class LayeredChain(Chain):
-    """A chain of one kernel a layer."""
+    """A chain of a few kernels a block; see ``triton_layered`` for their order."""
 
     def __init__(self, head, tokens, guided, noise, steps, static):
         super().__init__(head, tokens, guided, noise, steps, static)
-        self.update = update_tile(tokens, head.channels)
-        self.tile, self.input_columns = self.tiles(head)
+        rows, width, dtype = self.rows, head.width, head.dtype
+        self.products = self.choose(head)
 
-        def empty(*shape, dtype=torch.float32):
+        def empty(*shape, dtype=dtype):
             return torch.empty(shape, device=head.device, dtype=dtype)
 
-        rows, width = self.rows, head.width
-        self.h = empty(rows, width)
-        self.activations = empty(rows, width, dtype=head.dtype)
-        self.stats = empty(2, rows, triton.cdiv(width, self.tile.bn))
-        self.input_stats = self.stats
-        if self.input_columns != self.tile.bn:
-            self.input_stats = empty(2, rows, triton.cdiv(width, self.input_columns))
+        self.h = empty(rows, width, dtype=torch.float32)
+        self.activations = empty(rows, width)
+        if self.products:
+            self.operand = empty(rows, width)
+            if self.products.second is None:
+                self.product = empty(rows, width)
+        self._prepare(head)
 
-    def tiles(self, head: DiffusionHead) -> tuple[Tile, int]:
-        """The tile of a block's products, and the columns of h that an input projection makes at a time."""
-        tile = block_tile(self.rows, head.width, head.dtype, multiprocessors(head.device))
-        return tile, input_columns(self.update, head.width)
+    def keep_modulations_in(self, memory: torch.Tensor) -> None:
+        super().keep_modulations_in(memory)
+        self.block_mods = tuple(self.mods)
+
+    def choose(self, head: DiffusionHead) -> Products | None:
+        """Who makes the products of a block; None: the kernels for a few rows."""
+        return products(self.rows, head.width, head.dtype, head.device)
+
+    def _prepare(self, head: DiffusionHead) -> None:
+        """Grids and constants of the launches, which a thousand launches of a call share."""
+        width, channels = head.width, head.channels
+        together, columns = input_tile(self.tokens, channels)
+        group = update_channels(self.tokens, channels)
+        common = {"W": width, "PDL": starts_early(head.device), **OPTIONS}
+        if common["PDL"]:
+            common["launch_pdl"] = True
+        whole = common | {"WP": power_of_two(width), "num_warps": row_warps(width)}
+        norm = whole | {"EPS": head.norm_eps}
+        guided = {"C": channels, "GUIDED": self.halves == 2}
+        self._input_grid = triton.cdiv(self.tokens, together), triton.cdiv(width, columns)
+        self._input_options = common | guided | {
+            "CP": max(16, power_of_two(channels)), "R": together, "BN": columns, "num_warps": 4,
+        }  # fmt: skip
+        self._update_grid = self.tokens, triton.cdiv(channels, group)
+        # maxnreg: two programs fit an SM; left out, the assembler may spill to fit more.
+        self._update_options = norm | guided | {
+            "LEARNED": head.learned_variance, "PHILOX": self.philox, "G": group, "maxnreg": 128,
+        }  # fmt: skip
+        self._row_options, self._norm_options = whole, norm
+        if not self.products:
+            self._first_grid = self._second_grid = (triton.cdiv(width, FEW_COLUMNS),)
+            few = {"BM": power_of_two(self.rows), "BN": FEW_COLUMNS}
+            self._first_options, self._second_options = norm | few, whole | few
+            return
+        dot = dot_dtype(head.dtype)
+        if tile := self.products.first:
+            self._first_grid, self._first_options = self._tiled(tile, width, dot, common)
+        if tile := self.products.second:
+            self._second_grid, self._second_options = self._tiled(tile, width, dot, common)
+            # Many accumulators a thread leave no registers for what the end of the tile needs.
+            self._second_options["EARLY"] = tile.bm * tile.bn <= 512 * tile.warps
+
+    def _tiled(self, tile: Tile, width: int, dot, common: dict) -> tuple[tuple[int], dict]:
+        """Grid and constants of a product."""
+        grid = (triton.cdiv(self.rows, tile.bm) * triton.cdiv(width, tile.bn),)
+        own = {"DOT": dot, "BM": tile.bm, "BN": tile.bn, "BK": tile.bk, "STAGES": tile.stages}
+        return grid, common | own | tile.options
+
+    def warm_up(self, head: DiffusionHead) -> None:
+        super().warm_up(head)
+        if self.products and None in self.products and head.depth:
+            torch.mm(self.operand, head.blocks[0].weight0.t(), out=self.activations)
 
     def start(self, head: DiffusionHead) -> None:
         """The projected condition, and the first h."""
         super().start(head)
-        r = self.update.bm
-        _input_kernel[(triton.cdiv(self.tokens, r), self.input_stats.shape[2])](
-            self.x, head.input_weight, head.input_bias, self.h, self.input_stats, self.tokens, self.rows,
-            C=head.channels, CP=self.update.bn, W=head.width, GUIDED=self.halves == 2, R=r,
-            BN=self.input_columns, num_warps=4, **OPTIONS,
-        )  # fmt: skip
+        self._project(head)
+
+    def _project(self, head: DiffusionHead) -> None:
+        """h of the next step."""
+        _input_kernel[self._input_grid](
+            self.x, head.input_weight, head.input_bias, self.h, self.tokens, **self._input_options
+        )
 
     def embed(self, head: DiffusionHead, start: int, stop: int) -> None:
         block = min(1024, power_of_two(head.width))
@@ -69,32 +129,71 @@ class LayeredChain(Chain):
         )
 
     def run_steps(self, head: DiffusionHead, tables: Tables, start: int, stop: int) -> None:
-        tile, update, rows, width = self.tile, self.update, self.rows, head.width
-        grid = (triton.cdiv(width, tile.bn), triton.cdiv(rows, tile.bm))
-        product = dict(
-            DOT=dot_dtype(head.dtype), BY_SUM=tile.by_sum, BM=tile.bm, BN=tile.bn, BK=tile.bk, STAGES=tile.stages,
-            **tile.options, **OPTIONS,
-        )  # fmt: skip
+        update, noise_step = _update_kernel[self._update_grid], self.noise.stride(0)
         for step in reversed(range(start, stop)):
-            first_row = (step - start) * rows
-            stats, columns = self.input_stats, self.input_columns
-            for b, mods in zip(head.blocks, self.mods):
-                _mlp0_kernel[grid](
-                    self.h, stats, mods, b.norm_weight, b.norm_bias, b.weight0, b.bias0, self.activations, rows,
-                    first_row, W=width, EPS=head.norm_eps, TILE=columns, TILES_P2=power_of_two(stats.shape[2]),
-                    **product,
-                )  # fmt: skip
-                _mlp1_kernel[grid](
-                    self.activations, mods, b.weight1, b.bias1, self.h, self.stats, rows, first_row, W=width, **product
-                )
-                stats, columns = self.stats, tile.bn
-            _update_kernel[(triton.cdiv(self.tokens, update.bm),)](
-                self.h, stats, self.final_mods, head.final_weight, head.final_bias, head.input_weight, head.input_bias,
-                self.input_stats, tables.coefficients, self.temperature, self.scale, self.x, self.noise,
-                self.noise.stride(0), self.seed, self.addresses, self.log_std, self.path, self.tokens, rows, step,
-                first_row,
-                C=head.channels, CP=update.bn, W=width, EPS=head.norm_eps, TILE=columns,
-                TILES_P2=power_of_two(stats.shape[2]), GUIDED=self.halves == 2, LEARNED=head.learned_variance,
-                PHILOX=self.philox, BY_SUM=update.by_sum, R=update.bm, BK=update.bk, STAGES=update.stages,
-                BN=self.input_columns, **update.options, **OPTIONS,
+            first_row = (step - start) * self.rows
+            self.begin_step(head, tables, first_row)
+            for index in range(head.depth):
+                self.run_block(head, index, first_row)
+            update(
+                self.h, self.final_mods, head.final_weight, head.final_bias, tables.coefficients, self.temperature,
+                self.scale, self.x, self.noise, noise_step, self.seed, self.addresses, self.log_std, self.path,
+                self.tokens, step, first_row, **self._update_options,
             )  # fmt: skip
+            if step > 0:
+                self._project(head)
+
+    def begin_step(self, head: DiffusionHead, tables: Tables, first_row: int) -> None:
+        """The first block's operand, from h, which the end of the step before has left; a few rows need none."""
+        if self.products and head.depth:
+            self.normalise(head, 0, first_row)
+
+    def run_block(self, head: DiffusionHead, index: int, first_row: int) -> None:
+        """One block of one step, whose modulations begin at row ``first_row``: h, and with more than a few rows the
+        block's operand, become those of the next one."""
+        self.run_first(head, index, first_row)
+        self.run_second(head, index, first_row)
+
+    def run_first(self, head: DiffusionHead, index: int, first_row: int) -> None:
+        """The first layer of a block: the activations."""
+        b = head.blocks[index]
+        if not self.products:
+            _few_mlp0_kernel[self._first_grid](
+                self.h, self.block_mods[index], b.norm_weight, b.norm_bias, b.weight0, b.bias0, self.activations,
+                self.rows, first_row, **self._first_options,
+            )  # fmt: skip
+        elif self.products.first:
+            _mlp0_kernel[self._first_grid](
+                self.operand, b.weight0, b.bias0, self.activations, self.rows, **self._first_options
+            )
+        else:
+            torch.mm(self.operand, b.weight0.t(), out=self.activations)
+            _bias_silu_kernel[(self.rows,)](self.activations, b.bias0, **self._row_options)
+
+    def run_second(self, head: DiffusionHead, index: int, first_row: int) -> None:
+        """The second layer of a block: h, and the next block's operand."""
+        b, mods, more = head.blocks[index], self.block_mods[index], index + 1 < head.depth
+        if not self.products:
+            _few_mlp1_kernel[self._second_grid](
+                self.activations, mods, b.weight1, b.bias1, self.h, self.rows, first_row, **self._second_options
+            )
+        elif self.products.second:
+            _mlp1_kernel[self._second_grid](
+                self.activations, mods, b.weight1, b.bias1, self.h, self.rows, first_row, **self._second_options
+            )
+            if more:
+                self.normalise(head, index + 1, first_row)
+        else:
+            torch.mm(self.activations, b.weight1.t(), out=self.product)
+            following = head.blocks[index + 1] if more else b
+            _residual_kernel[(self.rows,)](
+                self.product, b.bias1, mods, self.h, self.block_mods[index + more], following.norm_weight,
+                following.norm_bias, self.operand, first_row, NORM=more, **self._norm_options,
+            )  # fmt: skip
+
+    def normalise(self, head: DiffusionHead, index: int, first_row: int) -> None:
+        """The operand of a block of more than a few rows."""
+        b = head.blocks[index]
+        _norm_kernel[(self.rows,)](
+            self.h, self.block_mods[index], b.norm_weight, b.norm_bias, self.operand, first_row, **self._norm_options
+        )

@@ -1,13 +1,16 @@
-"""Tile sizes of the Triton chain: the one table to tune."""
+"""How the Triton chain divides its work: the one table to tune."""
 
 from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
-BY_SUM_ROWS = 4  # of the layered kernels; beyond, tensor cores
+FEW_ROWS = 4  # up to here every program has whole rows of its operand, and no tensor core
+FEW_COLUMNS = 8  # of a program, then
+_MULTIPROCESSORS = 132  # where there is no device to ask: interpreter, compile report
 
 
 @dataclass(frozen=True)
@@ -19,26 +22,37 @@ class Tile:
     bk: int
     warps: int
     stages: int
-    by_sum: bool = False  # every thread adds its own products, see triton_tiles.multiply
-    registers: int | None = None  # a thread; left out, the assembler may spill to fit two programs on an SM
+
+    @property
+    def name(self) -> str:
+        return f"{self.bm}x{self.bn}x{self.bk}/{self.stages}"
 
     @property
     def options(self) -> dict[str, int]:
         """What the kernel is compiled with."""
-        limit = {} if self.registers is None else {"maxnreg": self.registers}
-        return {"num_warps": self.warps, "num_stages": self.stages, **limit}
+        return {"num_warps": self.warps, "num_stages": self.stages}
 
 
-# Largest first. Each compiles without spills for MAR-B, -L and -H on sm_80, sm_90 and sm_100; many neighbours do not.
-_FLOAT32 = (
-    Tile(32, 64, 32, 4, 2, registers=128), Tile(32, 32, 32, 4, 3, registers=128),
-    Tile(16, 32, 64, 4, 3, registers=128), Tile(16, 16, 64, 4, 3, registers=128),
+class Products(NamedTuple):
+    """Who makes the two products of a block: a kernel with this tile, or the library (None)."""
+
+    first: Tile | None
+    second: Tile | None
+
+
+# What there is to choose from. Each compiles without spills for MAR-B, -L and -H on sm_80, sm_90 and sm_100.
+HALF_TILES = (
+    Tile(128, 128, 64, 8, 3), Tile(128, 128, 64, 8, 4), Tile(128, 64, 64, 8, 4), Tile(64, 128, 64, 8, 4),
+    Tile(64, 64, 64, 4, 4), Tile(64, 64, 128, 4, 3), Tile(64, 32, 128, 4, 3), Tile(32, 64, 128, 4, 3),
+    Tile(32, 32, 128, 4, 4), Tile(16, 64, 128, 4, 4), Tile(16, 32, 128, 4, 4), Tile(16, 16, 128, 4, 4),
+    Tile(16, 16, 256, 4, 3),
 )  # fmt: skip
-_HALF = (
-    Tile(128, 128, 64, 8, 2, registers=255), Tile(64, 128, 64, 4, 3), Tile(64, 64, 64, 4, 3), Tile(32, 64, 128, 4, 2),
-    Tile(32, 32, 128, 4, 3), Tile(16, 32, 128, 4, 3), Tile(16, 16, 128, 4, 4),
-)  # fmt: skip
-_MULTIPROCESSORS = 132  # where there is no device to ask: interpreter, compile report
+FLOAT32_TILES = (Tile(64, 64, 32, 8, 3), Tile(32, 32, 32, 4, 4), Tile(16, 32, 64, 4, 3), Tile(16, 16, 64, 4, 3))
+
+# (compute capability, width, bytes of an element) -> (up to how many rows, None for any; who makes the products),
+# ascending. Empty, as nothing has been timed: `python benchmarks/tiles.py` on the device prints its entries. What is
+# not here is chosen by reasoning (`_by_reasoning`), of which nothing has been timed either.
+TILES: dict[tuple[tuple[int, int], int, int], tuple[tuple[int | None, Products], ...]] = {}
 
 
 def power_of_two(n: int) -> int:
@@ -46,47 +60,70 @@ def power_of_two(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
-@functools.cache
-def block_tile(rows: int, width: int, dtype: torch.dtype, multiprocessors: int = _MULTIPROCESSORS) -> Tile:
-    """Tile of the two products of a block: the largest one that still keeps about half the device busy."""
-    if rows <= BY_SUM_ROWS:
-        bm, bn, whole = power_of_two(rows), 8, power_of_two(width)
-        return Tile(bm, bn, whole if bm * bn * whole <= 32768 else 512, 8, 2, True, 255)
-    candidates = [t for t in (_HALF if dtype.itemsize == 2 else _FLOAT32) if t.bm <= max(16, power_of_two(rows))]
-    for tile in candidates:
-        if -(-rows // tile.bm) * -(-width // tile.bn) >= 0.45 * multiprocessors:
-            return tile
-    return candidates[-1]
+def row_warps(width: int) -> int:
+    """Warps of a program that holds whole rows: 8 elements a thread."""
+    return 4 if width <= 1024 else 8
 
 
 @functools.cache
-def update_tile(tokens: int, channels: int) -> Tile:
-    """Tile of the final layer and of the update: BM tokens, all channels (BN), BK of the sum at a time."""
-    bn = max(16, power_of_two(channels))
-    if tokens < 256:
-        return Tile(1, bn, max(16, 2048 // bn), 8, 4, True, 255)
-    return Tile(4, bn, max(16, 1024 // bn), 8, 2, True, 255)
+def products(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> Products | None:
+    """Who makes the products of a block; None up to :data:`FEW_ROWS` rows, which have kernels of their own."""
+    if rows <= FEW_ROWS:
+        return None
+    measured = TILES.get((_capability(device), width, dtype.itemsize), ())
+    chosen = next((choice for limit, choice in measured if limit is None or rows <= limit), None)
+    return chosen or _by_reasoning(rows, width, dtype, _multiprocessors(device))
 
 
-def input_columns(update: Tile, width: int) -> int:
-    """Columns of h that an input projection of the same tokens makes at a time."""
-    return max(16, min(power_of_two(width), (16384 if update.bm == 1 else 8192) // (update.bm * update.bn)))
+LIBRARY_ROWS = 1024  # from here on the library's 16-bit products are expected to win by more than is fused to ours
+
+
+def _by_reasoning(rows: int, width: int, dtype: torch.dtype, multiprocessors: int) -> Products:
+    """The tile that should take the fewest cycles; for float32, where no tensor core helps, the library: with its
+    products the CUDA chain took half the time of an earlier Triton chain with its own, on an H100.
+    """
+    if dtype.itemsize == 4 or rows >= LIBRARY_ROWS:
+        return Products(None, None)
+    candidates = [tile for tile in HALF_TILES if tile.bm <= max(16, power_of_two(rows))]
+    tile = min(candidates, key=lambda tile: _cycles(tile, rows, width, multiprocessors))
+    return Products(tile, tile)
+
+
+def _cycles(tile: Tile, rows: int, width: int, multiprocessors: int) -> tuple[float, float]:
+    """Of a 16-bit product: what an SM reads at 64 bytes a cycle, or multiplies, or waits for one multiplication after
+    another; the tiles of one SM share the first two. Where it waits, the tile that reads least."""
+    programs = -(-rows // tile.bm) * -(-width // tile.bn)
+    each = -(-programs // multiprocessors)
+    read = (tile.bm + tile.bn) * width * 2 / 64
+    multiplied = tile.bm * tile.bn * width / (1200 if tile.bm >= 64 else 600)  # a warpgroup's instructions, or a warp's
+    waited = width / 16 * 33
+    return max(each * read, each * multiplied, -(-each // 2) * waited), each * read
 
 
 @functools.cache
-def persistent_tile(rows: int, width: int, multiprocessors: int = _MULTIPROCESSORS) -> Tile:
-    """Tile of the persistent chain: all rows, and so many columns that every program has a multiprocessor."""
-    bn = 8
-    while -(-width // bn) > multiprocessors:
-        bn *= 2
-    bm, bk = power_of_two(rows), power_of_two(width)
-    if bm * bn * bk > 8192:  # products, 32 a thread
-        bk = max(16, min((4096 if bm <= 8 else 2048) // (bm * bn), 128))
-    return Tile(bm, bn, bk, 8, 2 if bm <= 8 else 1, True, 255)
+def update_channels(tokens: int, channels: int) -> int:
+    """Of a token, for a program of the update kernel: one, until there are two programs for each multiprocessor of a
+    large device; then more share the token's norm."""
+    group = 1
+    while group < 4 and tokens * channels > 2 * group * _MULTIPROCESSORS:
+        group *= 2
+    return group
 
 
 @functools.cache
-def multiprocessors(device: torch.device) -> int:
+def input_tile(tokens: int, channels: int) -> tuple[int, int]:
+    """Tokens and columns of h for a program of the input projection: 32 products a thread."""
+    together = 1 if tokens <= 16 else 4
+    return together, max(16, 4096 // (together * max(16, power_of_two(channels))))
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
         return _MULTIPROCESSORS
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int] | None:
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None

@@ -1,8 +1,23 @@
-"""The layered chain: one kernel a layer. Safe at every size, and what a CUDA graph replays.
+"""The kernels of the layered chain.
 
-Per reverse step: for each block ``_mlp0_kernel`` (LayerNorm and modulation in front, SiLU behind) and
-``_mlp1_kernel`` (gate and residual behind, leaving the next LayerNorm's statistics), then
-``_update_kernel`` (final layer, guidance, posterior, noise, and the next step's input projection).
+Few rows: two kernels a block, ``_few_mlp0_kernel`` and ``_few_mlp1_kernel``, each program with whole rows of its
+operand. More rows: ``_norm_kernel`` writes the operand of a block's first product once, then two products with what
+comes behind them, ``_mlp0_kernel`` and ``_mlp1_kernel``; where a product is the library's, ``_bias_silu_kernel`` and
+``_residual_kernel`` (with the next block's norm) stand behind it. ``_update_kernel`` ends a step, ``_input_kernel``
+begins the next one.
+
+Each kernel may start before the one in front of it has ended (programmatic dependent launch, PDL, from compute
+capability 9.0 on), which hides its launch and the loads of its weights. It is safe by three rules:
+
+- Before ``wait_for_previous`` a program reads only weights and the coefficients of the schedule, and writes nothing.
+  Nothing in a chain writes those; what did, before the chain, is several kernels away from any that reads them.
+- Every program of every kernel waits before it reads or writes anything else. The wait lasts until the kernel in front
+  has ended, all of whose programs have waited in turn: so everything before it has ended, too, and may be overwritten.
+- A program lets the next kernel start only after its own wait. So of two neighbours at most one is still running, and
+  what an early program reads was written at least two kernels before it.
+
+Kernels of others between ours (library products, copies) wait for the end of everything before them, and the wait for
+the end of one of them is the same wait.
 """
 
 from __future__ import annotations
@@ -11,15 +26,16 @@ import triton
 import triton.language as tl
 
 from .triton_tiles import (
-    input_tile,
-    input_weights,
-    mlp0_tile,
-    mlp1_tile,
-    output_tile,
+    final_operand,
+    prefetch_weights,
+    product,
     reverse_step,
+    shift_and_scale,
+    standardised,
     step_noise,
     step_table,
-    weight_tile,
+    tile_of_program,
+    wait_for_previous,
 )  # fmt: skip
 
 
@@ -35,90 +51,234 @@ def _condition_kernel(y, time_embedding, out, rows, W: tl.constexpr, BLOCK: tl.c
     tl.store(out + tl.program_id(0).to(tl.int64) * W + cols, value.to(out.dtype.element_ty), inside)
 
 
-@triton.jit(do_not_specialize=["N", "M"])
+@triton.jit(do_not_specialize=["N"])
 def _input_kernel(
-    x, weight, bias, h, stats, N, M,
+    x, weight, bias, h, N,
     C: tl.constexpr, CP: tl.constexpr, W: tl.constexpr, GUIDED: tl.constexpr, R: tl.constexpr, BN: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """h of the first step. Grid: (token tiles, column tiles)."""
-    tokens = tl.program_id(0) * R + tl.arange(0, R)
+    """h = x @ weight^T + bias, R tokens and BN columns a program, for both halves under guidance."""
+    cols = tl.program_id(1) * BN + tl.arange(0, BN)
     channels = tl.arange(0, CP)
+    known = (channels < C)[None, :]
+    w = tl.load(weight + cols[:, None] * C + channels[None, :], (cols < W)[:, None] & known, 0.0)
+    added = tl.load(bias + cols, cols < W, 0.0)
+    tokens = tl.program_id(0) * R + tl.arange(0, R)
     mask = tokens < N
-    valid = mask[:, None] & (channels < C)[None, :]
-    value = tl.load(x + tokens[:, None].to(tl.int64) * C + channels[None, :], valid, 0.0)
-    w, added = input_weights(weight, bias, tl.program_id(1), channels, C, W, BN)
-    input_tile(value, w, added, tl.program_id(1), tokens, mask, h, stats, N, M, W, GUIDED, BN)
+    wait_for_previous(PDL)
+    value = tl.load(x + tokens[:, None].to(tl.int64) * C + channels[None, :], mask[:, None] & known, 0.0)
+    value = tl.sum(value[:, None, :] * w[None, :, :], 2) + added[None, :]
+    valid = mask[:, None] & (cols < W)[None, :]
+    at = h + tokens[:, None].to(tl.int64) * W + cols[None, :]
+    tl.store(at, value, valid)
+    if GUIDED:
+        tl.store(at + N.to(tl.int64) * W, value, valid)
+
+
+# --- a few rows ---
 
 
 @triton.jit(do_not_specialize=["M", "first_row"])
-def _mlp0_kernel(
-    h, stats, mods, norm_weight, norm_bias, weight, bias, out, M, first_row,
-    W: tl.constexpr, EPS: tl.constexpr, TILE: tl.constexpr, TILES_P2: tl.constexpr, DOT: tl.constexpr,
-    BY_SUM: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
+def _few_mlp0_kernel(
+    h, mods, norm_weight, norm_bias, weight, bias, out, M, first_row,
+    W: tl.constexpr, WP: tl.constexpr, EPS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """First layer of a block. Grid: (column tiles, row tiles); ``first_row`` is the step's first row of mods."""
-    w = None
-    if BK >= W:
-        w = weight_tile(weight, tl.program_id(0) * BN + tl.arange(0, BN), 0, W, BK)
-    mlp0_tile(
-        tl.program_id(1), tl.program_id(0), h, stats, mods + first_row.to(tl.int64) * (3 * W), norm_weight, norm_bias,
-        weight, bias, out, w, M, W, EPS, TILE, TILES_P2, DOT, BY_SUM, BM, BN, BK, STAGES, BK >= W,
-    )  # fmt: skip
+    """out [M, W] = silu((LN(h) (1 + scale) + shift) @ weight^T + bias), all rows and BN columns a program.
+
+    A few rows leave a tensor core idle; every thread adds up its own products of the three-dimensional [BM, BN, WP].
+    ``first_row`` is the step's first row of mods.
+    """
+    k = tl.arange(0, WP)[None, None, :]
+    inside = k < W
+    cols = tl.program_id(0) * BN + tl.arange(0, BN)
+    w = tl.load(weight + cols[None, :, None] * W + k, inside & (cols < W)[None, :, None], 0.0)
+    gain, offset = tl.load(norm_weight + k, inside, 0.0), tl.load(norm_bias + k, inside, 0.0)
+    added = tl.load(bias + cols, cols < W, 0.0)[None, :].to(tl.float32)
+    rows = tl.arange(0, BM)
+    mask = rows < M
+    valid = mask[:, None, None] & inside
+    row = rows[:, None, None].to(tl.int64)
+    wait_for_previous(PDL)
+    value = tl.load(h + row * W + k, valid, 0.0)
+    shift, scale = shift_and_scale(mods + (first_row + row) * (3 * W) + k, valid, W)
+    a = (standardised(value, inside, W, EPS, 2) * gain + offset) * (1.0 + scale) + shift
+    a = a.to(weight.dtype.element_ty).to(tl.float32)  # as the tensor cores' operand
+    value = tl.sum(a * w.to(tl.float32), 2) + added
+    value = value * tl.sigmoid(value)
+    at = out + rows[:, None].to(tl.int64) * W + cols[None, :]
+    tl.store(at, value.to(out.dtype.element_ty), mask[:, None] & (cols < W)[None, :])
+
+
+@triton.jit(do_not_specialize=["M", "first_row"])
+def _few_mlp1_kernel(
+    a, mods, weight, bias, h, M, first_row,
+    W: tl.constexpr, WP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """h += gate * (a @ weight^T + bias), all rows and BN columns a program."""
+    k = tl.arange(0, WP)[None, None, :]
+    inside = k < W
+    cols = tl.program_id(0) * BN + tl.arange(0, BN)
+    w = tl.load(weight + cols[None, :, None] * W + k, inside & (cols < W)[None, :, None], 0.0)
+    added = tl.load(bias + cols, cols < W, 0.0)[None, :].to(tl.float32)
+    rows = tl.arange(0, BM)
+    mask = rows < M
+    valid = mask[:, None] & (cols < W)[None, :]
+    row = rows[:, None].to(tl.int64)
+    at = h + row * W + cols[None, :]
+    wait_for_previous(PDL)
+    value = tl.load(a + rows[:, None, None].to(tl.int64) * W + k, mask[:, None, None] & inside, 0.0)
+    gate = tl.load(mods + (first_row + row) * (3 * W) + 2 * W + cols[None, :], valid, 0.0).to(tl.float32)
+    residual = tl.load(at, valid, 0.0)
+    value = tl.sum(value.to(tl.float32) * w.to(tl.float32), 2) + added
+    tl.store(at, residual + gate * value, valid)
+
+
+# --- more rows ---
+
+
+@triton.jit(do_not_specialize=["first_row"])
+def _norm_kernel(
+    h, mods, norm_weight, norm_bias, out, first_row,
+    W: tl.constexpr, WP: tl.constexpr, EPS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """out = LN(h) (1 + scale) + shift, one row a program: the operand of a block."""
+    k = tl.arange(0, WP)
+    inside = k < W
+    gain, offset = tl.load(norm_weight + k, inside, 0.0), tl.load(norm_bias + k, inside, 0.0)
+    row = tl.program_id(0).to(tl.int64)
+    wait_for_previous(PDL)
+    value = tl.load(h + row * W + k, inside, 0.0)
+    shift, scale = shift_and_scale(mods + (first_row + row) * (3 * W) + k, inside, W)
+    value = (standardised(value, inside, W, EPS, 0) * gain + offset) * (1.0 + scale) + shift
+    tl.store(out + row * W + k, value.to(out.dtype.element_ty), inside)
+
+
+@triton.jit(do_not_specialize=["M"])
+def _mlp0_kernel(
+    a, weight, bias, out, M,
+    W: tl.constexpr, DOT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """out = silu(a @ weight^T + bias), one tile a program."""
+    row_tile, col_tile = tile_of_program(M, W, BM, BN)
+    rows, cols = row_tile * BM + tl.arange(0, BM), col_tile * BN + tl.arange(0, BN)
+    if PDL:
+        prefetch_weights(weight, row_tile, cols, W)
+    added = tl.load(bias + cols, cols < W, 0.0)[None, :].to(tl.float32)
+    wait_for_previous(PDL)
+    value = product(a, weight, rows, cols, M, W, DOT, BM, BN, BK, STAGES) + added
+    value = value * tl.sigmoid(value)
+    valid = (rows < M)[:, None] & (cols < W)[None, :]
+    tl.store(out + rows[:, None].to(tl.int64) * W + cols[None, :], value.to(out.dtype.element_ty), valid)
 
 
 @triton.jit(do_not_specialize=["M", "first_row"])
 def _mlp1_kernel(
-    a, mods, weight, bias, h, stats, M, first_row,
-    W: tl.constexpr, DOT: tl.constexpr, BY_SUM: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
+    a, mods, weight, bias, h, M, first_row,
+    W: tl.constexpr, DOT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
+    EARLY: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Second layer of a block. Grid as above."""
-    w = None
-    if BK >= W:
-        w = weight_tile(weight, tl.program_id(0) * BN + tl.arange(0, BN), 0, W, BK)
-    mlp1_tile(
-        tl.program_id(1), tl.program_id(0), a, mods + first_row.to(tl.int64) * (3 * W), weight, bias, h, stats, w,
-        M, W, DOT, BY_SUM, BM, BN, BK, STAGES, BK >= W,
-    )  # fmt: skip
+    """h += gate * (a @ weight^T + bias), one tile a program. EARLY: gate and h are asked for before the product."""
+    row_tile, col_tile = tile_of_program(M, W, BM, BN)
+    rows, cols = row_tile * BM + tl.arange(0, BM), col_tile * BN + tl.arange(0, BN)
+    if PDL:
+        prefetch_weights(weight, row_tile, cols, W)
+    added = tl.load(bias + cols, cols < W, 0.0)[None, :].to(tl.float32)
+    valid = (rows < M)[:, None] & (cols < W)[None, :]
+    row = rows[:, None].to(tl.int64)
+    gate_at, at = mods + (first_row + row) * (3 * W) + 2 * W + cols[None, :], h + row * W + cols[None, :]
+    wait_for_previous(PDL)
+    if EARLY:
+        gate, residual = tl.load(gate_at, valid, 0.0), tl.load(at, valid, 0.0)
+    value = product(a, weight, rows, cols, M, W, DOT, BM, BN, BK, STAGES) + added
+    if not EARLY:
+        gate, residual = tl.load(gate_at, valid, 0.0), tl.load(at, valid, 0.0)
+    tl.store(at, residual + gate.to(tl.float32) * value, valid)
 
 
-@triton.jit(do_not_specialize=["N", "M", "step", "first_row", "noise_step"])
+# --- behind products of the library ---
+
+
+@triton.jit
+def _bias_silu_kernel(x, bias, W: tl.constexpr, WP: tl.constexpr, PDL: tl.constexpr):
+    """x = silu(x + bias), one row a program, in place."""
+    k = tl.arange(0, WP)
+    inside = k < W
+    added = tl.load(bias + k, inside, 0.0).to(tl.float32)
+    at = x + tl.program_id(0).to(tl.int64) * W + k
+    wait_for_previous(PDL)
+    value = tl.load(at, inside, 0.0).to(tl.float32) + added
+    value = value * tl.sigmoid(value)
+    tl.store(at, value.to(x.dtype.element_ty), inside)
+
+
+@triton.jit(do_not_specialize=["first_row"])
+def _residual_kernel(
+    x, bias, mods, h, next_mods, norm_weight, norm_bias, out, first_row,
+    W: tl.constexpr, WP: tl.constexpr, EPS: tl.constexpr, NORM: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """h += gate * (x + bias), one row a program; with NORM also the operand of the next block, as ``_norm_kernel``."""
+    k = tl.arange(0, WP)
+    inside = k < W
+    added = tl.load(bias + k, inside, 0.0).to(tl.float32)
+    if NORM:
+        gain, offset = tl.load(norm_weight + k, inside, 0.0), tl.load(norm_bias + k, inside, 0.0)
+    row = tl.program_id(0).to(tl.int64)
+    wait_for_previous(PDL)
+    value = tl.load(x + row * W + k, inside, 0.0).to(tl.float32) + added
+    gate = tl.load(mods + (first_row + row) * (3 * W) + 2 * W + k, inside, 0.0).to(tl.float32)
+    value = tl.load(h + row * W + k, inside, 0.0) + gate * value
+    if NORM:
+        shift, scale = shift_and_scale(next_mods + (first_row + row) * (3 * W) + k, inside, W)
+    tl.store(h + row * W + k, value, inside)
+    if NORM:
+        value = (standardised(value, inside, W, EPS, 0) * gain + offset) * (1.0 + scale) + shift
+        tl.store(out + row * W + k, value.to(out.dtype.element_ty), inside)
+
+
+# --- the end of a step ---
+
+
+@triton.jit(do_not_specialize=["N", "step", "first_row", "noise_step"])
 def _update_kernel(
-    h, stats, mods, weight, bias, input_weight, input_bias, input_stats, coefficients, temperature, scale,
-    x, noise, noise_step, seed, addresses, log_std_out, path, N, M, step, first_row,
-    C: tl.constexpr, CP: tl.constexpr, W: tl.constexpr, EPS: tl.constexpr, TILE: tl.constexpr, TILES_P2: tl.constexpr,
-    GUIDED: tl.constexpr, LEARNED: tl.constexpr, PHILOX: tl.constexpr, BY_SUM: tl.constexpr,
-    R: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, BN: tl.constexpr,
+    h, mods, weight, bias, coefficients, temperature, scale, x, noise, noise_step, seed, addresses, log_std_out, path,
+    N, step, first_row,
+    C: tl.constexpr, W: tl.constexpr, WP: tl.constexpr, EPS: tl.constexpr, GUIDED: tl.constexpr,
+    LEARNED: tl.constexpr, PHILOX: tl.constexpr, G: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """End of reverse step ``step`` and the next step's input projection, R tokens a program, in place on x.
+    """Final layer, guidance, posterior and noise of reverse step ``step``, in place on x: G channels of one token a
+    program. Channels are independent from the final layer on.
 
-    The last step (0) leaves its mean in x and its log std, without the temperature, in log_std_out.
+    The last step (0) leaves its mean in x and its log std, without the temperature, in log_std_out; every other one
+    adds its log std to path.
     """
-    tokens = tl.program_id(0) * R + tl.arange(0, R)
-    channels = tl.arange(0, CP)
-    mask = tokens < N
-    valid = mask[:, None] & (channels < C)[None, :]
-    at = tokens[:, None].to(tl.int64) * C + channels[None, :]
-    # What does not wait for the final layer comes first.
-    now = tl.load(x + at, valid, 0.0)
-    z = step_noise(noise, noise_step, seed, addresses, step, tokens, mask, channels, valid, C, PHILOX)
+    k = tl.arange(0, WP)
+    inside = k < W
+    channels = tl.program_id(1) * G + tl.arange(0, G)
+    valid = channels < C
+    here = valid[:, None] & inside[None, :]
+    w_at = weight + channels[:, None] * W + k[None, :]
+    w, added = tl.load(w_at, here, 0.0), tl.load(bias + channels, valid, 0.0)
+    if LEARNED:
+        w_v, added_v = tl.load(w_at + C * W, here, 0.0), tl.load(bias + C + channels, valid, 0.0)
     table = step_table(coefficients, step)
-    strength = tl.load(temperature)
-    guidance = tl.load(scale + tokens, mask, 0.0) if GUIDED else None
-    before = tl.load(path + tokens, mask, 0.0)
-    w, added = input_weights(input_weight, input_bias, 0, channels, C, W, BN)
-    eps, v, eps_u = output_tile(
-        0, tokens, mask, h, stats, mods + first_row.to(tl.int64) * (2 * W), weight, bias, N, M,
-        C, W, EPS, TILE, TILES_P2, GUIDED, LEARNED, BY_SUM, R, CP, BK, STAGES,
-    )  # fmt: skip
-    value, log_std = reverse_step(now, eps, v, eps_u, z, table, step, guidance, strength, GUIDED)
-    value = tl.where(valid, value, 0.0)
+    token = tl.program_id(0)
+    row = token.to(tl.int64)
+    at = row * C + channels
+    wait_for_previous(PDL)
+    a = final_operand(h, mods, row, first_row, k, W, EPS)
+    now = tl.load(x + at, valid, 0.0)
+    z = step_noise(noise, noise_step, seed, addresses, step, token, valid, channels, C, PHILOX)
+    guidance = tl.load(scale + token) if GUIDED else 0.0
+    eps = tl.sum(w * a[None, :], 1) + added
+    v = tl.sum(w_v * a[None, :], 1) + added_v if LEARNED else tl.zeros_like(eps)
+    eps_u = eps
+    if GUIDED:
+        a = final_operand(h, mods, N + row, first_row, k, W, EPS)
+        eps_u = tl.sum(w * a[None, :], 1) + added
+    value, log_std = reverse_step(now, eps, v, eps_u, z, table, step, guidance, tl.load(temperature), GUIDED)
     tl.store(x + at, value, valid)
     if step > 0:
-        tl.store(path + tokens, before + tl.sum(tl.where(valid, log_std, 0.0), 1), mask)
-        input_tile(value, w, added, 0, tokens, mask, h, input_stats, N, M, W, GUIDED, BN)
-        for tile in tl.range(1, (W + BN - 1) // BN):
-            w, added = input_weights(input_weight, input_bias, tile, channels, C, W, BN)
-            input_tile(value, w, added, tile, tokens, mask, h, input_stats, N, M, W, GUIDED, BN)
+        tl.store(path + at, tl.load(path + at, valid, 0.0) + log_std, valid)
     else:
         tl.store(log_std_out + at, log_std, valid)
