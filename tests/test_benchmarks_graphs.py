@@ -187,6 +187,9 @@ def test_one_block_beside_its_two_products(benchmarks, fake_capture, monkeypatch
         def hoist(self, head, start, stop):
             assert (start, stop) == (blocks.STEPS - 1, blocks.STEPS)
 
+        def begin_step(self, head, tables, first_row):
+            assert first_row == 0
+
         def run_block(self, head, index, first_row):
             self.done.append((index, first_row))
             before, added = blocks.definition(head, len(self.inputs[1]))
@@ -210,3 +213,10 @@ def test_one_block_beside_its_two_products(benchmarks, fake_capture, monkeypatch
     blocks.block_rows("small", head, 5, ["triton"], 4, CPU, report)
     assert [failure["name"] for failure in report.failures] == ["triton bfloat16"]
     assert len(report.rows) == 2
+
+
+@pytest.mark.parametrize("backend", ["triton", "cuda"], indirect=True)
+@pytest.mark.parametrize("rows", [2, 5])
+def test_one_block_of_the_chains_is_right(benchmarks, backend, kernel_device, rows):
+    head = benchmarks.blocks.block_head(2, 48, 16, kernel_device)
+    assert 0 < benchmarks.blocks.error_of(backend, head, rows) <= benchmarks.blocks.BOUND
