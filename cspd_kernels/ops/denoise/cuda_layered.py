@@ -83,7 +83,9 @@ class LayeredChain(CudaChain):
             early, launch_stream(head.device),
         )  # fmt: skip
 
-    def run_block(self, head, index: int, first_row: int, layers: Layers | None = None, stream: int | None = None):
+    def run_block(
+        self, head, index: int, first_row: int, layers: Layers | None = None, stream: int | None = None
+    ) -> None:
         """One network block of one step, from ``h`` and ``operand`` to ``h`` and the next layer's operand.
 
         Args:
@@ -117,8 +119,9 @@ class LayeredChain(CudaChain):
         coefficients, x = tables.coefficients.data_ptr(), self.x.data_ptr()
         coefficients_bytes = tables.coefficients.stride(0) * tables.coefficients.itemsize
         noise, noise_bytes = (0, 0) if self.philox else (self.noise.data_ptr(), 4 * self.noise.stride(0))
-        state = [v.data_ptr() for v in (self.seed, self.addresses, self.log_std, self.path, self.temperature)]
-        seed, addresses, log_std, path, temperature = state
+        seed, addresses, log_std, path, temperature = (
+            v.data_ptr() for v in (self.seed, self.addresses, self.log_std, self.path, self.temperature)
+        )
         for step in reversed(range(start, stop)):
             first_row = (step - start) * self.rows
             self.begin_step(head, tables, first_row, layers, early=step < stop - 1)
