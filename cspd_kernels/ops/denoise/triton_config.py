@@ -105,16 +105,15 @@ def update_channels(tokens: int, channels: int) -> int:
     """Of a token, for a program of the update kernel: one, until there are two programs for each multiprocessor of a
     large device; then more share the token's norm."""
     group = 1
-    while group < 4 and tokens * channels > 2 * group * _MULTIPROCESSORS:
+    while group < min(4, channels) and tokens * channels > 2 * group * _MULTIPROCESSORS:
         group *= 2
     return group
 
 
 @functools.cache
 def input_tile(tokens: int, channels: int) -> tuple[int, int]:
-    """Tokens and columns of h for a program of the input projection: 32 products a thread."""
-    together = 1 if tokens <= 16 else 4
-    return together, max(16, 4096 // (together * max(16, power_of_two(channels))))
+    """Tokens and columns of h for a program of the input projection."""
+    return 1 if tokens <= 16 else 4, max(16, 1024 // max(16, power_of_two(channels)))
 
 
 @functools.cache
