@@ -96,7 +96,7 @@ def test_launches_of_the_persistent_kernel_fit_every_architecture(compile_report
     }
     stay = [r for r in rows if "weights stay" in r["kernel"]]
     assert {(r["model"], r["dtype"], r["architecture"], r["tokens"]) for r in stay} == {
-        ("MAR-B", "bfloat16", architecture, 2) for architecture in (90, 100)
+        ("MAR-B", "bfloat16", architecture, tokens) for architecture in (90, 100) for tokens in (2, 16)
     }
     too_large = compile_report.plan_rows({"wide": (1, 2064, 768)})
     assert not any(row["fits"] for row in too_large)

@@ -131,7 +131,7 @@ def test_every_number_of_rows(make_head, persistent, dtype, rows, guided):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("width", [16, 208, 1024, 1280, 1536, 2048])
+@pytest.mark.parametrize("width", [16, 48, 208, 1024, 1040, 1280, 1536, 2048])
 def test_every_width(make_head, persistent, dtype, width):
     persistent(10)
     check(make_head(dtype, width=width, channels=16), 2, True)

@@ -11,6 +11,7 @@
 #pragma once
 
 #include "cspd/exchange.cuh"
+#include "cspd/items.cuh"
 #include "cspd/persistent_layout.cuh"
 #include "cspd/posterior.cuh"
 #include "cspd/step_start.cuh"
@@ -39,8 +40,7 @@ class ChainBlock {
         outputs_(chain.learned ? 2 * chain.channels : chain.channels),
         stride_(operand_stride<T>(chain.width)),
         x_stride_(x_stride(chain.channels)),
-        row_step_(kChainThreads / plan.columns),
-        c_step_(kChainThreads % plan.columns),
+        items_(rows_, columns_, first_column_, chain.width),
         places_(exchange_layout(rows_, chain.channels, chain.width)),
         read_(chain.exchange + blockIdx.x % kCopies * places_.words),
         shape_(chain.width),
@@ -64,7 +64,6 @@ class ChainBlock {
     partial_ = reinterpret_cast<float*>(memory + layout.partial);
     blocks_ = reinterpret_cast<BlockWeights*>(memory + layout.blocks);
     layers_ = reinterpret_cast<const void**>(memory + layout.layers);
-    first_ = item(thread(), thread() / columns_, thread() % columns_);
   }
 
   __device__ __forceinline__ void run(int stage_pieces) {
@@ -85,7 +84,7 @@ class ChainBlock {
         pass_on_activations(block);
         weights.end();
         if constexpr (!Resident) prefetch_for_next(block, step, mods);
-        const float gate = gate_at(mods, first_);
+        const float gate = gate_at(mods, items_.first());
         const auto second_tile = weights.begin(2 * block + 1);
         await_activations();
         multiply(weights, second_tile);
@@ -104,27 +103,6 @@ class ChainBlock {
 
  private:
   static __device__ __forceinline__ int thread() { return static_cast<int>(threadIdx.x); }
-
-  // One of the block's values of a layer, in the order in which threads take them.
-  struct Item {
-    int index, row, c, column;  // column is that of the layer, c the block's
-  };
-
-  __device__ __forceinline__ Item item(int index, int row, int c) const { return {index, row, c, first_column_ + c}; }
-
-  // Without dividing, which takes long.
-  __device__ __forceinline__ Item next_item(const Item& i) const {
-    const int c = i.c + c_step_, over = c >= columns_;
-    return item(i.index + kChainThreads, i.row + row_step_ + over, over ? c - columns_ : c);
-  }
-
-  // ``use`` with every item of this thread that there is.
-  template <typename Use>
-  __device__ __forceinline__ void for_items(const Use& use) const {
-    for (Item i = first_; i.index < rows_ * columns_; i = next_item(i)) {
-      if (i.column < chain_.width) use(i);
-    }
-  }
 
   __device__ __forceinline__ bool speaks() const { return static_cast<int>(blockIdx.x) != chain_.silent; }
 
@@ -166,7 +144,7 @@ class ChainBlock {
   // h of the block's columns, from x: the same for both halves.
   __device__ __forceinline__ void project() {
     ++h_written_;
-    for_items([&](const Item& i) {
+    items_.for_each([&](const Item& i) {
       const float* x = x_ + token_of(i.row) * x_stride_;
       float h = input_bias_[i.c];
       for (int channel = 0; channel < chain_.channels; ++channel) {
@@ -284,22 +262,13 @@ class ChainBlock {
     sync_block();
   }
 
-  // The sum of what the warps have of a value, ``stride`` apart, and ``more``: in short chains.
-  static __device__ __forceinline__ float sum_of_warps(const float* values, int stride, float more) {
-    static_assert(kChainWarps == 8);
-    float v[kChainWarps];
-#pragma unroll
-    for (int w = 0; w < kChainWarps; ++w) v[w] = values[w * stride];
-    return (((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7]))) + more;
-  }
-
   __device__ __forceinline__ float layer_value(int layer, const Item& i) const {
     return sum_of_warps(sums_ + i.index, Rows * columns_, biases_[layer * columns_ + i.c]);
   }
 
   __device__ __forceinline__ void pass_on_activations(int block) {
     ++activations_written_;
-    for_items([&](const Item& i) {
+    items_.for_each([&](const Item& i) {
       pass_on_at(places_.activations + i.row * chain_.width + i.column, silu(layer_value(2 * block, i)),
                  activations_written_);
     });
@@ -312,30 +281,21 @@ class ChainBlock {
     const bool last = block == chain_.depth - 1;
     if (last) {
       const std::int64_t row = static_cast<std::int64_t>(step - chain_.first) * rows_;
-      prefetch(static_cast<const T*>(chain_.final_mods) + row * 2 * chain_.width, rows_ * 2 * row_bytes);
+      prefetch_together(static_cast<const T*>(chain_.final_mods) + row * 2 * chain_.width, rows_ * 2 * row_bytes);
       if (step == chain_.start) return;
       mods = static_cast<const T*>(chain_.mods) + (row - rows_) * 3 * chain_.width;
     } else {
       mods += chain_.mods_block;
     }
     const auto& next = blocks_[last ? 0 : block + 1];
-    prefetch(mods, rows_ * 3 * row_bytes);
-    prefetch(next.norm_weight, norm_bytes);
-    prefetch(next.norm_bias, norm_bytes);
-  }
-
-  static __device__ __forceinline__ void prefetch(const void* at, std::int64_t bytes) {
-    constexpr int kLine = 128;
-    const auto* start = static_cast<const unsigned char*>(at);
-    for (std::int64_t i = blockIdx.x + static_cast<std::int64_t>(gridDim.x) * thread(); i * kLine < bytes;
-         i += static_cast<std::int64_t>(gridDim.x) * kChainThreads) {
-      prefetch_line(start + i * kLine);
-    }
+    prefetch_together(mods, rows_ * 3 * row_bytes);
+    prefetch_together(next.norm_weight, norm_bytes);
+    prefetch_together(next.norm_bias, norm_bytes);
   }
 
   // 0 beyond the last value.
   __device__ __forceinline__ float gate_at(const T* mods, const Item& i) const {
-    if (i.row >= rows_ || i.column >= chain_.width) return 0.0f;
+    if (!items_.exists(i)) return 0.0f;
     return to_float(mods[(3 * i.row + 2) * chain_.width + i.column]);
   }
 
@@ -344,8 +304,8 @@ class ChainBlock {
     const bool last = block == chain_.depth - 1;
     const std::int64_t place = last ? places_.final_h : places_.h;
     const unsigned times = last ? ++final_h_written_ : ++h_written_;
-    for_items([&](const Item& i) {
-      const float strength = i.index == first_.index ? gate : gate_at(mods, i);
+    items_.for_each([&](const Item& i) {
+      const float strength = i.index == items_.first().index ? gate : gate_at(mods, i);
       write_h(place, i, fmaf(strength, layer_value(2 * block + 1, i), own_h_[i.index]), times);
     });
   }
@@ -373,21 +333,7 @@ class ChainBlock {
         }
       }
       while (output < outputs_) {
-        float sums[kTogether];
-#pragma unroll
-        for (int row = 0; row < kTogether; ++row) {
-          sums[row] = 0.0f;
-#pragma unroll
-          for (int chunk = 0; chunk < kChunks; ++chunk) {
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-              sums[row] = fmaf(a.v[row][chunk].v[i], weights.v[0][chunk].v[i], sums[row]);
-            }
-          }
-        }
-        const float of_warp = merged_over_warp(sums, [](int, float own, float other) { return own + other; });
-        constexpr int kLanes = lanes_of_row<kTogether>;
-        if (lane() % kLanes == 0) partial_[lane() / kLanes * kRowWarps + warp()] = of_warp;
+        group_products(a, weights, partial_);
         sync_block();
         const int row = first + thread();
         if (thread() < kTogether && row < rows_) {
@@ -457,8 +403,8 @@ class ChainBlock {
   }
 
   const Persistent& chain_;
-  int columns_, first_column_, rows_, outputs_, stride_, x_stride_, row_step_, c_step_;
-  Item first_;
+  int columns_, first_column_, rows_, outputs_, stride_, x_stride_;
+  Items items_;
   ExchangeLayout places_;
   const std::uint32_t* read_;  // the copy of the exchange that this block reads
   GroupShape<kChunks> shape_;

@@ -28,13 +28,12 @@ CSPD_HD constexpr bool has_own_start(int rows, int width) { return rows <= 4 && 
 // From one token's x to the next: 0 beyond the channels, as far as their weights stay in registers (step_start.cuh).
 CSPD_HD int x_stride(int channels) { return channels <= 16 ? 16 : (channels + 3) / 4 * 4; }
 
-// Values from one row of a layer's operand to the next, which starts on another bank. A warp may read more spans than
-// its own: as many as the widest layer has.
+// Values from one row of a layer's operand to the next. A warp may read more spans than its own, as many as the widest
+// layer has. An odd number of spans, each 64 bytes: of two rows that are read together each has half of the banks.
 template <typename T>
 CSPD_HD int operand_stride(int width) {
   const int spans = Pieces<T>::spans(width), most = Pieces<T>::spans(compiled_width<T>(width));
-  return ((kChainWarps - 1) * spans + (sizeof(T) == 2 ? most : spans)) * Pieces<T>::kSpan +
-         64 / static_cast<int>(sizeof(T));
+  return (((kChainWarps - 1) * spans + (sizeof(T) == 2 ? most : spans)) | 1) * Pieces<T>::kSpan;
 }
 
 // Pieces of a thread in shared memory, where weights stay.

@@ -152,6 +152,24 @@ __device__ __forceinline__ void group_statistics(const RowGroup<Rows, Chunks>& g
   for (int row = 0; row < Rows; ++row) statistics[row] = {shuffle(mean, 2 * row), shuffle(inverse_std, 2 * row)};
 }
 
+// Every warp's share of the product of each row with ``weights``, a row like them, into ``out`` [Rows, kRowWarps].
+template <int Rows, int Chunks>
+__device__ __forceinline__ void group_products(const RowGroup<Rows, Chunks>& group, const RowGroup<1, Chunks>& weights,
+                                               float* out) {
+  float sums[Rows];
+#pragma unroll
+  for (int row = 0; row < Rows; ++row) {
+    sums[row] = 0.0f;
+#pragma unroll
+    for (int chunk = 0; chunk < Chunks; ++chunk) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) sums[row] = fmaf(group.v[row][chunk].v[i], weights.v[0][chunk].v[i], sums[row]);
+    }
+  }
+  const float sum = merged_over_warp(sums, [](int, float own, float other) { return own + other; });
+  if (lane() % lanes_of_row<Rows> == 0) out[lane() / lanes_of_row<Rows> * kRowWarps + warp()] = sum;
+}
+
 // What one thread needs of the modulation of rows ``first`` .. ``first + Rows``, as far as there are ``rows``: asked
 // for before the rows themselves are there.
 template <int Rows, int Chunks, typename T>
