@@ -132,6 +132,7 @@ def test_a_rows_bits_are_its_own_in_any_batch(make_head, made_by, monkeypatch, d
         chain = LayeredChain(head, rows, False, noise[:, :rows], 1, static=True)
         chain.load(cond[:rows], x[:rows], noise[:, :rows], 1.0, None)
         chain.start(head)
+        chain.keep_modulations_in(torch.empty(chain.memory_bytes, dtype=torch.uint8, device=head.device))
         for name in ("mods", "final_mods"):
             buffer = getattr(chain, name)
             values.setdefault(name, torch.randn(buffer.shape, generator=torch_rng))
