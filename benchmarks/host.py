@@ -22,7 +22,8 @@ from cspd.models import DiffLoss
 from cspd_kernels.testing import randomize_, relative_error
 
 from common import measure, spread
-from host_judging import host_seconds, judging_rows, print_judging_rows
+from host_denoise import denoise_rows
+from host_judging import host_seconds, judging_rows, print_host_rows
 from kernels import CHANNELS, HEADS
 from report import write_results
 
@@ -96,10 +97,11 @@ def main() -> None:
             f"{1e3 * rest_high:.2f})  {100 * row['share']:5.2f}%  {1e3 * row['host seconds'][0]:6.3f}  "
             f"{row['ratio']:6.2f}x  {row['error']:.0e}"
         )
-    judging = judging_rows(20 * args.runs, torch.device(args.device))
-    print_judging_rows(judging)
+    calls_of_ops = denoise_rows(HEADS[args.model], CHANNELS, 20 * args.runs, torch.device(args.device))
+    calls_of_ops += judging_rows(20 * args.runs, torch.device(args.device))
+    print_host_rows(calls_of_ops)
     if args.json:
-        write_results(args.json, rows + judging, median=float(np.float64(50)), spread=[20, 80])
+        write_results(args.json, rows + calls_of_ops, median=float(np.float64(50)), spread=[20, 80])
         print(f"wrote {args.json}")
 
 

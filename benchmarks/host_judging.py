@@ -106,7 +106,7 @@ def _bare_launch(op: str, backend: str, call):
     return lambda: (function(*arguments), kept)
 
 
-def print_judging_rows(rows: list[dict]) -> None:
+def print_host_rows(rows: list[dict]) -> None:
     print("op                 N     backend  host us              bare launch us")
     for row in rows:
         (call, low, high), bare = row["host seconds"], row["bare launch seconds"]

@@ -38,8 +38,8 @@ def call_dtype(device: torch.device, weights: torch.dtype) -> torch.dtype:
 
 
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
-    """A context in which the caller's autocast is off, on devices that know autocast."""
-    if torch.amp.is_autocast_available(device.type):
+    """A context in which the caller's autocast is off."""
+    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return contextlib.nullcontext()
 

@@ -117,6 +117,7 @@ def benchmarks(monkeypatch):
     import blocks
     import common
     import host
+    import host_denoise
     import host_judging
     import judging
     import kernels
@@ -125,7 +126,7 @@ def benchmarks(monkeypatch):
     import tables
     import tiles
 
-    modules = (kernels, blocks, common, baselines, host, host_judging, judging, quality, report, tables, tiles)
+    modules = (kernels, blocks, common, baselines, host, host_denoise, host_judging, judging, quality, report, tables, tiles)
     yield SimpleNamespace(**{module.__name__: module for module in modules})
     for name in (module.__name__ for module in modules):
         sys.modules.pop(name, None)

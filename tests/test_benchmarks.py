@@ -71,7 +71,7 @@ def test_the_hosts_part_of_the_ops_that_judge_tokens(benchmarks, capsys):
         (median, low, high), bare = row["host seconds"], row["bare launch seconds"]
         assert 0 < low <= median <= high
         assert bare is None
-    judging.print_judging_rows([*rows, rows[0] | {"bare launch seconds": (1e-6, 1e-6, 2e-6)}])
+    judging.print_host_rows([*rows, rows[0] | {"bare launch seconds": (1e-6, 1e-6, 2e-6)}])
     assert capsys.readouterr().out.endswith("   1.0 (1.0-2.0)\n")
 
 
@@ -295,3 +295,15 @@ def test_images_are_timed_without_the_patching(benchmarks, monkeypatch, tmp_path
     rows = json.loads((tmp_path / "r.json").read_text())["rows"]
     assert [row["backend"] for row in rows] == ["patched float32", "patched autocast bfloat16"]
     assert 0 < rows[0]["error"] < 1e-5
+
+
+def test_the_hosts_part_of_a_chain(benchmarks, device_of, capsys):
+    device_of("triton"), device_of("cuda")
+    judging = benchmarks.host_judging
+    rows = benchmarks.host_denoise.denoise_rows((1, 48, 8), 4, 3, torch.device("cpu"))
+    assert [(row["op"], row["backend"]) for row in rows] == [("denoise", "triton"), ("denoise", "cuda")]
+    assert all(0 < row["host seconds"][0] < 1 and row["bare launch seconds"] is None for row in rows)
+    judging.print_host_rows(rows)
+    assert len(capsys.readouterr().out.splitlines()) == 3
+    head = DiffusionHead.from_module(DiffLoss(4, 8, 1, 48, "2"))  # nothing of it stays behind
+    assert torch.isfinite(denoise(head, *random_inputs(head, 2, 0), backend="triton").sample).all()
