@@ -126,7 +126,20 @@ def benchmarks(monkeypatch):
     import tables
     import tiles
 
-    modules = (kernels, blocks, common, baselines, host, host_denoise, host_judging, judging, quality, report, tables, tiles)
+    modules = (
+        kernels,
+        blocks,
+        common,
+        baselines,
+        host,
+        host_denoise,
+        host_judging,
+        judging,
+        quality,
+        report,
+        tables,
+        tiles,
+    )
     yield SimpleNamespace(**{module.__name__: module for module in modules})
     for name in (module.__name__ for module in modules):
         sys.modules.pop(name, None)

@@ -15,6 +15,8 @@ import torch
 from chains import counted, kernels_of
 from small_models import small_mar
 
+from cspd.models import DiffLoss
+from cspd_kernels import DiffusionHead, denoise
 from cspd_kernels.testing import random_inputs
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
