@@ -94,7 +94,7 @@ class Chain:
         self.mods = empty(head.depth, steps * rows, 3 * width, dtype=dtype)
         self.final_mods = empty(steps * rows, 2 * width, dtype=dtype)
         self.log_std = empty(tokens, channels)
-        self.path = empty(tokens, channels)
+        self.path = empty(tokens, channels)  # sums over steps
         self.result = self.x
 
     def buffers(self) -> list[torch.Tensor]:
