@@ -198,6 +198,21 @@ def test_persistent_kernel_many_times(backend, make_diffloss, monkeypatch, used,
     assert {type(chain) for chain in used} == {kernels_of(backend).persistent}
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda v: str(v).removeprefix("torch."))
+@pytest.mark.parametrize("rows", [33, 200])
+def test_every_tile_at_a_released_width(mar_head, device_of, monkeypatch, dtype, rows):
+    device_of("triton")
+    from cspd_kernels.ops.denoise.triton_chain import LayeredChain
+    from cspd_kernels.ops.denoise.triton_config import FLOAT32_TILES, HALF_TILES, Products
+
+    for tile in FLOAT32_TILES if dtype == torch.float32 else HALF_TILES:
+        for made in (Products(tile, tile), Products(tile, None), Products(None, tile)):
+            monkeypatch.setattr(LayeredChain, "choose", lambda chain, head, made=made: made)
+            head = mar_head("MAR-B", dtype)  # without the plans of the others
+            for seed in range(3):  # plain, captured, replayed
+                assert_agrees(head, *random_inputs(head, rows, seed), backend="triton")
+
+
 @pytest.mark.parametrize("rows", [2, 64, 512])
 def test_kernels_that_start_early_give_the_bits_of_those_that_do_not(mar_head, device_of, monkeypatch, rows):
     device_of("triton")

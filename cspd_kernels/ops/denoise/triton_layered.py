@@ -13,11 +13,11 @@ capability 9.0 on), which hides its launch and the loads of its weights. It is s
   Nothing in a chain writes those; what did, before the chain, is several kernels away from any that reads them.
 - Every program of every kernel waits before it reads or writes anything else. The wait lasts until the kernel in front
   has ended, all of whose programs have waited in turn: so everything before it has ended, too, and may be overwritten.
-- A program lets the next kernel start only after its own wait. So of two neighbours at most one is still running, and
-  what an early program reads was written at least two kernels before it.
+- A program lets the next kernel start only after its own wait. So when a kernel starts, all but the one in front of it
+  have ended, and that one writes no weights.
 
-Kernels of others between ours (library products, copies) wait for the end of everything before them, and the wait for
-the end of one of them is the same wait.
+Kernels of others between ours (library products, copies), and ``_condition_kernel``, wait for the end of everything
+before them, and the wait for the end of one of them is the same wait.
 """
 
 from __future__ import annotations
