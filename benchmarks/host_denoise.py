@@ -88,7 +88,10 @@ def _without_launch(backend: str):
 
     patches = [
         mock.patch.multiple(
-            _OP, implementation=lambda *_: module.denoise, _check_values=lambda **_: None, check_result=lambda *_: None
+            _OP,
+            remembered_chain=lambda *_: module.denoise,
+            _check_values=lambda **_: None,
+            check_result=lambda *_: None,
         ),
         mock.patch.object(on_device, "why_not_here", lambda device: None),
         mock.patch.object(_GRAPHS, "CudaGraph", Graph),

@@ -18,6 +18,7 @@ KERNELS = {
     "cuda bfloat16": "cuda layered",
     "cuda persistent bfloat16": "cuda persistent",
 }
+NONE = "–"  # noqa: RUF001
 
 
 def load(name: str) -> dict:
@@ -84,7 +85,7 @@ def chains(rows: list[dict]) -> str:
         cells = [size.removesuffix(" T=100")]
         for name in names:
             value = median.get((size, name))
-            shown = "–" if value is None else milliseconds(value)  # noqa: RUF001
+            shown = NONE if value is None else milliseconds(value)
             cells.append(f"**{shown}**" if name == fastest else shown)
         lines.append([*cells, f"{errors[size]:.0e}"])
     return table(["ms", *names.values(), "error"], lines)
@@ -105,18 +106,26 @@ def spreads(rows: list[dict]) -> str:
 
 
 def ratios(rows: list[dict]) -> str:
-    """Shares of a copy's bandwidth."""
+    """Shares of the bandwidth of a copy, and of a sum where it was measured."""
     rows = [row for row in rows if row["op"] == "log_density_ratio" and row["backend"] != "torch"]
-    sizes, backends = (dict.fromkeys(row[key] for row in rows) for key in ("size", "backend"))
-    found = {(row["size"], row["backend"]): f"{row['ratio']:.2f}" for row in rows}
-    lines = [[f"`log_density_ratio`, {backend}", *(found[size, backend] for size in sizes)] for backend in backends]
-    return table(["share of a copy's bandwidth", *(size.removesuffix(" C=16") for size in sizes)], lines)
+    sizes, backends, baselines = (dict.fromkeys(row[key] for row in rows) for key in ("size", "backend", "baseline"))
+    found = {(row["baseline"], row["backend"], row["size"]): f"{row['ratio']:.2f}" for row in rows}
+    parts = []
+    for baseline in baselines:
+        lines = [
+            [f"`log_density_ratio`, {backend}", *(found.get((baseline, backend, size), NONE) for size in sizes)]
+            for backend in backends
+        ]
+        head = [f"share of a {baseline.split()[0]}'s bandwidth", *(size.removesuffix(" C=16") for size in sizes)]
+        parts.append(table(head, lines))
+    return "\n".join(parts)
 
 
 def verdicts(rows: list[dict]) -> str:
     """Milliseconds of the accept test with its redraws."""
     found = {(row["size"], row["backend"]): row for row in rows if row["op"] == "accept_reject"}
-    contenders, lines = [(backend, how) for how in ("", ", replayed") for backend in ("triton", "cuda")], []
+    measured = [backend for backend in ("triton", "cuda") if any(name.startswith(backend) for _, name in found)]
+    contenders, lines = [(backend, how) for how in ("", ", replayed") for backend in measured], []
     for size in dict.fromkeys(size for size, _ in found):
         for residual in ("rejection", "closed_form"):
             own = [found[size, f"{backend} {residual}{how}"] for backend, how in contenders]

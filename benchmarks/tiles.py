@@ -22,7 +22,7 @@ from cspd_kernels.testing import random_inputs, randomize_, relative_error
 
 from common import captured, measure, spread
 from kernels import BOUNDS, CHANNELS, HEADS
-from report import write_results
+from report import first_line, write_results
 
 ROWS = (2, 4, 8, 16, 32, 64, 100, 128, 200, 256, 400, 512, 1024, 2048, 4096)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -97,23 +97,28 @@ def rows_of(model: str, dtype: torch.dtype, rows: int, device: torch.device) -> 
     torch.manual_seed(0)
     module = randomize_(DiffLoss(CHANNELS, cond, depth, width, "2"), seed=1).to(device)
     head, results = DiffusionHead.from_module(module, dtype=dtype), []
+    case = {"model": model, "width": width, "dtype": str(dtype).removeprefix("torch."), "rows": rows}
     for name, choice in choices(rows, dtype).items():
-        chain = chain_of(choice, head, rows)
-        for layer in ("first", "second"):
-            case = {"model": model, "width": width, "dtype": str(dtype).removeprefix("torch."), "rows": rows}
-            case |= {"layer": layer, "choice": name, "error": error_of(chain, head, layer)}
-            case |= {"seconds": None, "p20": None, "p80": None}
-            if case["error"] <= BOUNDS[dtype]:  # false for NaN
-                case |= dict(zip(("seconds", "p20", "p80"), spread(seconds_of(chain, head, layer))))
-            results.append(case)
-            time = "WRONG" if case["seconds"] is None else f"{1e6 * case['seconds']:8.2f} us"
-            print(
-                f"{model} {case['dtype']:8} M={rows:<5} {layer:6} {name:12} {time}  error {case['error']:.1e}",
-                flush=True,
-            )
-        del chain
+        try:
+            chain = chain_of(choice, head, rows)
+            results += [case | timed(chain, head, layer, dtype) | {"choice": name} for layer in ("first", "second")]
+            del chain
+        except Exception as error:  # noqa: BLE001  (of a compiler or a driver: the other choices go on)
+            results.append(case | {"layer": "both", "choice": name, "seconds": None, "reason": first_line(error)})
         gc.collect()
+        for found in [r for r in results if r["choice"] == name]:
+            time = f"{1e6 * found['seconds']:8.2f} us" if found["seconds"] is not None else found.get("reason", "WRONG")
+            error = f"  error {found['error']:.1e}" if "error" in found else ""
+            print(f"{model} {case['dtype']:8} M={rows:<5} {found['layer']:6} {name:12} {time}{error}", flush=True)
     return results
+
+
+def timed(chain, head: DiffusionHead, layer: str, dtype: torch.dtype) -> dict:
+    """Error and seconds of one layer; no seconds where it is wrong."""
+    case = {"layer": layer, "error": error_of(chain, head, layer), "seconds": None, "p20": None, "p80": None}
+    if case["error"] <= BOUNDS[dtype]:  # false for NaN
+        case |= dict(zip(("seconds", "p20", "p80"), spread(seconds_of(chain, head, layer))))
+    return case
 
 
 def winners(results: list[dict]) -> dict[tuple, list[tuple[int, str, str]]]:
@@ -124,8 +129,8 @@ def winners(results: list[dict]) -> dict[tuple, list[tuple[int, str, str]]]:
     def key(case):
         return case["width"], 4 if case["dtype"] == "float32" else 2, case["rows"]
 
-    timed = [c for c in results if c["seconds"] is not None and c["choice"] != "few" and c["dtype"] != "float16"]
-    for (width, size, rows), cases in groupby(sorted(timed, key=key), key):
+    right = [c for c in results if c["seconds"] is not None and c["choice"] != "few" and c["dtype"] != "float16"]
+    for (width, size, rows), cases in groupby(sorted(right, key=key), key):
         best: dict[str, dict] = {}
         for case in cases:
             if case["seconds"] < best.get(case["layer"], {"seconds": math.inf})["seconds"]:
@@ -169,13 +174,14 @@ def main() -> None:
             for dtype in DTYPES:
                 for rows in args.rows:
                     results += rows_of(model, dtype, rows, device)
+                    if args.json:  # so that it holds what there is however the run ends
+                        write_results(args.json, results)
     print(f"\n{torch.cuda.get_device_name(device)}, entries of TILES:")
     print(table(results, torch.cuda.get_device_capability(device)))
     if args.json:
-        write_results(args.json, results)
         print(f"wrote {args.json}")
     if any(case["seconds"] is None for case in results):
-        raise SystemExit("a choice is wrong: see the errors")
+        raise SystemExit("a choice is wrong or failed: see above")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 
 from . import cuda_support
-from .crossover import ranked
+from .crossover import PERSISTENT_VARIABLE, ranked
 
 BACKENDS = ("torch", "triton", "cuda")
 ENVIRONMENT_VARIABLE = "CSPD_BACKEND"
@@ -105,21 +105,29 @@ def implementation(
 
 # What a choice depends on beside the device and the call: variables that may change from one call to the next.
 _LOOKED_AT = {"torch": (), "triton": ("TRITON_INTERPRET",), "cuda": (cuda_support.EMULATION_VARIABLE,)}
-_EVERYTHING = (ENVIRONMENT_VARIABLE, *_LOOKED_AT["triton"], *_LOOKED_AT["cuda"])
+_EVERYTHING = (ENVIRONMENT_VARIABLE, PERSISTENT_VARIABLE, *_LOOKED_AT["triton"], *_LOOKED_AT["cuda"])
 _remembered: dict[tuple, Callable] = {}
 
 
 def remembered(op: str, backend: str | None, x: torch.Tensor) -> Callable:
     """:func:`implementation` for tokens x (N, C), looked up for a shape, device and environment that it was chosen for
     before: choosing takes as long as a launch."""
-    shape, device = x.shape, x.device
+    return _remember(x.shape, op, backend, x.device, x, x.shape[0])
+
+
+def remembered_chain(backend: str | None, head, tokens: int, guided: bool) -> Callable:
+    """The same for ``denoise`` with so many tokens of a head."""
+    return _remember((head.handle, tokens, guided), "denoise", backend, head.device, head, tokens, guided)
+
+
+def _remember(key: tuple, op: str, backend: str | None, device: torch.device, *call) -> Callable:
     if device.type != "cuda" or not (backend is None or isinstance(backend, str)):
-        return implementation(op, backend, device, x, shape[0])
-    key = (op, backend, shape, device, *map(os.environ.get, _LOOKED_AT.get(backend, _EVERYTHING)))
+        return implementation(op, backend, device, *call)
+    key = (key, op, backend, device, *map(os.environ.get, _LOOKED_AT.get(backend, _EVERYTHING)))
     if (chosen := _remembered.get(key)) is None:
         if len(_remembered) >= _MOST_REMEMBERED:
             _remembered.clear()
-        chosen = _remembered[key] = implementation(op, backend, device, x, shape[0])
+        chosen = _remembered[key] = implementation(op, backend, device, *call)
     return chosen
 
 

@@ -14,7 +14,7 @@ import os
 import torch
 
 PERSISTENT_VARIABLE = "CSPD_PERSISTENT_MAX_TOKENS"
-PERSISTENT_LIMIT = 16  # tokens; beyond it the layered kernels fill the device
+PERSISTENT_LIMIT = 16  # rows; beyond it the layered kernels fill the device
 PERSISTENT = "cuda persistent"
 DEFAULT = ("triton", "cuda", "torch")  # where nothing was measured, and after what was
 
@@ -27,7 +27,8 @@ _OTHER_TYPE = 100.0  # the weight of another operand type in a distance: float32
 # result files. To fill in a device: `python benchmarks/kernels.py --json FILE` on it.
 FASTEST: dict[tuple[int, int], dict[str, dict[Size, Times]]] = {
     # H100 80GB HBM3, commit b589fd5: benchmarks/results/kernels-h100.json and denoise-h100.json. Chains of 100 steps
-    # with a cold L2; verdicts of 16 channels, accept_reject by rejection and with its host time.
+    # with a cold L2; verdicts of 16 channels, accept_reject by rejection and with its host time. The kernels have
+    # changed since: Triton's float32 times beyond 4 rows are of products of its own, which are now the library's.
     (9, 0): {
         "denoise": {
             (1024, 6, 2, 2): {PERSISTENT: 2.95, "triton": 5.78, "cuda": 8.39, "torch": 78.6},
@@ -116,13 +117,18 @@ def ranked(op: str, device: torch.device, subject=None, tokens: int | None = Non
     Raises:
         ValueError: the variable is not a number from 0 to 16.
     """
-    order = ()
-    if tokens is not None and device.type == "cuda":
-        order = _measured_order(op, _capability(device), size_of(op, subject, tokens, guided))
-    limit = persistent_limit() if op == "denoise" and tokens is not None else None
-    if limit is not None:
-        order = tuple(name for name in order if name != PERSISTENT)
-        order = (PERSISTENT, *order) if tokens <= limit else order
+    if tokens is None:
+        return DEFAULT
+    size, order = size_of(op, subject, tokens, guided), ()
+    if device.type == "cuda":
+        order = _measured_order(op, _capability(device), size)
+    if op == "denoise":
+        limit = persistent_limit()
+        fits = size[_ROWS] <= PERSISTENT_LIMIT  # the nearest measured size may have fewer rows
+        if limit is not None or not fits:
+            order = tuple(name for name in order if name != PERSISTENT)
+        if limit is not None and fits and tokens <= limit:
+            order = (PERSISTENT, *order)
     return tuple(dict.fromkeys((*order, *DEFAULT)))
 
 

@@ -4,12 +4,29 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 
 import torch
 
 SHARED_LIMITS = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes of shared memory one block may have
 _HERE = contextlib.nullcontext()
 _LEAST_SHARED = 99 << 10  # of every architecture from 8.0 on
+
+
+def one_a_device(make):
+    """The one result of ``make(device)`` for every device, also where threads ask at the same time."""
+    made: dict[torch.device, object] = {}
+    lock = threading.Lock()
+
+    @functools.wraps(make)
+    def get(device: torch.device):
+        with lock:
+            if device not in made:
+                made[device] = make(device)
+            return made[device]
+
+    get.cache_clear = made.clear
+    return get
 
 
 @functools.cache

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import gc
 import threading
 from collections import OrderedDict
@@ -12,7 +11,9 @@ from collections.abc import Callable, Hashable
 import torch
 
 from .backends import log_once
+from .devices import one_a_device
 
+_capturing = threading.Lock()  # one at a time, of all devices: the garbage collector is off meanwhile
 CALLER_CAPTURES = "the caller is capturing a graph of its own"
 
 
@@ -29,23 +30,31 @@ class _Captures:
     """What all captures on a device share: a side stream, as the default one cannot be captured, and a pool of memory.
 
     PyTorch keeps a workspace of cuBLAS for every stream, and frees all of them whenever ``torch.compile`` captures a
-    graph: replays of ours would write to memory that has gone. So nothing runs on this stream, and all that is
-    allocated in a capture lies in one pool, which a first capture, never replayed, keeps for good. Plans take turns,
-    and need nothing that another one left there.
+    graph: replays of ours would write to memory that has gone. So we run nothing on this stream (PyTorch hands out 32
+    in turn, so somebody else may), and all that is allocated in a capture lies in one pool, which a first capture,
+    never replayed, keeps for good. Plans take turns, and need nothing that another one left there.
     """
 
     def __init__(self, device: torch.device):
         self.stream = torch.cuda.Stream(device)
         self.keeper: torch.cuda.CUDAGraph | None = None
+        self.retired: list[torch.cuda.CUDAGraph] = []
 
     def capture(self, launch: Callable[[], None], warm_up: Callable[[], None]) -> torch.cuda.CUDAGraph:
         with torch.cuda.stream(self.stream):
             if self.keeper is None:
                 self.keeper = _captured(warm_up)
-            return _captured(launch, pool=self.keeper.pool())
+            try:
+                return _captured(launch, pool=self.keeper.pool())
+            except BaseException:
+                # PyTorch may go on taking this pool for one that is being captured to, and refuse it. Kept all the
+                # same: workspaces that later graphs use may lie there.
+                self.retired.append(self.keeper)
+                self.keeper = None
+                raise
 
 
-@functools.cache
+@one_a_device
 def _captures(device: torch.device) -> _Captures:
     return _Captures(device)
 
@@ -79,7 +88,7 @@ class CudaGraph:
         if self.uses == 2:
             try:
                 self.graph = self._capture(launch, warm_up)
-            except RuntimeError as error:
+            except Exception as error:  # noqa: BLE001  (of a driver or a compiler; plain launches serve)
                 log_once(f"kernels are launched one by one, their CUDA graph could not be captured: {error}")
         if self.graph is not None:
             self.graph.replay()
@@ -88,13 +97,14 @@ class CudaGraph:
 
     def _capture(self, launch: Callable[[], None], warm_up: Callable[[], None]) -> torch.cuda.CUDAGraph:
         warm_up()  # what a library makes once for a thread cannot be made in a capture
-        collecting = gc.isenabled()
-        gc.disable()  # what a collection would free may wait for the device, which ends a capture
-        try:
-            return _captures(self.device).capture(launch, warm_up)
-        finally:
-            if collecting:
-                gc.enable()
+        with _capturing:
+            collecting = gc.isenabled()
+            gc.disable()  # what a collection would free may wait for the device, which ends a capture
+            try:
+                return _captures(self.device).capture(launch, warm_up)
+            finally:
+                if collecting:
+                    gc.enable()
 
 
 class _Turn:
@@ -107,7 +117,7 @@ class _Turn:
         self.stream: torch.cuda.Stream | None = None
 
 
-@functools.cache
+@one_a_device
 def _turn(device: torch.device) -> _Turn:
     return _Turn()
 

@@ -102,16 +102,17 @@ def _chosen() -> dict[str, str]:
     if not torch.cuda.device_count():
         return {"cpu": "torch: the kernels run on CUDA devices"}
     return {
-        f"cuda:{i} {model} bfloat16, {tokens} tokens": _explained(
-            _Head(depth, width, torch.bfloat16, torch.device("cuda", i)), tokens
+        f"cuda:{i} {model} bfloat16, {tokens} tokens{', guided' if guided else ''}": _explained(
+            _Head(depth, width, torch.bfloat16, torch.device("cuda", i)), tokens, guided
         )
         for i in range(torch.cuda.device_count())
         for model, (depth, width) in HEADS.items()
         for tokens in TOKENS
+        for guided in (False, True)
     }
 
 
-def _explained(head: _Head, tokens: int) -> str:
+def _explained(head: _Head, tokens: int, guided: bool) -> str:
     import torch
 
     from .backends import ENVIRONMENT_VARIABLE, choice
@@ -119,8 +120,8 @@ def _explained(head: _Head, tokens: int) -> str:
 
     if forced := os.environ.get(ENVIRONMENT_VARIABLE):
         return f"{forced}: {ENVIRONMENT_VARIABLE} is set"
-    name, refusals = choice("denoise", head.device, head, tokens)
-    capability, size = torch.cuda.get_device_capability(head.device), size_of("denoise", head, tokens)
+    name, refusals = choice("denoise", head.device, head, tokens, guided)
+    capability, size = torch.cuda.get_device_capability(head.device), size_of("denoise", head, tokens, guided)
     text = name
     if found := nearest("denoise", capability, size):
         at, measured, times = found

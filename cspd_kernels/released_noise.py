@@ -17,8 +17,6 @@ import threading
 from collections.abc import Callable, Sequence
 
 import torch
-from torch.overrides import _get_current_function_mode_stack
-from torch.utils._device import DeviceContext
 
 from . import cuda_support
 from .backends import ENVIRONMENT_VARIABLE, log_once, untraced, why_unavailable
@@ -64,7 +62,7 @@ def randn_steps(
     """
     first = dtype if first is None else first
     out = torch.empty((count, *shape), dtype=dtype, device=device)
-    if out.device.type == _SERVED and out.numel() > 0:
+    if out.device.type == _SERVED and out.numel() > 0 and type(out) is torch.Tensor and not _watched():
         with on(out.device):
             kernel = None if _needs_calls(out, first, generator) else _kernel(out.device, backend)
             if kernel is not None:
@@ -112,22 +110,26 @@ def _needs_calls(out: torch.Tensor, first: torch.dtype, generator) -> bool:
     return (
         out.dtype not in CODES
         or first not in CODES
-        or type(out) is not torch.Tensor
         or numel * 4 >= _LIMIT
         or out.numel() // THREADS + 2 * len(out) * _most_blocks(out.device) >= 2**31  # blocks of a launch, at most
         or (generator is not None and generator.device != out.device)  # for PyTorch to judge
         or torch.cuda.is_current_stream_capturing()
-        or _watched()
     )
 
 
 def _watched() -> bool:
-    """Whether somebody is to see every operation, or to replace it."""
-    return (
-        torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._are_functorch_transforms_active()
-        or any(type(mode) is not DeviceContext for mode in _get_current_function_mode_stack())
-    )
+    """Whether somebody is to see every operation, or to replace it; so too where this PyTorch does not tell."""
+    try:
+        return (
+            torch._C._len_torch_dispatch_stack() > 0
+            or torch._C._are_functorch_transforms_active()
+            or any(
+                type(mode) is not torch.utils._device.DeviceContext
+                for mode in torch.overrides._get_current_function_mode_stack()
+            )
+        )
+    except AttributeError:
+        return True
 
 
 # --- which kernel ---

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import functools
 import threading
 import weakref
 
 import torch
+
+from .devices import one_a_device
 
 
 class Scratch:
     """Blocks of memory of one device, shared by whoever never runs at the same time: the plans of :mod:`graphs`.
 
     A block lives as long as somebody holds it. There are few: a request is served by the smallest block that is large
-    enough, and a new one is of a power of two bytes, so that together they are less than twice the largest.
+    enough, and a new one is of a power of two bytes, or of a caller's limit, if that is less. So callers with one limit
+    have less than twice the largest block together.
     """
 
     def __init__(self, device: torch.device):
@@ -36,7 +38,7 @@ class Scratch:
             return min(fitting, key=len)
 
 
-@functools.cache
+@one_a_device
 def scratch(device: torch.device) -> Scratch:
     """A device's."""
     return Scratch(device)

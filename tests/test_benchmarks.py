@@ -44,7 +44,7 @@ def test_rows_of_a_small_head(benchmarks, monkeypatch, capsys, tmp_path):
 
 
 def test_every_cut_of_the_ratio_is_tried_and_gives_the_same_bits(benchmarks, device_of, monkeypatch):
-    device_of("triton")
+    device = device_of("triton")
     tune = pytest.importorskip("tune_verdict")
 
     def at_once(function, inputs, device):  # for a graph
@@ -54,10 +54,10 @@ def test_every_cut_of_the_ratio_is_tried_and_gives_the_same_bits(benchmarks, dev
     monkeypatch.setattr(tune, "_replays", at_once)
     cuts = [(elements, warps) for elements in tune.ELEMENTS for warps in tune.WARPS]
     try:
-        assert sorted(tune.shares(50, 3, torch.device("cpu"))) == cuts
+        assert sorted(tune.shares(50, 3, device)) == cuts
         monkeypatch.setattr(tune, "log_density_ratio", lambda *_, **__: torch.rand(50))
         with pytest.raises(SystemExit, match="256 elements and 1 warps give other bits"):
-            tune.shares(50, 3, torch.device("cpu"))
+            tune.shares(50, 3, device)
     finally:
         sys.modules.pop("tune_verdict")
 
@@ -174,6 +174,30 @@ def test_the_table_of_tiles_holds_the_fastest_that_are_right(benchmarks, device_
     assert eval(f"{{{text}}}", {"Products": Products, "Tile": Tile}) == {((9, 0), 1024, 2): entries}
 
 
+@pytest.mark.parametrize("backend", ["triton"], indirect=True)
+def test_a_choice_that_raises_costs_no_other_its_time(benchmarks, make_head, kernel_device, monkeypatch, capsys):
+    tiles = benchmarks.tiles
+    right = {name: tiles.choices(5, torch.bfloat16)[name] for name in list(tiles.choices(5, torch.bfloat16))[-2:]}
+    broken, fine = right
+    chain_of = tiles.chain_of
+
+    def made(choice, head, rows, seed=0):
+        if choice is right[broken]:
+            raise RuntimeError("out of resources: shared memory\nmore")
+        return chain_of(choice, head, rows, seed)
+
+    monkeypatch.setattr(tiles, "choices", lambda rows, dtype: right)
+    monkeypatch.setattr(tiles, "chain_of", made)
+    monkeypatch.setattr(tiles, "seconds_of", lambda chain, head, layer: [2e-6, 1e-6, 3e-6])
+    monkeypatch.setitem(tiles.HEADS, "small", (2, 48, 8))
+    results = tiles.rows_of("small", torch.bfloat16, 5, kernel_device)
+    assert [(r["choice"], r["layer"], r["seconds"]) for r in results] == [
+        (broken, "both", None), (fine, "first", 2e-6), (fine, "second", 2e-6),
+    ]  # fmt: skip
+    assert "out of resources: shared memory\n" in capsys.readouterr().out
+    assert tiles.winners(results) == {(48, 2): [(5, fine, fine)]}
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="here there is something to measure")
 def test_without_a_gpu_no_tiles_are_timed(benchmarks, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["tiles.py"])
@@ -281,7 +305,9 @@ def test_images_are_timed_without_the_patching(benchmarks, monkeypatch, tmp_path
     import end_to_end
 
     monkeypatch.setitem(end_to_end.MODELS, "mar_base", lambda: small_mar(class_num=1000))
-    monkeypatch.setattr(sys, "argv", f"end_to_end.py --num-iter 2 --runs 1 --json {tmp_path}/r.json".split())
+    monkeypatch.setattr(
+        sys, "argv", f"end_to_end.py --num-iter 2 --runs 1 --device cpu --json {tmp_path}/r.json".split()
+    )
     measure = end_to_end.measure
 
     def measured(*arguments, **options):
@@ -300,12 +326,12 @@ def test_images_are_timed_without_the_patching(benchmarks, monkeypatch, tmp_path
 
 
 def test_the_hosts_part_of_a_chain(benchmarks, device_of, capsys):
-    device_of("triton"), device_of("cuda")
+    device, _ = device_of("triton"), device_of("cuda")
     judging = benchmarks.host_judging
     rows = benchmarks.host_denoise.denoise_rows((1, 48, 8), 4, 3, torch.device("cpu"))
     assert [(row["op"], row["backend"]) for row in rows] == [("denoise", "triton"), ("denoise", "cuda")]
     assert all(0 < row["host seconds"][0] < 1 and row["bare launch seconds"] is None for row in rows)
     judging.print_host_rows(rows)
     assert len(capsys.readouterr().out.splitlines()) == 3
-    head = DiffusionHead.from_module(DiffLoss(4, 8, 1, 48, "2"))  # nothing of it stays behind
+    head = DiffusionHead.from_module(DiffLoss(4, 8, 1, 48, "2").to(device))  # nothing of it stays behind
     assert torch.isfinite(denoise(head, *random_inputs(head, 2, 0), backend="triton").sample).all()

@@ -53,7 +53,7 @@ def test_a_contender_that_fails_is_told_in_its_place_and_the_others_go_on(small,
     assert written["failures"] == [
         {"op": "denoise", "size": "small N=2 T=4", "name": "torch bfloat16", "reason": "RuntimeError: made of wood"}
     ]
-    assert [row["op"] for row in written["rows"]] == ["denoise"] * 4 + ["log_density_ratio"] + ["accept_reject"] * 2
+    assert [row["op"] for row in written["rows"]] == ["denoise"] * 4 + ["log_density_ratio"] * 2 + ["accept_reject"] * 2
 
 
 def test_a_baseline_that_fails_loses_its_rows_alone(small, monkeypatch, tmp_path):
@@ -69,7 +69,7 @@ def test_a_baseline_that_fails_loses_its_rows_alone(small, monkeypatch, tmp_path
     ]
     rows = json.loads((tmp_path / "r.json").read_text())["rows"]
     assert {row["baseline"] for row in rows if row["op"] == "denoise"} == {"eager float32"}
-    assert len(rows) == 4 + 3
+    assert len(rows) == 4 + 4
 
 
 def test_a_baseline_of_other_tokens_is_none(small, monkeypatch):
@@ -86,7 +86,7 @@ def test_a_case_that_fails_as_a_whole_loses_its_rows_alone(small, monkeypatch, t
     monkeypatch.setattr(small.kernels, name, fails)
     end = run_main(small.kernels, monkeypatch, "--json", tmp_path / "r.json")
     assert "all of it: RuntimeError: made of wood" in str(end)
-    left = {"denoise_rows": 3, "density_ratio_rows": 6 + 2, "accept_reject_rows": 6 + 1}[name]
+    left = {"denoise_rows": 4, "density_ratio_rows": 6 + 2, "accept_reject_rows": 6 + 2}[name]
     assert len(json.loads((tmp_path / "r.json").read_text())["rows"]) == left
 
 

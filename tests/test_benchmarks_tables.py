@@ -43,6 +43,25 @@ def test_a_wrong_row_shows_no_speed_and_new_contenders_get_a_column(tables):
     assert "| MAR-B N=8 | 218 | – |" in after  # noqa: RUF001
 
 
+def test_shares_are_told_beside_the_baseline_that_they_are_of(tables):
+    rows = tables.load("kernels-h100.json")["rows"]
+    before = tables.ratios(rows)
+    sums = [
+        row | {"baseline": "sum of as many bytes", "ratio": 0.5} for row in rows if row["op"] == "log_density_ratio"
+    ]
+    copied, summed = tables.ratios(rows + sums).split("\n\n")
+    assert copied + "\n" == before
+    assert summed.startswith("| share of a sum's bandwidth | N=64 |")
+    assert "| `log_density_ratio`, cuda | 0.50 | 0.50 | 0.50 | 0.50 |" in summed
+
+
+def test_a_run_without_the_extension_has_tables_of_what_there_is(tables):
+    rows = [row for row in tables.load("kernels-h100.json")["rows"] if not row["backend"].startswith("cuda")]
+    text = tables.verdicts(rows)
+    assert text.startswith("| `accept_reject`, ms | looped torch | triton | triton, replayed |")
+    assert "| N=64, rejection | 1.99 | 0.27 | 0.023 |" in text
+
+
 def test_figures_that_the_readme_tells_in_words_are_in_the_files(tables):
     rows = tables.load("kernels-h100.json")["rows"]
     (compiled,) = (r for r in rows if at(r, LARGE, "triton bfloat16", COMPILED))

@@ -254,6 +254,27 @@ def test_a_changed_environment_is_another_choice(choices, monkeypatch, backend, 
         assert backends.remembered("accept_reject", backend, tokens(5, 16)) == first
 
 
+def test_a_chains_choice_is_made_once_for_each_head_and_number_of_rows(monkeypatch):
+    asked = []
+    monkeypatch.setattr(backends, "_remembered", {})
+    monkeypatch.setattr(backends, "implementation", lambda *call: asked.append(call) or len(asked))
+    heads = [SimpleNamespace(handle=handle, device=torch.device("cuda", 0)) for handle in (1, 2)]
+    calls = [
+        (None, heads[0], 4, False),
+        (None, heads[0], 4, True),
+        (None, heads[0], 5, False),
+        ("cuda", heads[0], 4, True),
+    ]
+    calls += [(None, heads[1], 4, False)]
+    for _ in range(2):
+        assert [backends.remembered_chain(*call) for call in calls] == [1, 2, 3, 4, 5]
+    assert asked[1] == ("denoise", None, heads[0].device, heads[0], 4, True)
+    monkeypatch.setenv("CSPD_PERSISTENT_MAX_TOKENS", "0")
+    assert backends.remembered_chain(*calls[0]) == 6
+    on_cpu = SimpleNamespace(handle=3, device=torch.device("cpu"))
+    assert [backends.remembered_chain(None, on_cpu, 4, False) for _ in range(2)] == [7, 8]
+
+
 def test_on_the_cpu_and_for_what_is_no_name_nothing_is_remembered(choices):
     for number in (1, 2):
         assert backends.remembered("accept_reject", "triton", tokens(5, 16, device="cpu")) == number

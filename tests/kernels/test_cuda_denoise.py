@@ -146,7 +146,7 @@ def test_every_division_of_columns_and_channels(make_head, persistent, dtype, pr
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("depth", [1, 3])
+@pytest.mark.parametrize("depth", [3, 4])  # fewer layers take less than the ring that others pass through
 def test_weights_stay_in_shared_memory_or_pass_through_it(make_head, persistent, monkeypatch, dtype, depth):
     persistent(4)
     head = make_head(dtype, width=144, depth=depth, steps=3)

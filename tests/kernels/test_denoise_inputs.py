@@ -68,7 +68,7 @@ BAD = {
 def test_bad_arguments_raise_before_anything_is_computed(head, monkeypatch, case):
     change, error, message = BAD[case]
     monkeypatch.setattr(
-        "cspd_kernels.ops.denoise.implementation", lambda *_, **__: lambda *_: pytest.fail("it was computed")
+        "cspd_kernels.ops.denoise.remembered_chain", lambda *_, **__: lambda *_: pytest.fail("it was computed")
     )
     arguments = {"head": head, **dict(zip(("cond", "x_T", "noise"), random_inputs(head, N, 0), strict=True))}
     with pytest.raises(error, match=message):

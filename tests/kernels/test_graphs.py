@@ -14,8 +14,9 @@ from cspd_kernels import PhiloxNoise, denoise, graphs
 from cspd_kernels.backends import log_once
 from cspd_kernels.graphs import CudaGraph, PlanCache, why_not_here
 from cspd_kernels.ops.denoise import on_device
-from cspd_kernels.ops.denoise.chain import Chain
+from cspd_kernels.ops.denoise.chain import Chain, Tables
 from cspd_kernels.ops.denoise.on_device import bucket
+from cspd_kernels.scratch import Scratch
 from cspd_kernels.testing import random_inputs
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -169,6 +170,29 @@ def test_a_capture_that_fails_is_logged_once_and_never_tried_again(cuda, monkeyp
             assert cuda.capturing is None
     assert len(caplog.messages) == 1
     assert "could not be captured: operation not permitted" in caplog.text
+
+
+def test_a_capture_that_fails_costs_no_other(cuda, monkeypatch):
+    """PyTorch refuses the pool of one that has failed."""
+    spoilt, begin = set(), FakeGraph.capture_begin
+
+    def begin_elsewhere(graph, pool=None, **options):
+        if pool in spoilt:
+            raise RuntimeError("already recording to mempool_id")
+        begin(graph, pool=pool, **options)
+
+    monkeypatch.setattr(FakeGraph, "capture_begin", begin_elsewhere)
+    before, broken, after = (CudaGraph(CUDA) for _ in range(3))
+    for graph in (before, before, broken, after):
+        run(graph, cuda)
+    keeper = graphs._captures(CUDA).keeper
+    cuda.refuses_capture = True
+    assert run(broken, cuda)[-1:] == PLAIN
+    cuda.refuses_capture = False
+    spoilt.add(keeper)
+    assert run(after, cuda)[-1:] == REPLAYED
+    assert run(before, cuda) == REPLAYED
+    assert graphs._captures(CUDA).retired == [keeper]  # whose pool may hold what `before` writes to
 
 
 def test_where_a_graph_can_be_captured(cuda):
@@ -355,6 +379,30 @@ def test_graphs_share_the_memory_of_their_modulations(call, plans, make_head, de
     assert all(chain.mods.data_ptr() == chain.memory.data_ptr() + 4 * chain.embedded.numel() for chain in chains)
     inside = [b for chain in chains for b in chain.buffers() if b.data_ptr() == chain.embedded.data_ptr()]
     assert not inside  # what is shared counts for no head's limit
+
+
+def test_memory_for_modulations_is_taken_in_turn(call, make_head, device, monkeypatch):
+    """Who takes a block that another stream has made waits for that stream."""
+    taken, take = [], Scratch.take
+
+    def in_turn(memory, *sizes):
+        taken.append(graphs._turn(CPU).lock._is_owned())
+        return take(memory, *sizes)
+
+    monkeypatch.setattr(Scratch, "take", in_turn)
+    head = make_head()
+    for _ in range(3):
+        call(head, 2)
+    assert taken == [True]
+
+
+def test_plans_go_before_what_their_graphs_read(make_head, device):
+    assert list(vars(on_device.HeadPlans(make_head())))[:2] == ["plans", "tables"]
+
+
+def test_the_tables_of_a_head_are_copies(make_head, device):
+    head = make_head(channels=1)
+    assert Tables(head).input_weight.data_ptr() != head.input_weight.data_ptr()
 
 
 def test_a_number_that_stays_is_filled_in_once(backend, call, make_head, device, monkeypatch):

@@ -135,10 +135,11 @@ def hopper(monkeypatch):
 
 def test_what_would_be_chosen_and_why(hopper):
     chosen = info.collect()["chosen"]
-    assert len(chosen) == 12
+    assert len(chosen) == 24
     one = "(measured: width 1024, depth 6, 8 rows on 9.0, milliseconds: cuda persistent 6.48, cuda 8.71, triton 8.77, "
     assert chosen["cuda:0 MAR-B bfloat16, 8 tokens"] == f"cuda persistent {one}torch 92.3)"
     assert chosen["cuda:0 MAR-B bfloat16, 1 tokens"].startswith("cuda persistent (not measured; nearest: width 1024, ")
+    assert chosen["cuda:0 MAR-B bfloat16, 8 tokens, guided"].startswith("cuda (measured: width 1024, depth 6, 16 rows ")
     assert [chosen[f"cuda:0 MAR-H bfloat16, {n} tokens"].split(" (")[0] for n in (1, 64, 512)] == [
         "cuda persistent", "cuda", "cuda",
     ]  # fmt: skip

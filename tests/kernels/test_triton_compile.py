@@ -70,6 +70,9 @@ def test_the_report_leaves_nothing_out(rows):
         for kernel in ALWAYS | kernels:
             assert {case(row)[:2] for row in of_case if row["kernel"] == kernel} == sizes
     types = {(a, d) for a in ARCHITECTURES for d in ("float32", "bfloat16")}
+    tiles = [row for row in rows if str(row["tokens"]).startswith("tile ")]  # the smallest of either type
+    assert {case(row)[1:] for row in tiles} == types
+    assert {row["kernel"] for row in tiles} == {"_mlp0_kernel", "_mlp1_kernel"}
     for kernel, methods in VERDICTS.items():
         for model in (f"C={channels}{method}" for channels in (16, 256) for method in methods):
             assert {case(r)[1:] for r in rows if (r["kernel"], r["model"]) == (kernel, model)} == types

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from ...backends import implementation
+from ...backends import remembered_chain
 from ...head import DiffusionHead, stream_dtype, without_autocast
 from ...noise import PhiloxNoise
 from .finite import check_result, late_overflows
@@ -133,7 +133,7 @@ def run(head, cond, x_T, noise, rows, seed, temperature, cfg_scale, backend, wor
     _check_values(x_T=x_T, cond=cond, noise=noise, cfg_scale=cfg_scale)
     overflows = late_overflows(head)
     guided = len(cond) != len(x_T)
-    function = implementation("denoise", backend, head.device, head, len(x_T), guided)
+    function = remembered_chain(backend, head, len(x_T), guided)
     stream = stream_dtype(head.dtype)
     noise = PhiloxNoise(seed % 2**64, rows) if noise is None else noise.to(stream)
     if not guided:

@@ -23,7 +23,8 @@ class Tables:
         for i, column in enumerate(columns):
             table[:, i] = torch.from_numpy(column.copy())
         self.coefficients = to_device(table, head.device)  # (T, 8), float32
-        self.input_weight = head.input_weight.t().contiguous()  # (C, W): neighbouring threads make neighbouring columns
+        # (C, W): neighbouring threads make neighbouring columns. A copy, also of one channel: it is written to.
+        self.input_weight = head.input_weight.t().clone(memory_format=torch.contiguous_format)
         fields = ("norm_weight", "norm_bias", "weight0", "bias0", "weight1", "bias1")
         addresses = [[getattr(block, field).data_ptr() for field in fields] for block in head.blocks]
         self.addresses = to_device(torch.tensor(addresses, dtype=torch.int64, device="cpu"), head.device)  # (D, 6)

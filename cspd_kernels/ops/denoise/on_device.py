@@ -38,12 +38,12 @@ class HeadPlans:
     """What a head's calls by one backend share. It does not hold the head."""
 
     def __init__(self, head: DiffusionHead):
+        self.plans = PlanCache(GRAPH_BYTES)  # first, so that it goes first, and waits: graphs read the tables
         self.tables = Tables(head)
         self.uploaded = None
         if head.device.type == "cuda":
             self.uploaded = torch.cuda.Event()
             self.uploaded.record()
-        self.plans = PlanCache(GRAPH_BYTES)
 
 
 _HEADS: weakref.WeakKeyDictionary[DiffusionHead, dict[str, HeadPlans]] = weakref.WeakKeyDictionary()
@@ -118,13 +118,14 @@ def _chain(kernels, head, cond, x, noise, temperature, cfg_scale, limit, workspa
 
     def make() -> tuple[Chain, list[torch.Tensor]]:
         chain = kind(head, tokens, guided, noise, steps, static=True)
-        chain.keep_modulations_in(scratch(head.device).take(chain.memory_bytes, workspace_bytes))
         return chain, chain.buffers()
 
     with shared.plans.lock:
         plan: Plan = shared.plans.get((kind, tokens, guided, philox, steps), make, head.device)
         chain = plan.value
         with plan.in_turn():
+            if chain.memory is None:  # taken in turn, so that who takes the same block next waits for this stream
+                chain.keep_modulations_in(scratch(head.device).take(chain.memory_bytes, workspace_bytes))
             chain.load(cond, x, noise, temperature, cfg_scale)
             plan.graph.run(lambda: chain.launch(head, shared.tables), lambda: chain.warm_up(head))
             return chain.results(rows, temperature, shared.tables)

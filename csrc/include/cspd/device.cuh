@@ -105,8 +105,8 @@ __device__ __forceinline__ void sync_warp() { __syncwarp(); }
 // - Every thread of every block waits, those without work of their own, too. So a kernel ends after all that came
 //   before it, and whoever waits for its end waits for all of them, a library's kernels in between or not.
 // - The next kernel is let go after the wait, never before: at most two of a chain are on the device at a time, and
-//   its blocks get what the running ones leave free. A library's kernel does not start early, and an early one after
-//   it waits for its end, whatever it does itself.
+//   its blocks get what the running ones leave free. A library's kernel ends only after what it read was
+//   written, and an early one after it waits for its end.
 __device__ __forceinline__ void wait_for_earlier() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
