@@ -4,6 +4,7 @@ import logging
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch_normals import StandIn, normal_
@@ -157,7 +158,7 @@ def test_what_kernels_cannot_stand_in_for(stand_in, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
 
     def needed(out, first=None, generator=None):
-        return released_noise._needs_calls(out, first or out.dtype, generator)
+        return released_noise._watched() or released_noise._needs_calls(out, first or out.dtype, generator)
 
     out = torch.empty(3, 5)
     for dtype in (SINGLE, HALF, BRAIN):
@@ -178,6 +179,18 @@ def test_what_kernels_cannot_stand_in_for(stand_in, monkeypatch):
         assert not needed(out)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     assert needed(out)
+
+
+def test_where_pytorch_does_not_tell_who_watches_the_calls_are_made(monkeypatch):
+    assert not released_noise._watched()
+    monkeypatch.delattr(torch._C, "_are_functorch_transforms_active")
+    assert released_noise._watched()
+
+
+def test_a_fake_tensor_asks_for_no_device(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: pytest.fail("asked"))
+    with FakeTensorMode():
+        assert randn_steps(2, (3, 5), SINGLE, torch.device("cuda")).shape == (2, 3, 5)
 
 
 def test_steps_are_drawn_by_the_kernel_or_by_calls_and_the_state_tells_no_difference(kernels, monkeypatch):
