@@ -19,8 +19,7 @@ from cspd_kernels.backends import why_unavailable
 from cspd_kernels.ops.denoise import on_device
 from cspd_kernels.testing import random_inputs, randomize_
 
-from common import spread
-from host_judging import BACKENDS, host_seconds
+from host_judging import BACKENDS, can_import, host_row, host_seconds
 
 TOKENS = 2
 # The modules that `cspd_kernels.ops.denoise`, which is a function there, and `graphs` name.
@@ -38,7 +37,7 @@ def denoise_rows(sizes: tuple[int, int, int], channels: int, runs: int, device: 
     module = randomize_(DiffLoss(channels, cond, depth, width, "100"), seed=1).to(device)
     found = []
     for backend in BACKENDS:
-        if (reason := why_unavailable(backend)) and (device.type == "cuda" or not _can_import(backend)):
+        if (reason := why_unavailable(backend)) and (device.type == "cuda" or not can_import("denoise", backend)):
             print(f"the host's part of denoise, {backend}: not measured, {reason}")
             continue
         head = DiffusionHead.from_module(module, dtype=torch.bfloat16)
@@ -49,25 +48,8 @@ def denoise_rows(sizes: tuple[int, int, int], channels: int, runs: int, device: 
             (plan,) = on_device._HEADS[head][backend].plans._plans.values()
             seconds = host_seconds(call, runs, device)
             launch = host_seconds(plan.graph.graph.replay, runs, device) if plan.graph.graph is not None else None
-        found.append(
-            {
-                "op": "denoise",
-                "tokens": TOKENS,
-                "channels": channels,
-                "backend": backend,
-                "host seconds": spread(seconds),
-                "bare launch seconds": launch and spread(launch),
-            }
-        )
+        found.append(host_row("denoise", TOKENS, channels, backend, seconds, launch))
     return found
-
-
-def _can_import(backend: str) -> bool:
-    try:
-        importlib.import_module(f"cspd_kernels.ops.denoise.{backend}")
-    except ImportError:
-        return False
-    return True
 
 
 @contextlib.contextmanager

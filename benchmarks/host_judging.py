@@ -43,7 +43,7 @@ def judging_rows(runs: int, device: torch.device) -> list[dict]:
     (x, draft, target), *_ = _inputs(TOKENS, device)
     rows, found = torch.arange(TOKENS, device=device), []
     for backend in BACKENDS:
-        if not _can_import(backend) or (device.type == "cuda" and why_unavailable(backend)):
+        if not can_import("density_ratio", backend) or (device.type == "cuda" and why_unavailable(backend)):
             print(f"the host's part of {backend}: not measured, {why_unavailable(backend)}")
             continue
         for op, call in (
@@ -56,22 +56,18 @@ def judging_rows(runs: int, device: torch.device) -> list[dict]:
                 seconds = host_seconds(call, runs, device)
                 launch = bare and host_seconds(bare, runs, device)
             del result
-            found.append(
-                {
-                    "op": op,
-                    "tokens": TOKENS,
-                    "channels": CHANNELS,
-                    "backend": backend,
-                    "host seconds": spread(seconds),
-                    "bare launch seconds": launch and spread(launch),
-                }
-            )
+            found.append(host_row(op, TOKENS, CHANNELS, backend, seconds, launch))
     return found
 
 
-def _can_import(backend: str) -> bool:
+def host_row(op: str, tokens: int, channels: int, backend: str, seconds: list, launch: list | None) -> dict:
+    described = {"op": op, "tokens": tokens, "channels": channels, "backend": backend}
+    return described | {"host seconds": spread(seconds), "bare launch seconds": launch and spread(launch)}
+
+
+def can_import(op: str, backend: str) -> bool:
     try:
-        importlib.import_module(f"cspd_kernels.ops.density_ratio.{backend}")
+        importlib.import_module(f"cspd_kernels.ops.{op}.{backend}")
     except ImportError:
         return False
     return True
