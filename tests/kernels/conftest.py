@@ -1,10 +1,14 @@
-"""Fixtures for what has both shapes of the chain."""
+"""Fixtures for what has both shapes of the chain, and for a device that only writes down what it is told."""
+
+import functools
 
 import pytest
 import torch
 from chains import counted, kernels_of
+from fake_cuda import FakeCuda, FakeEvent, FakeGraph
 
-from cspd_kernels.backends import why_unavailable
+from cspd_kernels import graphs
+from cspd_kernels.backends import log_once, why_unavailable
 
 SHAPES = [("triton", "layered"), ("cuda", "layered"), ("cuda", "persistent")]
 
@@ -86,3 +90,21 @@ def poisoned(monkeypatch):
         return value.fill_(float("nan")) if value.is_floating_point() else value
 
     monkeypatch.setattr(torch, "empty", poison)
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """A device whose ``log`` tells what it was asked for."""
+    cuda = FakeCuda()
+    monkeypatch.setattr(torch.cuda, "Event", functools.partial(FakeEvent, cuda))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", functools.partial(FakeGraph, cuda))
+    monkeypatch.setattr(torch.cuda, "stream", cuda.stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: cuda.current)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: cuda.captured_by_caller)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: cuda.side)
+    log_once.cache_clear()
+    for shared in (graphs._turn, graphs._captures):
+        shared.cache_clear()
+    yield cuda
+    for shared in (graphs._turn, graphs._captures):
+        shared.cache_clear()
