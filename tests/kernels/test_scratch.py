@@ -1,9 +1,12 @@
 """Memory that graphs share: few blocks, none kept longer than somebody holds it."""
 
 import gc
+import threading
+import time
 
 import torch
 
+from cspd_kernels.devices import one_a_device
 from cspd_kernels.scratch import Scratch, scratch
 
 CPU = torch.device("cpu")
@@ -34,3 +37,28 @@ def test_a_block_goes_with_the_last_who_holds_it():
 def test_each_device_has_its_own():
     assert scratch(CPU) is scratch(CPU)
     assert scratch(CPU) is not scratch(torch.device("meta"))
+
+
+def test_threads_that_ask_at_the_same_time_get_the_same():
+    """Of two turns of one device each would let its own graphs run beside the other's."""
+    made, together = [], threading.Barrier(4)
+
+    @one_a_device
+    def make(device):
+        time.sleep(0.05)
+        made.append(object())
+        return made[-1]
+
+    def ask():
+        together.wait()
+        answers.append(make(CPU))
+
+    answers = []
+    threads = [threading.Thread(target=ask) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert answers == made * 4
+    make.cache_clear()
+    assert make(CPU) is not made[0]

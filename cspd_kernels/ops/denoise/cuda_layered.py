@@ -74,13 +74,26 @@ class LayeredChain(CudaChain):
         to = self.operand_at if index < len(layers.weights) else self.final_operand_at
         return *layers.norms[index], self.modulation(index, first_row), to
 
-    def begin_step(self, head, tables, first_row: int, layers: Layers | None = None, early: bool = False) -> None:
-        """h of a step and the first block's operand, from x. ``early``: a kernel of this chain's steps came before."""
+    def begin_step(
+        self,
+        head,
+        tables,
+        first_row: int,
+        layers: Layers | None = None,
+        stream: int | None = None,
+        early: bool = False,
+    ) -> None:
+        """h of a step and the first block's operand, from x; arguments as of ``run_block``.
+
+        Args:
+            early: whether a kernel of this chain's steps comes before it.
+        """
         layers = layers or Layers.of(head)
+        stream = launch_stream(head.device) if stream is None else stream
         extension().input(
             self.code, self.x.data_ptr(), tables.input_weight.data_ptr(), head.input_bias.data_ptr(), self.h_at,
             *self.next_operand(layers, 0, first_row), self.tokens, self.halves, head.channels, self.width, self.epsilon,
-            early, launch_stream(head.device),
+            early, stream,
         )  # fmt: skip
 
     def run_block(
@@ -124,7 +137,7 @@ class LayeredChain(CudaChain):
         )
         for step in reversed(range(start, stop)):
             first_row = (step - start) * self.rows
-            self.begin_step(head, tables, first_row, layers, early=step < stop - 1)
+            self.begin_step(head, tables, first_row, layers, stream, early=step < stop - 1)
             for index in range(head.depth):
                 self.run_block(head, index, first_row, layers, stream)
             kernels.update(

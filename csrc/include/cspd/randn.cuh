@@ -6,7 +6,7 @@
 // call moves the generator by the rounds it took, so round r of call c has the counter of round c * rounds + r.
 //
 // Source: curand_init, curand_normal4 (CUDA toolkit, curand_kernel.h and curand_normal.h); PyTorch,
-// aten/src/ATen/native/cuda/DistributionTemplates.h, the same in 2.0 and 2.13.
+// aten/src/ATen/native/cuda/DistributionTemplates.h, as in 2.13.
 #pragma once
 
 #include "cspd/device.cuh"
