@@ -147,8 +147,6 @@ def choice(
     refusals: dict[str, str] = {}
     for name in ranked(op, device, subject, tokens, guided):
         backend, *persistent = name.split()
-        if backend in refusals:
-            continue
         if reason := _why_not(op, backend, device, subject):
             refusals[backend] = reason
             continue

@@ -160,6 +160,21 @@ def test_guidance_doubles_the_rows(card):
     assert size_of("denoise", head(), 5, guided=True) == (1024, 6, 2, 16)
 
 
+def test_another_operand_type_is_farther_than_any_number_of_rows(card, table):
+    table(denoise={(1024, 6, 2, 8): {"triton": 1.0}, (1024, 6, 4, 4096): {"torch": 1.0}})
+    assert nearest("denoise", HOPPER, (1024, 6, 4, 8))[1] == (1024, 6, 4, 4096)
+    assert ranked("denoise", CUDA, head(dtype=torch.float32), 8)[0] == "torch"
+
+
+def test_the_persistent_kernel_is_not_tried_beyond_its_rows(card, monkeypatch):
+    wide = head(dtype=torch.float32)
+    assert nearest("denoise", HOPPER, size_of("denoise", wide, 17))[2].keys() >= {PERSISTENT}  # 32 rows, as of 16
+    assert PERSISTENT not in ranked("denoise", CUDA, wide, 17)
+    monkeypatch.setenv("CSPD_PERSISTENT_MAX_TOKENS", "16")
+    assert PERSISTENT in ranked("denoise", CUDA, wide, 8, guided=True)
+    assert PERSISTENT not in ranked("denoise", CUDA, wide, 9, guided=True)
+
+
 def test_another_device_takes_the_nearest_one(card):
     for capability in ((8, 0), (10, 0), (12, 0)):
         card(capability)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from chains import BOUNDS, addressed, assert_agrees, kernels_of
 
 from cspd_kernels import denoise
-from cspd_kernels.ops.denoise import cuda_persistent
+from cspd_kernels.ops.denoise import cuda_layered, cuda_persistent
 from cspd_kernels.ops.denoise.cuda_config import TABLE, Entry, Tile, tile_for
 from cspd_kernels.ops.denoise.cuda_layered import LayeredChain
 from cspd_kernels.ops.denoise.cuda_persistent import PersistentChain, plan_of
@@ -95,6 +95,25 @@ def test_kernels_that_start_early_give_the_same_bits_every_time(make_head, monke
     for _ in range(50):
         assert all(map(torch.equal, call(head, rows, False), first))
     assert {type(chain) for chain in used} == {LayeredChain}
+
+
+def test_the_first_kernel_of_every_group_of_steps_is_not_early(make_head, monkeypatch):
+    """What came before it may have written weights, and library products stand between two groups."""
+    monkeypatch.setenv("CSPD_PERSISTENT_MAX_TOKENS", "0")
+    steps, kernels = [], cuda_layered.extension()
+
+    class Kernels:
+        def __getattr__(self, name):
+            return getattr(kernels, name)
+
+        def input(self, *arguments):
+            steps.append(arguments[-2])
+            kernels.input(*arguments)
+
+    monkeypatch.setattr(cuda_layered, "extension", Kernels)
+    head = make_head(steps=5)
+    denoise(head, *random_inputs(head, 2, 0), backend="cuda", workspace_bytes=2 * 2 * 48 * 6 * 4)  # two steps
+    assert steps == [False, True, False, True, False]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
