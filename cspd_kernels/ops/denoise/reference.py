@@ -60,7 +60,7 @@ class Sweep(NamedTuple):
 
 def most_sweeps(num_steps: int) -> int:
     """After so many the rows that have not settled are left to the sequential chain."""
-    return min(num_steps, 8 + num_steps // 4)
+    return min(num_steps, 16 + num_steps // 4)
 
 
 def denoise_in_parallel(
