@@ -51,8 +51,12 @@ class Chain:
     same pointers every time, so that a CUDA graph can stand in for it, and ``results`` copies out.
     Rows beyond the call's own are computed and not returned: rows are independent.
 
-    A backend adds the buffers of its kernels, ``embed`` and ``run_steps``, and to ``start`` what else comes first; a
-    chain whose kernels may stop waiting for each other also an ``error`` (1,) int32, 0 unless one did.
+    With ``sweeps_of``, a chain of N tokens that keeps the modulations of all T steps, this one is that chain's network
+    at all of its steps at once, for sweeps (``parallel_chain``): T N tokens, of which x are the inputs and eps, v and
+    eps_u what the network puts out. It reads the other's modulations and has no other inputs of its own.
+
+    A backend adds the buffers of its kernels, ``embed`` and ``run_steps``, to ``start`` what else comes first, and for
+    sweeps ``evaluate``, ``sweep`` and ``settle``; a chain whose kernels may stop waiting for each other also an ``error`` (1,) int32, 0 unless one did.
 
     It does not hold the head, whose life ends the chain's.
     """
@@ -68,20 +72,30 @@ class Chain:
         noise: torch.Tensor | PhiloxNoise,
         steps: int,
         static: bool,
+        sweeps_of: Chain | None = None,
     ):
         """``steps``: whose modulations are alive at a time. ``static``: a tensor of noise is copied, too."""
         device, dtype = head.device, head.dtype
         self.tokens, self.halves, self.steps = tokens, 2 if guided else 1, steps
+        # Row of half g of token t, the t % period-th of step t // period: (t // period * halves + g) * period + t % period.
+        self.period = tokens if sweeps_of is None else sweeps_of.tokens
         self.rows = rows = tokens * self.halves
         self.philox, self.static = isinstance(noise, PhiloxNoise), static
+        self.dtype = dtype
+        self.live: torch.Tensor | None = None  # (1,) int32: where it is 0 the kernels may return at once
 
         def empty(*shape, dtype=torch.float32):
             return torch.empty(shape, device=device, dtype=dtype)
 
         width, channels = head.width, head.channels
         # Zeroed: the rows beyond a call's own are computed, too, from whatever lies there.
-        self.cond = empty(self.halves, tokens, head.cond_channels, dtype=dtype).zero_()
         self.x = empty(tokens, channels).zero_()
+        if sweeps_of is not None:
+            self.eps = empty(tokens, channels)
+            self.v = empty(tokens, channels) if head.learned_variance else None
+            self.eps_u = empty(tokens, channels) if guided else None
+            return
+        self.cond = empty(self.halves, tokens, head.cond_channels, dtype=dtype).zero_()
         self.scale = empty(tokens).zero_()
         self.temperature = empty(1)
         self.seed = empty(1, dtype=torch.int64)
@@ -90,7 +104,6 @@ class Chain:
         if static and not self.philox:
             self.noise = empty(head.num_steps, tokens, channels).zero_()
         self.y = empty(rows, width, dtype=dtype)
-        self.dtype = dtype
         # Of the modulations of ``steps`` steps, and of what they are projected from.
         self.shapes = {
             "embedded": (steps * rows, width),
@@ -114,11 +127,14 @@ class Chain:
 
     def keep_modulations_in(self, memory: torch.Tensor) -> None:
         """Where the modulations go: ``memory_bytes`` bytes or more, which nobody else uses while the chain runs."""
-        self.memory, values, start = memory, memory[: self.memory_bytes].view(self.dtype), 0
+        self.memory, values, views = memory, memory[: self.memory_bytes].view(self.dtype), {}
         for name, shape in self.shapes.items():
-            stop = start + math.prod(shape)
-            setattr(self, name, values[start:stop].view(shape))
-            start = stop
+            views[name], values = values[: math.prod(shape)].view(shape), values[math.prod(shape) :]
+        self.read_modulations(**views)
+
+    def read_modulations(self, embedded: torch.Tensor, mods: torch.Tensor, final_mods: torch.Tensor) -> None:
+        """Where the modulations are: of this chain, or of the one that it is the network of."""
+        self.embedded, self.mods, self.final_mods = embedded, mods, final_mods
 
     def load(self, cond, x_T, noise, temperature, cfg_scale) -> None:  # noqa: N803
         """Copy the inputs of n <= ``tokens`` tokens into the buffers; never waits for the device."""
@@ -189,4 +205,17 @@ class Chain:
 
     def run_steps(self, head: DiffusionHead, tables: Tables, start: int, stop: int) -> None:
         """Reverse steps stop-1..start."""
+        raise NotImplementedError
+
+    def evaluate(self, head: DiffusionHead, tables: Tables) -> None:
+        """The network of a chain at all of its steps: ``eps``, ``v`` and ``eps_u`` from ``x``."""
+        raise NotImplementedError
+
+    def sweep(self, tables: Tables, chain: Chain, state, begin: bool) -> None:
+        """The recursion over all steps of every token that has not settled, from what the network puts out; with
+        ``begin`` of every token from its noise alone. ``state``: see ``parallel_chain``."""
+        raise NotImplementedError
+
+    def settle(self, state, begin: bool) -> None:
+        """Which tokens have settled, and whether sweeps go on."""
         raise NotImplementedError

@@ -39,8 +39,8 @@ class LayeredChain(CudaChain):
 
     table = cuda_config.TABLE  # for tests and benchmarks to replace: () leaves all products to the library
 
-    def __init__(self, head, tokens, guided, noise, steps, static):
-        super().__init__(head, tokens, guided, noise, steps, static)
+    def __init__(self, head, tokens, guided, noise, steps, static, sweeps_of=None):
+        super().__init__(head, tokens, guided, noise, steps, static, sweeps_of)
         shape = self.rows, head.width
         self.tile = cuda_config.tile_for(*shape, head.dtype, self.table)
         self.h = torch.empty(shape, device=head.device, dtype=torch.float32)
@@ -53,9 +53,9 @@ class LayeredChain(CudaChain):
         )
         self.row_bytes = 3 * head.width * head.dtype.itemsize  # of a block's modulations
 
-    def keep_modulations_in(self, memory) -> None:
-        super().keep_modulations_in(memory)
-        self.mods_at = [mods.data_ptr() for mods in self.mods]
+    def read_modulations(self, embedded, mods, final_mods) -> None:
+        super().read_modulations(embedded, mods, final_mods)
+        self.mods_at = [block.data_ptr() for block in mods]
 
     def warm_up(self, head) -> None:
         super().warm_up(head)

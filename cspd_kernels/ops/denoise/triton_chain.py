@@ -35,8 +35,8 @@ def dot_dtype(dtype: torch.dtype):
 class LayeredChain(Chain):
     """A chain of a few kernels a block; see ``triton_layered`` for their order."""
 
-    def __init__(self, head, tokens, guided, noise, steps, static):
-        super().__init__(head, tokens, guided, noise, steps, static)
+    def __init__(self, head, tokens, guided, noise, steps, static, sweeps_of=None):
+        super().__init__(head, tokens, guided, noise, steps, static, sweeps_of)
         rows, width, dtype = self.rows, head.width, head.dtype
         self.products = self.choose(head)
 
@@ -51,9 +51,9 @@ class LayeredChain(Chain):
                 self.product = empty(rows, width)
         self._prepare(head)
 
-    def keep_modulations_in(self, memory: torch.Tensor) -> None:
-        super().keep_modulations_in(memory)
-        self.block_mods = tuple(self.mods)
+    def read_modulations(self, embedded: torch.Tensor, mods: torch.Tensor, final_mods: torch.Tensor) -> None:
+        super().read_modulations(embedded, mods, final_mods)
+        self.block_mods = tuple(mods)
 
     def choose(self, head: DiffusionHead) -> Products | None:
         """Who makes the products of a block; None: the kernels for a few rows."""
