@@ -198,6 +198,10 @@ class Chain:
     def warm_up(self, head: DiffusionHead) -> None:
         """What of a launch uses the workspaces of libraries."""
         self.hoist(head, head.num_steps - self.steps, head.num_steps)
+        self.warm_up_products(head)
+
+    def warm_up_products(self, head: DiffusionHead) -> None:
+        """Of the steps."""
 
     def embed(self, head: DiffusionHead, start: int, stop: int) -> None:
         """``embedded`` [K, rows, W] = silu(time_embedding [K, W] + y [rows, W]) of the K steps start..stop-1."""

@@ -50,6 +50,6 @@ def _why_not_read_wide(head: DiffusionHead) -> str | None:
     return None
 
 
-def denoise(head, cond, x_T, noise, temperature, cfg_scale, workspace_bytes):  # noqa: N803
+def denoise(head, cond, x_T, noise, temperature, cfg_scale, workspace_bytes, parallel=None):  # noqa: N803
     """As :func:`cspd_kernels.denoise`; ``cfg_scale`` None means no guidance."""
-    return denoise_on_device(KERNELS, head, cond, x_T, noise, temperature, cfg_scale, workspace_bytes)
+    return denoise_on_device(KERNELS, head, cond, x_T, noise, temperature, cfg_scale, workspace_bytes, parallel)

@@ -57,8 +57,7 @@ class LayeredChain(CudaChain):
         super().read_modulations(embedded, mods, final_mods)
         self.mods_at = [block.data_ptr() for block in mods]
 
-    def warm_up(self, head) -> None:
-        super().warm_up(head)
+    def warm_up_products(self, head) -> None:
         if self.tile is None:
             for b in head.blocks[:1]:
                 torch.mm(self.operand, b.weight0.t(), out=self.hidden)

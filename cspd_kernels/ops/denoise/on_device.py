@@ -19,6 +19,8 @@ from ...head import DiffusionHead
 from ...noise import PhiloxNoise
 from ...scratch import scratch
 from .chain import Chain, Tables
+from .parallel import Parallel, nothing
+from .parallel_chain import ParallelChain
 from .workspace import in_blocks_of_rows
 
 GRAPH_BYTES = 1 << 30  # of the buffers of a head's graphs together, for each backend; the modulations are shared
@@ -68,65 +70,79 @@ def why_not_covered(head: DiffusionHead) -> str | None:
     return None
 
 
-def denoise_on_device(kernels, head, cond, x_T, noise, temperature, cfg_scale, workspace_bytes):  # noqa: N803
+def denoise_on_device(
+    kernels, head, cond, x_T, noise, temperature, cfg_scale, workspace_bytes, parallel: Parallel | None = None  # noqa: N803
+):  # fmt: skip
     """As :func:`cspd_kernels.denoise`, by the kernels of a backend; ``cfg_scale`` None means no guidance.
 
     The host waits for the device only where a head's graphs outgrow their memory and the oldest goes.
     """
     rows, halves = x_T.shape[0], 1 if cfg_scale is None else 2
     if rows == 0:
-        return (*(x_T.new_empty(0, head.channels) for _ in range(3)), x_T.new_empty(0))
+        return nothing(head, x_T, parallel)
     # Shift, scale and gate of every block, shift and scale of the last layer, silu(y).
     bytes_per_row = halves * head.width * (3 * head.depth + 3) * head.dtype.itemsize
     limit = max(1, workspace_bytes // bytes_per_row)
 
-    def chain(cond, x, noise, cfg_scale, steps):
-        return _chain(kernels, head, cond, x, noise, temperature, cfg_scale, limit, workspace_bytes)
+    if parallel is not None:  # all steps of a token at once
+        limit, bytes_per_row = max(1, limit // head.num_steps), bytes_per_row * head.num_steps
 
-    cond = cond.reshape(halves, rows, cond.shape[-1])
+    def chain(cond, x, noise, cfg_scale, guess, steps):
+        own = None if parallel is None else parallel._replace(guess=guess)
+        return _chain(kernels, head, cond, x, noise, temperature, cfg_scale, own, limit, workspace_bytes)
+
+    cond, guess = cond.reshape(halves, rows, cond.shape[-1]), None if parallel is None else parallel.guess
     device = torch.cuda.device(head.device) if head.device.type == "cuda" else contextlib.nullcontext()
     # Buffers and graphs are for every later call, inference mode or not.
     with device, torch.inference_mode(False), torch.no_grad():
-        return in_blocks_of_rows(chain, cond, x_T, noise, cfg_scale, bytes_per_row, workspace_bytes)
+        return in_blocks_of_rows(chain, cond, x_T, noise, cfg_scale, bytes_per_row, workspace_bytes, guess)
 
 
-def _chain(kernels, head, cond, x, noise, temperature, cfg_scale, limit, workspace_bytes):
-    """One block of rows; ``limit`` is the number of rows times steps whose modulations fit the workspace."""
+def _chain(kernels, head, cond, x, noise, temperature, cfg_scale, parallel, limit, workspace_bytes):
+    """One block of rows; ``limit`` is the number of rows times steps whose modulations fit the workspace; in parallel
+    it is that of rows.
+    """
     rows, guided = len(x), cfg_scale is not None
     reason = why_not_here(head.device)
     shared = _plans(head, kernels.backend, reason)
     if shared.uploaded is not None and reason != CALLER_CAPTURES:
         torch.cuda.current_stream().wait_event(shared.uploaded)
     shared.tables.check()
-    tokens = min(bucket(rows), limit)
-    steps = _evenly(head.num_steps, limit // tokens)
-    kind = kernels.layered
-    if kernels.persistent is not None and prefers_persistent(head, rows, guided):
+    tokens, philox, kind = min(bucket(rows), limit), isinstance(noise, PhiloxNoise), kernels.layered
+    steps = head.num_steps if parallel is not None else _evenly(head.num_steps, limit // tokens)
+    if parallel is None and kernels.persistent is not None and prefers_persistent(head, rows, guided):
         kind = kernels.persistent if kernels.persistent.serves(head, tokens, guided) else kind
-    philox = isinstance(noise, PhiloxNoise)
     if reason is None and (0 if philox else 4 * noise[:, :1].numel() * tokens) > GRAPH_BYTES // 2:
         reason = "the noise is too large to copy"
+    inputs = (cond, x, noise, temperature, cfg_scale, *(parallel or ()))
+
+    def new(tokens: int, steps: int, static: bool) -> Chain | ParallelChain:
+        if parallel is None:
+            return kind(head, tokens, guided, noise, steps, static)
+        return ParallelChain(kind, head, tokens, guided, noise, static, guessed=parallel.guess is not None)
+
     if reason is not None:
         if head.device.type == "cuda":
             log_once(f"denoise launches its kernels one by one: {reason}")
         if reason != CALLER_CAPTURES:  # there, the bucket, whose kernels an earlier call has compiled
-            tokens, steps = rows, _evenly(head.num_steps, limit // rows)
-        chain = kind(head, tokens, guided, noise, steps, static=reason == CALLER_CAPTURES)
-        chain.load(cond, x, noise, temperature, cfg_scale)
+            tokens, steps = rows, steps if parallel is not None else _evenly(head.num_steps, limit // rows)
+        chain = new(tokens, steps, static=reason == CALLER_CAPTURES)
+        chain.load(*inputs)
         chain.launch(head, shared.tables)
         return chain.results(rows, temperature, shared.tables)
 
-    def make() -> tuple[Chain, list[torch.Tensor]]:
-        chain = kind(head, tokens, guided, noise, steps, static=True)
+    def make() -> tuple[Chain | ParallelChain, list[torch.Tensor]]:
+        chain = new(tokens, steps, static=True)
         return chain, chain.buffers()
 
+    in_parallel = None if parallel is None else parallel.guess is not None
     with shared.plans.lock:
-        plan: Plan = shared.plans.get((kind, tokens, guided, philox, steps), make, head.device)
+        plan: Plan = shared.plans.get((kind, tokens, guided, philox, steps, in_parallel), make, head.device)
         chain = plan.value
         with plan.in_turn():
             if chain.memory is None:  # taken in turn, so that who takes the same block next waits for this stream
                 chain.keep_modulations_in(scratch(head.device).take(chain.memory_bytes, workspace_bytes))
-            chain.load(cond, x, noise, temperature, cfg_scale)
+            chain.load(*inputs)
             plan.graph.run(lambda: chain.launch(head, shared.tables), lambda: chain.warm_up(head))
             return chain.results(rows, temperature, shared.tables)
 

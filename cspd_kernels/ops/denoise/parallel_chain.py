@@ -66,10 +66,10 @@ class ParallelChain:
         self.network.read_modulations(self.chain.embedded, self.chain.mods, self.chain.final_mods)
 
     def load(self, cond, x_T, noise, temperature, cfg_scale, tolerance, guess) -> None:  # noqa: N803
-        """As :meth:`Chain.load`; ``guess`` (T, n, C) or None."""
+        """As :meth:`Chain.load`; ``guess`` (n, T, C) or None."""
         self.chain.load(cond, x_T, noise, temperature, cfg_scale)
         if guess is not None:
-            self.state.x[:, : len(x_T)].copy_(guess)
+            self.state.x[:, : len(x_T)].copy_(guess.movedim(1, 0))
         for name, value in (("tolerance", tolerance), ("count", len(x_T))):
             if self._filled.get(name) != value:
                 getattr(self.state, name).fill_(value)
@@ -97,7 +97,7 @@ class ParallelChain:
         self.network.warm_up_products(head)
 
     def results(self, n: int, temperature: float, tables: Tables) -> tuple[torch.Tensor, ...]:
-        """(sample, mean, log_std, path_log_std, sweeps, trajectory) of the first n tokens."""
+        """(sample, mean, log_std, path_log_std, sweeps, inputs of all steps (n, T, C)) of the first n tokens."""
         chain, state = self.chain, self.state
         settled = state.settled[:n] != 0
         mean, log_std, path = (
@@ -106,4 +106,4 @@ class ParallelChain:
         )
         log_temperature = math.log(temperature) if temperature > 0 else -math.inf
         sweeps = torch.where(settled, state.sweeps[:n], state.sweeps[:n] + state.steps)
-        return mean, mean, log_std + log_temperature, path.sum(1), sweeps, state.x[:, :n].clone()
+        return mean, mean, log_std + log_temperature, path.sum(1), sweeps, state.x[:, :n].movedim(0, 1).contiguous()

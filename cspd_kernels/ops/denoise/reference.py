@@ -66,11 +66,12 @@ def most_sweeps(num_steps: int) -> int:
 def denoise_in_parallel(
     head, cond, x_T, noise, temperature, cfg_scale, tolerance, guess=None, *, dtype=torch.float32  # noqa: N803
 ):  # fmt: skip
-    """As :func:`denoise`, by sweeps, also (N,) dependent network calls of each row, and (T, N, C) inputs of all steps.
+    """As :func:`denoise`, by sweeps, also (N,) dependent network calls of each row, and (N, T, C) inputs of all steps.
 
     A row is left as it is from the sweep on at which it settles.
     """
     rows, limit = len(x_T), most_sweeps(head.num_steps)
+    guess = None if guess is None else guess.movedim(1, 0)
     done, result, x = torch.zeros(rows, dtype=torch.bool, device=x_T.device), None, None
     counts = torch.zeros(rows, dtype=torch.int32, device=x_T.device)
     for count, sweep in enumerate(sweeps(head, cond, x_T, noise, temperature, cfg_scale, guess, dtype=dtype), start=1):
@@ -89,7 +90,7 @@ def denoise_in_parallel(
             _where(done, a, b) for a, b in zip((mean, log_std, path_log_std), sequential)
         )  # fmt: skip
         counts[~done] += head.num_steps
-    return mean, mean, log_std, path_log_std, counts, x
+    return mean, mean, log_std, path_log_std, counts, x.movedim(0, 1)
 
 
 def sweeps(

@@ -99,8 +99,7 @@ class LayeredChain(Chain):
         own = {"DOT": dot, "BM": tile.bm, "BN": tile.bn, "BK": tile.bk, "STAGES": tile.stages}
         return grid, common | own | tile.options
 
-    def warm_up(self, head: DiffusionHead) -> None:
-        super().warm_up(head)
+    def warm_up_products(self, head: DiffusionHead) -> None:
         if self.products and None in self.products and head.depth:
             torch.mm(self.operand, head.blocks[0].weight0.t(), out=self.activations)
 
