@@ -11,8 +11,8 @@ from collections.abc import Callable
 
 import torch
 
-from . import cuda_support
-from .crossover import PERSISTENT_VARIABLE, ranked
+from . import crossover, cuda_support
+from .crossover import PERSISTENT, PERSISTENT_VARIABLE, ranked
 
 BACKENDS = ("torch", "triton", "cuda")
 ENVIRONMENT_VARIABLE = "CSPD_BACKEND"
@@ -74,6 +74,7 @@ def implementation(
     subject=None,
     tokens: int | None = None,
     guided: bool = False,
+    parallel: bool = False,
 ) -> Callable:
     """The function that computes ``op``: the attribute of that name in ``ops/<op>/<backend>.py``.
 
@@ -87,6 +88,7 @@ def implementation(
             it with ``why_unsupported(subject)``.
         tokens: how many tokens the op is about to work on, where that is known.
         guided: whether ``denoise`` computes two rows a token.
+        parallel: whether it makes all of its steps at once.
 
     Raises:
         ValueError: no such backend. RuntimeError: the backend cannot serve; the message says why.
@@ -95,7 +97,7 @@ def implementation(
     if backend is None and os.environ.get(ENVIRONMENT_VARIABLE):
         backend, source = os.environ[ENVIRONMENT_VARIABLE], ENVIRONMENT_VARIABLE
     if backend is None:
-        return _load(op, _automatic(op, device, subject, tokens, guided))
+        return _load(op, _automatic(op, device, subject, tokens, guided, parallel))
     if backend not in BACKENDS:
         raise ValueError(f"expected {source} one of {', '.join(BACKENDS)}, got {backend!r}")
     if reason := _why_not(op, backend, device, subject):
@@ -115,9 +117,21 @@ def remembered(op: str, backend: str | None, x: torch.Tensor) -> Callable:
     return _remember(x.shape, op, backend, x.device, x, x.shape[0])
 
 
-def remembered_chain(backend: str | None, head, tokens: int, guided: bool) -> Callable:
+def remembered_chain(backend: str | None, head, tokens: int, guided: bool, parallel: bool = False) -> Callable:
     """The same for ``denoise`` with so many tokens of a head."""
-    return _remember((head.handle, tokens, guided), "denoise", backend, head.device, head, tokens, guided)
+    key = (head.handle, tokens, guided, parallel)
+    return _remember(key, "denoise", backend, head.device, head, tokens, guided, parallel)
+
+
+def prefers_parallel(backend: str | None, head, tokens: int, guided: bool) -> bool:
+    """Whether sweeps over all steps were measured to be the fastest ``denoise`` for so many tokens of a head."""
+    backend = backend or os.environ.get(ENVIRONMENT_VARIABLE)
+    if backend is not None:
+        return crossover.prefers_parallel(head, tokens, guided, backend)
+    if head.device.type != "cuda":
+        return crossover.prefers_parallel(head, tokens, guided, "torch")
+    first = ranked("denoise", head.device, head, tokens, guided, None)[0]  # most are not: nothing more is asked
+    return first.endswith(crossover.PARALLEL) and first == choice("denoise", head.device, head, tokens, guided, None)[0]
 
 
 def _remember(key: tuple, op: str, backend: str | None, device: torch.device, *call) -> Callable:
@@ -131,26 +145,28 @@ def _remember(key: tuple, op: str, backend: str | None, device: torch.device, *c
     return chosen
 
 
-def _automatic(op: str, device: torch.device | None, subject, tokens: int | None, guided: bool) -> str:
+def _automatic(
+    op: str, device: torch.device | None, subject, tokens: int | None, guided: bool, parallel: bool
+) -> str:
     if device is None or device.type != "cuda":
         return "torch"
-    name, refusals = choice(op, device, subject, tokens, guided)
+    name, refusals = choice(op, device, subject, tokens, guided, parallel)
     if refusals:
         log_once(f"automatic backend of {op}: {name} ({'; '.join(f'{n}: {why}' for n, why in refusals.items())})")
     return name.split()[0]
 
 
 def choice(
-    op: str, device: torch.device, subject, tokens: int | None, guided: bool = False
+    op: str, device: torch.device, subject, tokens: int | None, guided: bool = False, parallel: bool | None = False
 ) -> tuple[str, dict[str, str]]:
     """(what the automatic choice takes on a CUDA device, why not what would have come before it)."""
     refusals: dict[str, str] = {}
-    for name in ranked(op, device, subject, tokens, guided):
-        backend, *persistent = name.split()
+    for name in ranked(op, device, subject, tokens, guided, parallel):
+        backend = name.split()[0]
         if reason := _why_not(op, backend, device, subject):
             refusals[backend] = reason
             continue
-        if persistent and (reason := _load(op, backend, "why_not_persistent")(subject, tokens, guided)):
+        if name == PERSISTENT and (reason := _load(op, backend, "why_not_persistent")(subject, tokens, guided)):
             refusals[name] = reason
             continue
         return name, refusals

@@ -2,7 +2,8 @@
 
 A size is what an op's time depends on: of ``denoise`` the head's width and depth, the bytes of an operand and the rows
 that are computed; of the others the tokens. What was not measured takes its nearest measured neighbour. The names are
-"triton", "cuda" and "torch"; for ``denoise`` also "cuda persistent", where the persistent kernel covers the size.
+"triton", "cuda" and "torch"; for ``denoise`` also "cuda persistent", where the persistent kernel covers the size, and
+each backend's "... parallel": sweeps over all steps to the arithmetic's own rounding.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 PERSISTENT_VARIABLE = "CSPD_PERSISTENT_MAX_TOKENS"
 PERSISTENT_LIMIT = 16  # rows; beyond it the layered kernels fill the device
 PERSISTENT = "cuda persistent"
+PARALLEL = "parallel"  # second word of a name
 DEFAULT = ("triton", "cuda", "torch")  # where nothing was measured, and after what was
 
 Size = tuple[int, ...]
@@ -108,11 +110,21 @@ def _measured_order(op: str, capability: tuple[int, int], size: Size) -> tuple[s
     return () if found is None else tuple(sorted(found[2], key=found[2].get))
 
 
-def ranked(op: str, device: torch.device, subject=None, tokens: int | None = None, guided: bool = False):
+def ranked(
+    op: str,
+    device: torch.device,
+    subject=None,
+    tokens: int | None = None,
+    guided: bool = False,
+    parallel: bool | None = False,
+) -> tuple[str, ...]:
     """Names in the order in which the automatic choice of an op tries them on a CUDA device, the fastest first.
 
     ``CSPD_PERSISTENT_MAX_TOKENS`` goes before the table: up to so many tokens the persistent kernel comes first, beyond
     it is left out. Before anybody knows the size (``tokens`` None) the order is the default one.
+
+    Args:
+        parallel: of ``denoise``: whether its steps are made in parallel. None: as is faster, if that was measured.
 
     Raises:
         ValueError: the variable is not a number from 0 to 16.
@@ -122,7 +134,12 @@ def ranked(op: str, device: torch.device, subject=None, tokens: int | None = Non
     size, order = size_of(op, subject, tokens, guided), ()
     if device.type == "cuda":
         order = _measured_order(op, _capability(device), size)
+    if op == "denoise" and parallel:
+        order = tuple(name for name in order if name.endswith(PARALLEL))
+        return tuple(dict.fromkeys((*order, *(f"{name} {PARALLEL}" for name in DEFAULT))))
     if op == "denoise":
+        if parallel is not None:
+            order = tuple(name for name in order if not name.endswith(PARALLEL))
         limit = persistent_limit()
         fits = size[_ROWS] <= PERSISTENT_LIMIT  # the nearest measured size may have fewer rows
         if limit is not None or not fits:
@@ -136,6 +153,12 @@ def prefers_persistent(head, tokens: int, guided: bool) -> bool:
     """Whether the CUDA backend is to try its persistent kernel before the layered ones."""
     order = ranked("denoise", head.device, head, tokens, guided)
     return PERSISTENT in order and order.index(PERSISTENT) < order.index("cuda")
+
+
+def prefers_parallel(head, tokens: int, guided: bool, backend: str) -> bool:
+    """Whether a backend's sweeps were measured to be faster than what else it has."""
+    own = [name for name in ranked("denoise", head.device, head, tokens, guided, None) if name.split()[0] == backend]
+    return own[:1] == [f"{backend} {PARALLEL}"]
 
 
 def persistent_limit() -> int | None:

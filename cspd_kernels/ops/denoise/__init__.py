@@ -9,10 +9,11 @@ from typing import NamedTuple
 
 import torch
 
-from ...backends import remembered_chain
+from ...backends import prefers_parallel, remembered_chain
 from ...head import DiffusionHead, stream_dtype, without_autocast
 from ...noise import PhiloxNoise
 from .finite import check_result, late_overflows
+from .parallel import AUTO, ROUNDING, Parallel, switched_off
 
 WORKSPACE_BYTES = 256 << 20
 
@@ -35,7 +36,8 @@ _TAGS = (torch.Tag.pt2_compliant_tag, *([torch.Tag.cudagraph_unsafe] if hasattr(
 _library = torch.library.Library("cspd_kernels", "FRAGMENT")
 _library.define(
     f"{_name}(int head, Tensor cond, Tensor x_T, Tensor? noise, Tensor? rows, SymInt seed, float temperature, "
-    "Tensor? cfg_scale, str? backend, int workspace_bytes) -> (Tensor mean, Tensor log_std, Tensor path_log_std)",
+    "Tensor? cfg_scale, str? backend, int workspace_bytes, float? parallel_tol, Tensor? guess) -> "
+    "(Tensor mean, Tensor log_std, Tensor path_log_std, Tensor sweeps, Tensor trajectory)",
     tags=_TAGS,
 )
 _operator = getattr(_operators, _name).default
@@ -52,6 +54,11 @@ class Denoised(NamedTuple):
     mean: torch.Tensor  # (N, C) mean of the last step
     log_std: torch.Tensor  # (N, C) log standard deviation of the last step, log(temperature) included
     path_log_std: torch.Tensor  # (N,) sum over steps T-1..1 and channels of log std, without the temperature
+    # (N,) int32, None where parallel_tol is: network calls that followed each other. T where they are those of the steps;
+    # in parallel the sweeps, and T more for a row that had not settled and was made step by step.
+    sweeps: torch.Tensor | None = None
+    # (N, T, C), where parallel_tol is a number: inputs of all steps after the last sweep, to guess another chain's.
+    trajectory: torch.Tensor | None = None
 
 
 @torch.no_grad()
@@ -65,6 +72,8 @@ def denoise(
     cfg_scale: float | torch.Tensor = 1.0,
     backend: str | None = None,
     workspace_bytes: int = WORKSPACE_BYTES,
+    parallel_tol: float | str | None = AUTO,
+    guess: torch.Tensor | None = None,
 ) -> Denoised:
     """Run the whole reverse chain; same noise in, same tokens out, up to rounding, whatever the backend.
 
@@ -95,6 +104,15 @@ def denoise(
             constant: it compiles again for every other one, eight times at most. It does not for a tensor.
         backend: "torch", "triton", "cuda", or None: ``CSPD_BACKEND``, else automatic.
         workspace_bytes: bound on the memory of the hoisted modulations.
+        parallel_tol: how the T steps are made. None: one after the other. A number in (0, 1): all at once, in sweeps
+            (docs/parallel.md), until no channel of a row's trajectory changes by more than this between two sweeps,
+            relative to the row's largest value; the tokens are those of the sequential chain to about as much, and
+            a row that does not settle is made by that chain. "auto": in sweeps to the arithmetic's own rounding
+            (float32: 1e-6; bfloat16 and float16: 1e-3) where that was measured to be faster, else one after the other;
+            the environment's ``CSPD_PARALLEL=0`` keeps it from sweeps. On a GPU the torch backend waits for the device
+            after every sweep, and is sequential while a CUDA graph is captured; the kernels never wait.
+        guess: (N, T, C) floating: with sweeps, a first guess of the inputs of all steps, such as the ``trajectory`` of a
+            similar chain from the same x_T and noise. It changes how many sweeps there are, not what they lead to.
 
     Returns:
         :class:`Denoised`.
@@ -106,6 +124,7 @@ def denoise(
     Source: LTH14/mar ``diffusion/gaussian_diffusion.py`` (p_sample), arXiv 2406.11838 section 3.2.
     """
     _check(head, cond, x_T, noise, temperature, cfg_scale, workspace_bytes)
+    _check_parallel(head, x_T, parallel_tol, guess)
     # The ints of an op are signed, of 64 bits.
     workspace_bytes = min(workspace_bytes, 2**63 - 1)
     stored, rows, seed = noise, None, 0
@@ -115,40 +134,65 @@ def denoise(
     if not isinstance(cfg_scale, torch.Tensor):
         # A product, as torch.compile would compile the caller again for every new float that enters otherwise.
         cfg_scale = None if cfg_scale == 1.0 else torch.ones((), dtype=torch.float64, device="cpu") * float(cfg_scale)
-    mean, log_std, path_log_std = _operator(
-        head.handle, cond, x_T, stored, rows, seed, float(temperature), cfg_scale, backend, workspace_bytes
-    )
-    return Denoised(mean, mean, log_std, path_log_std)  # two fields, one tensor: an op must not return it twice
+    tolerance = -1.0 if isinstance(parallel_tol, str) else parallel_tol
+    mean, log_std, path_log_std, *more = _operator(
+        head.handle, cond, x_T, stored, rows, seed, float(temperature), cfg_scale, backend, workspace_bytes,
+        tolerance, guess,
+    )  # fmt: skip
+    known = 0 if tolerance is None else 1 if tolerance < 0 else 2
+    return Denoised(mean, mean, log_std, path_log_std, *more[:known])  # two fields, one tensor: an op must not return it twice
 
 
-def run(head, cond, x_T, noise, rows, seed, temperature, cfg_scale, backend, workspace_bytes):  # noqa: N803
+def run(
+    head, cond, x_T, noise, rows, seed, temperature, cfg_scale, backend, workspace_bytes, parallel_tol, guess  # noqa: N803
+):  # fmt: skip
     """The op: everything that looks at values or at this machine, which a compiler must not see, then a backend.
 
     Noise is ``noise`` (T, N, C) or, where that is None, addressed by ``rows`` and the seed modulo 2**64. Guidance is
-    on exactly when cond has 2N rows.
+    on exactly when cond has 2N rows. ``parallel_tol`` is -1 for "auto".
     """
     head = DiffusionHead.of_handle(head)
     if cfg_scale is not None and cfg_scale.numel() == 1 and cfg_scale.device.type == "cpu":
         cfg_scale = float(cfg_scale)
-    _check_values(x_T=x_T, cond=cond, noise=noise, cfg_scale=cfg_scale)
+    _check_values(x_T=x_T, cond=cond, noise=noise, cfg_scale=cfg_scale, guess=guess)
     overflows = late_overflows(head)
     guided = len(cond) != len(x_T)
-    function = remembered_chain(backend, head, len(x_T), guided)
+    automatic = parallel_tol is not None and parallel_tol < 0
+    if automatic:
+        parallel_tol = automatic_tolerance(head, len(x_T), guided, backend)
+    function = remembered_chain(backend, head, len(x_T), guided, parallel_tol is not None)
     stream = stream_dtype(head.dtype)
     noise = PhiloxNoise(seed % 2**64, rows) if noise is None else noise.to(stream)
     if not guided:
         cfg_scale = None
     elif isinstance(cfg_scale, torch.Tensor):
         cfg_scale = cfg_scale.to(stream).reshape(-1, 1)  # [1 or N, 1]
+    parallel = None
+    if parallel_tol is not None:
+        parallel = Parallel(parallel_tol, None if guess is None else guess.to(stream))
     with without_autocast(head.device):  # the head's dtype decides, not the caller's autocast
-        _, *out = function(head, cond, x_T.to(stream), noise, temperature, cfg_scale, workspace_bytes)
+        _, *out = function(head, cond, x_T.to(stream), noise, temperature, cfg_scale, workspace_bytes, parallel)
     check_result(head, out[0], overflows)
-    return tuple(value.contiguous() for value in out)  # as fake tensors have it
+    # As fake tensors have it, which do not know what is faster.
+    if parallel is None:
+        out.append(x_T.new_full((len(x_T) if automatic else 0,), head.num_steps, dtype=torch.int32))
+    if parallel is None or automatic:
+        out[4:] = [out[0].new_empty(0)]
+    return tuple(value.contiguous() for value in out)
 
 
-def _fake(head, cond, x_T, *_):  # noqa: N803
-    mean = x_T.new_empty(x_T.shape, dtype=stream_dtype(DiffusionHead.of_handle(head).dtype))
-    return mean, torch.empty_like(mean), mean.new_empty(mean.shape[:1])
+def automatic_tolerance(head: DiffusionHead, tokens: int, guided: bool, backend: str | None) -> float | None:
+    """What ``parallel_tol="auto"`` stands for: a number, or None where the sequential chain is taken."""
+    return ROUNDING[head.dtype] if not switched_off() and prefers_parallel(backend, head, tokens, guided) else None
+
+
+def _fake(head, cond, x_T, *arguments):  # noqa: N803
+    head, tolerance = DiffusionHead.of_handle(head), arguments[-2]
+    mean = x_T.new_empty(x_T.shape, dtype=stream_dtype(head.dtype))
+    sweeps = x_T.new_empty(0 if tolerance is None else x_T.shape[0], dtype=torch.int32)
+    known = tolerance is not None and tolerance >= 0
+    trajectory = mean.new_empty((x_T.shape[0], head.num_steps, head.channels) if known else (0,))
+    return mean, torch.empty_like(mean), mean.new_empty(mean.shape[:1]), sweeps, trajectory
 
 
 _library.impl(_name, run, "CompositeExplicitAutograd")
@@ -200,6 +244,18 @@ def _check(head, cond, x_T, noise, temperature, cfg_scale, workspace_bytes) -> N
         )
     if not isinstance(workspace_bytes, int) or workspace_bytes <= 0:
         raise ValueError(f"denoise expected workspace_bytes as an int > 0, got {workspace_bytes!r}")
+
+
+def _check_parallel(head, x_T, parallel_tol, guess) -> None:  # noqa: N803
+    if isinstance(parallel_tol, str):
+        if parallel_tol != AUTO:
+            raise ValueError(f"denoise expected parallel_tol None, {AUTO!r} or a number in (0, 1), got {parallel_tol!r}")
+    elif parallel_tol is not None and (
+        isinstance(parallel_tol, bool) or not isinstance(parallel_tol, Real) or not 0 < parallel_tol < 1
+    ):
+        raise ValueError(f"denoise expected parallel_tol None, {AUTO!r} or a number in (0, 1), got {parallel_tol!r}")
+    if guess is not None:
+        _check_tensor("guess", guess, head, (x_T.shape[0], head.num_steps, head.channels))
 
 
 def _check_tensor(name: str, tensor, head: DiffusionHead, shape: tuple) -> None:

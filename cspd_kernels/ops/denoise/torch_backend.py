@@ -13,23 +13,34 @@ import math
 import torch
 import torch.nn.functional as F
 
+from .parallel import Parallel
+from .torch_network import modulations, network
+from .torch_parallel import in_parallel
 from .workspace import in_blocks_of_rows
 
 
-def denoise(head, cond, x_T, noise, temperature, cfg_scale, workspace_bytes):  # noqa: N803
-    """As :func:`cspd_kernels.denoise`; ``cfg_scale`` None means no guidance. Never waits for the device."""
+def denoise(
+    head, cond, x_T, noise, temperature, cfg_scale, workspace_bytes, parallel: Parallel | None = None  # noqa: N803
+):  # fmt: skip
+    """As :func:`cspd_kernels.denoise`; ``cfg_scale`` None means no guidance. Never waits for the device but in parallel."""
     rows, halves = x_T.shape[0], 1 if cfg_scale is None else 2
     # Shift, scale and gate of every block, shift and scale of the last layer, silu(y), and y before it is rounded.
     bytes_per_row = halves * head.width * ((3 * head.depth + 3) * head.dtype.itemsize + 2 * x_T.dtype.itemsize)
     cond = cond.reshape(halves, rows, cond.shape[-1])
 
-    def chain(cond, x, noise, cfg_scale, steps):
-        return _chain(head, cond, x, noise, temperature, cfg_scale, steps)
+    def chain(cond, x, noise, cfg_scale, guess, steps):
+        if parallel is None:
+            return _sequential(head, cond, x, noise, temperature, cfg_scale, steps)
+        own = parallel._replace(guess=guess)
+        return in_parallel(head, cond, x, noise, temperature, cfg_scale, own, finish=_sequential)
 
+    if parallel is not None:
+        bytes_per_row, guess = head.num_steps * bytes_per_row, parallel.guess
+        return in_blocks_of_rows(chain, cond, x_T, noise, cfg_scale, bytes_per_row, workspace_bytes, guess)
     return in_blocks_of_rows(chain, cond, x_T, noise, cfg_scale, bytes_per_row, workspace_bytes)
 
 
-def _chain(head, cond, x, noise, temperature, cfg_scale, steps_at_once):
+def _sequential(head, cond, x, noise, temperature, cfg_scale, steps_at_once):
     """cond [G, N, Z] with G = 2 under guidance, x [N, C] -> the fields of Denoised."""
     schedule, channels = head.schedule, head.channels
     path_log_std = x.new_zeros(x.shape[0])
@@ -37,11 +48,11 @@ def _chain(head, cond, x, noise, temperature, cfg_scale, steps_at_once):
     mean = log_std = x
     for stop in range(schedule.num_steps, 0, -steps_at_once):
         start = max(0, stop - steps_at_once)
-        block_mods, final_mods = _modulations(head, y, start, stop)
+        block_mods, final_mods = modulations(head, y, start, stop)
         noises = noise[start:stop] if isinstance(noise, torch.Tensor) else noise.steps(start, stop, channels)
         for i in reversed(range(start, stop)):
             k = i - start
-            out = _network(head, x, [m[k] for m in block_mods], final_mods[k])
+            out = network(head, x, [m[:, k] for m in block_mods], final_mods[:, k])
             eps = out[0][:, :channels]
             if cfg_scale is not None:
                 eps = out[1] + cfg_scale * (eps - out[1])
@@ -60,33 +71,3 @@ def _chain(head, cond, x, noise, temperature, cfg_scale, steps_at_once):
         del block_mods, final_mods  # before the next ones are made: the workspace holds one group of steps
     log_temperature = math.log(temperature) if temperature > 0 else -math.inf
     return mean, mean, log_std + log_temperature, path_log_std
-
-
-def _modulations(head, y, start, stop):
-    """Steps start..stop-1: per block [K, 3, G, N, W] (shift, 1 + scale, gate), last layer [K, 2, G, N, W]."""
-    s = F.silu(head.time_embedding[start:stop, None, None] + y).to(head.dtype)  # [K, G, N, W]
-
-    def project(weight, bias):
-        out = F.linear(s, weight, bias).unflatten(-1, (-1, head.width))
-        out[..., 1, :] += 1
-        return out.movedim(-2, 1)
-
-    return [project(b.mod_weight, b.mod_bias) for b in head.blocks], project(head.final_mod_weight, head.final_mod_bias)
-
-
-def _network(head, x, block_mods, final_mod):
-    """x [N, C] -> [(eps, v) of the conditional rows] and, under guidance, [eps of the unconditional rows]."""
-    dtype, width = head.dtype, (head.width,)
-    h = F.linear(x, head.input_weight, head.input_bias)  # [N, W], shared by both halves
-    for b, (shift, scale, gate) in zip(head.blocks, block_mods):
-        a = F.layer_norm(h, width, b.norm_weight, b.norm_bias, head.norm_eps)
-        a = torch.addcmul(shift, a, scale).to(dtype)  # [G, N, W] from here on
-        a = F.silu(F.linear(a, b.weight0, b.bias0), inplace=True)
-        h = torch.addcmul(h, gate, F.linear(a, b.weight1, b.bias1))
-    shift, scale = final_mod
-    a = torch.addcmul(shift, F.layer_norm(h, width, None, None, head.norm_eps), scale)
-    out = [F.linear(a[0], head.final_weight, head.final_bias)]
-    if len(a) == 2:
-        channels = head.channels
-        out.append(F.linear(a[1], head.final_weight[:channels], head.final_bias[:channels]))
-    return out
