@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import triton
 import triton.language as tl
@@ -9,19 +11,32 @@ import triton.language as tl
 from ...head import DiffusionHead
 from ...triton_support import INTERPRETED, starts_early
 from .chain import Chain, Tables
-from .triton_config import FEW_COLUMNS, Products, Tile, input_tile, power_of_two, products, row_warps, update_channels
+from .triton_config import (
+    FEW_COLUMNS,
+    Products,
+    Tile,
+    input_tile,
+    own_products,
+    power_of_two,
+    products,
+    row_warps,
+    sweep_tile,
+    update_channels,
+)  # fmt: skip
+from .triton_ends import _condition_kernel, _input_kernel, _output_kernel, _update_kernel
 from .triton_layered import (
     _bias_silu_kernel,
-    _condition_kernel,
     _few_mlp0_kernel,
     _few_mlp1_kernel,
-    _input_kernel,
     _mlp0_kernel,
     _mlp1_kernel,
     _norm_kernel,
     _residual_kernel,
-    _update_kernel,
 )  # fmt: skip
+from .triton_sweep import SETTLED_AT_ONCE, _settle_kernel, _sweep_kernel
+
+if TYPE_CHECKING:
+    from .parallel_chain import Sweeps
 
 TL_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 OPTIONS = {"enable_fp_fusion": True}  # explicit: the default differs between versions of Triton
@@ -38,7 +53,7 @@ class LayeredChain(Chain):
     def __init__(self, head, tokens, guided, noise, steps, static, sweeps_of=None):
         super().__init__(head, tokens, guided, noise, steps, static, sweeps_of)
         rows, width, dtype = self.rows, head.width, head.dtype
-        self.products = self.choose(head)
+        self.products = self.choose(head) if sweeps_of is None else self.choose_own(head)
 
         def empty(*shape, dtype=dtype):
             return torch.empty(shape, device=head.device, dtype=dtype)
@@ -59,14 +74,19 @@ class LayeredChain(Chain):
         """Who makes the products of a block; None: the kernels for a few rows."""
         return products(self.rows, head.width, head.dtype, head.device)
 
+    def choose_own(self, head: DiffusionHead) -> Products:
+        """Likewise of sweeps, whose kernels must all be able to return at once: by kernels, whatever the rows."""
+        return own_products(self.rows, head.width, head.dtype, head.device)
+
     def _prepare(self, head: DiffusionHead) -> None:
         """Grids and constants of the launches, which a thousand launches of a call share."""
         width, channels = head.width, head.channels
         together, columns = input_tile(self.tokens, channels)
         group = update_channels(self.tokens, channels)
-        common = {"W": width, "PDL": starts_early(head.device), **OPTIONS}
-        if common["PDL"]:
-            common["launch_pdl"] = True
+        early = {"PDL": starts_early(head.device), **OPTIONS}
+        if early["PDL"]:
+            early["launch_pdl"] = True
+        common = early | {"W": width}
         whole = common | {"WP": power_of_two(width), "num_warps": row_warps(width)}
         norm = whole | {"EPS": head.norm_eps}
         guided = {"C": channels, "GUIDED": self.halves == 2}
@@ -76,8 +96,17 @@ class LayeredChain(Chain):
         }  # fmt: skip
         self._update_grid = self.tokens, triton.cdiv(channels, group)
         # maxnreg: two programs fit an SM; left out, the assembler may spill to fit more.
-        self._update_options = norm | guided | {
-            "LEARNED": head.learned_variance, "PHILOX": self.philox, "G": group, "maxnreg": 128,
+        self._output_options = norm | guided | {"LEARNED": head.learned_variance, "G": group, "maxnreg": 128}
+        self._update_options = self._output_options | {"PHILOX": self.philox}
+        # By steps and channels alone, so that a token's bits are its own in any batch.
+        group, warps = sweep_tile(head.num_steps, channels)
+        self._sweep_grid = self.period, triton.cdiv(channels, group)
+        self._sweep_options = early | {
+            "C": channels, "G": group, "BT": power_of_two(head.num_steps), "PHILOX": self.philox, "num_warps": warps,
+        }  # fmt: skip
+        padded = power_of_two(channels)
+        self._settle_options = early | {
+            "C": channels, "CP": padded, "BN": SETTLED_AT_ONCE // padded, "num_warps": 4,
         }  # fmt: skip
         self._row_options, self._norm_options = whole, norm
         if not self.products:
@@ -103,17 +132,6 @@ class LayeredChain(Chain):
         if self.products and None in self.products and head.depth:
             torch.mm(self.operand, head.blocks[0].weight0.t(), out=self.activations)
 
-    def start(self, head: DiffusionHead) -> None:
-        """The projected condition, and the first h."""
-        super().start(head)
-        self._project(head)
-
-    def _project(self, head: DiffusionHead) -> None:
-        """h of the next step."""
-        _input_kernel[self._input_grid](
-            self.x, head.input_weight, head.input_bias, self.h, self.tokens, **self._input_options
-        )
-
     def embed(self, head: DiffusionHead, start: int, stop: int) -> None:
         block = min(1024, power_of_two(head.width))
         _condition_kernel[((stop - start) * self.rows, triton.cdiv(head.width, block))](
@@ -137,13 +155,15 @@ class LayeredChain(Chain):
             update(
                 self.h, self.final_mods, head.final_weight, head.final_bias, tables.coefficients, self.temperature,
                 self.scale, self.x, self.noise, noise_step, self.seed, self.addresses, self.log_std, self.path,
-                self.tokens, step, first_row, **self._update_options,
+                self.live, self.tokens, step, first_row, **self._update_options,
             )  # fmt: skip
-            if step > 0:
-                self._project(head)
 
     def begin_step(self, head: DiffusionHead, tables: Tables, first_row: int) -> None:
-        """The first block's operand, from h, which the end of the step before has left; a few rows need none."""
+        """h from x, and of more than a few rows the first block's operand."""
+        _input_kernel[self._input_grid](
+            self.x, head.input_weight, head.input_bias, self.h, self.live, self.tokens, self.period,
+            **self._input_options,
+        )  # fmt: skip
         if self.products and head.depth:
             self.normalise(head, 0, first_row)
 
@@ -159,27 +179,29 @@ class LayeredChain(Chain):
         if not self.products:
             _few_mlp0_kernel[self._first_grid](
                 self.h, self.block_mods[index], b.norm_weight, b.norm_bias, b.weight0, b.bias0, self.activations,
-                self.rows, first_row, **self._first_options,
+                self.live, self.rows, first_row, **self._first_options,
             )  # fmt: skip
         elif self.products.first:
             _mlp0_kernel[self._first_grid](
-                self.operand, b.weight0, b.bias0, self.activations, self.rows, **self._first_options
+                self.operand, b.weight0, b.bias0, self.activations, self.live, self.rows, **self._first_options
             )
         else:
             torch.mm(self.operand, b.weight0.t(), out=self.activations)
-            _bias_silu_kernel[(self.rows,)](self.activations, b.bias0, **self._row_options)
+            _bias_silu_kernel[(self.rows,)](self.activations, b.bias0, self.live, **self._row_options)
 
     def run_second(self, head: DiffusionHead, index: int, first_row: int) -> None:
         """The second layer of a block: h, and the next block's operand."""
         b, mods, more = head.blocks[index], self.block_mods[index], index + 1 < head.depth
         if not self.products:
             _few_mlp1_kernel[self._second_grid](
-                self.activations, mods, b.weight1, b.bias1, self.h, self.rows, first_row, **self._second_options
-            )
+                self.activations, mods, b.weight1, b.bias1, self.h, self.live, self.rows, first_row,
+                **self._second_options,
+            )  # fmt: skip
         elif self.products.second:
             _mlp1_kernel[self._second_grid](
-                self.activations, mods, b.weight1, b.bias1, self.h, self.rows, first_row, **self._second_options
-            )
+                self.activations, mods, b.weight1, b.bias1, self.h, self.live, self.rows, first_row,
+                **self._second_options,
+            )  # fmt: skip
             if more:
                 self.normalise(head, index + 1, first_row)
         else:
@@ -187,12 +209,36 @@ class LayeredChain(Chain):
             following = head.blocks[index + 1] if more else b
             _residual_kernel[(self.rows,)](
                 self.product, b.bias1, mods, self.h, self.block_mods[index + more], following.norm_weight,
-                following.norm_bias, self.operand, first_row, NORM=more, **self._norm_options,
+                following.norm_bias, self.operand, self.live, first_row, NORM=more, **self._norm_options,
             )  # fmt: skip
 
     def normalise(self, head: DiffusionHead, index: int, first_row: int) -> None:
         """The operand of a block of more than a few rows."""
         b = head.blocks[index]
         _norm_kernel[(self.rows,)](
-            self.h, self.block_mods[index], b.norm_weight, b.norm_bias, self.operand, first_row, **self._norm_options
-        )
+            self.h, self.block_mods[index], b.norm_weight, b.norm_bias, self.operand, self.live, first_row,
+            **self._norm_options,
+        )  # fmt: skip
+
+    def evaluate(self, head: DiffusionHead, tables: Tables) -> None:
+        self.begin_step(head, tables, 0)
+        for index in range(head.depth):
+            self.run_block(head, index, 0)
+        _output_kernel[self._update_grid](
+            self.h, self.final_mods, head.final_weight, head.final_bias, self.eps, self.v, self.eps_u, self.live,
+            self.period, **self._output_options,
+        )  # fmt: skip
+
+    def sweep(self, tables: Tables, chain: Chain, state: Sweeps, begin: bool) -> None:
+        _sweep_kernel[self._sweep_grid](
+            self.eps, self.v, self.eps_u, chain.x, chain.noise, chain.noise.stride(0), chain.seed, chain.addresses,
+            chain.scale, chain.temperature, tables.coefficients, state.x, state.before, state.x0, state.x0_u,
+            state.mean, state.log_std, state.path, state.change, state.size, state.settled, state.done, state.live,
+            self.period, state.steps, BEGIN=begin, GUESSED=state.guessed, **self._sweep_options,
+        )  # fmt: skip
+
+    def settle(self, state: Sweeps, begin: bool) -> None:
+        _settle_kernel[(1,)](
+            state.change, state.size, state.settled, state.sweeps, state.tolerance, state.count, state.done,
+            state.live, state.left, self.period, state.steps, state.limit, BEGIN=begin, **self._settle_options,
+        )  # fmt: skip

@@ -84,19 +84,33 @@ def _by_reasoning(rows: int, width: int, dtype: torch.dtype, multiprocessors: in
     """
     if dtype.itemsize == 4 or rows >= LIBRARY_ROWS:
         return Products(None, None)
-    candidates = [tile for tile in HALF_TILES if tile.bm <= max(16, power_of_two(rows))]
-    tile = min(candidates, key=lambda tile: _cycles(tile, rows, width, multiprocessors))
+    tile = _fastest_tile(rows, width, dtype, multiprocessors)
     return Products(tile, tile)
 
 
-def _cycles(tile: Tile, rows: int, width: int, multiprocessors: int) -> tuple[float, float]:
-    """Of a 16-bit product: what an SM reads at 64 bytes a cycle, or multiplies, or waits for one multiplication after
-    another; the tiles of one SM share the first two. Where it waits, the tile that reads least."""
+@functools.cache
+def own_products(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> Products:
+    """The tiles of a block's products where the library is not to make any, whatever the number of rows."""
+    tile = _fastest_tile(rows, width, dtype, _multiprocessors(device))
+    chosen = products(rows, width, dtype, device) or (None, None)
+    return Products(*(of_table or tile for of_table in chosen))
+
+
+def _fastest_tile(rows: int, width: int, dtype: torch.dtype, multiprocessors: int) -> Tile:
+    tiles = FLOAT32_TILES if dtype.itemsize == 4 else HALF_TILES
+    candidates = [tile for tile in tiles if tile.bm <= max(16, power_of_two(rows))]
+    return min(candidates, key=lambda tile: _cycles(tile, rows, width, dtype.itemsize, multiprocessors))
+
+
+def _cycles(tile: Tile, rows: int, width: int, itemsize: int, multiprocessors: int) -> tuple[float, float]:
+    """Of a product: what an SM reads at 64 bytes a cycle, or multiplies, or waits for one multiplication after another;
+    the tiles of one SM share the first two. Where it waits, the tile that reads least."""
     programs = -(-rows // tile.bm) * -(-width // tile.bn)
     each = -(-programs // multiprocessors)
-    read = (tile.bm + tile.bn) * width * 2 / 64
-    multiplied = tile.bm * tile.bn * width / (1200 if tile.bm >= 64 else 600)  # a warpgroup's instructions, or a warp's
-    waited = width / 16 * 33
+    read = (tile.bm + tile.bn) * width * itemsize / 64
+    rate = 128 if itemsize == 4 else 1200 if tile.bm >= 64 else 600  # scalar; a warpgroup's instructions; a warp's
+    multiplied = tile.bm * tile.bn * width / rate
+    waited = width * 4 if itemsize == 4 else width / 16 * 33
     return max(each * read, each * multiplied, -(-each // 2) * waited), each * read
 
 
@@ -108,6 +122,13 @@ def update_channels(tokens: int, channels: int) -> int:
     while group < min(4, channels) and tokens * channels > 2 * group * _MULTIPROCESSORS:
         group *= 2
     return group
+
+
+def sweep_tile(steps: int, channels: int) -> tuple[int, int]:
+    """(channels, warps) of a program of the sweep, which has all steps of one token: four elements a thread."""
+    padded = power_of_two(steps)
+    channels = max(1, min(4, power_of_two(channels), 512 // padded))
+    return channels, max(1, min(16, padded * channels // 128))
 
 
 @functools.cache

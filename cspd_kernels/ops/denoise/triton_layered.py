@@ -26,53 +26,14 @@ import triton
 import triton.language as tl
 
 from .triton_tiles import (
-    final_operand,
+    called_off,
     prefetch_weights,
     product,
-    reverse_step,
     shift_and_scale,
     standardised,
-    step_noise,
-    step_table,
     tile_of_program,
     wait_for_previous,
 )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=["rows"])
-def _condition_kernel(y, time_embedding, out, rows, W: tl.constexpr, BLOCK: tl.constexpr):
-    """out [K, rows, W] = silu(time_embedding [K, W] + y [rows, W]): what every modulation is a projection of."""
-    step, row = tl.program_id(0) // rows, tl.program_id(0) % rows
-    cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = cols < W
-    value = tl.load(time_embedding + step * W + cols, inside, 0.0)
-    value += tl.load(y + row.to(tl.int64) * W + cols, inside, 0.0).to(tl.float32)
-    value = value * tl.sigmoid(value)
-    tl.store(out + tl.program_id(0).to(tl.int64) * W + cols, value.to(out.dtype.element_ty), inside)
-
-
-@triton.jit(do_not_specialize=["N"])
-def _input_kernel(
-    x, weight, bias, h, N,
-    C: tl.constexpr, CP: tl.constexpr, W: tl.constexpr, GUIDED: tl.constexpr, R: tl.constexpr, BN: tl.constexpr,
-    PDL: tl.constexpr,
-):  # fmt: skip
-    """h = x @ weight^T + bias, R tokens and BN columns a program, for both halves under guidance."""
-    cols = tl.program_id(1) * BN + tl.arange(0, BN)
-    channels = tl.arange(0, CP)
-    known = (channels < C)[None, :]
-    w = tl.load(weight + cols[:, None] * C + channels[None, :], (cols < W)[:, None] & known, 0.0)
-    added = tl.load(bias + cols, cols < W, 0.0)
-    tokens = tl.program_id(0) * R + tl.arange(0, R)
-    mask = tokens < N
-    wait_for_previous(PDL)
-    value = tl.load(x + tokens[:, None].to(tl.int64) * C + channels[None, :], mask[:, None] & known, 0.0)
-    value = tl.sum(value[:, None, :] * w[None, :, :], 2) + added[None, :]
-    valid = mask[:, None] & (cols < W)[None, :]
-    at = h + tokens[:, None].to(tl.int64) * W + cols[None, :]
-    tl.store(at, value, valid)
-    if GUIDED:
-        tl.store(at + N.to(tl.int64) * W, value, valid)
 
 
 # --- a few rows ---
@@ -80,7 +41,7 @@ def _input_kernel(
 
 @triton.jit(do_not_specialize=["M", "first_row"])
 def _few_mlp0_kernel(
-    h, mods, norm_weight, norm_bias, weight, bias, out, M, first_row,
+    h, mods, norm_weight, norm_bias, weight, bias, out, live, M, first_row,
     W: tl.constexpr, WP: tl.constexpr, EPS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """out [M, W] = silu((LN(h) (1 + scale) + shift) @ weight^T + bias), all rows and BN columns a program.
@@ -99,6 +60,8 @@ def _few_mlp0_kernel(
     valid = mask[:, None, None] & inside
     row = rows[:, None, None].to(tl.int64)
     wait_for_previous(PDL)
+    if called_off(live):
+        return
     value = tl.load(h + row * W + k, valid, 0.0)
     shift, scale = shift_and_scale(mods + (first_row + row) * (3 * W) + k, valid, W)
     a = (standardised(value, inside, W, EPS, 2) * gain + offset) * (1.0 + scale) + shift
@@ -111,7 +74,7 @@ def _few_mlp0_kernel(
 
 @triton.jit(do_not_specialize=["M", "first_row"])
 def _few_mlp1_kernel(
-    a, mods, weight, bias, h, M, first_row,
+    a, mods, weight, bias, h, live, M, first_row,
     W: tl.constexpr, WP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """h += gate * (a @ weight^T + bias), all rows and BN columns a program."""
@@ -126,6 +89,8 @@ def _few_mlp1_kernel(
     row = rows[:, None].to(tl.int64)
     at = h + row * W + cols[None, :]
     wait_for_previous(PDL)
+    if called_off(live):
+        return
     value = tl.load(a + rows[:, None, None].to(tl.int64) * W + k, mask[:, None, None] & inside, 0.0)
     gate = tl.load(mods + (first_row + row) * (3 * W) + 2 * W + cols[None, :], valid, 0.0).to(tl.float32)
     residual = tl.load(at, valid, 0.0)
@@ -138,7 +103,7 @@ def _few_mlp1_kernel(
 
 @triton.jit(do_not_specialize=["first_row"])
 def _norm_kernel(
-    h, mods, norm_weight, norm_bias, out, first_row,
+    h, mods, norm_weight, norm_bias, out, live, first_row,
     W: tl.constexpr, WP: tl.constexpr, EPS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """out = LN(h) (1 + scale) + shift, one row a program: the operand of a block."""
@@ -147,6 +112,8 @@ def _norm_kernel(
     gain, offset = tl.load(norm_weight + k, inside, 0.0), tl.load(norm_bias + k, inside, 0.0)
     row = tl.program_id(0).to(tl.int64)
     wait_for_previous(PDL)
+    if called_off(live):
+        return
     value = tl.load(h + row * W + k, inside, 0.0)
     shift, scale = shift_and_scale(mods + (first_row + row) * (3 * W) + k, inside, W)
     value = (standardised(value, inside, W, EPS, 0) * gain + offset) * (1.0 + scale) + shift
@@ -155,7 +122,7 @@ def _norm_kernel(
 
 @triton.jit(do_not_specialize=["M"])
 def _mlp0_kernel(
-    a, weight, bias, out, M,
+    a, weight, bias, out, live, M,
     W: tl.constexpr, DOT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
@@ -166,6 +133,8 @@ def _mlp0_kernel(
         prefetch_weights(weight, row_tile, cols, W)
     added = tl.load(bias + cols, cols < W, 0.0)[None, :].to(tl.float32)
     wait_for_previous(PDL)
+    if called_off(live):
+        return
     value = product(a, weight, rows, cols, M, W, DOT, BM, BN, BK, STAGES) + added
     value = value * tl.sigmoid(value)
     valid = (rows < M)[:, None] & (cols < W)[None, :]
@@ -174,7 +143,7 @@ def _mlp0_kernel(
 
 @triton.jit(do_not_specialize=["M", "first_row"])
 def _mlp1_kernel(
-    a, mods, weight, bias, h, M, first_row,
+    a, mods, weight, bias, h, live, M, first_row,
     W: tl.constexpr, DOT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
     EARLY: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -188,6 +157,8 @@ def _mlp1_kernel(
     row = rows[:, None].to(tl.int64)
     gate_at, at = mods + (first_row + row) * (3 * W) + 2 * W + cols[None, :], h + row * W + cols[None, :]
     wait_for_previous(PDL)
+    if called_off(live):
+        return
     if EARLY:
         gate, residual = tl.load(gate_at, valid, 0.0), tl.load(at, valid, 0.0)
     value = product(a, weight, rows, cols, M, W, DOT, BM, BN, BK, STAGES) + added
@@ -200,13 +171,15 @@ def _mlp1_kernel(
 
 
 @triton.jit
-def _bias_silu_kernel(x, bias, W: tl.constexpr, WP: tl.constexpr, PDL: tl.constexpr):
+def _bias_silu_kernel(x, bias, live, W: tl.constexpr, WP: tl.constexpr, PDL: tl.constexpr):
     """x = silu(x + bias), one row a program, in place."""
     k = tl.arange(0, WP)
     inside = k < W
     added = tl.load(bias + k, inside, 0.0).to(tl.float32)
     at = x + tl.program_id(0).to(tl.int64) * W + k
     wait_for_previous(PDL)
+    if called_off(live):
+        return
     value = tl.load(at, inside, 0.0).to(tl.float32) + added
     value = value * tl.sigmoid(value)
     tl.store(at, value.to(x.dtype.element_ty), inside)
@@ -214,7 +187,7 @@ def _bias_silu_kernel(x, bias, W: tl.constexpr, WP: tl.constexpr, PDL: tl.conste
 
 @triton.jit(do_not_specialize=["first_row"])
 def _residual_kernel(
-    x, bias, mods, h, next_mods, norm_weight, norm_bias, out, first_row,
+    x, bias, mods, h, next_mods, norm_weight, norm_bias, out, live, first_row,
     W: tl.constexpr, WP: tl.constexpr, EPS: tl.constexpr, NORM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """h += gate * (x + bias), one row a program; with NORM also the operand of the next block, as ``_norm_kernel``."""
@@ -225,6 +198,8 @@ def _residual_kernel(
         gain, offset = tl.load(norm_weight + k, inside, 0.0), tl.load(norm_bias + k, inside, 0.0)
     row = tl.program_id(0).to(tl.int64)
     wait_for_previous(PDL)
+    if called_off(live):
+        return
     value = tl.load(x + row * W + k, inside, 0.0).to(tl.float32) + added
     gate = tl.load(mods + (first_row + row) * (3 * W) + 2 * W + k, inside, 0.0).to(tl.float32)
     value = tl.load(h + row * W + k, inside, 0.0) + gate * value
@@ -234,51 +209,3 @@ def _residual_kernel(
     if NORM:
         value = (standardised(value, inside, W, EPS, 0) * gain + offset) * (1.0 + scale) + shift
         tl.store(out + row * W + k, value.to(out.dtype.element_ty), inside)
-
-
-# --- the end of a step ---
-
-
-@triton.jit(do_not_specialize=["N", "step", "first_row", "noise_step"])
-def _update_kernel(
-    h, mods, weight, bias, coefficients, temperature, scale, x, noise, noise_step, seed, addresses, log_std_out, path,
-    N, step, first_row,
-    C: tl.constexpr, W: tl.constexpr, WP: tl.constexpr, EPS: tl.constexpr, GUIDED: tl.constexpr,
-    LEARNED: tl.constexpr, PHILOX: tl.constexpr, G: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """Final layer, guidance, posterior and noise of reverse step ``step``, in place on x: G channels of one token a
-    program. Channels are independent from the final layer on.
-
-    The last step (0) leaves its mean in x and its log std, without the temperature, in log_std_out; every other one
-    adds its log std to path.
-    """
-    k = tl.arange(0, WP)
-    inside = k < W
-    channels = tl.program_id(1) * G + tl.arange(0, G)
-    valid = channels < C
-    here = valid[:, None] & inside[None, :]
-    w_at = weight + channels[:, None] * W + k[None, :]
-    w, added = tl.load(w_at, here, 0.0), tl.load(bias + channels, valid, 0.0)
-    if LEARNED:
-        w_v, added_v = tl.load(w_at + C * W, here, 0.0), tl.load(bias + C + channels, valid, 0.0)
-    table = step_table(coefficients, step)
-    token = tl.program_id(0)
-    row = token.to(tl.int64)
-    at = row * C + channels
-    wait_for_previous(PDL)
-    a = final_operand(h, mods, row, first_row, k, W, EPS)
-    now = tl.load(x + at, valid, 0.0)
-    z = step_noise(noise, noise_step, seed, addresses, step, token, valid, channels, C, PHILOX)
-    guidance = tl.load(scale + token) if GUIDED else 0.0
-    eps = tl.sum(w * a[None, :], 1) + added
-    v = tl.sum(w_v * a[None, :], 1) + added_v if LEARNED else tl.zeros_like(eps)
-    eps_u = eps
-    if GUIDED:
-        a = final_operand(h, mods, N + row, first_row, k, W, EPS)
-        eps_u = tl.sum(w * a[None, :], 1) + added
-    value, log_std = reverse_step(now, eps, v, eps_u, z, table, step, guidance, tl.load(temperature), GUIDED)
-    tl.store(x + at, value, valid)
-    if step > 0:
-        tl.store(path + at, tl.load(path + at, valid, 0.0) + log_std, valid)
-    else:
-        tl.store(log_std_out + at, log_std, valid)

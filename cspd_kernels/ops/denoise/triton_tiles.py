@@ -26,6 +26,23 @@ def wait_for_previous(PDL: tl.constexpr):
 
 
 @triton.jit
+def called_off(live):
+    """Whether there is nothing to do, so that a kernel returns, leaving everything as it is: ``live`` [1] is 0. False
+    at compile time where it is None.
+
+    Read behind ``wait_for_previous``, as the kernel in front may have written it."""
+    return live is not None and tl.load(live) == 0
+
+
+@triton.jit
+def row_of(token, period, GUIDED: tl.constexpr):
+    """Of h, for a token's (conditional) half; int64. ``period`` tokens of one step, then as many of the next: rows of
+    the unconditional half lie ``period`` behind."""
+    token = token.to(tl.int64)
+    return token + token // period * period if GUIDED else token
+
+
+@triton.jit
 def standardised(value, inside, W: tl.constexpr, EPS: tl.constexpr, AXIS: tl.constexpr):
     """(value - mean) / std of whole rows along AXIS, the last one; 0 beyond W."""
     mean = tl.sum(value, AXIS, keep_dims=True) / W
@@ -46,6 +63,38 @@ def final_operand(h, mods, row, first_row, k, W: tl.constexpr, EPS: tl.constexpr
     value = tl.load(h + row * W + k, k < W, 0.0)
     shift, scale = shift_and_scale(mods + (first_row + row) * (2 * W) + k, k < W, W)
     return standardised(value, k < W, W, EPS, 0) * (1.0 + scale) + shift
+
+
+@triton.jit
+def final_weights(weight, bias, channels, k, C: tl.constexpr, W: tl.constexpr, LEARNED: tl.constexpr):
+    """Weights and biases of the final layer for some channels: those of eps, then of v, which are the same again where
+    the variance is not learned."""
+    valid = channels < C
+    here = valid[:, None] & (k < W)[None, :]
+    at = weight + channels[:, None] * W + k[None, :]
+    w, added = tl.load(at, here, 0.0), tl.load(bias + channels, valid, 0.0)
+    if LEARNED:
+        return w, added, tl.load(at + C * W, here, 0.0), tl.load(bias + C + channels, valid, 0.0)
+    else:
+        return w, added, w, added
+
+
+@triton.jit
+def network_output(
+    h, mods, row, period, first_row, weights, k,
+    W: tl.constexpr, EPS: tl.constexpr, GUIDED: tl.constexpr, LEARNED: tl.constexpr,
+):  # fmt: skip
+    """(eps, v, eps of the unconditional half, ``period`` rows behind) by the final layer, for the channels of
+    ``weights``; v is 0 where it is not learned."""
+    w, added, w_v, added_v = weights
+    a = final_operand(h, mods, row, first_row, k, W, EPS)
+    eps = tl.sum(w * a[None, :], 1) + added
+    v = tl.sum(w_v * a[None, :], 1) + added_v if LEARNED else tl.zeros_like(eps)
+    eps_u = eps
+    if GUIDED:
+        a = final_operand(h, mods, row + period, first_row, k, W, EPS)
+        eps_u = tl.sum(w * a[None, :], 1) + added
+    return eps, v, eps_u
 
 
 @triton.jit
@@ -116,12 +165,18 @@ def step_table(coefficients, step):
 
 
 @triton.jit
+def log_std_between(v, upper, lower):
+    """Half the log variance: upper at v = 1, lower at v = -1."""
+    f = (v + 1.0) * 0.5
+    return f * upper + (1.0 - f) * lower
+
+
+@triton.jit
 def reverse_step(x, eps, v, eps_u, z, table, step, scale, temperature, GUIDED: tl.constexpr):
     """(x after reverse step ``step``, log std of that step without the temperature)."""
     recip, recipm1, coef1, coef2, upper, lower = table
     if GUIDED:
         eps = eps_u + scale * (eps - eps_u)
     mean = coef1 * (recip * x - recipm1 * eps) + coef2 * x
-    f = (v + 1.0) * 0.5
-    log_std = f * upper + (1.0 - f) * lower
+    log_std = log_std_between(v, upper, lower)
     return tl.where(step > 0, mean + temperature * tl.exp(log_std) * z, mean), log_std

@@ -1,0 +1,280 @@
+"""The Triton kernels of a chain in parallel over its steps, sweep by sweep beside the definition: on a GPU, or in
+Triton's interpreter on the CPU."""
+
+import itertools
+
+import pytest
+import torch
+from chains import addressed
+
+from cspd_kernels.ops.denoise import reference
+from cspd_kernels.ops.denoise.chain import Tables
+from cspd_kernels.ops.denoise.parallel_chain import ParallelChain
+from cspd_kernels.testing import random_inputs, relative_error
+
+pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
+
+from cspd_kernels.ops.denoise.triton_chain import LayeredChain
+from cspd_kernels.ops.denoise.triton_config import sweep_tile
+
+
+@pytest.fixture
+def backend():
+    return "triton"
+
+
+class Sweeping:
+    """A chain of ``tokens`` tokens whose launches a test makes one by one, after those before the first sweep."""
+
+    def __init__(self, head, inputs, temperature=0.9, cfg_scale=None, tolerance=1e-4, guess=None, tokens=None):
+        cond, x_T, noise = inputs  # noqa: N806
+        halves, rows = 1 if cfg_scale is None else 2, len(x_T)
+        self.head, self.tables = head, Tables(head)
+        self.whole = ParallelChain(LayeredChain, head, tokens or rows, halves == 2, noise, True, guess is not None)
+        self.whole.load(cond.view(halves, rows, -1), x_T, noise, temperature, cfg_scale, tolerance, guess)
+        self.chain, self.network, self.state = self.whole.chain, self.whole.network, self.whole.state
+        memory = torch.empty(self.whole.memory_bytes, dtype=torch.uint8, device=head.device)
+        self.whole.keep_modulations_in(memory)
+        self.chain.start(head)
+        self.chain.hoist(head, 0, head.num_steps)
+        self.network.sweep(self.tables, self.chain, self.state, begin=True)
+        self.network.settle(self.state, begin=True)
+
+    def sweep(self):
+        """One sweep."""
+        self.network.evaluate(self.head, self.tables)
+        self.network.sweep(self.tables, self.chain, self.state, begin=False)
+        self.network.settle(self.state, begin=False)
+
+    def tensors(self):
+        """Copies of all that a sweep may write."""
+        network, state = self.network, self.state
+        found = {**vars(state), "h": network.h, "operand": network.operand, "eps": network.eps, "v": network.v}
+        found |= {"eps_u": network.eps_u, "activations": network.activations}
+        return {name: value.clone() for name, value in found.items() if isinstance(value, torch.Tensor)}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k].nan_to_num(), b[k].nan_to_num()) for k in a)
+
+
+def definition(head, inputs, temperature=0.9, cfg_scale=None, guess=None):
+    guess = None if guess is None else guess.movedim(1, 0)
+    return reference.sweeps(head, *inputs, temperature, cfg_scale, guess, dtype=torch.float64)
+
+
+def assert_sweeps_agree(head, inputs, sweeps, tolerance=1e-5, **options):
+    """``sweeps`` sweeps leave what the definition's do, of every token that has not settled before."""
+    ours = Sweeping(head, inputs, tolerance=0.0, **options)
+    rows, steps = len(inputs[1]), head.num_steps
+    for count, expected in enumerate(itertools.islice(definition(head, inputs, **options), sweeps), start=1):
+        ours.sweep()
+        state = ours.state
+        assert relative_error(state.x[:, :rows], expected.x) <= tolerance, count
+        assert relative_error(state.mean[:rows], expected.mean) <= tolerance, count
+        assert relative_error(state.log_std[:rows], expected.log_std) <= tolerance, count
+        if steps > 1:
+            assert relative_error(state.path[:rows].sum(1), expected.path_log_std) <= tolerance, count
+        assert relative_error(state.size[:rows].amax(1), expected.size) <= tolerance, count
+        if count > 1 or options.get("guess") is None:
+            allowed = 10 * tolerance * expected.size
+            compared = count > 1 or steps > 1  # a first mean has nothing before it
+            assert not compared or ((state.change[:rows].amax(1) - expected.change).abs() <= allowed)[: rows * (count > 1)].all()
+        assert state.done.item() == count
+        assert state.live.item() == (count < min(steps, state.limit))
+
+
+@pytest.mark.parametrize("philox", [True, False], ids=["philox", "stored"])
+@pytest.mark.parametrize(("cfg_scale", "learned"), [(None, True), (1.5, True), (2.5, False), (None, False)])
+def test_sweep_by_sweep(make_head, cfg_scale, learned, philox):
+    head = make_head(steps=7, learn_sigma=learned)
+    cond, x, noise = random_inputs(head, 3, 30, guided=cfg_scale is not None)
+    inputs = cond, x, addressed(head, 3) if philox else noise
+    assert_sweeps_agree(head, inputs, 6, cfg_scale=cfg_scale)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5, 33, 130])
+def test_any_number_of_steps(make_head, steps):
+    head = make_head(steps=steps, width=16, channels=3)
+    assert_sweeps_agree(head, random_inputs(head, 2, 31, guided=True), min(steps, 4), cfg_scale=1.5)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 7, 64])
+def test_any_number_of_channels(make_head, channels):
+    head = make_head(steps=5, width=16, channels=channels)
+    assert_sweeps_agree(head, random_inputs(head, 2, 32), 3)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.5])
+def test_temperatures_and_a_scale_for_every_token(make_head, temperature):
+    head = make_head(steps=6)
+    cfg_scale = torch.tensor([[0.5], [1.0], [4.0]], device=head.device)
+    inputs = random_inputs(head, 3, 33, guided=True)
+    assert_sweeps_agree(head, inputs, 4, temperature=temperature, cfg_scale=cfg_scale)
+
+
+def test_from_a_guess(make_head):
+    head = make_head(steps=6)
+    inputs = random_inputs(head, 3, 34)
+    guess = torch.randn(3, 6, head.channels, generator=torch.Generator().manual_seed(34)).to(head.device)
+    assert_sweeps_agree(head, inputs, 4, guess=guess)
+
+
+def test_more_rows_of_the_chain_than_of_the_call(make_head):
+    head = make_head(steps=4)
+    inputs = random_inputs(head, 3, 35)
+    ours = Sweeping(head, inputs, tokens=5)
+    assert ours.state.settled.tolist() == [0, 0, 0, 1, 1]
+    ours.sweep()
+    expected = next(definition(head, inputs))
+    assert relative_error(ours.state.x[:, :3], expected.x) <= 1e-5
+    assert ours.state.settled.tolist() == [0, 0, 0, 1, 1] and ours.state.sweeps.tolist() == [1, 1, 1, 0, 0]
+
+
+def test_no_row_of_the_chain_is_the_calls(make_head):
+    """As for a graph that is captured before a call has loaded anything."""
+    head = make_head(steps=3)
+    ours = Sweeping(head, random_inputs(head, 2, 36))
+    ours.state.count.zero_()
+    ours.network.settle(ours.state, begin=True)
+    assert (ours.state.live.item(), ours.state.left.item()) == (0, 0)
+
+
+def test_tokens_settle_by_their_own_changes_and_stay_as_they_are(make_head):
+    """A token that settles leaves the others going, and nothing of it changes any more."""
+    head = make_head(steps=24, width=16)
+    inputs = random_inputs(head, 4, 37)
+    expected = list(itertools.islice(definition(head, inputs), 12))
+    ratios = torch.stack([sweep.change / sweep.size for sweep in expected])
+    tolerance = float(ratios[5:8].median())
+    ours, settled = Sweeping(head, inputs, tolerance=tolerance), torch.zeros(4, dtype=torch.bool)
+    when = torch.zeros(4, dtype=torch.int32)
+    for count, sweep in enumerate(expected, start=1):
+        before = ours.tensors()
+        ours.sweep()
+        for name in ("x", "before", "x0", "mean", "log_std", "path", "change", "size", "sweeps"):
+            value, old = getattr(ours.state, name), before[name]
+            axis = 1 if value.dim() == 3 else 0
+            frozen = settled.nonzero().flatten().to(value.device)
+            assert torch.equal(value.index_select(axis, frozen), old.index_select(axis, frozen)), name
+        when[~settled] = count
+        settled |= sweep.settled(tolerance, count).cpu()
+        assert ours.state.settled.tolist() == settled.int().tolist()
+        assert ours.state.sweeps.tolist() == when.tolist()
+        assert ours.state.live.item() == ours.state.left.item() == int(not settled.all())
+        if settled.all():
+            break
+    assert settled.all() and len(set(when.tolist())) > 1  # or the tolerance tells nothing
+
+
+@pytest.mark.parametrize("cfg_scale", [None, 2.0])
+def test_rows_that_are_not_finite_never_settle_and_touch_no_others(make_head, cfg_scale):
+    head = make_head(steps=5)
+    cond, x, noise = random_inputs(head, 3, 38, guided=cfg_scale is not None)
+    alone = Sweeping(head, (cond, x, noise), cfg_scale=cfg_scale, tolerance=1e9)
+    spoilt = x.clone()
+    spoilt[1, 2] = float("nan")
+    ours = Sweeping(head, (cond, spoilt, noise), cfg_scale=cfg_scale, tolerance=1e9)
+    for _ in range(ours.state.limit):
+        ours.sweep(), alone.sweep()
+    assert ours.state.settled.tolist() == [1, 0, 1] and ours.state.sweeps.tolist() == [2, 5, 2]
+    assert (ours.state.live.item(), ours.state.left.item()) == (0, 1)
+    assert alone.state.settled.tolist() == [1, 1, 1]
+    for name in ("mean", "log_std", "path"):
+        a, b = getattr(ours.state, name), getattr(alone.state, name)
+        assert torch.equal(a[[0, 2]], b[[0, 2]]), name
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_guess_that_is_not_finite_heals(make_head, value):
+    """One step a sweep, as the recursion from step to step; after T sweeps nothing is left of it."""
+    head = make_head(steps=5)
+    inputs = random_inputs(head, 2, 39)
+    guess = torch.zeros(2, 5, head.channels, device=head.device)
+    guess[0, 2] = value
+    ours = Sweeping(head, inputs, guess=guess, tolerance=0.0)
+    for _ in range(5):
+        ours.sweep()
+    expected = reference.denoise(head, *inputs, 0.9, None, dtype=torch.float64)
+    assert relative_error(ours.state.mean, expected[0]) <= 1e-5
+    assert ours.state.settled.tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kernels_that_are_called_off_leave_everything_as_it_is(make_head, dtype):
+    head = make_head(dtype, steps=4, depth=2)
+    ours = Sweeping(head, random_inputs(head, 2, 40, guided=True), cfg_scale=2.0)
+    ours.sweep()
+    before = ours.tensors()
+    ours.state.live.zero_()
+    kept = ours.tensors()
+    ours.sweep()
+    assert same(ours.tensors(), kept)
+    ours.state.live.fill_(1)
+    ours.sweep()
+    changed = {name for name, value in ours.tensors().items() if not torch.equal(value, before[name])}
+    assert changed >= {"x", "h", "operand", "activations", "eps", "v", "eps_u", "mean", "done", "sweeps"}
+
+
+@pytest.mark.parametrize(("dtype", "rows"), [(torch.float32, 2), (torch.float32, 5), (torch.bfloat16, 5)])
+def test_a_sequential_chain_that_is_called_off_keeps_its_inputs_and_results(make_head, dtype, rows):
+    """A few rows, products of the library, products of kernels."""
+    head = make_head(dtype, steps=3, depth=2)
+    ours = Sweeping(head, random_inputs(head, rows, 41))
+    chain, names = ours.chain, ("x", "h", "log_std", "path")
+    for left in (0, 1):
+        ours.state.left.fill_(left)
+        before = [getattr(chain, name).clone() for name in names]
+        chain.run_steps(head, ours.tables, 0, 3)
+        for name, value in zip(names, before):
+            assert torch.equal(getattr(chain, name).nan_to_num(), value.nan_to_num()) == (left == 0), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("cfg_scale", [None, 2.0])
+def test_the_network_at_all_steps(make_head, dtype, cfg_scale):
+    """Beside float64 with the same operands: eps, v and eps of the unconditional half, where each belongs."""
+    head = make_head(dtype, steps=3, depth=2)
+    cond, x, noise = random_inputs(head, 3, 42, guided=cfg_scale is not None)
+    ours = Sweeping(head, (cond, x, noise), cfg_scale=cfg_scale)
+    inputs = ours.state.x.clone()
+    ours.network.evaluate(head, ours.tables)
+    wide = head.to(torch.float64)
+    c = cond.double() @ wide.cond_weight.double().t() + wide.cond_bias
+    for i in range(3):
+        now = inputs[i].double()
+        rows = now if cfg_scale is None else torch.cat([now, now])
+        out = reference.network(wide, rows, wide.time_embedding[i] + c)
+        found = [value.view(3, 3, -1)[i] for value in (ours.network.eps, ours.network.v)]
+        expected = [out[:3, : head.channels], out[:3, head.channels :]]
+        if cfg_scale is not None:
+            found.append(ours.network.eps_u.view(3, 3, -1)[i])
+            expected.append(out[3:, : head.channels])
+        for a, b in zip(found, expected):
+            assert relative_error(a, b) <= (1e-5 if dtype == torch.float32 else 2e-2)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5])
+def test_the_whole_call(make_head, rows):
+    """Tokens that settle, and tokens that the sequential chain makes."""
+    head = make_head(steps=24, width=16)
+    cond, x, noise = random_inputs(head, rows, 43, guided=True)
+    expected = reference.denoise(head, cond, x, noise, 0.9, 1.5, dtype=torch.float64)
+    for tolerance in (1e-6, -1.0):
+        ours = Sweeping(head, (cond, x, noise), cfg_scale=1.5, tolerance=tolerance).whole
+        ours.launch(head, Tables(head))
+        *found, sweeps, trajectory = ours.results(rows, 0.9, Tables(head))
+        for a, b in zip(found, expected):
+            assert relative_error(a, b) <= 1e-5
+        limit = reference.most_sweeps(24)
+        assert trajectory.shape == (rows, 24, head.channels)
+        assert all(count < limit for count in sweeps) if tolerance > 0 else (sweeps == limit + 24).all()
+
+
+@pytest.mark.parametrize("steps", [1, 2, 100, 128, 129, 1000, 4000])
+def test_a_program_has_all_steps_and_few_values_a_thread(steps):
+    for channels in (1, 3, 16, 64):
+        group, warps = sweep_tile(steps, channels)
+        values = (1 << (steps - 1).bit_length()) * group
+        assert group in (1, 2, 4) and warps in (1, 2, 4, 8, 16)
+        assert values <= 128 * warps or warps == 16
