@@ -6,13 +6,13 @@ import itertools
 
 import pytest
 import torch
+from chains import addressed
+
 from cspd.demo.pair import load_pair
 from cspd.models import DiffLoss
-
 from cspd_kernels import DiffusionHead, PhiloxNoise, denoise
 from cspd_kernels.ops.denoise import reference, torch_parallel
 from cspd_kernels.testing import random_inputs, randomize_
-from tests.helpers.chains import addressed
 
 
 def random_head(steps=30, schedule="linear", dtype=torch.float32, **options) -> DiffusionHead:
@@ -97,7 +97,9 @@ def test_the_secants_pay(trained):
     """Sweeps to 1e-4, with them and without."""
     arguments = (trained, *random_inputs(trained, 8, 7), 1.0, None)
     counts = [
-        next(k for k, s in enumerate(reference.sweeps(*arguments, slopes=slopes), 1) if (s.change < 1e-4 * s.size).all())
+        next(
+            k for k, s in enumerate(reference.sweeps(*arguments, slopes=slopes), 1) if (s.change < 1e-4 * s.size).all()
+        )
         for slopes in (True, False)
     ]
     assert counts[0] < 0.8 * counts[1]
@@ -159,7 +161,9 @@ def test_no_nan_that_the_sequential_chain_has_not():
     out = reference.denoise_in_parallel(head, cond, x, noise, 1.0, None, 1e-4, guess.movedim(0, 1))
     torch.testing.assert_close(out[1], expected.mean, rtol=1e-3, atol=1e-3)
     parallel = torch_parallel.Parallel(1e-4, guess.movedim(0, 1))
-    made = torch_parallel.in_parallel(head, cond[None], x, noise, 1.0, None, parallel, lambda *_: pytest.fail("settles"))
+    made = torch_parallel.in_parallel(
+        head, cond[None], x, noise, 1.0, None, parallel, lambda *_: pytest.fail("settles")
+    )
     torch.testing.assert_close(made[1], expected.mean, rtol=1e-3, atol=1e-3)
 
 
@@ -176,7 +180,8 @@ def test_small_workspaces_and_no_rows(trained):
     scale = torch.linspace(0.5, 2, 6)
     options = dict(cfg_scale=scale, parallel_tol=1e-6)
     expected, guess = denoise(trained, *inputs, **options), torch.randn(6, 40, 4)
-    for out in (denoise(trained, *inputs, **options, workspace_bytes=1), denoise(trained, *inputs, **options, guess=guess)):
+    for more in (dict(workspace_bytes=1), dict(guess=guess), dict(workspace_bytes=1, guess=guess)):
+        out = denoise(trained, *inputs, **options, **more)
         assert distance(out, expected) < 3e-6
     out = denoise(trained, *(v[..., :0, :] for v in inputs), **options | dict(cfg_scale=1.0))
     assert out.mean.shape == (0, 4) and out.sweeps.shape == (0,) and out.trajectory.shape == (0, 40, 4)

@@ -13,7 +13,7 @@ from ...backends import prefers_parallel, remembered_chain
 from ...head import DiffusionHead, stream_dtype, without_autocast
 from ...noise import PhiloxNoise
 from .finite import check_result, late_overflows
-from .parallel import AUTO, ROUNDING, Parallel, switched_off
+from .parallel import AUTO, ROUNDING, Parallel, check_tolerance, switched_off
 
 WORKSPACE_BYTES = 256 << 20
 
@@ -119,9 +119,9 @@ def denoise(
             a row that does not settle is made by that chain. "auto": in sweeps to the arithmetic's own rounding
             (float32: 1e-6; bfloat16 and float16: 1e-3) where that was measured to be faster, else one after the other;
             the environment's ``CSPD_PARALLEL=0`` keeps it from sweeps. On a GPU the torch backend waits for the device
-            after every sweep, and is sequential while a CUDA graph is captured; the kernels never wait.
-        guess: (N, T, C) floating: with sweeps, a first guess of the inputs of all steps, such as the ``trajectory`` of a
-            similar chain from the same x_T and noise. It changes how many sweeps there are, not what they lead to.
+            after every sweep, and refuses a number while a CUDA graph is captured; the kernels never wait.
+        guess: (N, T, C) floating: with sweeps, a first guess of the inputs of all steps, such as the ``trajectory`` of
+            a similar chain from the same x_T and noise. It changes how many sweeps there are, not what they lead to.
 
     Returns:
         :class:`Denoised`; :class:`DenoisedInParallel` where ``parallel_tol`` is a number.
@@ -257,13 +257,7 @@ def _check(head, cond, x_T, noise, temperature, cfg_scale, workspace_bytes) -> N
 
 
 def _check_parallel(head, x_T, parallel_tol, guess) -> None:  # noqa: N803
-    if isinstance(parallel_tol, str):
-        if parallel_tol != AUTO:
-            raise ValueError(f"denoise expected parallel_tol None, {AUTO!r} or a number in (0, 1), got {parallel_tol!r}")
-    elif parallel_tol is not None and (
-        isinstance(parallel_tol, bool) or not isinstance(parallel_tol, Real) or not 0 < parallel_tol < 1
-    ):
-        raise ValueError(f"denoise expected parallel_tol None, {AUTO!r} or a number in (0, 1), got {parallel_tol!r}")
+    check_tolerance("denoise", parallel_tol)
     if guess is not None:
         _check_tensor("guess", guess, head, (x_T.shape[0], head.num_steps, head.channels))
 
