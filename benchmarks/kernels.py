@@ -1,4 +1,4 @@
-"""Microbenchmarks of the kernels: ``python benchmarks/kernels.py [--quick] [--json FILE] [--device cuda]``;
+"""Microbenchmarks of the kernels: ``python benchmarks/kernels.py [--quick] [--only SECTION] [--json FILE]``;
 ``--compile-report`` prints registers, spills and shared memory of the Triton kernels instead, without a GPU.
 
 Every row is a ratio against a named baseline, measured in the same run on the same inputs, with the
@@ -14,6 +14,7 @@ import os
 from functools import partial
 from pathlib import Path
 
+import in_parallel
 import torch
 
 from cspd.models import DiffLoss
@@ -37,6 +38,7 @@ CASES = {
     "cuda": [("MAR-B", 2), ("MAR-B", 8), ("MAR-B", 64), ("MAR-L", 2), ("MAR-H", 2), ("MAR-H", 512)],
 }
 STEPS, CHANNELS = 100, 16
+SECTIONS = ("denoise", "parallel", "block", "judging")
 
 
 def why_not_measured(op: str, backend: str, device: torch.device) -> str | None:
@@ -57,9 +59,7 @@ def serving(op: str, device: torch.device) -> list[str]:
 
 def denoise_rows(model: str, rows: int, backends: list[str], runs: int, device: torch.device, report: Report) -> None:
     """The whole chain, 100 steps; errors against float64 on the same operands."""
-    depth, width, cond = HEADS[model]
-    torch.manual_seed(0)
-    diffloss = randomize_(DiffLoss(CHANNELS, cond, depth, width, STEPS), seed=1).to(device).eval()
+    diffloss = _diffloss(model, device)
     heads = {dtype: DiffusionHead.from_module(diffloss, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)}
     inputs = [random_inputs(heads[torch.float32], rows, seed) for seed in range(2)]
     size, functions, fair = f"{model} N={rows} T={STEPS}", {}, {}
@@ -84,6 +84,12 @@ def denoise_rows(model: str, rows: int, backends: list[str], runs: int, device: 
             for baseline in [baseline for baseline in baselines if dtype in fair[baseline]]:
                 timed = (*spread(seconds[name]), *spread(seconds[baseline]))
                 report.add(Row("denoise", size, name, baseline, *timed, runs, error, BOUNDS[dtype], "of max, float64"))
+
+
+def _diffloss(model: str, device: torch.device) -> DiffLoss:
+    depth, width, cond = HEADS[model]
+    torch.manual_seed(0)
+    return randomize_(DiffLoss(CHANNELS, cond, depth, width, STEPS), seed=1).to(device).eval()
 
 
 def _baselines(diffloss, narrow: DiffusionHead, rows: int, arguments, device: torch.device) -> dict[str, tuple]:
@@ -155,6 +161,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one size per op, few runs: a check, not a measurement")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--only", choices=SECTIONS, help="one section of the run")
     parser.add_argument(
         "--compile-report", action="store_true", help="registers, spills, shared memory of all kernels; no GPU needed"
     )
@@ -171,18 +178,39 @@ def main() -> None:
     threads = "" if device.type == "cuda" else f", {torch.get_num_threads()} threads"
     print(f"device: {torch.cuda.get_device_name() if device.type == 'cuda' else 'cpu'}{threads}")
     report = Report(args.json)
-    for model, n in CASES[device.type][: 1 if args.quick else None]:
+    sections = {"denoise": whole_chains, "parallel": in_sweeps, "block": one_block, "judging": judging}
+    for name in (args.only,) if args.only else SECTIONS:
+        sections[name](args.quick, device, report)
+    report.finish()
+
+
+def whole_chains(quick: bool, device: torch.device, report: Report) -> None:
+    """The chain step by step beside what users run today."""
+    for model, n in CASES[device.type][: 1 if quick else None]:
         with report.trying("denoise", f"{model} N={n}"):
-            runs = 3 if args.quick else 7 if n == 64 else 15
-            denoise_rows(model, n, serving("denoise", device), runs, device, report)
-    one_block(args.quick, device, report)
-    for n in (1024,) if args.quick else TOKENS:
-        runs = 5 if args.quick or (n > 10_000 and device.type == "cpu") else 31
+            denoise_rows(model, n, serving("denoise", device), 3 if quick else 7 if n == 64 else 15, device, report)
+
+
+def judging(quick: bool, device: torch.device, report: Report) -> None:
+    """The two ops that judge tokens."""
+    for n in (1024,) if quick else TOKENS:
+        runs = 5 if quick or (n > 10_000 and device.type == "cpu") else 31
         with report.trying("log_density_ratio", f"N={n}"):
             density_ratio_rows(n, serving("log_density_ratio", device), runs, device, report)
         with report.trying("accept_reject", f"N={n}"):
             accept_reject_rows(n, serving("accept_reject", device), runs, device, report)
-    report.finish()
+
+
+def in_sweeps(quick: bool, device: torch.device, report: Report) -> None:
+    """The chain in parallel over its steps."""
+    for model, n, guided in in_parallel.CASES[device.type][: 1 if quick else None]:
+        with report.trying("denoise in parallel", f"{model} N={n}"):
+            diffloss = _diffloss(model, device)
+            for dtype in (torch.float32, torch.bfloat16) if device.type == "cpu" else (torch.bfloat16,):
+                head = DiffusionHead.from_module(diffloss, dtype=dtype)
+                in_parallel.parallel_rows(
+                    model, n, guided, head, BOUNDS[dtype], serving("denoise", device), 3 if quick else 7, device, report
+                )
 
 
 def one_block(quick: bool, device: torch.device, report: Report) -> None:

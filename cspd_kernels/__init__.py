@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 # Looked up on first use, so that `python -m cspd_kernels.info` can report a torch that does not import.
 _EXPORTS = {
     "Denoised": ".ops.denoise",
+    "DenoisedInParallel": ".ops.denoise",
     "DiffusionHead": ".head",
     "PhiloxNoise": ".noise",
     "Schedule": ".schedule",

@@ -145,9 +145,7 @@ def _remember(key: tuple, op: str, backend: str | None, device: torch.device, *c
     return chosen
 
 
-def _automatic(
-    op: str, device: torch.device | None, subject, tokens: int | None, guided: bool, parallel: bool
-) -> str:
+def _automatic(op: str, device: torch.device | None, subject, tokens: int | None, guided: bool, parallel: bool) -> str:
     if device is None or device.type != "cuda":
         return "torch"
     name, refusals = choice(op, device, subject, tokens, guided, parallel)

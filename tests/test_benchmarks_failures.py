@@ -3,22 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
 
 import pytest
 import torch
+from scripts import run_main
 
 CPU = torch.device("cpu")
-
-
-def run_main(module, monkeypatch, *arguments):
-    """(what it exits with, None where it returns)."""
-    monkeypatch.setattr(sys, "argv", ["kernels.py", "--device", "cpu", *map(str, arguments)])
-    try:
-        module.main()
-    except SystemExit as end:
-        return end
-    return None
 
 
 @pytest.fixture
@@ -27,6 +17,7 @@ def small(benchmarks, monkeypatch):
     kernels = benchmarks.kernels
     monkeypatch.setitem(kernels.HEADS, "small", (1, 32, 16))
     monkeypatch.setitem(kernels.CASES, "cpu", [("small", 2), ("small", 3)])
+    monkeypatch.setitem(kernels.in_parallel.CASES, "cpu", [])
     monkeypatch.setattr(kernels, "TOKENS", (20,))
     monkeypatch.setattr(kernels, "STEPS", 4)
     return benchmarks

@@ -38,7 +38,7 @@ def fake_kernels(monkeypatch):
         return lambda head, tokens, guided: f"{head}, {tokens}, {guided}" if head == "long" else None
 
     monkeypatch.setattr(backends, "_load", load)
-    monkeypatch.setattr(backends, "ranked", lambda op, device, subject, tokens, guided: DEFAULT)
+    monkeypatch.setattr(backends, "ranked", lambda *_: DEFAULT)
     monkeypatch.setattr(cuda_support, "why_unsupported_here", lambda device: fake.here)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     backends.log_once.cache_clear()
@@ -52,7 +52,7 @@ def measured(monkeypatch):
     def set_order(*names):
         order = tuple(dict.fromkeys((*names, *DEFAULT)))
 
-        def ranked(op, device, subject, tokens, guided):
+        def ranked(op, device, subject, tokens, *_):
             return order if tokens is not None and tokens <= 8 else DEFAULT
 
         monkeypatch.setattr(backends, "ranked", ranked)

@@ -268,11 +268,12 @@ def test_a_chains_choice_is_made_once_for_each_head_and_number_of_rows(monkeypat
     calls += [(None, heads[1], 4, False)]
     for _ in range(2):
         assert [backends.remembered_chain(*call) for call in calls] == [1, 2, 3, 4, 5]
-    assert asked[1] == ("denoise", None, heads[0].device, heads[0], 4, True)
+    assert asked[1] == ("denoise", None, heads[0].device, heads[0], 4, True, False)
     monkeypatch.setenv("CSPD_PERSISTENT_MAX_TOKENS", "0")
     assert backends.remembered_chain(*calls[0]) == 6
     on_cpu = SimpleNamespace(handle=3, device=torch.device("cpu"))
     assert [backends.remembered_chain(None, on_cpu, 4, False) for _ in range(2)] == [7, 8]
+    assert backends.remembered_chain(None, heads[0], 4, False, True) == 9  # in parallel
 
 
 def test_on_the_cpu_and_for_what_is_no_name_nothing_is_remembered(choices):

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from cspd_kernels import crossover
+from cspd_kernels import backends, crossover
 from cspd_kernels.backends import BACKENDS
 from cspd_kernels.crossover import (
     DEFAULT,
@@ -16,10 +16,12 @@ from cspd_kernels.crossover import (
     PERSISTENT_LIMIT,
     bucket,
     nearest,
+    prefers_parallel,
     prefers_persistent,
     ranked,
     size_of,
 )
+from cspd_kernels.ops.denoise import automatic_tolerance
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 HOPPER = (9, 0)
@@ -59,7 +61,7 @@ def test_the_table_is_well_formed():
             for size, times in sizes.items():
                 assert len(size) == len(size_of(op, head(), 1))
                 for name, milliseconds in times.items():
-                    assert name in (*BACKENDS, PERSISTENT)
+                    assert name.removesuffix(" parallel") in (*BACKENDS, PERSISTENT)
                     assert milliseconds > 0
                 if PERSISTENT in times:
                     assert op == "denoise"
@@ -212,3 +214,46 @@ def test_buckets():
 def test_the_capability_is_that_of_the_device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, device.index))
     assert [crossover._capability.__wrapped__(torch.device("cuda", i)) for i in (0, 1)] == [(9, 0), (9, 1)]
+
+
+# --- in parallel over the steps ---
+
+
+def test_sweeps_are_taken_where_they_were_measured_to_be_the_fastest(card, table):
+    table(denoise={
+        (1024, 6, 2, 2): {"cuda parallel": 1.0, PERSISTENT: 3.0, "triton parallel": 4.0, "triton": 6.0, "cuda": 8.0},
+        (1024, 6, 2, 64): {"cuda": 10.0, "triton": 13.0, "triton parallel": 14.0, "cuda parallel": 20.0},
+    })  # fmt: skip
+    assert ranked("denoise", CUDA, head(), 2, parallel=None)[:2] == ("cuda parallel", PERSISTENT)
+    assert ranked("denoise", CUDA, head(), 2) == (PERSISTENT, "triton", "cuda", "torch")  # step by step
+    forced = ("triton parallel", "cuda parallel", "torch parallel")
+    assert ranked("denoise", CUDA, head(), 64, parallel=True) == forced
+    assert [prefers_parallel(head(), 2, False, backend) for backend in ("cuda", "triton", "torch")] == [
+        True,
+        True,
+        False,
+    ]
+    assert [prefers_parallel(head(), 64, False, backend) for backend in ("cuda", "triton")] == [False, False]
+    assert backends.prefers_parallel("cuda", head(), 2, False) and not backends.prefers_parallel(
+        "torch", head(), 2, False
+    )
+    assert prefers_parallel(head(), 1, True, "cuda")  # two rows
+
+
+def test_nothing_was_measured_in_parallel_yet():
+    """Until a device has been measured "auto" is the sequential chain everywhere; the README says so."""
+    names = {name for ops in FASTEST.values() for times in ops["denoise"].values() for name in times}
+    assert not [name for name in names if name.endswith("parallel")]
+    assert not prefers_parallel(head(device=CPU), 1, False, "torch")
+
+
+def test_the_switch_of_sweeps(card, table, monkeypatch):
+    table(denoise={(1024, 6, 2, 2): {"cuda parallel": 1.0, "cuda": 8.0}})
+    monkeypatch.setattr(backends, "choice", lambda *_: ("cuda parallel", {}))
+    assert automatic_tolerance(head(), 1, True, None) == 1e-3
+    assert automatic_tolerance(head(dtype=torch.float32), 1, True, None) == 1e-6
+    monkeypatch.setenv("CSPD_PARALLEL", "0")
+    assert automatic_tolerance(head(), 1, True, None) is None
+    monkeypatch.setenv("CSPD_PARALLEL", "off")
+    with pytest.raises(ValueError, match="expected CSPD_PARALLEL as 0"):
+        automatic_tolerance(head(), 1, True, None)

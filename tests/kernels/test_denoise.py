@@ -195,14 +195,14 @@ def test_small_workspace_bounds_the_modulations_and_changes_nothing(head, monkey
         cfg_scale = torch.linspace(0, 4, 13)
     inputs = random_inputs(head, 13, 8, guided=not isinstance(cfg_scale, float) or cfg_scale != 1)
     expected = denoise(head, *inputs, cfg_scale=cfg_scale)
-    sizes, modulations = [], torch_backend._modulations
+    sizes, modulations = [], torch_backend.modulations
 
     def spy(*args):
         blocks, final = modulations(*args)
         sizes.append(sum(v.numel() * v.element_size() for v in (*blocks, final)))
         return blocks, final
 
-    monkeypatch.setattr(torch_backend, "_modulations", spy)
+    monkeypatch.setattr(torch_backend, "modulations", spy)
     assert_close(denoise(head, *inputs, cfg_scale=cfg_scale, workspace_bytes=workspace), expected, 1e-6)
     assert len(sizes) > 1
     assert workspace == 1 or max(sizes) <= workspace
@@ -289,7 +289,7 @@ def test_one_group_of_modulations_is_alive_at_a_time(head, monkeypatch):
         alive[:] = [weakref.ref(value) for value in (*block_mods, final_mods)]
         return block_mods, final_mods
 
-    original = torch_backend._modulations
-    monkeypatch.setattr(torch_backend, "_modulations", modulations)
+    original = torch_backend.modulations
+    monkeypatch.setattr(torch_backend, "modulations", modulations)
     denoise(head, *random_inputs(head, 3, 0), workspace_bytes=20_000)
     assert len(alive) == head.depth + 1

@@ -13,7 +13,7 @@ from ...backends import prefers_parallel, remembered_chain
 from ...head import DiffusionHead, stream_dtype, without_autocast
 from ...noise import PhiloxNoise
 from .finite import check_result, late_overflows
-from .parallel import AUTO, ROUNDING, Parallel, switched_off
+from .parallel import AUTO, ROUNDING, Parallel, check_tolerance, switched_off
 
 WORKSPACE_BYTES = 256 << 20
 
@@ -36,7 +36,7 @@ _TAGS = (torch.Tag.pt2_compliant_tag, *([torch.Tag.cudagraph_unsafe] if hasattr(
 _library = torch.library.Library("cspd_kernels", "FRAGMENT")
 _library.define(
     f"{_name}(int head, Tensor cond, Tensor x_T, Tensor? noise, Tensor? rows, SymInt seed, float temperature, "
-    "Tensor? cfg_scale, str? backend, int workspace_bytes, float? parallel_tol, Tensor? guess) -> "
+    "Tensor? cfg_scale, str? backend, int workspace_bytes, float? parallel_tol=None, Tensor? guess=None) -> "
     "(Tensor mean, Tensor log_std, Tensor path_log_std, Tensor sweeps, Tensor trajectory)",
     tags=_TAGS,
 )
@@ -54,11 +54,20 @@ class Denoised(NamedTuple):
     mean: torch.Tensor  # (N, C) mean of the last step
     log_std: torch.Tensor  # (N, C) log standard deviation of the last step, log(temperature) included
     path_log_std: torch.Tensor  # (N,) sum over steps T-1..1 and channels of log std, without the temperature
-    # (N,) int32, None where parallel_tol is: network calls that followed each other. T where they are those of the steps;
-    # in parallel the sweeps, and T more for a row that had not settled and was made step by step.
-    sweeps: torch.Tensor | None = None
-    # (N, T, C), where parallel_tol is a number: inputs of all steps after the last sweep, to guess another chain's.
-    trajectory: torch.Tensor | None = None
+
+    sweeps = trajectory = None  # not known; no fields, which callers unpack
+
+
+class DenoisedInParallel(NamedTuple):
+    """As :class:`Denoised`, of a call whose ``parallel_tol`` is a number."""
+
+    sample: torch.Tensor
+    mean: torch.Tensor
+    log_std: torch.Tensor
+    path_log_std: torch.Tensor
+    sweeps: torch.Tensor  # (N,) int32 network calls that followed each other: the row's sweeps, and T more for a row
+    # that did not settle and was made step by step
+    trajectory: torch.Tensor  # (N, T, C) inputs of all steps after the last sweep, to guess another chain's
 
 
 @torch.no_grad()
@@ -74,7 +83,7 @@ def denoise(
     workspace_bytes: int = WORKSPACE_BYTES,
     parallel_tol: float | str | None = AUTO,
     guess: torch.Tensor | None = None,
-) -> Denoised:
+) -> Denoised | DenoisedInParallel:
     """Run the whole reverse chain; same noise in, same tokens out, up to rounding, whatever the backend.
 
     For i = T-1..0, with (eps, v) the network's output and the tables of ``head.schedule``::
@@ -110,12 +119,12 @@ def denoise(
             a row that does not settle is made by that chain. "auto": in sweeps to the arithmetic's own rounding
             (float32: 1e-6; bfloat16 and float16: 1e-3) where that was measured to be faster, else one after the other;
             the environment's ``CSPD_PARALLEL=0`` keeps it from sweeps. On a GPU the torch backend waits for the device
-            after every sweep, and is sequential while a CUDA graph is captured; the kernels never wait.
-        guess: (N, T, C) floating: with sweeps, a first guess of the inputs of all steps, such as the ``trajectory`` of a
-            similar chain from the same x_T and noise. It changes how many sweeps there are, not what they lead to.
+            after every sweep, and refuses a number while a CUDA graph is captured; the kernels never wait.
+        guess: (N, T, C) floating: with sweeps, a first guess of the inputs of all steps, such as the ``trajectory`` of
+            a similar chain from the same x_T and noise. It changes how many sweeps there are, not what they lead to.
 
     Returns:
-        :class:`Denoised`.
+        :class:`Denoised`; :class:`DenoisedInParallel` where ``parallel_tol`` is a number.
 
     Raises:
         TypeError, ValueError: an argument does not fit; nothing has been computed.
@@ -139,12 +148,15 @@ def denoise(
         head.handle, cond, x_T, stored, rows, seed, float(temperature), cfg_scale, backend, workspace_bytes,
         tolerance, guess,
     )  # fmt: skip
-    known = 0 if tolerance is None else 1 if tolerance < 0 else 2
-    return Denoised(mean, mean, log_std, path_log_std, *more[:known])  # two fields, one tensor: an op must not return it twice
+    # Two fields, one tensor: an op must not return it twice.
+    if tolerance is None or tolerance < 0:
+        return Denoised(mean, mean, log_std, path_log_std)
+    return DenoisedInParallel(mean, mean, log_std, path_log_std, *more)
 
 
 def run(
-    head, cond, x_T, noise, rows, seed, temperature, cfg_scale, backend, workspace_bytes, parallel_tol, guess  # noqa: N803
+    head, cond, x_T, noise, rows, seed, temperature, cfg_scale, backend, workspace_bytes,  # noqa: N803
+    parallel_tol=None, guess=None,
 ):  # fmt: skip
     """The op: everything that looks at values or at this machine, which a compiler must not see, then a backend.
 
@@ -173,11 +185,8 @@ def run(
     with without_autocast(head.device):  # the head's dtype decides, not the caller's autocast
         _, *out = function(head, cond, x_T.to(stream), noise, temperature, cfg_scale, workspace_bytes, parallel)
     check_result(head, out[0], overflows)
-    # As fake tensors have it, which do not know what is faster.
-    if parallel is None:
-        out.append(x_T.new_full((len(x_T) if automatic else 0,), head.num_steps, dtype=torch.int32))
-    if parallel is None or automatic:
-        out[4:] = [out[0].new_empty(0)]
+    if parallel is None or automatic:  # as fake tensors have it, which do not know what is faster
+        out[3:] = [x_T.new_empty(0, dtype=torch.int32), out[0].new_empty(0)]
     return tuple(value.contiguous() for value in out)
 
 
@@ -187,10 +196,11 @@ def automatic_tolerance(head: DiffusionHead, tokens: int, guided: bool, backend:
 
 
 def _fake(head, cond, x_T, *arguments):  # noqa: N803
-    head, tolerance = DiffusionHead.of_handle(head), arguments[-2]
+    # The arguments of ``run`` behind x_T, those with a default left out where they have it.
+    head, tolerance = DiffusionHead.of_handle(head), next(iter(arguments[7:]), None)
     mean = x_T.new_empty(x_T.shape, dtype=stream_dtype(head.dtype))
-    sweeps = x_T.new_empty(0 if tolerance is None else x_T.shape[0], dtype=torch.int32)
     known = tolerance is not None and tolerance >= 0
+    sweeps = x_T.new_empty(x_T.shape[0] if known else 0, dtype=torch.int32)
     trajectory = mean.new_empty((x_T.shape[0], head.num_steps, head.channels) if known else (0,))
     return mean, torch.empty_like(mean), mean.new_empty(mean.shape[:1]), sweeps, trajectory
 
@@ -247,13 +257,7 @@ def _check(head, cond, x_T, noise, temperature, cfg_scale, workspace_bytes) -> N
 
 
 def _check_parallel(head, x_T, parallel_tol, guess) -> None:  # noqa: N803
-    if isinstance(parallel_tol, str):
-        if parallel_tol != AUTO:
-            raise ValueError(f"denoise expected parallel_tol None, {AUTO!r} or a number in (0, 1), got {parallel_tol!r}")
-    elif parallel_tol is not None and (
-        isinstance(parallel_tol, bool) or not isinstance(parallel_tol, Real) or not 0 < parallel_tol < 1
-    ):
-        raise ValueError(f"denoise expected parallel_tol None, {AUTO!r} or a number in (0, 1), got {parallel_tol!r}")
+    check_tolerance("denoise", parallel_tol)
     if guess is not None:
         _check_tensor("guess", guess, head, (x_T.shape[0], head.num_steps, head.channels))
 

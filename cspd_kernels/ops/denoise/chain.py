@@ -55,8 +55,9 @@ class Chain:
     at all of its steps at once, for sweeps (``parallel_chain``): T N tokens, of which x are the inputs and eps, v and
     eps_u what the network puts out. It reads the other's modulations and has no other inputs of its own.
 
-    A backend adds the buffers of its kernels, ``embed`` and ``run_steps``, to ``start`` what else comes first, and for
-    sweeps ``evaluate``, ``sweep`` and ``settle``; a chain whose kernels may stop waiting for each other also an ``error`` (1,) int32, 0 unless one did.
+    A backend adds the buffers of its kernels, ``embed`` and ``run_steps``, to ``start`` what else comes first, for
+    sweeps ``evaluate``, ``sweep`` and ``settle``, and to a chain whose kernels may stop waiting for each other an
+    ``error`` (1,) int32, 0 unless one did.
 
     It does not hold the head, whose life ends the chain's.
     """
@@ -77,7 +78,7 @@ class Chain:
         """``steps``: whose modulations are alive at a time. ``static``: a tensor of noise is copied, too."""
         device, dtype = head.device, head.dtype
         self.tokens, self.halves, self.steps = tokens, 2 if guided else 1, steps
-        # Row of half g of token t, the t % period-th of step t // period: (t // period * halves + g) * period + t % period.
+        # Tokens of a step. Half g of token t has row (t // period * halves + g) * period + t % period.
         self.period = tokens if sweeps_of is None else sweeps_of.tokens
         self.rows = rows = tokens * self.halves
         self.philox, self.static = isinstance(noise, PhiloxNoise), static

@@ -22,7 +22,7 @@ from .workspace import in_blocks_of_rows
 def denoise(
     head, cond, x_T, noise, temperature, cfg_scale, workspace_bytes, parallel: Parallel | None = None  # noqa: N803
 ):  # fmt: skip
-    """As :func:`cspd_kernels.denoise`; ``cfg_scale`` None means no guidance. Never waits for the device but in parallel."""
+    """As :func:`cspd_kernels.denoise`; ``cfg_scale`` None means no guidance. Waits for the device in parallel alone."""
     rows, halves = x_T.shape[0], 1 if cfg_scale is None else 2
     # Shift, scale and gate of every block, shift and scale of the last layer, silu(y), and y before it is rounded.
     bytes_per_row = halves * head.width * ((3 * head.depth + 3) * head.dtype.itemsize + 2 * x_T.dtype.itemsize)

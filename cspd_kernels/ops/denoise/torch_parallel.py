@@ -1,7 +1,7 @@
 """``denoise`` in torch by sweeps over all steps at once, as ``reference.sweeps`` defines them.
 
-The network runs for the steps and the tokens that still change: tokens leave when they settle, and steps, from the noise
-end on, when their inputs do not change any more but by rounding. The recursion is solved for what changes. With
+The network runs for the steps and the tokens that still change: tokens leave when they settle, and steps, from the
+noise end on, when their inputs do not change any more but by rounding. The recursion is solved for what changes. With
 ``Y = X + d`` and ``F_i`` the step from the inputs X_i it is affine::
 
     d_i-1 = (F_i(X_i) - X_i-1) + (coef1[i] slope_i + coef2[i]) d_i,        d_T-1 = 0,   Y_i-1 = F_i(X_i) + (...) d_i
@@ -29,13 +29,13 @@ def in_parallel(
     """cond [G, N, Z] with G = 2 under guidance, x_T [N, C] -> the fields of Denoised.
 
     Args:
-        finish: the chain step by step, ``finish(head, cond, x_T, noise, temperature, cfg_scale, steps_at_once)``, of the
-            tokens that do not settle.
+        finish: the chain step by step, ``finish(head, cond, x_T, noise, temperature, cfg_scale, steps_at_once)``, of
+            the tokens that do not settle.
     """
     if x_T.is_cuda and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             "denoise expected parallel_tol=None with backend='torch' in a CUDA graph of the caller's, got "
-            f"{parallel.tolerance}: its sweeps wait for the device. Use backend='triton' or 'cuda', or parallel_tol=None"
+            f"{parallel.tolerance}: its sweeps wait for the device. Use backend='triton' or 'cuda', or leave it out"
         )
     rows, steps, channels = len(x_T), head.num_steps, head.channels
     limit = most_sweeps(steps)
