@@ -21,6 +21,7 @@ from cspd_kernels.ops.accept_reject import RESIDUALS
 from cspd_kernels.ops.accept_reject.triton import accept_reject
 from cspd_kernels.ops.denoise.chain import Tables
 from cspd_kernels.ops.denoise.cuda_chain import DTYPE_CODES
+from cspd_kernels.ops.denoise.parallel_chain import ParallelChain
 from cspd_kernels.ops.denoise.triton_chain import LayeredChain
 from cspd_kernels.ops.denoise.triton_config import FLOAT32_TILES, HALF_TILES, Products, Tile
 from cspd_kernels.ops.density_ratio.triton import log_density_ratio
@@ -33,6 +34,7 @@ TOKENS = (1, 2, 4, 8, 16, 64, 128, 512)  # every tile of the table
 QUICK_TOKENS = (1, 64, 512)
 DTYPES = (torch.bfloat16, torch.float32)  # float16 compiles to what bfloat16 does
 CASES = ((True, True), (False, False))  # guided, Philox noise; the first needs more registers
+SWEPT = ((1, 100), (64, 100), (1, 1000))  # tokens, steps, in parallel over the steps
 MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}  # A100, H100 and H200, B200
 PLANNED_ROWS = (2, 16)
 VERDICT_CHANNELS = (1, 4, 16, 32, 64, 100, 256)
@@ -51,11 +53,8 @@ def launches_of(
 ) -> list[Launch]:
     """Every kernel specialisation that a chain of this size launches, recorded on tensors without storage; with a tile,
     the products of this one."""
+    head, noise = _without_storage(depth, width, cond, dtype, tokens, philox, 2)
     with torch.device("meta"):
-        head = DiffusionHead.from_module(DiffLoss(CHANNELS, cond, depth, width, "2"), dtype=dtype)
-        noise = torch.empty(2, tokens, CHANNELS)
-        if philox:
-            noise = PhiloxNoise(0, torch.empty(tokens, dtype=torch.int64))
         condition, x = torch.empty(2 * tokens if guided else tokens, cond), torch.empty(tokens, CHANNELS)
     with recorded_launches() as launches:
         if tile:
@@ -67,6 +66,29 @@ def launches_of(
         chain.load(condition, x, noise, 1.0, 2.0 if guided else None)
         chain.launch(head, Tables(head))
     return list(launches)
+
+
+def sweep_launches(
+    depth: int, width: int, cond: int, dtype: torch.dtype, tokens: int, guided: bool, philox: bool, steps: int
+) -> list[Launch]:
+    """Likewise of a chain in parallel over its steps, all of whose kernels but the first ones may be called off."""
+    head, noise = _without_storage(depth, width, cond, dtype, tokens, philox, steps)
+    with recorded_launches() as launches:
+        for guessed in (False, True):
+            chain = ParallelChain(LayeredChain, head, tokens, guided, noise, static=True, guessed=guessed)
+            chain.launch(head, Tables(head))
+    return list(launches)
+
+
+def _without_storage(
+    depth, width, cond, dtype, tokens, philox, steps
+) -> tuple[DiffusionHead, torch.Tensor | PhiloxNoise]:
+    """A head and the noise of a call."""
+    with torch.device("meta"):
+        head = DiffusionHead.from_module(DiffLoss(CHANNELS, cond, depth, width, str(steps)), dtype=dtype)
+        if philox:
+            return head, PhiloxNoise(0, torch.empty(tokens, dtype=torch.int64))
+        return head, torch.empty(steps, tokens, CHANNELS)
 
 
 def with_products(first: Tile | None, second: Tile | None) -> type[LayeredChain]:
@@ -93,6 +115,12 @@ def _chain_rows(model, size, dtype, tokens, case) -> list[dict]:
     guided, philox = case
     described = {"model": model, "tokens": tokens, "guided": guided, "philox": philox}
     return _rows(launches_of(*size, dtype, tokens, guided, philox), dtype, described)
+
+
+def _sweep_rows(model, size, dtype, tokens, steps, case) -> list[dict]:
+    guided, philox = case
+    described = {"model": model, "tokens": f"{tokens} x {steps}", "guided": guided, "philox": philox}
+    return _rows(sweep_launches(*size, dtype, tokens, guided, philox, steps), dtype, described)
 
 
 def _tile_rows(model, size, dtype, tile) -> list[dict]:
@@ -192,6 +220,13 @@ def report(heads: dict[str, tuple[int, int, int]], quick: bool, processes: int) 
         for model, size in heads.items()
         for dtype in DTYPES
         for tokens in (QUICK_TOKENS if quick else TOKENS)
+        for case in CASES[: 1 if quick else None]
+    ]
+    work += [
+        (_sweep_rows, model, size, dtype, tokens, steps, case)
+        for model, size in heads.items()
+        for dtype in DTYPES[: 1 if quick else None]
+        for tokens, steps in SWEPT[: 1 if quick else None]
         for case in CASES[: 1 if quick else None]
     ]
     work += [

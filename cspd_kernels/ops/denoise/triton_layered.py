@@ -3,8 +3,9 @@
 Few rows: two kernels a block, ``_few_mlp0_kernel`` and ``_few_mlp1_kernel``, each program with whole rows of its
 operand. More rows: ``_norm_kernel`` writes the operand of a block's first product once, then two products with what
 comes behind them, ``_mlp0_kernel`` and ``_mlp1_kernel``; where a product is the library's, ``_bias_silu_kernel`` and
-``_residual_kernel`` (with the next block's norm) stand behind it. ``_update_kernel`` ends a step, ``_input_kernel``
-begins the next one.
+``_residual_kernel`` (with the next block's norm) stand behind it. In front of the blocks of a step stands
+``_input_kernel``, behind them ``_update_kernel`` (``triton_ends``). In parallel over all steps the same kernels run on
+the rows of all of them, with ``_output_kernel`` at the end, and ``triton_sweep`` has what follows.
 
 Each kernel may start before the one in front of it has ended (programmatic dependent launch, PDL, from compute
 capability 9.0 on), which hides its launch and the loads of its weights. It is safe by three rules:
@@ -15,6 +16,9 @@ capability 9.0 on), which hides its launch and the loads of its weights. It is s
   has ended, all of whose programs have waited in turn: so everything before it has ended, too, and may be overwritten.
 - A program lets the next kernel start only after its own wait. So when a kernel starts, all but the one in front of it
   have ended, and that one writes no weights.
+
+A kernel with a flag ``live`` that is 0 returns at once, behind the wait: who reads the flag knows that its writer has
+ended, and the rules hold for it as for any other. ``live`` None is known at compile time, and costs nothing.
 
 Kernels of others between ours (library products, copies), and ``_condition_kernel``, wait for the end of everything
 before them, and the wait for the end of one of them is the same wait.
@@ -34,7 +38,6 @@ from .triton_tiles import (
     tile_of_program,
     wait_for_previous,
 )  # fmt: skip
-
 
 # --- a few rows ---
 

@@ -19,7 +19,8 @@ def _compose(factor, offset, next_factor, next_offset):
 
 @triton.jit
 def _slope(change, moved, first):
-    """Of x0, by the secant through two sweeps, limited to [0, 1]; 0 in the first, where x has not moved, and for NaN."""
+    """Of x0, by the secant through two sweeps, limited to [0, 1]; 0 in the first one, for NaN, and where x has not
+    moved."""
     secant = change / tl.where(moved == 0.0, 1.0, moved)
     return tl.where((secant > 0.0) & (moved != 0.0) & (first == 0), tl.minimum(secant, 1.0), 0.0)
 
@@ -62,8 +63,7 @@ def _sweep_kernel(
     channels = (tl.program_id(1) * G + tl.arange(0, G))[None, :]
     known = channels < C
     valid = (step >= 0) & known
-    table = step_table(coefficients, tl.maximum(step, 0))
-    recip, recipm1, coef1, coef2, upper, lower = table
+    recip, recipm1, coef1, coef2, upper, lower = step_table(coefficients, tl.maximum(step, 0))
     of_token = token.to(tl.int64) * C + channels
     to_next = N.to(tl.int64) * C
     at = step.to(tl.int64) * to_next + of_token
