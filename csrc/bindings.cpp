@@ -81,10 +81,10 @@ void bias_silu(int type, Address value, Address bias, Address mods, Address next
 }
 
 void input(int type, Address x, Address weight, Address bias, Address h, Address norm_weight, Address norm_bias,
-           Address mods, Address out, std::int64_t n, int halves, int channels, int width, float epsilon, bool early,
-           Address stream) {
+           Address mods, Address out, std::int64_t n, int halves, int channels, int width, float epsilon,
+           std::int64_t period, bool early, Address stream) {
   const cspd::AnyModulation modulation = {norm_weight, norm_bias, mods, epsilon};
-  check(cspd::input(operand(type), x, weight, bias, h, modulation, out, n, halves, channels, width, early, stream),
+  check(cspd::input(operand(type), x, weight, bias, h, modulation, out, n, halves, channels, width, period, early, stream),
         "input");
 }
 
@@ -129,6 +129,34 @@ void update(Address final_operand, Address final_weight, Address final_bias, Add
                                   width,
                                   learned};
   check(cspd::update(arguments, stream), "update");
+}
+
+void output(Address operand, Address final_weight, Address final_bias, Address eps, Address v, Address eps_u,
+            std::int64_t tokens, std::int64_t period, int channels, int width, Address live, Address stream) {
+  const cspd::NetworkOutput arguments = {operand, final_weight, final_bias, eps,   v,   eps_u,
+                                         tokens,  period,       channels,   width, live};
+  check(cspd::output(arguments, stream), "output");
+}
+
+void sweep(Address eps, Address v, Address eps_u, Address start, Address scale, Address temperature, Address noise,
+           std::int64_t noise_step, Address seed, Address addresses, Address tables, Address x, Address before,
+           Address x0, Address x0_u, Address mean, Address log_std, Address path, Address change, Address size,
+           Address settled, Address done, Address live, std::int64_t tokens, int steps, int channels, bool begin,
+           bool guessed, Address stream) {
+  const cspd::Sweep arguments = {
+      eps,  v,    eps_u,   start, scale,  temperature, {noise, noise_step, seed, addresses},
+      tables, x,  before,  x0,    x0_u,   mean,        log_std,
+      path, change, size,  settled, done, live,        tokens,
+      steps, channels, begin, guessed};
+  check(cspd::sweep(arguments, stream), "sweep");
+}
+
+void settle(Address change, Address size, Address tolerance, Address count, Address settled, Address sweeps,
+            Address done, Address live, Address left, std::int64_t tokens, int steps, int channels, int limit, bool begin,
+            Address stream) {
+  const cspd::Settle arguments = {change, size, tolerance, count, settled, sweeps, done,
+                                  live,   left, tokens,    steps, channels, limit, begin};
+  check(cspd::settle(arguments, stream), "settle");
 }
 
 cspd::PersistentPlan persistent_plan(int type, int rows, int tokens, int channels, int width, int depth,
@@ -202,6 +230,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("residual", &residual, unlocked);
   m.def("block", &block, unlocked);
   m.def("update", &update, unlocked);
+  m.def("output", &output, unlocked);
+  m.def("sweep", &sweep, unlocked);
+  m.def("settle", &settle, unlocked);
   m.def("driver_version", [] { return version(cudaDriverGetVersion); });
   m.def("runtime_version", [] { return version(cudaRuntimeGetVersion); });
   m.def("persistent_plan", &persistent_plan);

@@ -51,7 +51,7 @@ cudaError_t bias_silu(Operand type, void* value, const void* bias, const Ahead& 
 
 cudaError_t input(Operand type, const float* x, const float* weight, const float* bias, float* h,
                   const AnyModulation& any, void* operand, std::int64_t tokens, int halves, int channels, int width,
-                  bool early, cudaStream_t stream) {
+                  std::int64_t period, bool early, cudaStream_t stream) {
   if (!covered(width)) return cudaErrorInvalidValue;
   return with_type(type, [&](auto zero) {
     using T = decltype(zero);
@@ -62,7 +62,7 @@ cudaError_t input(Operand type, const float* x, const float* weight, const float
         const std::size_t shared = (statistics_floats(kTokens) + kTokens * channels) * sizeof(float);
         const Grid grid{(tokens + kTokens - 1) / kTokens, threads_of_row(width), shared, false, early};
         return launch(input_kernel<T, Out, kTokens>, grid, stream, x, weight, bias, h, modulation,
-                      static_cast<Out*>(operand), tokens, halves, channels, width);
+                      static_cast<Out*>(operand), tokens, halves, channels, width, period);
       };
       return tokens <= kLoneTokens ? with_tokens(std::integral_constant<int, 1>{})
                                    : with_tokens(std::integral_constant<int, kSharing>{});
@@ -84,24 +84,43 @@ cudaError_t residual(Operand type, const void* product, const void* bias, const 
   });
 }
 
-cudaError_t update(const Update& update, cudaStream_t stream) {
-  if (!covered(update.width)) return cudaErrorInvalidValue;
-  const auto run = [&](auto tokens, auto channels, auto threads) {
-    constexpr int kTokens = decltype(tokens)::value, kChannels = decltype(channels)::value;
-    constexpr int kThreads = decltype(threads)::value, kTiles = kThreads / kWarp;
-    const std::int64_t tiles =
-        (update.tokens + kTokens - 1) / kTokens * ((update.channels + kChannels - 1) / kChannels);
-    const Grid grid{(tiles + kTiles - 1) / kTiles, kThreads, 0, false, true};
-    return launch(update_kernel<kTokens, kChannels, kThreads>, grid, stream, update);
+namespace {
+
+// ``run`` with the tokens and channels of a warp, and the threads of a block.
+template <typename Run>
+cudaError_t with_final_tile(std::int64_t tokens, int channels, const Run& run) {
+  const auto with = [&](auto of_tokens, auto of_channels, auto of_threads) {
+    constexpr int kTokens = decltype(of_tokens)::value, kChannels = decltype(of_channels)::value;
+    constexpr int kThreads = decltype(of_threads)::value, kTiles = kThreads / kWarp;
+    const std::int64_t tiles = (tokens + kTokens - 1) / kTokens * ((channels + kChannels - 1) / kChannels);
+    return run(of_tokens, of_channels, of_threads, Grid{(tiles + kTiles - 1) / kTiles, kThreads, 0, false, true});
   };
   using std::integral_constant;
   const integral_constant<int, 1> one;
   const integral_constant<int, 2> two;
   const integral_constant<int, 4> four;
   // Few tokens are spread over the device; many share what a block reads.
-  if (update.tokens <= 32) return run(one, one, integral_constant<int, 64>{});
-  if (update.tokens <= 128) return run(two, two, integral_constant<int, 64>{});
-  return run(four, four, integral_constant<int, 256>{});
+  if (tokens <= 32) return with(one, one, integral_constant<int, 64>{});
+  if (tokens <= 128) return with(two, two, integral_constant<int, 64>{});
+  return with(four, four, integral_constant<int, 256>{});
+}
+
+}  // namespace
+
+cudaError_t update(const Update& update, cudaStream_t stream) {
+  if (!covered(update.width)) return cudaErrorInvalidValue;
+  return with_final_tile(update.tokens, update.channels, [&](auto tokens, auto channels, auto threads, const Grid& grid) {
+    constexpr int kTokens = decltype(tokens)::value, kChannels = decltype(channels)::value;
+    return launch(update_kernel<kTokens, kChannels, decltype(threads)::value>, grid, stream, update);
+  });
+}
+
+cudaError_t output(const NetworkOutput& output, cudaStream_t stream) {
+  if (!covered(output.width)) return cudaErrorInvalidValue;
+  return with_final_tile(output.tokens, output.channels, [&](auto tokens, auto channels, auto threads, const Grid& grid) {
+    constexpr int kTokens = decltype(tokens)::value, kChannels = decltype(channels)::value;
+    return launch(output_kernel<kTokens, kChannels, decltype(threads)::value>, grid, stream, output);
+  });
 }
 
 }  // namespace cspd

@@ -30,6 +30,10 @@ class Tables:
         self.addresses = to_device(torch.tensor(addresses, dtype=torch.int64, device="cpu"), head.device)  # (D, 6)
         self.gave_up = LateReport(head.device)
 
+    def refresh(self, head: DiffusionHead) -> None:
+        """The copies of the module's own weights, which may have changed."""
+        self.input_weight.copy_(head.input_weight.t())
+
     def check(self) -> None:
         """Raise where an earlier call is known to have failed, once."""
         if self.gave_up.news():

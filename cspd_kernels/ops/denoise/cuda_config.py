@@ -38,6 +38,10 @@ TABLE = (
 )
 
 
+# Of all rows, for what must not be the library's.
+OWN = (*TABLE, Entry(2**31, 2048, Tile(64, 64)))
+
+
 def tile_for(rows: int, width: int, dtype: torch.dtype, table: tuple[Entry, ...] = TABLE) -> Tile | None:
     """The tile of the own products for so many rows, or None where the library makes them."""
     if dtype == torch.float32:

@@ -42,7 +42,10 @@ class LayeredChain(CudaChain):
     def __init__(self, head, tokens, guided, noise, steps, static, sweeps_of=None):
         super().__init__(head, tokens, guided, noise, steps, static, sweeps_of)
         shape = self.rows, head.width
-        self.tile = cuda_config.tile_for(*shape, head.dtype, self.table)
+        # At all steps at once the products are the extension's own: a part of a graph that the device repeats cannot
+        # hold the library's, whose workspace would lie outside of the graph's memory.
+        table = self.table if sweeps_of is None else cuda_config.OWN
+        self.tile = cuda_config.tile_for(*shape, head.dtype, table)
         self.h = torch.empty(shape, device=head.device, dtype=torch.float32)
         self.operand, self.hidden, self.product = torch.empty((3, *shape), device=head.device, dtype=head.dtype)
         self.final_operand = torch.empty_like(self.h)
@@ -92,7 +95,7 @@ class LayeredChain(CudaChain):
         extension().input(
             self.code, self.x.data_ptr(), tables.input_weight.data_ptr(), head.input_bias.data_ptr(), self.h_at,
             *self.next_operand(layers, 0, first_row), self.tokens, self.halves, head.channels, self.width, self.epsilon,
-            early, stream,
+            self.period, early, stream,
         )  # fmt: skip
 
     def run_block(
@@ -125,7 +128,7 @@ class LayeredChain(CudaChain):
 
     def run_steps(self, head, tables, start, stop) -> None:
         if stop == head.num_steps:
-            tables.input_weight.copy_(head.input_weight.t())  # the module's own weights may have changed
+            tables.refresh(head)
         kernels, stream, layers = extension(), launch_stream(head.device), Layers.of(head)
         ends = head.final_weight.data_ptr(), head.final_bias.data_ptr()
         coefficients, x = tables.coefficients.data_ptr(), self.x.data_ptr()
@@ -144,3 +147,48 @@ class LayeredChain(CudaChain):
                 self.scale_pointer, x, noise + step * noise_bytes, seed, addresses, step, log_std, path, self.tokens,
                 head.channels, head.learned_variance, self.width, stream,
             )  # fmt: skip
+
+    def evaluate(self, head, tables) -> None:
+        stream, layers = launch_stream(head.device), Layers.of(head)
+        self.begin_step(head, tables, 0, layers, stream)
+        for index in range(head.depth):
+            self.run_block(head, index, 0, layers, stream)
+        extension().output(
+            self.final_operand_at, head.final_weight.data_ptr(), head.final_bias.data_ptr(), _address(self.eps),
+            _address(self.v), _address(self.eps_u), self.tokens, self.period, head.channels, self.width, 0, stream,
+        )  # fmt: skip
+
+    def sweep(self, tables, chain, state, begin) -> None:
+        noise, noise_step = (0, 0) if chain.philox else (chain.noise.data_ptr(), chain.noise.stride(0))
+        given = (self.eps, self.v, self.eps_u, chain.x, chain.scale, chain.temperature)
+        kept = (
+            state.x,
+            state.before,
+            state.x0,
+            state.x0_u,
+            state.mean,
+            state.log_std,
+            state.path,
+            state.change,
+            state.size,
+        )
+        flags = (state.settled, state.done, state.live)
+        extension().sweep(
+            *map(_address, given), noise, noise_step, chain.seed.data_ptr(), chain.addresses.data_ptr(),
+            tables.coefficients.data_ptr(), *map(_address, (*kept, *flags)), chain.tokens, state.steps,
+            chain.x.shape[1], begin, state.guessed, launch_stream(state.x.device),
+        )  # fmt: skip
+
+    def settle(self, state, begin) -> None:
+        tensors = (
+            state.change, state.size, state.tolerance, state.count, state.settled, state.sweeps, state.done, state.live,
+            state.left,
+        )  # fmt: skip
+        tokens, channels = state.change.shape
+        extension().settle(
+            *map(_address, tensors), tokens, state.steps, channels, state.limit, begin, launch_stream(state.x.device)
+        )
+
+
+def _address(tensor: torch.Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()

@@ -29,14 +29,18 @@ cudaError_t condition(Operand type, const void* y, const float* time_embedding, 
 cudaError_t bias_silu(Operand type, void* value, const void* bias, const Ahead& ahead, std::int64_t rows, int width,
                       cudaStream_t stream);
 // ``early``: where the kernel before it is the ``update`` of the step before. It is not for the first step of a chain,
-// so that what was launched before the chain has ended when others of its kernels start early.
+// so that what was launched before the chain has ended when others of its kernels start early. Token t has the row
+// t / period * halves * period + t % period, its other half that ``period`` rows further.
 cudaError_t input(Operand type, const float* x, const float* weight, const float* bias, float* h,
                   const AnyModulation& modulation, void* operand, std::int64_t tokens, int halves, int channels,
-                  int width, bool early, cudaStream_t stream);
+                  int width, std::int64_t period, bool early, cudaStream_t stream);
 // Without a product, h is left as it is.
 cudaError_t residual(Operand type, const void* product, const void* bias, const void* mods, float* h,
                      const AnyModulation& next, void* operand, std::int64_t rows, int width, cudaStream_t stream);
 cudaError_t update(const Update& update, cudaStream_t stream);
+cudaError_t output(const NetworkOutput& output, cudaStream_t stream);
+cudaError_t sweep(const Sweep& sweep, cudaStream_t stream);
+cudaError_t settle(const Settle& settle, cudaStream_t stream);
 // By tiles of [16, 16], [32, 32], [64, 32] or [64, 64]; of a half-precision type.
 cudaError_t product(Operand type, const Product& product, int tile_rows, int tile_columns, cudaStream_t stream);
 

@@ -48,7 +48,7 @@ __global__ void __launch_bounds__(kElementThreads)
 template <typename T, typename Out, int Tokens>
 __global__ void __launch_bounds__(kMostThreads)
     input_kernel(const float* x, const float* weight, const float* bias, float* h, Modulation<T> modulation,
-                 Out* operand, std::int64_t tokens, int halves, int channels, int width) {
+                 Out* operand, std::int64_t tokens, int halves, int channels, int width, std::int64_t period) {
   float* scratch = shared_memory<float>();
   float* of_tokens = scratch + statistics_floats(Tokens);  // [Tokens, C]
   const RowSpread spread(width);
@@ -82,27 +82,23 @@ __global__ void __launch_bounds__(kMostThreads)
       }
     }
   }
+  const auto row_of = [&](int t) { return row_of_token(first + t, period, halves); };
   RowModulation<T> mods[Tokens] = {};
 #pragma unroll
   for (int t = 0; t < Tokens; ++t) {
-    if (mine && t < count) mods[t] = {modulation, first + t, width};
+    if (mine && t < count) mods[t] = {modulation, row_of(t), width};
   }
   Statistics statistics[Tokens];
   statistics_of(rows, spread, modulation.epsilon, scratch, statistics);
   if (!mine) return;
   for (int half = 0; half < halves; ++half) {
-    const std::int64_t to = half * tokens + first;
-    if (half > 0) {
-#pragma unroll
-      for (int t = 0; t < Tokens; ++t) {
-        if (t < count) mods[t] = {modulation, to + t, width};
-      }
-    }
 #pragma unroll
     for (int t = 0; t < Tokens; ++t) {
       if (t >= count) continue;
-      store_eight(h + (to + t) * width + column, rows[t]);
-      store_eight(operand + (to + t) * width + column, mods[t].apply(rows[t], affine, statistics[t]));
+      const std::int64_t row = row_of(t) + half * period;
+      if (half > 0) mods[t] = {modulation, row, width};
+      store_eight(h + row * width + column, rows[t]);
+      store_eight(operand + row * width + column, mods[t].apply(rows[t], affine, statistics[t]));
     }
   }
 }

@@ -113,6 +113,40 @@ struct Update {
   bool learned;
 };
 
+// The final layer of a chain's network at all of its steps: eps, v and eps_u, [T N, C] each, or null.
+struct NetworkOutput {
+  const float* operand;  // [T M, W]; of token t = i N + n and half g the row (i halves + g) N + n
+  const float *final_weight, *final_bias;
+  float *eps, *v, *eps_u;
+  std::int64_t tokens, period;  // T N, N
+  int channels, width;
+  const std::int32_t* live;  // nothing is done where it is 0
+};
+
+// A sweep over all T steps of N tokens: what the network puts out at the inputs x becomes the next inputs.
+struct Sweep {
+  const float *eps, *v, *eps_u;  // [T, N, C]; v is null with a fixed variance, eps_u without guidance
+  const float *start, *scale, *temperature;  // [N, C], x_T; [N]; [1]
+  Noise noise;
+  const StepTable* tables;                       // [T]
+  float *x, *before, *x0, *x0_u;                 // [T, N, C], in place
+  float *mean, *log_std, *path, *change, *size;  // [N, C]
+  const std::int32_t *settled, *done, *live;     // [N], [1], [1]
+  std::int64_t tokens;
+  int steps, channels;
+  bool begin, guessed;  // the inputs of the first sweep, from the noise alone; or all but one are there
+};
+
+struct Settle {
+  const float *change, *size, *tolerance;  // [N, C], [N, C], [1]
+  const std::int32_t* count;               // [1], tokens of the call
+  std::int32_t *settled, *sweeps;          // [N]
+  std::int32_t *done, *live, *left;        // [1]: sweeps done; whether there is to be another; whether a token is left
+  std::int64_t tokens;
+  int steps, channels, limit;
+  bool begin;
+};
+
 // One block of the network, as a table of addresses in device memory holds it.
 struct BlockWeights {
   const float *norm_weight, *norm_bias;  // [W]

@@ -27,6 +27,11 @@ __device__ __forceinline__ void store_four(T* at, const Vector<float, 4>& values
   *reinterpret_cast<Vector<T, 4>*>(at) = stored;
 }
 
+// The row of a token's first half; the other half of the ``period`` tokens of a step follows theirs.
+__device__ __forceinline__ std::int64_t row_of_token(std::int64_t token, std::int64_t period, int halves) {
+  return token / period * halves * period + token % period;
+}
+
 struct Statistics {
   float mean, inverse_std;
 };

@@ -30,46 +30,60 @@ __device__ __forceinline__ float sums_over_warp(const float (&values)[Count]) {
   }
 }
 
+// What the final layer is made of.
+struct FinalRows {
+  const float *operand, *weight;
+  std::int64_t tokens, period;
+  int channels, width;
+  bool learned, guided;
+};
+
 // A warp's share of the final layer. Rows and columns that there are not are the last ones once more.
 template <int Tokens, int Channels>
 struct FinalLayer {
   static constexpr int kCount = Tokens * Channels;
   float eps[kCount] = {}, v[kCount] = {}, eps_u[kCount] = {};  // [Tokens, Channels]
 
-  __device__ __forceinline__ void run(const Update& update, std::int64_t first_token, int first_channel) {
+  __device__ __forceinline__ void run(const FinalRows& rows, std::int64_t first_token, int first_channel) {
     const float *operands[Tokens], *weights[Channels];
 #pragma unroll
     for (int t = 0; t < Tokens; ++t) {
-      const std::int64_t token = first_token + t < update.tokens ? first_token + t : update.tokens - 1;
-      operands[t] = update.operand + token * update.width;
+      const std::int64_t token = first_token + t < rows.tokens ? first_token + t : rows.tokens - 1;
+      operands[t] = rows.operand + row_of_token(token, rows.period, rows.guided ? 2 : 1) * rows.width;
     }
 #pragma unroll
     for (int c = 0; c < Channels; ++c) {
-      const int channel = first_channel + c < update.channels ? first_channel + c : update.channels - 1;
-      weights[c] = update.ends.final_weight + static_cast<std::int64_t>(channel) * update.width;
+      const int channel = first_channel + c < rows.channels ? first_channel + c : rows.channels - 1;
+      weights[c] = rows.weight + static_cast<std::int64_t>(channel) * rows.width;
     }
-    const std::int64_t to_v = static_cast<std::int64_t>(update.channels) * update.width;
-    const std::int64_t to_u = update.tokens * update.width;
+    const std::int64_t to_v = static_cast<std::int64_t>(rows.channels) * rows.width;
+    const std::int64_t to_u = rows.period * rows.width;
     [[maybe_unused]] constexpr int kUnroll = kCount == 1 ? 4 : kCount <= 4 ? 2 : 1;
 #pragma unroll kUnroll
-    for (int column = 4 * lane(); column < update.width; column += 4 * kWarp) {
+    for (int column = 4 * lane(); column < rows.width; column += 4 * kWarp) {
       Vector<float, 4> of_eps[Channels], of_v[Channels] = {}, a[Tokens], u[Tokens] = {};
 #pragma unroll
       for (int c = 0; c < Channels; ++c) of_eps[c] = load_four(weights[c] + column);
 #pragma unroll
       for (int c = 0; c < Channels; ++c) {
-        if (update.learned) of_v[c] = load_four(weights[c] + to_v + column);
+        if (rows.learned) of_v[c] = load_four(weights[c] + to_v + column);
       }
 #pragma unroll
       for (int t = 0; t < Tokens; ++t) a[t] = load_four(operands[t] + column);
 #pragma unroll
       for (int t = 0; t < Tokens; ++t) {
-        if (update.scale) u[t] = load_four(operands[t] + to_u + column);
+        if (rows.guided) u[t] = load_four(operands[t] + to_u + column);
       }
       add(eps, a, of_eps);
-      if (update.learned) add(v, a, of_v);
-      if (update.scale) add(eps_u, u, of_eps);
+      if (rows.learned) add(v, a, of_v);
+      if (rows.guided) add(eps_u, u, of_eps);
     }
+  }
+
+  // Of the lane that has the sums of a token and channel: see sums_over_warp.
+  __device__ __forceinline__ Output output(const Output& bias, bool learned, bool guided) const {
+    return {sums_over_warp(eps) + bias.eps, learned ? sums_over_warp(v) + bias.v : 0.0f,
+            guided ? sums_over_warp(eps_u) + bias.eps_u : 0.0f};
   }
 
  private:
@@ -122,11 +136,10 @@ __global__ void __launch_bounds__(Threads) update_kernel(Update update) {
     }
   }
   FinalLayer<Tokens, Channels> layer;
-  layer.run(update, first_token, first_channel);
-  Output out;
-  out.eps = sums_over_warp(layer.eps) + bias.eps;
-  out.v = update.learned ? sums_over_warp(layer.v) + bias.v : 0.0f;
-  out.eps_u = guided ? sums_over_warp(layer.eps_u) + bias.eps_u : 0.0f;
+  layer.run({update.operand, update.ends.final_weight, update.tokens, update.tokens, channels, update.width,
+             update.learned, guided},
+            first_token, first_channel);
+  const Output out = layer.output(bias, update.learned, guided);
   if (!mine) return;
   if (!last && !stored) noise = normal_at(seed, address, update.step, channel, kStreamStep);
   const Step step = reverse_step(x, out, table, guided, scale, *update.temperature, noise, last);
@@ -136,6 +149,35 @@ __global__ void __launch_bounds__(Threads) update_kernel(Update update) {
   } else {
     update.path[at] += step.log_std;
   }
+}
+
+// The final layer alone.
+template <int Tokens, int Channels, int Threads>
+__global__ void __launch_bounds__(Threads) output_kernel(NetworkOutput to) {
+  constexpr int kLanes = kWarp / (Tokens * Channels);
+  const int channels = to.channels, groups = (channels + Channels - 1) / Channels;
+  const std::int64_t tile = static_cast<std::int64_t>(blockIdx.x) * (Threads / kWarp) + warp();
+  const std::int64_t first_token = tile / groups * Tokens;
+  const int first_channel = static_cast<int>(tile % groups) * Channels;
+  const int own = lane() / kLanes, channel = first_channel + own % Channels;
+  const std::int64_t token = first_token + own / Channels, at = token * channels + channel;
+  const bool mine = lane() % kLanes == 0 && token < to.tokens && channel < channels;
+  Output bias = {};
+  if (mine) {
+    bias.eps = bias.eps_u = to.final_bias[channel];
+    if (to.v) bias.v = to.final_bias[channels + channel];
+  }
+  wait_for_earlier();
+  if (to.live && *to.live == 0) return;
+  FinalLayer<Tokens, Channels> layer;
+  layer.run({to.operand, to.final_weight, to.tokens, to.period, channels, to.width, to.v != nullptr,
+             to.eps_u != nullptr},
+            first_token, first_channel);
+  const Output out = layer.output(bias, to.v != nullptr, to.eps_u != nullptr);
+  if (!mine) return;
+  to.eps[at] = out.eps;
+  if (to.v) to.v[at] = out.v;
+  if (to.eps_u) to.eps_u[at] = out.eps_u;
 }
 
 }  // namespace cspd
