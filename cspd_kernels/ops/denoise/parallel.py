@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -20,6 +21,21 @@ class Parallel(NamedTuple):
 
     tolerance: float
     guess: torch.Tensor | None  # (N, T, C) inputs of all steps, in the stream's type
+
+
+def check_tolerance(caller: str, parallel_tol) -> None:
+    """Raise where ``parallel_tol`` is neither None nor "auto" nor a number in (0, 1).
+
+    Raises:
+        ValueError: in the name of the caller.
+    """
+    if isinstance(parallel_tol, str):
+        fits = parallel_tol == AUTO
+    else:
+        number = isinstance(parallel_tol, Real) and not isinstance(parallel_tol, bool)
+        fits = parallel_tol is None or (number and 0 < parallel_tol < 1)
+    if not fits:
+        raise ValueError(f"{caller} expected parallel_tol None, {AUTO!r} or a number in (0, 1), got {parallel_tol!r}")
 
 
 def switched_off() -> bool:
