@@ -136,7 +136,7 @@ def _positive(text: str) -> int:
 
 
 def _tolerance(text: str) -> float | str | None:
-    """``parallel_tol`` from the command line; not by :func:`check_tolerance`, which would import torch for ``--help``."""
+    """``parallel_tol`` from the command line. Not by the ops' own check, with which torch would be imported."""
     if text in ("auto", "off"):
         return text if text == "auto" else None
     with contextlib.suppress(ValueError):

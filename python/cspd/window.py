@@ -88,8 +88,8 @@ def run_window(
 ) -> Judged:
     """Draft the steps of a window, judge them against the context before it, write what was kept or redrawn.
 
-    Where the heads run in sweeps over all of their steps, the target's start from the draft's trajectories: both go from
-    the same x_T through the same noise.
+    Where the heads run in sweeps over all of their steps, the target's start from the draft's trajectories: both chains
+    go from the same x_T through the same noise.
 
     It works on device tensors and on tables made before, reads nothing and writes the state's buffers in place, so a
     caller may capture it in a CUDA graph, after one call with the same sizes. Replayed, the graph reads and writes the
