@@ -236,14 +236,20 @@ def test_the_guess_is_the_draft_at_the_same_places(digits, chains):
     assert torch.equal(verifying.guess, joined.flatten(0, 1))
 
 
-def test_automatic_in_the_runner(digits, chains, monkeypatch):
+@pytest.mark.parametrize("cfg", [1.0, 2.0])
+def test_automatic_in_the_runner(digits, cfg, chains, monkeypatch):
     """Where sweeps were measured to be faster for a draw, it is made in sweeps to rounding; a guess needs both."""
-    monkeypatch.setattr(denoise_op, "prefers_parallel", lambda backend, head, tokens, guided: tokens <= limit)
-    runner = cspd.SpecDecodeRunner(*digits, ratio=0.0)
+
+    def few(backend, head, tokens, guided):
+        assert (backend, guided) == ("torch", cfg != 1.0)
+        return tokens <= limit
+
+    monkeypatch.setattr(denoise_op, "prefers_parallel", few)
+    runner = cspd.SpecDecodeRunner(*digits, ratio=0.0, backend="torch")
     asked = {}
     for limit in (0, 16, 48, 1000):
         chains.clear()
-        state = runner.begin(16, 16, seed=0)
+        state = runner.begin(16, 16, seed=0, cfg=cfg)
         run_window(state, state.plan.window(0, 3))
         assert all((c.parallel_tol is None) == (c.sweeps is None) for c in chains)
         asked[limit] = [(c.parallel_tol, c.guess is not None) for c in chains]
