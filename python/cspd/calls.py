@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 
-from cspd_kernels import Denoised, DiffusionHead, PhiloxNoise, denoise
+from cspd_kernels import Denoised, DenoisedInParallel, DiffusionHead, PhiloxNoise, denoise
 from cspd_kernels.head import stream_dtype
 from cspd_kernels.released_noise import randn_steps
 
@@ -151,7 +151,7 @@ def run_call(
     philox: bool,
     parallel_tol: float | str | None,
     draw: str = "cpu",
-) -> Denoised:
+) -> Denoised | DenoisedInParallel:
     """A call by the kernels. What the loop would draw is drawn, in its order; (N, ...) come back.
 
     Args:
@@ -210,7 +210,7 @@ def draw_steps(
     return randn_steps(steps, shape, then, device, first=first, newest_first=True, backend=backend)
 
 
-def finish(call: Call, out: Denoised, diffusion) -> torch.Tensor:
+def finish(call: Call, out: Denoised | DenoisedInParallel, diffusion) -> torch.Tensor:
     """What the loop returns: under guidance 2N rows, of which callers drop the last N; here they repeat the first.
 
     CSpD's distribution manager is filled as its loops fill it.

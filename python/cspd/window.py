@@ -9,7 +9,15 @@ from typing import NamedTuple
 
 import torch
 
-from cspd_kernels import Denoised, DiffusionHead, PhiloxNoise, accept_reject, denoise, log_density_ratio
+from cspd_kernels import (
+    Denoised,
+    DenoisedInParallel,
+    DiffusionHead,
+    PhiloxNoise,
+    accept_reject,
+    denoise,
+    log_density_ratio,
+)
 from cspd_kernels.head import stream_dtype
 from cspd_kernels.ops.denoise import automatic_tolerance
 from cspd_kernels.ops.denoise.parallel import AUTO
@@ -142,7 +150,7 @@ def run_window(
 
 
 class _Drawn(NamedTuple):
-    chain: Denoised  # of B n tokens, image by image
+    chain: Denoised | DenoisedInParallel  # of B n tokens, image by image
     z: torch.Tensor  # (B, n, Z) hidden states of the conditional rows
 
 
@@ -179,16 +187,16 @@ def _draw(state: RunState, model: Model, plan: Pass, trajectory: torch.Tensor | 
 def _join(drawn: list[_Drawn]) -> _Drawn:
     """What was drawn in several steps, (B n_k, ...) each, as one, image by image: (B n, ...).
 
-    What only chains in sweeps leave is None unless all of them were.
+    Where not all of them were made in sweeps, what only those leave, the last fields, is left out.
     """
-    batch = len(drawn[0].z)
-
-    def joined(fields: tuple[torch.Tensor | None, ...]) -> torch.Tensor | None:
-        if any(field is None for field in fields):
-            return None
-        return torch.cat([field.view(batch, -1, *field.shape[1:]) for field in fields], dim=1).flatten(0, 1)
-
-    chain = Denoised(*map(joined, zip(*(one.chain for one in drawn))))
+    batch, kinds = len(drawn[0].z), {type(one.chain) for one in drawn}
+    kind = kinds.pop() if len(kinds) == 1 else Denoised
+    chain = kind(
+        *(
+            torch.cat([field.view(batch, -1, *field.shape[1:]) for field in fields], dim=1).flatten(0, 1)
+            for fields in zip(*(one.chain for one in drawn))
+        )
+    )
     return _Drawn(chain, torch.cat([one.z for one in drawn], dim=1))
 
 

@@ -19,7 +19,7 @@ from cspd import calls, window
 from cspd.demo.pair import load_pair
 from cspd.loop import patch_of
 from cspd.window import run_window
-from cspd_kernels import Denoised
+from cspd_kernels import Denoised, DenoisedInParallel
 from cspd_kernels.noise import uniforms
 from cspd_kernels.ops import denoise as denoise_op
 from cspd_kernels.ops.denoise import parallel
@@ -278,10 +278,15 @@ def test_a_trajectory_that_ran_away_does_no_harm(digits):
 
 def test_what_is_joined():
     def drawn(rows, sweeps):
-        chain = Denoised(*[torch.arange(rows * 4.0).view(rows, 4)] * 3, torch.arange(float(rows)), sweeps)
+        own = [torch.arange(rows * 4.0).view(rows, 4)] * 3 + [torch.arange(float(rows))]
+        chain = Denoised(*own) if sweeps is None else DenoisedInParallel(*own, sweeps, torch.zeros(rows, 5, 4))
         return window._Drawn(chain, torch.zeros(2, rows // 2, 3))
 
     one, two, none = drawn(2, torch.tensor([1, 2])), drawn(4, torch.tensor([3, 4, 5, 6])), drawn(2, None)
-    assert window._join([one, two]).chain.sweeps.tolist() == [1, 3, 4, 2, 5, 6]  # image by image
-    assert window._join([one, none]).chain.sweeps is None
-    assert window._join([one, two]).chain.trajectory is None
+    joined = window._join([one, two]).chain
+    assert joined.sweeps.tolist() == [1, 3, 4, 2, 5, 6]  # image by image
+    assert joined.trajectory.shape == (6, 5, 4)
+    for some in ([one, none], [none, one], [none, none]):
+        joined = window._join(some).chain
+        assert (joined.sweeps, joined.trajectory) == (None, None)
+        assert joined.path_log_std.tolist() == [0, 0, 1, 1]

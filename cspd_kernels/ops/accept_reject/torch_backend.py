@@ -56,16 +56,11 @@ def _repeat(field, size):
     return field[:, None].expand(-1, size, *field.shape[1:]).flatten(0, 1)
 
 
-def _widened(chain, size) -> Denoised:
-    mean = _repeat(chain.mean, size)
-    return Denoised(mean, mean, _repeat(chain.log_std, size), _repeat(chain.path_log_std, size))
-
-
 def _redraw(draft, target, seed, rows, sigma, first, size):
     """Tries first..first+size-1 of n rows: (found [n], the first kept try [n] int32, its proposal [n, C])."""
     n, channels = target.mean.shape
     k = torch.arange(first, first + size, device=rows.device)[None, :]  # [1, K]
-    wide = _widened(draft, size), _widened(target, size)
+    wide = [Denoised(*(_repeat(field, size) for field in chain)) for chain in (draft, target)]
     k, address = k.expand(n, -1).flatten(), _repeat(rows, size)  # [n K]
     proposal = propose(wide[1], seed, address, k)
     kept = keep(proposal, *wide, sigma, uniforms(seed, address, k)).view(n, size)

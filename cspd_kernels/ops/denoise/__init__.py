@@ -13,7 +13,7 @@ from ...backends import prefers_parallel, remembered_chain
 from ...head import DiffusionHead, stream_dtype, without_autocast
 from ...noise import PhiloxNoise
 from .finite import check_result, late_overflows
-from .parallel import AUTO, ROUNDING, Parallel, check_tolerance, switched_off
+from .parallel import AUTO, ROUNDING, Parallel, switched_off
 
 WORKSPACE_BYTES = 256 << 20
 
@@ -124,9 +124,7 @@ def denoise(
     Source: LTH14/mar ``diffusion/gaussian_diffusion.py`` (p_sample), arXiv 2406.11838 section 3.2.
     """
     _check(head, cond, x_T, noise, temperature, cfg_scale, workspace_bytes)
-    check_tolerance("denoise", parallel_tol)
-    if guess is not None:
-        _check_tensor("guess", guess, head, (x_T.shape[0], head.num_steps, head.channels))
+    _check_parallel(head, x_T, parallel_tol, guess)
     # The ints of an op are signed, of 64 bits.
     workspace_bytes = min(workspace_bytes, 2**63 - 1)
     stored, rows, seed = noise, None, 0
@@ -246,6 +244,18 @@ def _check(head, cond, x_T, noise, temperature, cfg_scale, workspace_bytes) -> N
         )
     if not isinstance(workspace_bytes, int) or workspace_bytes <= 0:
         raise ValueError(f"denoise expected workspace_bytes as an int > 0, got {workspace_bytes!r}")
+
+
+def _check_parallel(head, x_T, parallel_tol, guess) -> None:  # noqa: N803
+    if isinstance(parallel_tol, str):
+        if parallel_tol != AUTO:
+            raise ValueError(f"denoise expected parallel_tol None, {AUTO!r} or a number in (0, 1), got {parallel_tol!r}")
+    elif parallel_tol is not None and (
+        isinstance(parallel_tol, bool) or not isinstance(parallel_tol, Real) or not 0 < parallel_tol < 1
+    ):
+        raise ValueError(f"denoise expected parallel_tol None, {AUTO!r} or a number in (0, 1), got {parallel_tol!r}")
+    if guess is not None:
+        _check_tensor("guess", guess, head, (x_T.shape[0], head.num_steps, head.channels))
 
 
 def _check_tensor(name: str, tensor, head: DiffusionHead, shape: tuple) -> None:

@@ -23,21 +23,6 @@ class Parallel(NamedTuple):
     guess: torch.Tensor | None  # (N, T, C) inputs of all steps, in the stream's type
 
 
-def check_tolerance(caller: str, parallel_tol) -> None:
-    """Raise where ``parallel_tol`` is neither None nor "auto" nor a number in (0, 1).
-
-    Raises:
-        ValueError: in the name of the caller.
-    """
-    if isinstance(parallel_tol, str):
-        fits = parallel_tol == AUTO
-    else:
-        number = isinstance(parallel_tol, Real) and not isinstance(parallel_tol, bool)
-        fits = parallel_tol is None or (number and 0 < parallel_tol < 1)
-    if not fits:
-        raise ValueError(f"{caller} expected parallel_tol None, {AUTO!r} or a number in (0, 1), got {parallel_tol!r}")
-
-
 def switched_off() -> bool:
     """Whether the environment asks ``"auto"`` for the sequential chain.
 
@@ -48,6 +33,15 @@ def switched_off() -> bool:
     if value not in ("0", "1"):
         raise ValueError(f"expected {PARALLEL_VARIABLE} as 0 (the sequential chain) or 1 (as measured), got {value!r}")
     return value == "0"
+
+
+def check_tolerance(who: str, parallel_tol) -> None:
+    """Raise where it is not what ``parallel_tol`` may be."""
+    if parallel_tol is None or (isinstance(parallel_tol, str) and parallel_tol == AUTO):
+        return
+    number = isinstance(parallel_tol, Real) and not isinstance(parallel_tol, bool)
+    if not number or not 0 < parallel_tol < 1:
+        raise ValueError(f"{who} expected parallel_tol None, {AUTO!r} or a number in (0, 1), got {parallel_tol!r}")
 
 
 def nothing(head: DiffusionHead, x_T: torch.Tensor, parallel: Parallel | None) -> tuple[torch.Tensor, ...]:  # noqa: N803
