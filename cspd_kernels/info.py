@@ -150,6 +150,7 @@ def collect() -> dict:
         "backends": _guarded(_backends),
         "chosen": _guarded(_chosen),
         "CSPD_PERSISTENT_MAX_TOKENS": os.environ.get("CSPD_PERSISTENT_MAX_TOKENS", "not set (as measured)"),
+        "CSPD_PARALLEL": os.environ.get("CSPD_PARALLEL", "not set (as measured)"),
         "CSPD_CUDA_EMULATION": os.environ.get("CSPD_CUDA_EMULATION", "not set"),
         "CSPD_BACKEND": os.environ.get("CSPD_BACKEND", "not set (automatic)"),
     }

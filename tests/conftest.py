@@ -41,6 +41,7 @@ def automatic_backend(monkeypatch):
     """No test depends on the caller's choices of a backend and of a kernel."""
     monkeypatch.delenv("CSPD_BACKEND", raising=False)
     monkeypatch.delenv("CSPD_PERSISTENT_MAX_TOKENS", raising=False)
+    monkeypatch.delenv("CSPD_PARALLEL", raising=False)
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 
-from cspd_kernels import Denoised, DiffusionHead, PhiloxNoise, denoise
+from cspd_kernels import Denoised, DenoisedInParallel, DiffusionHead, PhiloxNoise, denoise
 from cspd_kernels.head import stream_dtype
 from cspd_kernels.released_noise import randn_steps
 
@@ -143,11 +143,20 @@ def _temperature(temperature) -> float:
     return value
 
 
-def run_call(call: Call, head: DiffusionHead, *, backend: str | None, philox: bool, draw: str = "cpu") -> Denoised:
+def run_call(
+    call: Call,
+    head: DiffusionHead,
+    *,
+    backend: str | None,
+    philox: bool,
+    parallel_tol: float | str | None,
+    draw: str = "cpu",
+) -> Denoised | DenoisedInParallel:
     """A call by the kernels. What the loop would draw is drawn, in its order; (N, ...) come back.
 
     Args:
         philox: the noise of the steps is addressed by one drawn seed, not drawn step by step.
+        parallel_tol: as in :func:`cspd_kernels.denoise`.
         draw: the generator that x_T comes from where it is not given: the CPU's or the device's.
     """
     device, stream, rows = head.device, stream_dtype(head.dtype), call.rows
@@ -171,7 +180,14 @@ def run_call(call: Call, head: DiffusionHead, *, backend: str | None, philox: bo
         scale = scale.to(device, stream) if scale.numel() != 1 else scale.to(stream)
     cond, x_T = (v.to(stream) if v.dtype == torch.float64 else v for v in (cond, x_T[:rows].to(device)))  # noqa: N806
     return denoise(
-        head, cond, x_T, noise, temperature=call.temperature, cfg_scale=1.0 if scale is None else scale, backend=backend
+        head,
+        cond,
+        x_T,
+        noise,
+        temperature=call.temperature,
+        cfg_scale=1.0 if scale is None else scale,
+        backend=backend,
+        parallel_tol=parallel_tol,
     )
 
 
@@ -194,7 +210,7 @@ def draw_steps(
     return randn_steps(steps, shape, then, device, first=first, newest_first=True, backend=backend)
 
 
-def finish(call: Call, out: Denoised, diffusion) -> torch.Tensor:
+def finish(call: Call, out: Denoised | DenoisedInParallel, diffusion) -> torch.Tensor:
     """What the loop returns: under guidance 2N rows, of which callers drop the last N; here they repeat the first.
 
     CSpD's distribution manager is filled as its loops fill it.

@@ -103,6 +103,14 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument(
         "--target-sigma", action="store_true", help="closed_form with learned variances: the target's sigma for both"
     )
+    generate.add_argument(
+        "--parallel-tol",
+        type=_tolerance,
+        default="auto",
+        metavar="{auto,off,NUMBER}",
+        help="make all denoising steps at once, until nothing changes by more than this, in (0, 1), relative to the "
+        "largest value; off: one after the other; auto: to rounding where that was measured to be faster",
+    )
     generate.add_argument("--prefill", type=float, default=0.15, help="fraction of the steps that is the target's")
     generate.add_argument("--num-sampling-steps", type=_positive, help="denoising steps (default 100; digits 40)")
     generate.add_argument("--cfg", type=float, default=1.0, help="guidance scale (default 1, none)")
@@ -125,6 +133,16 @@ def _positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"expected a number >= 1, got {text}")
     return value
+
+
+def _tolerance(text: str) -> float | str | None:
+    """``parallel_tol`` from the command line. Not by the ops' own check, with which torch would be imported."""
+    if text in ("auto", "off"):
+        return text if text == "auto" else None
+    with contextlib.suppress(ValueError):
+        if 0 < (value := float(text)) < 1:
+            return value
+    raise argparse.ArgumentTypeError(f"expected auto, off or a number in (0, 1), got {text}")
 
 
 def _demo(args) -> int:
@@ -187,6 +205,7 @@ def _generate_images(args) -> int:
         dtype=getattr(torch, args.dtype) if args.dtype else None,
         residual=args.residual if draft else "rejection",  # the target alone redraws nothing
         target_sigma=args.target_sigma and draft is not None,
+        parallel_tol=args.parallel_tol,
     )
     images = runner.run(
         len(labels),

@@ -10,6 +10,7 @@ import torch.nn as nn
 from cspd_kernels import DiffusionHead, Schedule
 from cspd_kernels.backends import implementation
 from cspd_kernels.head import call_dtype
+from cspd_kernels.ops.denoise.parallel import AUTO
 
 from .diffusions import LOOPS
 from .heads import FoundHead, look_for_heads
@@ -27,7 +28,7 @@ class HeadDescription:
             cannot stand in for them.
         dtype: operand type that a call would have now. weights: type of the weights. device: theirs.
         backend: what would serve it, or why nothing can.
-        patched: whether its loops are taken over.
+        patched: whether its loops are taken over. parallel_tol: as patched, else patch's default.
         own_code: reasons that calls have run their own code for, so far.
         untouched: sampling methods that patch does not look at; a loop that they call may be served.
     """
@@ -43,6 +44,7 @@ class HeadDescription:
     device: torch.device
     backend: str
     patched: bool
+    parallel_tol: float | str | None
     own_code: tuple[str, ...]
     untouched: tuple[str, ...]
 
@@ -50,9 +52,10 @@ class HeadDescription:
     def line(self) -> str:
         """The first line of the page."""
         kinds = _short(self.dtype) if self.dtype == self.weights else f"{_short(self.dtype)} of {_short(self.weights)}"
+        patched = f"patched, parallel_tol={self.parallel_tol}" if self.patched else "not patched"
         return (
             f"{self.name}: C={self.channels} W={self.width} D={self.depth} Z={self.cond_channels}, "
-            f"{kinds} on {self.device}, backend {self.backend}, {'patched' if self.patched else 'not patched'}"
+            f"{kinds} on {self.device}, backend {self.backend}, {patched}"
         )
 
     def __str__(self) -> str:
@@ -121,6 +124,7 @@ def describe_head(found: FoundHead, head_patch=None) -> HeadDescription:
         device=weight.device,
         backend=_backend(net, schedule, dtype, weight.device, options.backend if options is not None else None),
         patched=head_patch is not None,
+        parallel_tol=options.parallel_tol if options is not None else AUTO,
         own_code=tuple(head_patch.told) if head_patch is not None else (),
         untouched=_untouched(found),
     )

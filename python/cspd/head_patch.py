@@ -11,6 +11,7 @@ import torch.nn as nn
 
 from cspd_kernels.backends import implementation
 from cspd_kernels.head import OPERAND_DTYPES
+from cspd_kernels.ops.denoise.parallel import AUTO, check_tolerance
 
 from .calls import Call, finish, run_call
 from .diffusions import LOOPS, NotServedError
@@ -33,6 +34,7 @@ class Options:
     dtype: torch.dtype | None = None
     noise: str = "upstream"
     weights: str = "live"
+    parallel_tol: float | str | None = AUTO
 
     def check(self) -> None:
         if self.noise not in _NOISES:
@@ -41,6 +43,7 @@ class Options:
             raise ValueError(f"patch expected weights one of {_WEIGHTS}, got {self.weights!r}")
         if self.dtype is not None and self.dtype not in OPERAND_DTYPES:
             raise ValueError(f"patch expected dtype None or one of {OPERAND_DTYPES}, got {self.dtype!r}")
+        check_tolerance("patch", self.parallel_tol)
         implementation("denoise", self.backend)
 
 
@@ -201,8 +204,14 @@ class HeadPatch:
             raise NotServedError(reason)
         options = self.options
         head = self.cache.get(schedule, options.dtype, source)
-        draw = draws.get(kind, "cpu")
-        out = run_call(call, head, backend=options.backend, philox=options.noise == "philox", draw=draw)
+        out = run_call(
+            call,
+            head,
+            backend=options.backend,
+            philox=options.noise == "philox",
+            parallel_tol=options.parallel_tol,
+            draw=draws.get(kind, "cpu"),
+        )
         return finish(call, out, hook.diffusion)
 
     def _check_capture(self, ready: bool) -> None:

@@ -26,6 +26,7 @@ def patch(
     dtype: torch.dtype | None = None,
     noise: str = "upstream",
     weights: str = "live",
+    parallel_tol: float | str | None = "auto",
 ) -> nn.Module:
     """Make every diffusion head of a model sample through :func:`cspd_kernels.denoise`.
 
@@ -59,6 +60,9 @@ def patch(
             one seed per call and stores no noise of the steps (in a captured graph the same at every replay).
         weights: ``"live"`` sees every change at the next call; ``"frozen"`` looks at nothing after the
             first one, for serving: patch again after a change.
+        parallel_tol: as in :func:`cspd_kernels.denoise`. None makes the steps one after the other. A number
+            makes all at once and gives the tokens to about as much, relative to the largest value: looser
+            than rounding, it is not exact any more. The comparison above is always of the steps.
 
     Returns:
         The same model.
@@ -67,7 +71,7 @@ def patch(
         TypeError, ValueError: nothing to patch, or a head that samples differently; nothing was changed.
         RuntimeError: the backend cannot serve.
     """
-    options = Options(backend, dtype, noise, weights)
+    options = Options(backend, dtype, noise, weights, parallel_tol)
     options.check()
     with LOCK:
         patches = _prepare(model, options)

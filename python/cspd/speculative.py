@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from cspd_kernels import DiffusionHead
 from cspd_kernels.backends import implementation
+from cspd_kernels.ops.denoise.parallel import AUTO, check_tolerance
 
 from .checks import check_models, check_num_draft, check_options, check_residual, check_run
 from .diffusions import Tables
@@ -45,7 +46,7 @@ class SpecDecodeRunner:
     ``cspd.models.MAR``, LTH14/mar and MarkXCloud/CSpD. That is compared here, once, with the weights
     that the models have. Others run their own methods, which wait at every pass; the log says why.
     Exceptions: the first run, which compiles; a draft-length policy; CUDA graphs of the heads that
-    outgrow their memory.
+    outgrow their memory; sweeps (``parallel_tol``) of the torch backend.
 
     Args:
         draft_model, target_model: MAR objects (``cspd.models.MAR``, LTH14/mar, MarkXCloud/CSpD) with
@@ -59,6 +60,9 @@ class SpecDecodeRunner:
         max_tries: redraws per rejected token before it takes the target's own aligned sample.
         residual, target_sigma: how a rejected token is redrawn, see :func:`cspd_kernels.accept_reject`.
             ``"closed_form"`` is for heads with a fixed variance; learned ones need ``target_sigma``.
+        parallel_tol: how both heads make their steps, see :func:`cspd_kernels.denoise`. Where sweeps run,
+            the target's verification starts from the draft's trajectories, which saves sweeps. A decision
+            whose ratio is within the tolerance of its random number may come out otherwise.
 
     Raises:
         TypeError, ValueError: models that do not fit together, or an argument out of range.
@@ -79,15 +83,17 @@ class SpecDecodeRunner:
         max_tries: int = 100,
         residual: str = "rejection",
         target_sigma: bool = False,
+        parallel_tol: float | str | None = AUTO,
     ):
         implementation("accept_reject", backend)
+        check_tolerance("SpecDecodeRunner", parallel_tol)
         check_models(draft_model, target_model)
         check_options(target_model.seq_len, inner_temperature, ratio, sigma, max_tries)
         check_residual(draft_model, target_model, residual, target_sigma)
         self.seq_len, self.token_embed_dim = target_model.seq_len, target_model.token_embed_dim
         self.inner_temperature, self.ratio, self.sigma = inner_temperature, float(ratio), sigma
         self.backend, self.dtype, self.max_tries = backend, dtype, max_tries
-        self.residual, self.target_sigma = residual, target_sigma
+        self.residual, self.target_sigma, self.parallel_tol = residual, target_sigma, parallel_tol
         self._models = {"draft": draft_model, "target": target_model}
         self._caches: dict[str, HeadCache] = {}
         self._diffusions: dict[str, Tables] = {}
@@ -235,6 +241,7 @@ class SpecDecodeRunner:
             temperature=float(temperature),
             relaxation=relaxation,
             backend=self.backend,
+            parallel_tol=self.parallel_tol,
             rule={name: getattr(self, name) for name in ("sigma", "max_tries", "residual", "target_sigma")},
         )
 

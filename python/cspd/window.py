@@ -9,7 +9,18 @@ from typing import NamedTuple
 
 import torch
 
-from cspd_kernels import Denoised, DiffusionHead, PhiloxNoise, accept_reject, denoise, log_density_ratio
+from cspd_kernels import (
+    Denoised,
+    DenoisedInParallel,
+    DiffusionHead,
+    PhiloxNoise,
+    accept_reject,
+    denoise,
+    log_density_ratio,
+)
+from cspd_kernels.head import stream_dtype
+from cspd_kernels.ops.denoise import automatic_tolerance
+from cspd_kernels.ops.denoise.parallel import AUTO
 
 from .order import Pass, Plan, WindowPlan
 from .policies import Window, relaxation_of
@@ -41,6 +52,7 @@ class RunState:
     temperature: float
     relaxation: float | torch.Tensor | Callable[[Window], torch.Tensor]  # a tensor has one per position, (L,)
     backend: str | None
+    parallel_tol: float | str | None  # of both heads, as in denoise
     rule: dict  # options of accept_reject: sigma, max_tries, residual, target_sigma
     previous_target_z: torch.Tensor | None = None  # (B, Z) buffer for policies: of the target's last token
 
@@ -84,6 +96,9 @@ def run_window(
 ) -> Judged:
     """Draft the steps of a window, judge them against the context before it, write what was kept or redrawn.
 
+    Where the heads run in sweeps over all of their steps, the target's start from the draft's trajectories: both chains
+    go from the same x_T through the same noise.
+
     It works on device tensors and on tables made before, reads nothing and writes the state's buffers in place, so a
     caller may capture it in a CUDA graph, after one call with the same sizes. Replayed, the graph reads and writes the
     same buffers for the same positions, images and seed: keep the state, the window and the result as long as it, which
@@ -95,7 +110,8 @@ def run_window(
         phase: gives a context for each of "draft" (once a step), "target" and "verify", to time them; not in a graph.
 
     Raises:
-        RuntimeError: captured, and a model waits for the device in its own methods.
+        RuntimeError: captured, and a model waits for the device in its own methods, or the torch backend after its
+            sweeps, which wait in a run without a graph, too.
     """
     plan, drafts = window.whole, []
     waiting = [model for model in (state.draft, state.target) if not model.by_tables]
@@ -109,9 +125,9 @@ def run_window(
             drafts.append(_draw(state, state.draft, step))
             state.write(step, drafts[-1].chain.sample)
     with phase("target"):
-        target = _draw(state, state.target, plan)
-    with phase("verify"):
         draft = _join(drafts)
+        target = _draw(state, state.target, plan, draft.chain.trajectory)
+    with phase("verify"):
         x, sigma = draft.chain.sample, state.rule["sigma"]
         raw = log_density_ratio(x, draft.chain, target.chain, sigma=sigma, backend=state.backend)
         verdict = accept_reject(
@@ -134,17 +150,26 @@ def run_window(
 
 
 class _Drawn(NamedTuple):
-    chain: Denoised  # of B n tokens, image by image
+    chain: Denoised | DenoisedInParallel  # of B n tokens, image by image
     z: torch.Tensor  # (B, n, Z) hidden states of the conditional rows
 
 
-def _draw(state: RunState, model: Model, plan: Pass) -> _Drawn:
-    """One pass of a model over the known tokens, and its head for all positions of the pass."""
+def _draw(state: RunState, model: Model, plan: Pass, trajectory: torch.Tensor | None = None) -> _Drawn:
+    """One pass of a model over the known tokens, and its head for all positions of the pass.
+
+    ``trajectory`` is of another head's chain through the same noise; sweeps start from it.
+    """
     batch = len(plan.where)
     compute, known = (conditions, plan.known) if model.by_tables else (conditions_by_masks, plan.mask)
     tokens = state.tokens if len(plan.wanted) == batch else state.tokens.repeat(2, 1, 1)
     z = compute(model.module, tokens, known, model.embedding, plan.wanted)
     noise = PhiloxNoise(state.seed, plan.rows)
+    tolerance, guess = state.parallel_tol, None
+    if tolerance == AUTO:  # resolved here, as a trajectory comes back only where a number is asked for
+        tolerance = automatic_tolerance(model.head, len(plan.rows), len(z) != batch, state.backend)
+    if tolerance is not None and trajectory is not None:
+        # Of a token that did not settle it may be anything, and only its own chain, made step by step then, counts.
+        guess = trajectory.to(stream_dtype(model.head.dtype)).nan_to_num(0.0, 0.0, 0.0)
     chain = denoise(
         model.head,
         z.flatten(0, 1),  # conditional rows first
@@ -153,14 +178,20 @@ def _draw(state: RunState, model: Model, plan: Pass) -> _Drawn:
         temperature=state.temperature,
         cfg_scale=plan.cfg_scale,
         backend=state.backend,
+        parallel_tol=tolerance,
+        guess=guess,
     )
     return _Drawn(chain, z[:batch])
 
 
 def _join(drawn: list[_Drawn]) -> _Drawn:
-    """What was drawn in several steps, (B n_k, ...) each, as one, image by image: (B n, ...)."""
-    batch = len(drawn[0].z)
-    chain = Denoised(
+    """What was drawn in several steps, (B n_k, ...) each, as one, image by image: (B n, ...).
+
+    Where not all of them were made in sweeps, what only those leave, the last fields, is left out.
+    """
+    batch, kinds = len(drawn[0].z), {type(one.chain) for one in drawn}
+    kind = kinds.pop() if len(kinds) == 1 else Denoised
+    chain = kind(
         *(
             torch.cat([field.view(batch, -1, *field.shape[1:]) for field in fields], dim=1).flatten(0, 1)
             for fields in zip(*(one.chain for one in drawn))

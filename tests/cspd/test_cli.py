@@ -18,6 +18,7 @@ from small_models import small_mar
 from cspd.checkpoints import load_mar
 from cspd.cli import INTERRUPTED, main
 from cspd.demo import pair
+from cspd.speculative import SpecDecodeRunner
 
 
 def test_info(capsys):
@@ -51,6 +52,28 @@ def test_generate_digits(tmp_path, capsys):
         assert Image.open(pictures[-1]).width > 100
         assert "of the drafted tokens kept" in capsys.readouterr().out
     assert pictures[0].read_bytes() != pictures[1].read_bytes()
+
+
+def test_how_the_steps_are_made(tmp_path, capsys, monkeypatch):
+    command = ["generate", "--labels", "3", "7", "--num-iter", "8", "--gamma", "4", "--temperature", "0"]
+    asked, init = [], SpecDecodeRunner.__init__
+
+    def watched(self, *args, **options):
+        asked.append(options["parallel_tol"])
+        init(self, *args, **options)
+
+    monkeypatch.setattr(SpecDecodeRunner, "__init__", watched)
+    for option in ([], ["--parallel-tol", "auto"], ["--parallel-tol", "off"], ["--parallel-tol", "1e-6"]):
+        assert main([*command, *option, "--out", str(tmp_path / "digits.png")]) == 0
+    assert asked == ["auto", "auto", None, 1e-6]
+    capsys.readouterr()
+    for bad in ("0", "1", "-0.1", "nan", "none", "1e-3x", ""):
+        with pytest.raises(SystemExit) as ended:
+            main([*command, f"--parallel-tol={bad}", "--out", str(tmp_path / "other.png")])
+        assert ended.value.code == 2
+        message = capsys.readouterr().err.splitlines()[-1]
+        assert message.endswith(f"argument --parallel-tol: expected auto, off or a number in (0, 1), got {bad}")
+    assert not (tmp_path / "other.png").exists()
 
 
 def test_the_closed_form_is_not_for_learned_variances(tmp_path, capsys, monkeypatch):

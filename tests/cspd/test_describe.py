@@ -38,7 +38,8 @@ def test_the_page():
     assert repr(cspd.describe(model)) == page
     cspd.patch(model, dtype=torch.bfloat16, backend="torch")
     page = str(cspd.describe(model)).splitlines()
-    assert page[0] == "diffloss (DiffLoss): C=4 W=32 D=2 Z=32, bfloat16 of float32 on cpu, backend torch, patched"
+    sizes = "C=4 W=32 D=2 Z=32, bfloat16 of float32 on cpu"
+    assert page[0] == f"diffloss (DiffLoss): {sizes}, backend torch, patched, parallel_tol=auto"
     cspd.unpatch(model)
     assert "float32 on cpu, backend torch, not patched" in str(cspd.describe(model))
 

@@ -52,6 +52,8 @@ OPTIONS = {
     "closed form": ({"residual": "closed_form", "target_sigma": True}, {"cfg": 2.0}),
     "bfloat16 head": ({"dtype": torch.bfloat16}, {}),
     "torch": ({"backend": "torch"}, {"cfg": 2.0}),
+    "sweeps": ({"parallel_tol": 1e-3}, {"cfg": 2.0, "labels": LABELS}),
+    "sweeps of a bfloat16 head": ({"parallel_tol": 1e-3, "dtype": torch.bfloat16}, {}),
 }
 
 
@@ -79,12 +81,16 @@ def test_masks_are_seen_to_wait(pair, monkeypatch):
         runner.run(3, 8, 3, seed=1)
 
 
-@pytest.mark.parametrize("backend", [None, "torch"])
+@pytest.mark.parametrize(("backend", "tolerance"), [(None, None), ("torch", None), (None, 1e-6)])
 @pytest.mark.parametrize("cfg", [1.0, 2.0])
 @pytest.mark.parametrize("relaxation", [8.0, cspd.SimilarityRelaxation()], ids=["number", "similarity"])
-def test_a_window_in_a_graph_of_the_caller(digits, backend, cfg, relaxation):
+def test_a_window_in_a_graph_of_the_caller(digits, backend, tolerance, cfg, relaxation):
     runner = cspd.SpecDecodeRunner(
-        *(copy.deepcopy(model).cuda() for model in digits), relaxation, ratio=0.25, backend=backend
+        *(copy.deepcopy(model).cuda() for model in digits),
+        relaxation,
+        ratio=0.25,
+        backend=backend,
+        parallel_tol=tolerance,
     )
     state = runner.begin(3, 16, labels=LABELS, cfg=cfg, seed=5)
     for i in range(state.prefilled):
@@ -130,6 +136,16 @@ def test_a_window_that_waits_is_refused_in_a_graph(pair, monkeypatch):
     run_window(state, window)
     torch.cuda.synchronize()
     with pytest.raises(RuntimeError, match="own methods wait for the device"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        run_window(state, window)
+
+
+def test_sweeps_that_wait_are_refused_in_a_graph(pair):
+    runner = cspd.SpecDecodeRunner(*pair, ratio=0.0, backend="torch", parallel_tol=1e-3)
+    state = runner.begin(2, 8, seed=0)
+    window = state.plan.window(0, 2)
+    run_window(state, window)
+    torch.cuda.synchronize()
+    with pytest.raises(RuntimeError, match="its sweeps wait"), torch.cuda.graph(torch.cuda.CUDAGraph()):
         run_window(state, window)
 
 

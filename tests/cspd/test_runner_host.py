@@ -7,10 +7,12 @@ import functools
 import types
 from unittest import mock
 
+import dispatch_modes
 import pytest
 import torch
 from dispatch_modes import NoHostRead
 from small_models import small_mar
+from torch.utils._python_dispatch import _disable_current_modes
 
 import cspd
 from cspd import speculative
@@ -18,6 +20,7 @@ from cspd.order import to_device
 from cspd.window import prefill, run_window
 from cspd_kernels.live import LiveWeights
 from cspd_kernels.ops import accept_reject as accept_reject_op
+from cspd_kernels.ops import denoise as denoise_op
 from cspd_kernels.ops.accept_reject import torch_backend
 
 COPIES = ("tolist", "numpy", "cpu")  # of which a dispatch mode sees nothing on the CPU
@@ -100,6 +103,22 @@ def test_a_run_waits_nowhere(pair, as_on_a_device, name):
     assert mode.started
     assert torch.equal(images, expected)
     assert 0 <= runner.stats.acceptance <= 1
+
+
+def test_what_the_runner_adds_to_sweeps_waits_nowhere(pair, as_on_a_device, monkeypatch):
+    """Sweeps of the torch backend, alone of all, wait; so here the op is not looked into."""
+
+    def unseen(*args):
+        with _disable_current_modes():
+            return denoise_op.run(*args)
+
+    monkeypatch.setattr(dispatch_modes, "run", unseen)
+    runner = cspd.SpecDecodeRunner(*pair, parallel_tol=1e-3)
+    expected = runner.run(3, 8, 3, seed=5, cfg=2.0)
+    with no_wait() as mode:
+        images = runner.run(3, 8, 3, seed=5, cfg=2.0)
+    assert mode.started
+    assert torch.equal(images, expected)
 
 
 def test_a_length_policy_reads_once_a_window(pair, as_on_a_device):

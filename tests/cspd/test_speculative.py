@@ -55,8 +55,9 @@ def stubbed(monkeypatch):
     """Draft 1, target 2; denoise returns the conditional rows; the verdict accepts by ``keep(x)``."""
     calls = []
 
-    def denoise(head, cond, x_T, noise, *, temperature, cfg_scale, backend):  # noqa: N803
+    def denoise(head, cond, x_T, noise, *, temperature, cfg_scale, backend, parallel_tol, guess):  # noqa: N803
         n = len(x_T)
+        assert (parallel_tol, guess) == (None, None)  # nothing was measured to be faster on a CPU
         assert torch.equal(x_T, noise.x_T(CHANNELS))
         if len(cond) == 2 * n:  # the unconditional half repeats position and step, without the label
             assert torch.equal(cond[n:, :3], cond[:n, :3])

@@ -12,7 +12,7 @@ import cspd_kernels
 from cspd_kernels import backends, crossover, cuda_support, info
 
 KEYS = {"cspd-kernels", "python", "platform", "torch", "triton", "numpy", "gpus", "backends", "CSPD_BACKEND"}
-KEYS |= {"cuda extension", "chosen"}
+KEYS |= {"cuda extension", "chosen", "CSPD_PERSISTENT_MAX_TOKENS", "CSPD_PARALLEL"}
 
 
 def broken(*_):
@@ -21,12 +21,13 @@ def broken(*_):
 
 def test_json(capsys, monkeypatch):
     monkeypatch.setenv("CSPD_BACKEND", "torch")
+    monkeypatch.setenv("CSPD_PARALLEL", "0")
     assert info.main(["--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert set(report) >= KEYS
     assert report["torch"] == torch.__version__
     assert report["backends"] == cspd_kernels.available_backends()
-    assert report["CSPD_BACKEND"] == "torch"
+    assert (report["CSPD_BACKEND"], report["CSPD_PARALLEL"]) == ("torch", "0")
     assert isinstance(report["gpus"], list)
 
 
@@ -35,6 +36,7 @@ def test_text(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert f"torch: {torch.__version__}" in lines
     assert "CSPD_BACKEND: not set (automatic)" in lines
+    assert "CSPD_PARALLEL: not set (as measured)" in lines
     assert any(line.split() == ["torch", "ok"] for line in lines)
     assert {line.split(":")[0] for line in lines} >= KEYS
 
