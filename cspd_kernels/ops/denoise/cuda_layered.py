@@ -43,6 +43,7 @@ class LayeredChain(CudaChain):
         super().__init__(head, tokens, guided, noise, steps, static, sweeps_of)
         shape = self.rows, head.width
         self.tile = cuda_config.tile_for(*shape, head.dtype, self.table)
+        self.own = self.tile is not None
         self.h = torch.empty(shape, device=head.device, dtype=torch.float32)
         self.operand, self.hidden, self.product = torch.empty((3, *shape), device=head.device, dtype=head.dtype)
         self.final_operand = torch.empty_like(self.h)
