@@ -6,14 +6,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from chains import kernels_of
-from dispatch_modes import no_wait_for_cuda
 from fake_cuda import FakeExtension, Node
 
-from cspd_kernels import DiffusionHead, conditional, cuda_support, denoise
+from cspd_kernels import conditional
 from cspd_kernels.backends import log_once
 from cspd_kernels.conditional import run_if, run_while
 from cspd_kernels.graphs import CudaGraph, captures_ours
-from cspd_kernels.testing import random_inputs
+from cspd_kernels.ops.denoise.chain import Tables
+from cspd_kernels.ops.denoise.triton_config import Products
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -123,10 +123,12 @@ def test_in_a_graph_of_our_own_the_device_decides(cuda, extension, counts):
 
 
 def test_a_loop_ends_by_its_own_count(cuda, extension, counts):
-    loop = Flag(1)
-    told = in_a_graph(cuda, lambda: run_while(loop, lambda: counts(loop, 10**6 if loop.counted < 0 else 3), 5, own=True))
-    assert told.count("main: loop replayed") == 1
-    assert told.count("main: condition replayed") == 1 + told.count("main: count replayed")
+    """The nodes know no limit: that is the kernels' own."""
+    loop, graph = Flag(1), CudaGraph(CUDA)
+    for rounds in (2, 7, 7):  # plain, captured, replayed
+        loop.set(1)
+        graph.run(lambda: run_while(loop, lambda: counts(loop, 7), 2, own=True), lambda: None)
+        assert loop.counted == rounds
 
 
 @pytest.mark.parametrize("why", ["library", "caller", "not built", "driver", "unavailable", "device", "wrong", "error"])
@@ -183,35 +185,32 @@ def test_nothing_is_proved_in_a_capture(cuda, extension, counts):
     assert (extension.prepared, conditional._proved) == (0, {})
 
 
-def always(node):
+def always(node, right):
     node.body.replay()
 
 
-def once(node):
+def once(node, right):
     if node.condition:
         node.body.replay()
 
 
-def never(node):
+def never(node, right):
     pass
 
 
-def keeps(node):
-    """A condition that stays from the replay before."""
-    Node.ran = getattr(Node, "ran", 0) + 1
-    if Node.ran <= 3:
+def first_replay_only(node, right):
+    if not node.ran:
         right(node)
+    node.ran = True
 
 
-right = Node.run
-
-
-@pytest.mark.parametrize("wrong", [always, once, never, keeps])
+@pytest.mark.parametrize("wrong", [always, once, never, first_replay_only])
 def test_nodes_that_count_wrongly_are_found_out(extension, monkeypatch, wrong):
+    right = Node.run
     assert conditional._difference(conditional.Nodes(CUDA), CPU) is None
-    monkeypatch.setattr(Node, "run", wrong)
+    monkeypatch.setattr(Node, "ran", False, raising=False)
+    monkeypatch.setattr(Node, "run", lambda node: wrong(node, right))
     assert conditional._difference(conditional.Nodes(CUDA), CPU) == "a graph with such nodes counts wrongly"
-    monkeypatch.delattr(Node, "ran", raising=False)
 
 
 def test_a_proof_is_made_once_and_a_lack_of_memory_is_none(extension, monkeypatch):
@@ -252,161 +251,22 @@ def test_a_body_that_fails_leaves_no_capture_open_and_is_what_the_log_tells(cuda
     assert not captures_ours()
 
 
-@pytest.mark.parametrize("backend", ["triton", "cuda"], indirect=True)
-@pytest.mark.parametrize("tokens", [1, 4, 64, 4096])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_chains_that_call_a_library_say_so(make_head, backend, monkeypatch, tokens, dtype):
-    """By what they launch: a product of PyTorch's in the steps, or none."""
-    head = make_head(dtype, steps=1)
-    chain = kernels_of(backend).layered(head, tokens, False, torch.zeros(1, tokens, head.channels), 1, static=True)
-    chain.keep_modulations_in(torch.zeros(chain.memory_bytes, dtype=torch.uint8, device=head.device))
-    called = []
-    monkeypatch.setattr(torch, "mm", lambda *_, **__: called.append(True))
-    for name in ("run_first", "run_second"):
-        monkeypatch.setattr(type(chain), name, getattr(type(chain), name, None), raising=False)
-    chain.warm_up_products(head)
+# --- which chains may be loops ---
+
+
+@pytest.mark.parametrize("library", [False, True])
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_chains_that_call_a_library_say_so(backend, make_head, monkeypatch, library, tokens):
+    head, kind = make_head(torch.bfloat16, steps=1), kernels_of(backend).layered
+    if library and backend == "cuda":
+        monkeypatch.setattr(kind, "table", ())
+    elif library:
+        monkeypatch.setattr(kind, "choose", lambda chain, head: Products(None, None))
+    chain = kind(head, tokens, False, torch.zeros(1, tokens, head.channels), 1, static=True)
+    tables, called, mm = Tables(head), [], torch.mm
+    chain.start(head)
+    chain.hoist(head, 0, 1)
+    monkeypatch.setattr(torch, "mm", lambda *operands, **out: called.append(mm(*operands, **out)))
+    chain.run_steps(head, tables, 0, 1)
     assert chain.own == (not called)
-
-
-# --- on a device ---
-
-
-@pytest.fixture
-def device():
-    """A device whose nodes have proved themselves, which they must where the extension and the driver can."""
-    if reason := cuda_support.why_unavailable():
-        pytest.skip(reason)
-    device = torch.device("cuda", torch.cuda.current_device())
-    if reason := conditional._why_not(device):
-        pytest.skip(reason)
-    conditional._prove(device)
-    assert conditional._proved[device] is not None
-    return device
-
-
-@pytest.fixture
-def numbers(device):
-    """(flags, counts) of three places."""
-    return torch.zeros(2, 3, dtype=torch.int32, device=device).unbind()
-
-
-def count(flags, counts, i, until=0):
-    stream = cuda_support.launch_stream(flags.device)
-    cuda_support.extension().count(counts[i].data_ptr(), until, flags[i].data_ptr(), stream)
-
-
-def captured(device, launch):
-    """A graph of launches, two of whose uses are behind it."""
-    graph = CudaGraph(device)
-    for _ in range(2):
-        graph.run(launch, lambda: None)
-    assert graph.graph is not None
-    return lambda: graph.run(launch, lambda: None)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("rounds", [1, 2, 7, 300])
-@pytest.mark.parametrize("kernels", [1, 5])
-def test_a_loop_on_a_device_ends_by_its_flag(device, numbers, rounds, kernels):
-    """Of kernels that start early, also in the second round and right behind the loop."""
-    flags, counts = numbers
-
-    def body():
-        for _ in range(kernels):
-            count(flags, counts, 0, rounds * kernels)
-
-    def launch():
-        run_while(flags[:1], body, 400, own=True)
-        count(flags, counts, 0)
-
-    run = captured(device, launch)
-    for start, wanted in ((1, rounds * kernels + 1), (0, 1), (1, rounds * kernels + 1)):
-        counts.zero_()
-        flags.fill_(start)
-        with no_wait_for_cuda():
-            run()
-        assert counts.tolist() == [wanted, 0, 0]
-
-
-@pytest.mark.gpu
-def test_branches_on_a_device_follow_their_flags(device, numbers):
-    flags, counts = numbers
-
-    def launch():
-        for i in range(3):
-            run_if(flags[i : i + 1], lambda i=i: count(flags, counts, i, until=100), own=True)
-
-    run = captured(device, launch)
-    for pattern in ((0, 1, 0), (1, 0, 1), (0, 0, 0), (7, -1, 1)):
-        counts.zero_()
-        flags.copy_(torch.tensor(pattern))
-        run()
-        assert counts.tolist() == [int(flag != 0) for flag in pattern]
-
-
-@pytest.mark.gpu
-def test_a_body_on_a_device_may_be_torchs_own_kernels(device, numbers):
-    flags, counts = numbers
-    ones = torch.ones_like(counts)
-
-    def body():
-        counts.add_(ones)
-        torch.lt(counts, 5, out=flags)
-
-    run = captured(device, lambda: run_while(flags[:1], body, 9, own=True))
-    for _ in range(2):
-        counts.zero_()
-        flags.fill_(1)
-        run()
-        assert counts.tolist() == [5, 5, 5]
-
-
-@pytest.mark.gpu
-def test_in_a_graph_of_the_caller_all_is_launched(device, numbers):
-    flags, counts = numbers
-    graph = torch.cuda.CUDAGraph()
-    torch.cuda.synchronize()
-    with torch.cuda.graph(graph):
-        run_while(flags[:1], lambda: count(flags, counts, 0), 6, own=True)
-    counts.zero_()
-    graph.replay()
-    assert counts.tolist() == [6, 0, 0]
-
-
-@pytest.mark.gpu
-def test_a_body_that_fails_on_a_device_costs_its_graph_alone(device, numbers):
-    flags, counts = numbers
-
-    def body():
-        if captures_ours():
-            raise RuntimeError("no such kernel")
-        count(flags, counts, 0)
-
-    graph = CudaGraph(device)
-    for _ in range(3):
-        graph.run(lambda: run_while(flags[:1], body, 2, own=True), lambda: None)
-    assert graph.graph is None
-    assert counts.tolist() == [6, 0, 0]
-    run = captured(device, lambda: run_while(flags[:1], lambda: count(flags, counts, 1, 3), 4, own=True))
-    counts.zero_()
-    flags.fill_(0)
-    flags[0] = 1
-    del run  # whose loop would have no end: its body sets another flag
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("rows", [1, 5, 16])
-@pytest.mark.parametrize("cfg_scale", [1.0, 3.0])
-def test_sweeps_in_a_loop_give_the_bits_of_plain_launches(make_diffloss, device_of, backend, device, dtype, rows, cfg_scale):
-    """Rows that settle, and with a tolerance that none can keep, the sequential chain as a branch."""
-    device_of(backend)
-    head = DiffusionHead.from_module(make_diffloss(width=256, steps=20).to(device), dtype=dtype)
-    inputs = random_inputs(head, rows, 0, guided=cfg_scale != 1)
-    for tolerance in (1e-2, 1e-30):
-        results = [
-            denoise(head, *inputs, cfg_scale=cfg_scale, backend=backend, parallel_tol=tolerance) for _ in range(4)
-        ]
-        for result in results[1:]:
-            for got, wanted in zip(result, results[0]):
-                assert torch.equal(got, wanted)
+    assert chain.own == (not library)
