@@ -41,7 +41,7 @@ def only_sweeps(count: int) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for module in (torch_parallel, parallel_chain):
             stack.enter_context(mock.patch.object(module, "most_sweeps", lambda steps: count))
-        stack.enter_context(mock.patch.object(parallel_chain, "run_if", lambda *_: None))
+        stack.enter_context(mock.patch.object(parallel_chain, "run_if", lambda *_, **__: None))
         stack.enter_context(mock.patch.object(torch_backend, "_sequential", _as_they_are))
         yield
 

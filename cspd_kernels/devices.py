@@ -44,3 +44,15 @@ def on(device: torch.device) -> contextlib.AbstractContextManager:
     if device.type != "cuda" or torch.cuda.current_device() == device.index:
         return _HERE
     return torch.cuda.device(device)
+
+
+def read(value: torch.Tensor) -> bool:
+    """Of a device. Not by ``item``: this wait is known, and none for a caller's debug mode to report."""
+    if not value.is_cuda:
+        return bool(value)
+    answer = torch.empty((), dtype=torch.bool, device="cpu", pin_memory=True)
+    answer.copy_(value, non_blocking=True)
+    done = torch.cuda.Event()
+    done.record()
+    done.synchronize()
+    return bool(answer)

@@ -14,6 +14,7 @@ from .backends import log_once
 from .devices import one_a_device
 
 _capturing = threading.Lock()  # one at a time, of all devices: the garbage collector is off meanwhile
+_ours = threading.local()
 CALLER_CAPTURES = "the caller is capturing a graph of its own"
 
 
@@ -24,6 +25,11 @@ def why_not_here(device: torch.device) -> str | None:
     if torch.cuda.is_current_stream_capturing():
         return CALLER_CAPTURES
     return None
+
+
+def captures_ours() -> bool:
+    """Whether a graph of our own is being captured by this thread."""
+    return getattr(_ours, "captured", False)
 
 
 class _Captures:
@@ -62,11 +68,31 @@ def _captures(device: torch.device) -> _Captures:
 def _captured(launch: Callable[[], None], **options) -> torch.cuda.CUDAGraph:
     graph = torch.cuda.CUDAGraph()
     graph.capture_begin(capture_error_mode="thread_local", **options)  # other threads may allocate meanwhile
+    _ours.captured = True
     try:
         launch()
     finally:
+        _ours.captured = False
         graph.capture_end()
     return graph
+
+
+@contextlib.contextmanager
+def _undisturbed():
+    with _capturing:
+        collecting = gc.isenabled()
+        gc.disable()  # what a collection would free may wait for the device, which ends a capture
+        try:
+            yield
+        finally:
+            if collecting:
+                gc.enable()
+
+
+def capture_once(device: torch.device, launch: Callable[[], None]) -> torch.cuda.CUDAGraph:
+    """A graph of launches that allocate nothing, and have all been launched before."""
+    with _undisturbed(), torch.cuda.stream(_captures(device).stream):
+        return _captured(launch)
 
 
 class CudaGraph:
@@ -97,14 +123,8 @@ class CudaGraph:
 
     def _capture(self, launch: Callable[[], None], warm_up: Callable[[], None]) -> torch.cuda.CUDAGraph:
         warm_up()  # what a library makes once for a thread cannot be made in a capture
-        with _capturing:
-            collecting = gc.isenabled()
-            gc.disable()  # what a collection would free may wait for the device, which ends a capture
-            try:
-                return _captures(self.device).capture(launch, warm_up)
-            finally:
-                if collecting:
-                    gc.enable()
+        with _undisturbed():
+            return _captures(self.device).capture(launch, warm_up)
 
 
 class _Turn:

@@ -20,7 +20,7 @@ import torch
 
 from . import cuda_support
 from .backends import ENVIRONMENT_VARIABLE, log_once, untraced, why_unavailable
-from .devices import on
+from .devices import on, read
 
 THREADS = 256  # of a block of PyTorch's
 PER_ROUND = 4  # normals of a thread
@@ -208,7 +208,7 @@ def _difference(kernel: Kernel, device: torch.device) -> str | None:
         if theirs.get_offset() != ours.get_offset():
             return f"{numel} values would move PyTorch's generator otherwise"
         equal.append((got.view(_BITS[dtype]) == expected.view(_BITS[dtype])).all())
-    return None if _read(torch.stack(equal).all()) else "PyTorch's own calls draw other bits"
+    return None if read(torch.stack(equal).all()) else "PyTorch's own calls draw other bits"
 
 
 def _generator(device: torch.device) -> torch.Generator:
@@ -217,15 +217,3 @@ def _generator(device: torch.device) -> torch.Generator:
     generator.manual_seed(0xFEDC_BA98_7654_3210)
     generator.set_offset(PER_ROUND * (2**32 - 5))
     return generator
-
-
-def _read(value: torch.Tensor) -> bool:
-    """Of the device. Not by ``item``: this wait is known, and none for a caller's debug mode to report."""
-    if not value.is_cuda:
-        return bool(value)
-    answer = torch.empty((), dtype=torch.bool, device="cpu", pin_memory=True)
-    answer.copy_(value, non_blocking=True)
-    done = torch.cuda.Event()
-    done.record()
-    done.synchronize()
-    return bool(answer)

@@ -180,6 +180,26 @@ void persistent(int type, const cspd::PersistentPlan& plan, Address blocks, Addr
   check(cspd::persistent(operand(type), chain, plan, stream), "persistent");
 }
 
+std::uintptr_t prepare_conditional() {
+  cudaStream_t body = nullptr;
+  check(cspd::prepare_conditional(&body), "prepare_conditional");
+  return reinterpret_cast<std::uintptr_t>(body);
+}
+
+std::uint64_t begin_conditional(bool loop, Address flag, Address stream, Address body) {
+  std::uint64_t handle = 0;
+  check(cspd::begin_conditional(loop, flag, stream, body, &handle), "begin_conditional");
+  return handle;
+}
+
+void end_conditional(bool loop, Address flag, std::uint64_t handle, Address body) {
+  check(cspd::end_conditional(loop, flag, handle, body), "end_conditional");
+}
+
+void count(Address count, int until, Address flag, Address stream) {
+  check(cspd::count(count, until, flag, stream), "count");
+}
+
 // Versions such as 12040 for 12.4; a driver's is 0 where there is none.
 int version(cudaError_t (*of)(int*)) {
   int value = 0;
@@ -212,6 +232,7 @@ PYBIND11_MODULE(_C, m) {
 #else
   m.attr("EMULATED") = false;
 #endif
+  m.attr("CONDITIONAL_NODES") = cspd::has_conditional_nodes();
   py::register_exception<CudaError>(m, "CudaError", PyExc_RuntimeError);
   py::class_<cspd::PersistentPlan>(m, "PersistentPlan")
       .def_readonly("blocks", &cspd::PersistentPlan::blocks)
@@ -237,4 +258,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("runtime_version", [] { return version(cudaRuntimeGetVersion); });
   m.def("persistent_plan", &persistent_plan);
   m.def("persistent", &persistent, unlocked);
+  m.def("prepare_conditional", &prepare_conditional, unlocked);
+  m.def("begin_conditional", &begin_conditional, unlocked);
+  m.def("end_conditional", &end_conditional, unlocked);
+  m.def("count", &count, unlocked);
 }

@@ -100,7 +100,8 @@ def cuda(monkeypatch):
     monkeypatch.setattr(torch.cuda, "CUDAGraph", functools.partial(FakeGraph, cuda))
     monkeypatch.setattr(torch.cuda, "stream", cuda.stream)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: cuda.current)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: cuda.captured_by_caller)
+    capturing = lambda: cuda.captured_by_caller or cuda.capturing is not None  # noqa: E731
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", capturing)
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: cuda.side)
     log_once.cache_clear()
     for shared in (graphs._turn, graphs._captures):

@@ -68,6 +68,7 @@ class Chain:
 
     error: torch.Tensor | None = None
     memory: torch.Tensor | None = None  # of the modulations
+    own = False  # whether steps and sweeps call no library and allocate nothing: then they may be a graph's loop
 
     def __init__(
         self,

@@ -46,6 +46,7 @@ class LayeredChain(CudaChain):
         # hold the library's, whose workspace would lie outside of the graph's memory.
         table = self.table if sweeps_of is None else cuda_config.OWN
         self.tile = cuda_config.tile_for(*shape, head.dtype, table)
+        self.own = self.tile is not None
         self.h = torch.empty(shape, device=head.device, dtype=torch.float32)
         self.operand, self.hidden, self.product = torch.empty((3, *shape), device=head.device, dtype=head.dtype)
         self.final_operand = torch.empty_like(self.h)

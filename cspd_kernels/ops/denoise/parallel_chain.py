@@ -90,8 +90,8 @@ class ParallelChain:
         chain.hoist(head, 0, head.num_steps)
         network.sweep(tables, chain, state, begin=True)
         network.settle(state, begin=True)
-        run_while(state.live, body, state.limit)
-        run_if(state.left, lambda: chain.run_steps(head, tables, 0, head.num_steps))
+        run_while(state.live, body, state.limit, own=network.own)
+        run_if(state.left, lambda: chain.run_steps(head, tables, 0, head.num_steps), own=chain.own)
 
     def warm_up(self, head: DiffusionHead) -> None:
         self.chain.warm_up(head)

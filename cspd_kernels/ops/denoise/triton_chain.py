@@ -64,6 +64,7 @@ class LayeredChain(Chain):
             self.operand = empty(rows, width)
             if self.products.second is None:
                 self.product = empty(rows, width)
+        self.own = self.products is None or None not in self.products
         self._prepare(head)
 
     def read_modulations(self, embedded: torch.Tensor, mods: torch.Tensor, final_mods: torch.Tensor) -> None:

@@ -49,4 +49,16 @@ PersistentPlan persistent_plan(Operand type, int rows, int tokens, int channels,
                                int multiprocessors, std::size_t shared_limit);
 cudaError_t persistent(Operand type, const Persistent& chain, const PersistentPlan& plan, cudaStream_t stream);
 
+// Whether this build adds conditional nodes to CUDA graphs; what follows is an error where it does not.
+bool has_conditional_nodes();
+// Before the first one on the current device: a stream for the bodies alone.
+cudaError_t prepare_conditional(cudaStream_t* body);
+// While ``stream`` is captured: what is launched on ``body`` until the end happens, at that point of ``stream``, if
+// ``flag`` is not 0; of a ``loop``, as long as it is not. The end takes the ``handle``, also where a body failed.
+cudaError_t begin_conditional(bool loop, const int* flag, cudaStream_t stream, cudaStream_t body,
+                              std::uint64_t* handle);
+cudaError_t end_conditional(bool loop, const int* flag, std::uint64_t handle, cudaStream_t body);
+// Adds 1 to ``count``; ``flag`` is whether it is less than ``until``. To prove such nodes with.
+cudaError_t count(int* count, int until, int* flag, cudaStream_t stream);
+
 }  // namespace cspd
