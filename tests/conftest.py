@@ -122,6 +122,7 @@ def benchmarks(monkeypatch):
     import host_judging
     import judging
     import kernels
+    import parallel
     import quality
     import report
     import tables
@@ -136,6 +137,7 @@ def benchmarks(monkeypatch):
         host_denoise,
         host_judging,
         judging,
+        parallel,
         quality,
         report,
         tables,
