@@ -121,6 +121,7 @@ def benchmarks(monkeypatch):
     import host_judging
     import judging
     import kernels
+    import parallel
     import quality
     import report
     import tables
@@ -135,6 +136,7 @@ def benchmarks(monkeypatch):
         host_denoise,
         host_judging,
         judging,
+        parallel,
         quality,
         report,
         tables,

@@ -279,7 +279,7 @@ def test_a_page_without_marks_stops_before_measuring(benchmarks, tmp_path, monke
         benchmarks.quality.check_docs(tmp_path)
 
 
-@pytest.mark.parametrize("script", ["kernels.py", "end_to_end.py", "quality.py"])
+@pytest.mark.parametrize("script", ["kernels.py", "end_to_end.py", "parallel.py", "quality.py"])
 def test_help(script):
     done = subprocess.run([sys.executable, BENCHMARKS / script, "--help"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
+import pytest
 import torch
 from scripts import run_main
 
 from cspd.models import DiffLoss
 from cspd_kernels import DiffusionHead, denoise
-from cspd_kernels.ops.denoise import torch_parallel
+from cspd_kernels.ops.denoise import reference, torch_parallel
 from cspd_kernels.testing import random_inputs, randomize_
 
 
@@ -34,3 +36,55 @@ def test_only_sweeps_are_made_where_they_are_timed(benchmarks, monkeypatch):
     module._sweeps(head, *inputs, backend="torch")
     assert len(calls) == module.SWEEPS
     assert torch.equal(denoise(head, *inputs).mean, denoise(head, *inputs, parallel_tol=None).mean)  # as before
+
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_sweeps_of_trained_heads_are_counted(benchmarks, monkeypatch, tmp_path):
+    run_main(benchmarks.parallel, monkeypatch, "--quick", "--json", tmp_path / "r.json")
+    rows = json.loads((tmp_path / "r.json").read_text())["rows"]
+    assert [row["kind"] for row in rows] == ["secant", "plain", "bfloat16"] * 2
+    for secant, plain, rounded in (rows[:3], rows[3:]):
+        for row in (secant, plain):
+            assert row["largest"][0] > 1e-2
+            assert row["largest"][-1] <= 2e-6
+            assert len(row["largest"]) == len(row["median"]) <= row["steps"]
+            reached = list(row["reached"].values())
+            assert reached == sorted(reached)
+            assert [row["largest"][k - 1] <= d for k, d in zip(reached, (1e-2, 1e-3, 1e-4, 1e-5))] == [True] * 4
+            assert all(s["open"] == 0 and s["largest"] <= 10 * s["tolerance"] for s in row["settled"])
+            assert row["float64"]["parallel"] <= 3e-6
+        assert secant["reached"]["1e-03"] <= plain["reached"]["1e-03"]
+        assert rounded["apart"][0] < 2e-2
+        assert rounded["parallel, float64"][0] < 2e-2
+
+
+def test_tokens_that_settle_stay_as_they_were(benchmarks):
+    def sweep(value, change):
+        row = torch.tensor([[value], [value]])
+        return reference.Sweep(row[None], row, row, row[:, 0], torch.tensor(change), torch.ones(2))
+
+    settled = benchmarks.parallel.Settled(0.1, 2)
+    for count, args in enumerate([(1.0, [0.0, 0.0]), (2.0, [0.05, 0.5]), (3.0, [0.5, 0.05])], start=1):
+        assert not settled.all
+        settled.see(sweep(*args)._replace(x=torch.zeros(9, 2, 1)), count)
+    assert settled.all
+    assert settled.sweeps.tolist() == [2, 3]
+    assert settled.mean.tolist() == [[2.0], [3.0]]
+
+
+def test_the_page_and_the_results_are_one(benchmarks):
+    rows = json.loads((ROOT / "benchmarks" / "results" / "parallel-cpu.json").read_text())["rows"]
+    page, module = (ROOT / "docs" / "parallel.md").read_text(), benchmarks.parallel
+    for name, table in module.tables(rows).items():
+        assert module.START.format(name) + table + module.END.format(name) in page
+
+
+@pytest.mark.parametrize("page", [None, "no marks"])
+def test_a_page_without_marks_stops_before_counting(benchmarks, tmp_path, page):
+    pytest.importorskip("matplotlib")
+    if page is not None:
+        (tmp_path / "parallel.md").write_text(page)
+    with pytest.raises(SystemExit, match="to hold each of these lines once"):
+        benchmarks.parallel.check_docs(tmp_path)

@@ -57,7 +57,7 @@ def test_wheel_holds_both_packages_whole(wheel):
         modules = {f"{package}/{path.relative_to(folder).as_posix()}" for path in folder.rglob("*.py")}
         assert modules <= names
     weights = {name for name in names if name.endswith(".safetensors")}
-    assert weights == {f"cspd/demo/data/{name}.safetensors" for name in ("target", "draft", "reference")}
+    assert weights == {f"cspd/demo/data/{name}.safetensors" for name in ("target", "draft", "reference", "head100")}
     size = sum(wheel.getinfo(name).file_size for name in weights)
     assert size < 8 * 2**20
     allowed = ("cspd/", "cspd_kernels/", "cspd_kernels-")
