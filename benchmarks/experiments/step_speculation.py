@@ -212,7 +212,9 @@ def main() -> None:
             kind = "exact marginal" if not varies else "two samples, variance varies"
             rounds = float(made.rounds.double().mean())
             rows.append({"toy": kind, "guess": guess, "length": 8, "tokens": tokens, "p": p, "rounds": rounds})
-            print(f"toy, {kind:<30}{guess:<8} L=8  p {p:.3f}  {rounds:.1f} rounds of {ToyChain().steps} steps", flush=True)
+            print(
+                f"toy, {kind:<30}{guess:<8} L=8  p {p:.3f}  {rounds:.1f} rounds of {ToyChain().steps} steps", flush=True
+            )
     for name, head, cond in heads(arguments.quick):
         chain = Chain(head, cond)
         sweeps = sweeps_of(head, cond, torch.Generator().manual_seed(3))
@@ -227,7 +229,9 @@ def main() -> None:
                 counts, asked = made.rounds.double(), float(made.calls.double().mean())
                 row = {"mean": float(counts.mean()), "most": int(counts.max()), "least": int(counts.min())}
                 rows.append({"head": name, "method": guess, "length": length, "network rows": asked, "rounds": row})
-                print(f"  {guess:<8} L={length:<3} rounds {row['mean']:6.1f} ({row['least']}..{row['most']})", flush=True)
+                print(
+                    f"  {guess:<8} L={length:<3} rounds {row['mean']:6.1f} ({row['least']}..{row['most']})", flush=True
+                )
     write(arguments.json, "step speculation", rows)
 
 

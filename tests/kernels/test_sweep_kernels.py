@@ -1,40 +1,42 @@
-"""The Triton kernels of a chain in parallel over its steps, sweep by sweep beside the definition: on a GPU, or in
-Triton's interpreter on the CPU."""
+"""The kernels of a chain in parallel over its steps, sweep by sweep beside the definition: on a GPU, or, without one, in
+Triton's interpreter and emulated on the CPU."""
 
 import itertools
 
 import pytest
 import torch
-from chains import addressed
+from chains import addressed, kernels_of
 
 from cspd_kernels.ops.denoise import reference
 from cspd_kernels.ops.denoise.chain import Tables
 from cspd_kernels.ops.denoise.parallel_chain import ParallelChain
 from cspd_kernels.testing import random_inputs, relative_error
 
-pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
-
-from cspd_kernels.ops.denoise.triton_chain import LayeredChain
-from cspd_kernels.ops.denoise.triton_config import sweep_tile
+# CUDA's network has no kernels that can be called off: there the device repeats sweeps, or it computes all of them.
+triton_alone = pytest.mark.parametrize("backend", ["triton"], indirect=True)
 
 
-@pytest.fixture
-def backend():
-    return "triton"
+@pytest.fixture(autouse=True)
+def kind(backend, monkeypatch):
+    """The backend's chain, of which a test sweeps."""
+    monkeypatch.setattr(Sweeping, "kind", kernels_of(backend).layered)
 
 
 class Sweeping:
     """A chain of ``tokens`` tokens whose launches a test makes one by one, after those before the first sweep."""
 
+    kind = None
+
     def __init__(self, head, inputs, temperature=0.9, cfg_scale=None, tolerance=1e-4, guess=None, tokens=None):
         cond, x_T, noise = inputs  # noqa: N806
         halves, rows = 1 if cfg_scale is None else 2, len(x_T)
         self.head, self.tables = head, Tables(head)
-        self.whole = ParallelChain(LayeredChain, head, tokens or rows, halves == 2, noise, True, guess is not None)
+        self.whole = ParallelChain(self.kind, head, tokens or rows, halves == 2, noise, True, guess is not None)
         self.whole.load(cond.view(halves, rows, -1), x_T, noise, temperature, cfg_scale, tolerance, guess)
         self.chain, self.network, self.state = self.whole.chain, self.whole.network, self.whole.state
         memory = torch.empty(self.whole.memory_bytes, dtype=torch.uint8, device=head.device)
         self.whole.keep_modulations_in(memory)
+        self.tables.refresh(head)
         self.chain.start(head)
         self.chain.hoist(head, 0, head.num_steps)
         self.network.sweep(self.tables, self.chain, self.state, begin=True)
@@ -50,7 +52,7 @@ class Sweeping:
         """Copies of all that a sweep may write."""
         network, state = self.network, self.state
         found = {**vars(state), "h": network.h, "operand": network.operand, "eps": network.eps, "v": network.v}
-        found |= {"eps_u": network.eps_u, "activations": network.activations}
+        found |= {"eps_u": network.eps_u, "activations": getattr(network, "activations", None)}
         return {name: value.clone() for name, value in found.items() if isinstance(value, torch.Tensor)}
 
 
@@ -199,6 +201,7 @@ def test_a_guess_that_is_not_finite_heals(make_head, value):
     assert ours.state.settled.tolist() == [1, 1]
 
 
+@triton_alone
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_kernels_that_are_called_off_leave_everything_as_it_is(make_head, dtype):
     head = make_head(dtype, steps=4, depth=2)
@@ -215,6 +218,7 @@ def test_kernels_that_are_called_off_leave_everything_as_it_is(make_head, dtype)
     assert changed >= {"x", "h", "operand", "activations", "eps", "v", "eps_u", "mean", "done", "sweeps"}
 
 
+@triton_alone
 @pytest.mark.parametrize(("dtype", "rows"), [(torch.float32, 2), (torch.float32, 5), (torch.bfloat16, 5)])
 def test_a_sequential_chain_that_is_called_off_keeps_its_inputs_and_results(make_head, dtype, rows):
     """A few rows, products of the library, products of kernels."""
@@ -270,8 +274,11 @@ def test_the_whole_call(make_head, rows):
         assert all(count < limit for count in sweeps) if tolerance > 0 else (sweeps == limit + 24).all()
 
 
+@triton_alone
 @pytest.mark.parametrize("steps", [1, 2, 100, 128, 129, 1000, 4000])
 def test_a_program_has_all_steps_and_few_values_a_thread(steps):
+    from cspd_kernels.ops.denoise.triton_config import sweep_tile
+
     for channels in (1, 3, 16, 64):
         group, warps = sweep_tile(steps, channels)
         values = (1 << (steps - 1).bit_length()) * group
