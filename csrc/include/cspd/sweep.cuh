@@ -127,7 +127,7 @@ __global__ void __launch_bounds__(kSweepThreads) sweep_kernel(Sweep sweep) {
     }
     sync_block();
     if (runs) {
-#pragma unroll 4
+#pragma unroll 8
       for (int of_chunk = steps - 1; of_chunk >= 0; --of_chunk) {
         const int at = of_chunk * group + static_cast<int>(threadIdx.x), step = start + of_chunk;
         const float moved = y - chunk.x[at];
