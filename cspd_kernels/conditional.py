@@ -26,6 +26,7 @@ from .graphs import capture_once, captures_ours
 _OLDEST_DRIVER = 12040
 
 _lock = threading.Lock()
+_local = threading.local()  # ``wanted``: whether this thread launches a node's body
 _proved: dict[torch.device, Nodes | None] = {}
 
 
@@ -55,6 +56,11 @@ def _run(flag: torch.Tensor, body: Callable[[], None], at_most: int, own: bool, 
         body()
 
 
+def surely_wanted() -> bool:
+    """Whether what is launched now is a node's body, which runs only where it is wanted: its kernels need not look."""
+    return getattr(_local, "wanted", False)
+
+
 class Nodes:
     """Conditional nodes in what is being captured from the current stream of a device."""
 
@@ -66,6 +72,7 @@ class Nodes:
         """A node that runs what ``body`` launches; ``flag`` stays where it is as long as the graph is used."""
         kernels, at, stream = cuda_support.extension(), flag.data_ptr(), self.stream.cuda_stream
         handle = kernels.begin_conditional(loop, at, cuda_support.launch_stream(flag.device), stream)
+        _local.wanted = True
         try:
             with torch.cuda.stream(self.stream):
                 body()
@@ -73,6 +80,8 @@ class Nodes:
             with contextlib.suppress(RuntimeError):  # what the body raised says more
                 kernels.end_conditional(loop, at, handle, stream)
             raise
+        finally:
+            _local.wanted = False
         kernels.end_conditional(loop, at, handle, stream)
 
 

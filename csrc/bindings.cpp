@@ -75,45 +75,48 @@ cspd::Ahead ahead(Address mods, Address next_mods, bool gated, int width) {
 }
 
 void bias_silu(int type, Address value, Address bias, Address mods, Address next_mods, bool next_gated,
-               std::int64_t rows, int width, Address stream) {
+               std::int64_t rows, int width, Address live, Address stream) {
   const auto modulations = ahead(mods, next_mods, next_gated, width);
-  check(cspd::bias_silu(operand(type), value, bias, modulations, rows, width, stream), "bias_silu");
+  check(cspd::bias_silu(operand(type), value, bias, modulations, rows, width, stream, live), "bias_silu");
 }
 
 void input(int type, Address x, Address weight, Address bias, Address h, Address norm_weight, Address norm_bias,
            Address mods, Address out, std::int64_t n, int halves, int channels, int width, float epsilon,
-           std::int64_t period, bool early, Address stream) {
+           std::int64_t period, Address live, bool early, Address stream) {
   const cspd::AnyModulation modulation = {norm_weight, norm_bias, mods, epsilon};
-  check(cspd::input(operand(type), x, weight, bias, h, modulation, out, n, halves, channels, width, period, early, stream),
+  check(cspd::input(operand(type), x, weight, bias, h, modulation, out, n, halves, channels, width, period, early,
+                    stream, live),
         "input");
 }
 
 void residual(int type, Address product, Address bias, Address mods, Address h, Address norm_weight, Address norm_bias,
-              Address next_mods, Address out, std::int64_t rows, int width, float epsilon, Address stream) {
+              Address next_mods, Address out, std::int64_t rows, int width, float epsilon, Address live,
+              Address stream) {
   const cspd::AnyModulation next = {norm_weight, norm_bias, next_mods, epsilon};
-  check(cspd::residual(operand(type), product, bias, mods, h, next, out, rows, width, stream), "residual");
+  check(cspd::residual(operand(type), product, bias, mods, h, next, out, rows, width, stream, live), "residual");
 }
 
 // A network block by the extension's own products, in tiles of [tile_rows, tile_columns]: h and the operand before it
 // become h and the operand after it.
 void block(int type, int tile_rows, int tile_columns, Address operand_before, Address hidden, Address h,
            Address weight0, Address bias0, Address weight1, Address bias1, Address mods, Address norm_weight,
-           Address norm_bias, Address next_mods, Address out, std::int64_t rows, int width, float epsilon,
+           Address norm_bias, Address next_mods, Address out, std::int64_t rows, int width, float epsilon, Address live,
            Address stream) {
   const auto of = operand(type);
   const bool gated = static_cast<const void*>(norm_weight) != nullptr;
   const auto modulations = ahead(mods, next_mods, gated, width);
-  const cspd::Product first = {operand_before, weight0, bias0, hidden, nullptr, nullptr, modulations, rows, width};
-  const cspd::Product second = {hidden, weight1, bias1, nullptr, mods, h, {}, rows, width};
+  const cspd::Product first = {operand_before, weight0,     bias0, hidden, nullptr,
+                               nullptr,        modulations, rows,  width,  live};
+  const cspd::Product second = {hidden, weight1, bias1, nullptr, mods, h, {}, rows, width, live};
   const cspd::AnyModulation next = {norm_weight, norm_bias, next_mods, epsilon};
   check(cspd::product(of, first, tile_rows, tile_columns, stream), "product");
   check(cspd::product(of, second, tile_rows, tile_columns, stream), "product");
-  check(cspd::residual(of, nullptr, nullptr, nullptr, h, next, out, rows, width, stream), "residual");
+  check(cspd::residual(of, nullptr, nullptr, nullptr, h, next, out, rows, width, stream, live), "residual");
 }
 
 void update(Address final_operand, Address final_weight, Address final_bias, Address coefficients, Address temperature,
             Address scale, Address x, Address noise, Address seed, Address addresses, int step, Address log_std,
-            Address path, std::int64_t n, int channels, bool learned, int width, Address stream) {
+            Address path, std::int64_t n, int channels, bool learned, int width, Address live, Address stream) {
   const cspd::Update arguments = {final_operand,
                                   {nullptr, nullptr, final_weight, final_bias},
                                   coefficients,
@@ -127,7 +130,8 @@ void update(Address final_operand, Address final_weight, Address final_bias, Add
                                   step,
                                   channels,
                                   width,
-                                  learned};
+                                  learned,
+                                  live};
   check(cspd::update(arguments, stream), "update");
 }
 
@@ -144,18 +148,18 @@ void sweep(Address eps, Address v, Address eps_u, Address start, Address scale, 
            Address settled, Address done, Address live, std::int64_t tokens, int steps, int channels, bool begin,
            bool guessed, Address stream) {
   const cspd::Sweep arguments = {
-      eps,  v,    eps_u,   start, scale,  temperature, {noise, noise_step, seed, addresses},
-      tables, x,  before,  x0,    x0_u,   mean,        log_std,
-      path, change, size,  settled, done, live,        tokens,
-      steps, channels, begin, guessed};
+      eps,    v,        eps_u,  start,   scale, temperature, {noise, noise_step, seed, addresses},
+      tables, x,        before, x0,      x0_u,  mean,        log_std,
+      path,   change,   size,   settled, done,  live,        tokens,
+      steps,  channels, begin,  guessed};
   check(cspd::sweep(arguments, stream), "sweep");
 }
 
 void settle(Address change, Address size, Address tolerance, Address count, Address settled, Address sweeps,
-            Address done, Address live, Address left, std::int64_t tokens, int steps, int channels, int limit, bool begin,
-            Address stream) {
-  const cspd::Settle arguments = {change, size, tolerance, count, settled, sweeps, done,
-                                  live,   left, tokens,    steps, channels, limit, begin};
+            Address done, Address live, Address left, std::int64_t tokens, int steps, int channels, int limit,
+            bool begin, Address stream) {
+  const cspd::Settle arguments = {change, size, tolerance, count, settled,  sweeps, done,
+                                  live,   left, tokens,    steps, channels, limit,  begin};
   check(cspd::settle(arguments, stream), "settle");
 }
 

@@ -39,19 +39,19 @@ cudaError_t condition(Operand type, const void* y, const float* time_embedding, 
 }
 
 cudaError_t bias_silu(Operand type, void* value, const void* bias, const Ahead& ahead, std::int64_t rows, int width,
-                      cudaStream_t stream) {
+                      cudaStream_t stream, const std::int32_t* live) {
   if (!covered(width)) return cudaErrorInvalidValue;
   const std::int64_t chunks = rows * width / kOwn;
   return with_type(type, [&](auto zero) {
     using T = decltype(zero);
     return launch(bias_silu_kernel<T>, elements(chunks, true), stream, static_cast<T*>(value),
-                  static_cast<const T*>(bias), ahead, width, chunks);
+                  static_cast<const T*>(bias), ahead, width, chunks, live);
   });
 }
 
 cudaError_t input(Operand type, const float* x, const float* weight, const float* bias, float* h,
                   const AnyModulation& any, void* operand, std::int64_t tokens, int halves, int channels, int width,
-                  std::int64_t period, bool early, cudaStream_t stream) {
+                  std::int64_t period, bool early, cudaStream_t stream, const std::int32_t* live) {
   if (!covered(width)) return cudaErrorInvalidValue;
   return with_type(type, [&](auto zero) {
     using T = decltype(zero);
@@ -62,7 +62,7 @@ cudaError_t input(Operand type, const float* x, const float* weight, const float
         const std::size_t shared = (statistics_floats(kTokens) + kTokens * channels) * sizeof(float);
         const Grid grid{(tokens + kTokens - 1) / kTokens, threads_of_row(width), shared, false, early};
         return launch(input_kernel<T, Out, kTokens>, grid, stream, x, weight, bias, h, modulation,
-                      static_cast<Out*>(operand), tokens, halves, channels, width, period);
+                      static_cast<Out*>(operand), tokens, halves, channels, width, period, live);
       };
       return tokens <= kLoneTokens ? with_tokens(std::integral_constant<int, 1>{})
                                    : with_tokens(std::integral_constant<int, kSharing>{});
@@ -71,7 +71,8 @@ cudaError_t input(Operand type, const float* x, const float* weight, const float
 }
 
 cudaError_t residual(Operand type, const void* product, const void* bias, const void* mods, float* h,
-                     const AnyModulation& next, void* operand, std::int64_t rows, int width, cudaStream_t stream) {
+                     const AnyModulation& next, void* operand, std::int64_t rows, int width, cudaStream_t stream,
+                     const std::int32_t* live) {
   if (!covered(width)) return cudaErrorInvalidValue;
   const Grid grid{rows, threads_of_row(width), statistics_floats(1) * sizeof(float), false, true};
   return with_type(type, [&](auto zero) {
@@ -79,7 +80,7 @@ cudaError_t residual(Operand type, const void* product, const void* bias, const 
     return with_operand<T>(next, width, [&](const auto& modulation, auto* none) {
       using Out = std::remove_pointer_t<decltype(none)>;
       return launch(residual_kernel<T, Out>, grid, stream, static_cast<const T*>(product), static_cast<const T*>(bias),
-                    static_cast<const T*>(mods), h, modulation, static_cast<Out*>(operand), width);
+                    static_cast<const T*>(mods), h, modulation, static_cast<Out*>(operand), width, live);
     });
   });
 }
@@ -109,18 +110,20 @@ cudaError_t with_final_tile(std::int64_t tokens, int channels, const Run& run) {
 
 cudaError_t update(const Update& update, cudaStream_t stream) {
   if (!covered(update.width)) return cudaErrorInvalidValue;
-  return with_final_tile(update.tokens, update.channels, [&](auto tokens, auto channels, auto threads, const Grid& grid) {
-    constexpr int kTokens = decltype(tokens)::value, kChannels = decltype(channels)::value;
-    return launch(update_kernel<kTokens, kChannels, decltype(threads)::value>, grid, stream, update);
-  });
+  return with_final_tile(
+      update.tokens, update.channels, [&](auto tokens, auto channels, auto threads, const Grid& grid) {
+        constexpr int kTokens = decltype(tokens)::value, kChannels = decltype(channels)::value;
+        return launch(update_kernel<kTokens, kChannels, decltype(threads)::value>, grid, stream, update);
+      });
 }
 
 cudaError_t output(const NetworkOutput& output, cudaStream_t stream) {
   if (!covered(output.width)) return cudaErrorInvalidValue;
-  return with_final_tile(output.tokens, output.channels, [&](auto tokens, auto channels, auto threads, const Grid& grid) {
-    constexpr int kTokens = decltype(tokens)::value, kChannels = decltype(channels)::value;
-    return launch(output_kernel<kTokens, kChannels, decltype(threads)::value>, grid, stream, output);
-  });
+  return with_final_tile(
+      output.tokens, output.channels, [&](auto tokens, auto channels, auto threads, const Grid& grid) {
+        constexpr int kTokens = decltype(tokens)::value, kChannels = decltype(channels)::value;
+        return launch(output_kernel<kTokens, kChannels, decltype(threads)::value>, grid, stream, output);
+      });
 }
 
 }  // namespace cspd

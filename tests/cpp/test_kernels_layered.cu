@@ -97,8 +97,10 @@ Doubles transposed(const Doubles& matrix, int rows, int columns) {
   return result;
 }
 
+// Rows of ``period`` tokens at a time; 0: of all.
 template <typename T>
-std::vector<float> input(int width, int tokens, int halves, int channels, bool affine) {
+std::vector<float> input(int width, int tokens, int halves, int channels, bool affine, int period = 0) {
+  if (period == 0) period = tokens;
   const int rows = tokens * halves;
   // Every tensor from numbers of its own: the first tokens' are the same in a larger batch. The bias is far from 0
   // beside its spread: no difference of large squares gets this right.
@@ -110,7 +112,7 @@ std::vector<float> input(int width, int tokens, int halves, int channels, bool a
   const Array<float> h(static_cast<std::size_t>(rows) * width);
   const auto launch = [&] {
     return cspd::input(Type<T>::kOperand, x.get(), weight.get(), bias.get(), h.get(), following.get(), operand.get(),
-                       tokens, halves, channels, width, true, nullptr);
+                       tokens, halves, channels, width, period, true, nullptr);
   };
   if (tokens == 0) {
     RUN(launch());
@@ -118,7 +120,16 @@ std::vector<float> input(int width, int tokens, int halves, int channels, bool a
     run_early(launch, x, weight, following.mods);
   }
   auto expected = linear(x.values, transposed(weight.values, channels, width), bias.values);
-  if (halves == 2) expected.insert(expected.end(), expected.begin(), expected.begin() + tokens * width);
+  if (halves == 2) {
+    const auto of_tokens = expected;
+    expected.clear();
+    for (int first = 0; first < tokens; first += period) {
+      for (int half = 0; half < 2; ++half) {
+        expected.insert(expected.end(), of_tokens.begin() + first * width,
+                        of_tokens.begin() + (first + period) * width);
+      }
+    }
+  }
   CHECK_ALL_NEAR(h.host(), expected, 3e-6);
   const auto got = operand.host();
   CHECK_ALL_NEAR(got, following.plain(expected, width), following.rounding() + 2e-5);
@@ -178,6 +189,11 @@ void every_size() {
   }
   // Up to 64 tokens a block of the input has one token, and then four, the last block perhaps fewer.
   for (const int tokens : {64, 65, 67}) input<T>(tokens == 67 ? 1040 : 272, tokens, 2, 5, true);
+  for (const int halves : {1, 2}) {
+    for (const int period : {1, 3, 70}) {
+      for (const int steps : {1, 4, 23}) input<T>(48, period * steps, halves, 3, true, period);
+    }
+  }
 }
 
 template <typename T>
@@ -197,6 +213,63 @@ void a_token_is_the_same_in_every_batch() {
   CHECK_SAME_BITS(among_others, alone);
 }
 
+// ``live`` is 0: nothing is written. What sees that it is written where it is not: every other test.
+template <typename T>
+void called_off() {
+  constexpr int kWidth = 48, kRows = 5, kChannels = 3;
+  const auto type = Type<T>::kOperand;
+  Random random(9);
+  const auto count = static_cast<std::size_t>(kRows) * kWidth;
+  const Tensor<T> product(random.normals(count)), bias(random.normals(kWidth)), mods(random.normals(3 * count)),
+      square(random.normals(kWidth * kWidth));
+  const Tensor<float> x(random.normals(kRows * kChannels)), weight(random.normals(kChannels * kWidth)),
+      biases(random.normals(kWidth));
+  const Following<T> following(random, kRows, kWidth, true);
+  const Array<T> operand(count), value(count);
+  const Array<float> h(count);
+  const Array<std::int32_t> live({1});
+  const auto run = [&](const auto& launch) {
+    live.set({1});
+    device::run_early([&] { live.set({0}); }, launch);  // the kernel before it calls it off
+  };
+  run([&] { return cspd::bias_silu(type, value.get(), bias.get(), {}, kRows, kWidth, nullptr, live.get()); });
+  run([&] {
+    return cspd::input(type, x.get(), weight.get(), biases.get(), h.get(), following.get(), operand.get(), kRows, 1,
+                       kChannels, kWidth, kRows, true, nullptr, live.get());
+  });
+  run([&] {
+    return cspd::residual(type, product.get(), bias.get(), mods.get(), h.get(), following.get(), operand.get(), kRows,
+                          kWidth, nullptr, live.get());
+  });
+  if (sizeof(T) == 2) {
+    for (const bool second : {false, true}) {
+      const cspd::Product layer = {
+          product.get(), square.get(), bias.get(), value.get(), mods.get(), second ? h.get() : nullptr, {},
+          kRows,         kWidth,       live.get()};
+      run([&] { return cspd::product(type, layer, 32, 32, nullptr); });
+    }
+  }
+  const Tensor<float> final_weight(random.normals(2 * kChannels * kWidth)), final_bias(random.normals(2 * kChannels)),
+      rows(random.normals(count)), one({1.0f});
+  const Array<cspd::StepTable> table({table_of(2)});
+  const Array<float> to(kRows * kChannels);
+  cspd::Update update = {};
+  update.operand = rows.get();
+  update.ends = {nullptr, nullptr, final_weight.get(), final_bias.get()};
+  update.table = table.get();
+  update.temperature = one.get();
+  update.noise = {x.get(), 0, nullptr, nullptr};
+  update.x = update.log_std = update.path = to.get();
+  update.tokens = kRows;
+  update.step = 2;
+  update.channels = kChannels;
+  update.width = kWidth;
+  update.learned = true;
+  update.live = live.get();
+  run([&] { return cspd::update(update, nullptr); });
+  CHECK(value.untouched() && h.untouched() && operand.untouched() && to.untouched());
+}
+
 void widths_beyond_the_kernels() {
   const Array<float> memory(3 * 4096);
   float* at = memory.get();
@@ -205,7 +278,7 @@ void widths_beyond_the_kernels() {
   for (const int width : {-16, 0, 8, 24, 2064, 4096}) {
     CHECK(cspd::condition(type, at, at, at, 1, 1, width, nullptr) == cudaErrorInvalidValue);
     CHECK(cspd::bias_silu(type, at, at, {}, 1, width, nullptr) == cudaErrorInvalidValue);
-    CHECK(cspd::input(type, at, at, at, at, none, at, 1, 1, 1, width, false, nullptr) == cudaErrorInvalidValue);
+    CHECK(cspd::input(type, at, at, at, at, none, at, 1, 1, 1, width, 1, false, nullptr) == cudaErrorInvalidValue);
     CHECK(cspd::residual(type, at, at, at, at, none, at, 1, width, nullptr) == cudaErrorInvalidValue);
     const cspd::Product product = {at, at, at, at, nullptr, nullptr, {}, 1, width};
     CHECK(cspd::product(cspd::Operand::kBfloat16, product, 16, 16, nullptr) == cudaErrorInvalidValue);
@@ -231,6 +304,8 @@ int main(int argc, char** argv) {
     any_order<float>();
     any_order<bfloat16>();
     a_token_is_the_same_in_every_batch();
+    called_off<float>();
+    called_off<bfloat16>();
     widths_beyond_the_kernels();
   });
 }

@@ -13,7 +13,6 @@ from cspd_kernels.ops.denoise.chain import Tables
 from cspd_kernels.ops.denoise.parallel_chain import ParallelChain
 from cspd_kernels.testing import random_inputs, relative_error
 
-# CUDA's network has no kernels that can be called off: there the device repeats sweeps, or it computes all of them.
 triton_alone = pytest.mark.parametrize("backend", ["triton"], indirect=True)
 
 
@@ -202,7 +201,6 @@ def test_a_guess_that_is_not_finite_heals(make_head, value):
     assert ours.state.settled.tolist() == [1, 1]
 
 
-@triton_alone
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_kernels_that_are_called_off_leave_everything_as_it_is(make_head, dtype):
     head = make_head(dtype, steps=4, depth=2)
@@ -216,10 +214,10 @@ def test_kernels_that_are_called_off_leave_everything_as_it_is(make_head, dtype)
     ours.state.live.fill_(1)
     ours.sweep()
     changed = {name for name, value in ours.tensors().items() if not torch.equal(value, before[name])}
-    assert changed >= {"x", "h", "operand", "activations", "eps", "v", "eps_u", "mean", "done", "sweeps"}
+    assert changed >= {"x", "h", "operand", "eps", "v", "eps_u", "mean", "done", "sweeps"}
+    assert ("activations" in changed) == hasattr(ours.network, "activations")  # the library's are not called off
 
 
-@triton_alone
 @pytest.mark.parametrize(("dtype", "rows"), [(torch.float32, 2), (torch.float32, 5), (torch.bfloat16, 5)])
 def test_a_sequential_chain_that_is_called_off_keeps_its_inputs_and_results(make_head, dtype, rows):
     """A few rows, products of the library, products of kernels."""

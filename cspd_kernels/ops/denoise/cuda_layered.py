@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import torch
 
+from ...conditional import surely_wanted
 from ...cuda_support import extension, launch_stream
 from . import cuda_config
 from .cuda_chain import DTYPE_CODES, CudaChain
@@ -61,6 +62,11 @@ class LayeredChain(CudaChain):
         super().read_modulations(embedded, mods, final_mods)
         self.mods_at = [block.data_ptr() for block in mods]
 
+    @property
+    def live_pointer(self) -> int:
+        """Of the flag at 0 of which kernels leave everything as it is; 0 where there is none, or none is needed."""
+        return 0 if surely_wanted() else _address(self.live)
+
     def warm_up_products(self, head) -> None:
         if self.tile is None:
             for b in head.blocks[:1]:
@@ -96,7 +102,7 @@ class LayeredChain(CudaChain):
         extension().input(
             self.code, self.x.data_ptr(), tables.input_weight.data_ptr(), head.input_bias.data_ptr(), self.h_at,
             *self.next_operand(layers, 0, first_row), self.tokens, self.halves, head.channels, self.width, self.epsilon,
-            self.period, early, stream,
+            self.period, self.live_pointer, early, stream,
         )  # fmt: skip
 
     def run_block(
@@ -110,21 +116,21 @@ class LayeredChain(CudaChain):
         """
         layers = layers or Layers.of(head)
         stream = launch_stream(head.device) if stream is None else stream
-        kernels, rows, width = extension(), self.rows, self.width
+        kernels, rows, width, live = extension(), self.rows, self.width, self.live_pointer
         weight0, bias0, weight1, bias1 = layers.weights[index]
         mods, following = self.modulation(index, first_row), self.next_operand(layers, index + 1, first_row)
         if self.tile is not None:
             kernels.block(
                 self.code, *self.tile, self.operand_at, self.hidden_at, self.h_at, weight0.data_ptr(), bias0,
-                weight1.data_ptr(), bias1, mods, *following, rows, width, self.epsilon, stream,
+                weight1.data_ptr(), bias1, mods, *following, rows, width, self.epsilon, live, stream,
             )  # fmt: skip
             return
         torch.mm(self.operand, weight0, out=self.hidden)
         next_gated = index + 1 < head.depth
-        kernels.bias_silu(self.code, self.hidden_at, bias0, mods, following[2], next_gated, rows, width, stream)
+        kernels.bias_silu(self.code, self.hidden_at, bias0, mods, following[2], next_gated, rows, width, live, stream)
         torch.mm(self.hidden, weight1, out=self.product)
         kernels.residual(
-            self.code, self.product_at, bias1, mods, self.h_at, *following, rows, width, self.epsilon, stream
+            self.code, self.product_at, bias1, mods, self.h_at, *following, rows, width, self.epsilon, live, stream
         )
 
     def run_steps(self, head, tables, start, stop) -> None:
@@ -146,7 +152,7 @@ class LayeredChain(CudaChain):
             kernels.update(
                 self.final_operand_at, *ends, coefficients + step * coefficients_bytes, temperature,
                 self.scale_pointer, x, noise + step * noise_bytes, seed, addresses, step, log_std, path, self.tokens,
-                head.channels, head.learned_variance, self.width, stream,
+                head.channels, head.learned_variance, self.width, self.live_pointer, stream,
             )  # fmt: skip
 
     def evaluate(self, head, tables) -> None:
@@ -156,7 +162,8 @@ class LayeredChain(CudaChain):
             self.run_block(head, index, 0, layers, stream)
         extension().output(
             self.final_operand_at, head.final_weight.data_ptr(), head.final_bias.data_ptr(), _address(self.eps),
-            _address(self.v), _address(self.eps_u), self.tokens, self.period, head.channels, self.width, 0, stream,
+            _address(self.v), _address(self.eps_u), self.tokens, self.period, head.channels, self.width,
+            self.live_pointer, stream,
         )  # fmt: skip
 
     def sweep(self, tables, chain, state, begin) -> None:

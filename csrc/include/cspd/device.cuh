@@ -228,6 +228,10 @@ __device__ __forceinline__ void multiply_tile<float16>(float (&c)[4], const std:
 
 #endif  // CSPD_EMULATED
 
+// Whether a kernel is to leave everything as it is: ``live`` is null, or a flag that an earlier kernel sets, so that it
+// is read after the wait for them.
+__device__ __forceinline__ bool idle(const std::int32_t* live) { return live && *live == 0; }
+
 __device__ __forceinline__ int lane() { return static_cast<int>(threadIdx.x) % kWarp; }
 
 __device__ __forceinline__ int warp() { return static_cast<int>(threadIdx.x) / kWarp; }

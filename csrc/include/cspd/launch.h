@@ -23,20 +23,21 @@ cudaError_t accept_reject(const Judged& judged, const Redraw& redraw, bool close
 // [calls, numel] of a type. The first call's normals are rounded to the type ``first`` before.
 cudaError_t randn(Operand type, Operand first, const Randn& draw, void* out, cudaStream_t stream);
 
-// Widths are multiples of 16 up to 2048.
+// Widths are multiples of 16 up to 2048. ``live``: see ``idle``.
 cudaError_t condition(Operand type, const void* y, const float* time_embedding, void* out, int steps, int rows,
                       int width, cudaStream_t stream);
 cudaError_t bias_silu(Operand type, void* value, const void* bias, const Ahead& ahead, std::int64_t rows, int width,
-                      cudaStream_t stream);
+                      cudaStream_t stream, const std::int32_t* live = nullptr);
 // ``early``: where the kernel before it is the ``update`` of the step before. It is not for the first step of a chain,
 // so that what was launched before the chain has ended when others of its kernels start early. Token t has the row
 // t / period * halves * period + t % period, its other half that ``period`` rows further.
 cudaError_t input(Operand type, const float* x, const float* weight, const float* bias, float* h,
                   const AnyModulation& modulation, void* operand, std::int64_t tokens, int halves, int channels,
-                  int width, std::int64_t period, bool early, cudaStream_t stream);
+                  int width, std::int64_t period, bool early, cudaStream_t stream, const std::int32_t* live = nullptr);
 // Without a product, h is left as it is.
 cudaError_t residual(Operand type, const void* product, const void* bias, const void* mods, float* h,
-                     const AnyModulation& next, void* operand, std::int64_t rows, int width, cudaStream_t stream);
+                     const AnyModulation& next, void* operand, std::int64_t rows, int width, cudaStream_t stream,
+                     const std::int32_t* live = nullptr);
 cudaError_t update(const Update& update, cudaStream_t stream);
 cudaError_t output(const NetworkOutput& output, cudaStream_t stream);
 cudaError_t sweep(const Sweep& sweep, cudaStream_t stream);

@@ -29,12 +29,12 @@ __global__ void __launch_bounds__(kElementThreads)
 // value [rows, W] = silu(value + bias [W]), in place.
 template <typename T>
 __global__ void __launch_bounds__(kElementThreads)
-    bias_silu_kernel(T* value, const T* bias, Ahead ahead, int width, std::int64_t chunks) {
+    bias_silu_kernel(T* value, const T* bias, Ahead ahead, int width, std::int64_t chunks, const std::int32_t* live) {
   const std::int64_t chunk = static_cast<std::int64_t>(blockIdx.x) * kElementThreads + threadIdx.x;
   const int column = chunk < chunks ? static_cast<int>(chunk * kOwn % width) : 0;
   const auto added = load_packed(bias + column);
   wait_for_earlier();
-  if (chunk >= chunks) return;
+  if (chunk >= chunks || idle(live)) return;
   const auto before = load_packed(value + chunk * kOwn);
   prefetch_ahead<T>(ahead, chunk * kOwn / width, column, width);
   Eight now;
@@ -48,7 +48,8 @@ __global__ void __launch_bounds__(kElementThreads)
 template <typename T, typename Out, int Tokens>
 __global__ void __launch_bounds__(kMostThreads)
     input_kernel(const float* x, const float* weight, const float* bias, float* h, Modulation<T> modulation,
-                 Out* operand, std::int64_t tokens, int halves, int channels, int width, std::int64_t period) {
+                 Out* operand, std::int64_t tokens, int halves, int channels, int width, std::int64_t period,
+                 const std::int32_t* live) {
   float* scratch = shared_memory<float>();
   float* of_tokens = scratch + statistics_floats(Tokens);  // [Tokens, C]
   const RowSpread spread(width);
@@ -67,6 +68,7 @@ __global__ void __launch_bounds__(kMostThreads)
     }
   }
   wait_for_earlier();
+  if (idle(live)) return;
   for (int i = static_cast<int>(threadIdx.x); i < Tokens * channels; i += static_cast<int>(blockDim.x)) {
     of_tokens[i] = i < count * channels ? x[first * channels + i] : 0.0f;
   }
@@ -106,8 +108,9 @@ __global__ void __launch_bounds__(kMostThreads)
 // h += gate (product + bias), where there is a product, and the next layer's operand from h. A block a row; the gate is
 // the third column block of ``mods`` [rows, 3 W].
 template <typename T, typename Out>
-__global__ void __launch_bounds__(kMostThreads) residual_kernel(const T* product, const T* bias, const T* mods,
-                                                                float* h, Modulation<T> next, Out* operand, int width) {
+__global__ void __launch_bounds__(kMostThreads)
+    residual_kernel(const T* product, const T* bias, const T* mods, float* h, Modulation<T> next, Out* operand,
+                    int width, const std::int32_t* live) {
   float* scratch = shared_memory<float>();
   const RowSpread spread(width);
   const bool mine = spread.mine();
@@ -117,6 +120,7 @@ __global__ void __launch_bounds__(kMostThreads) residual_kernel(const T* product
   Packed<T> added = {};
   if (mine && product) added = load_packed(bias + column);
   wait_for_earlier();
+  if (idle(live)) return;
   RowModulation<T> modulation = {};
   Eight of_row[1] = {};
   if (mine) {

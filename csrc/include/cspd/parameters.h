@@ -85,6 +85,7 @@ struct Product {
   Ahead ahead;
   std::int64_t rows;
   int width;
+  const std::int32_t* live = nullptr;  // see ``idle``
 };
 
 // Where a step's noise comes from: stored, or addressed where ``noise`` is null.
@@ -111,6 +112,7 @@ struct Update {
   std::int64_t tokens;
   int step, channels, width;
   bool learned;
+  const std::int32_t* live = nullptr;  // see ``idle``
 };
 
 // The final layer of a chain's network at all of its steps: eps, v and eps_u, [T N, C] each, or null.
@@ -125,7 +127,7 @@ struct NetworkOutput {
 
 // A sweep over all T steps of N tokens: what the network puts out at the inputs x becomes the next inputs.
 struct Sweep {
-  const float *eps, *v, *eps_u;  // [T, N, C]; v is null with a fixed variance, eps_u without guidance
+  const float *eps, *v, *eps_u;              // [T, N, C]; v is null with a fixed variance, eps_u without guidance
   const float *start, *scale, *temperature;  // [N, C], x_T; [N]; [1]
   Noise noise;
   const StepTable* tables;                       // [T]

@@ -55,6 +55,11 @@ class ProductTile {
     for (int stage = 0; stage < kStages; ++stage) copy_weights(stage, stage);
     if (kEarly) load_biases();
     wait_for_earlier();
+    if (idle(product_.live)) {
+      copy_async_commit();
+      copy_async_wait<0>();  // copies that are under way write to this block's memory
+      return;
+    }
 #pragma unroll
     for (int stage = 0; stage < kStages; ++stage) {
       copy_operand(stage, stage);

@@ -27,9 +27,12 @@ __device__ __forceinline__ void store_four(T* at, const Vector<float, 4>& values
   *reinterpret_cast<Vector<T, 4>*>(at) = stored;
 }
 
-// The row of a token's first half; the other half of the ``period`` tokens of a step follows theirs.
+// The row of a token's first half; the other half of the ``period`` tokens of a step follows theirs. Tokens are few
+// enough for 32 bits, whose division is short.
 __device__ __forceinline__ std::int64_t row_of_token(std::int64_t token, std::int64_t period, int halves) {
-  return token / period * halves * period + token % period;
+  if (halves == 1) return token;
+  const auto step = static_cast<std::uint32_t>(token) / static_cast<std::uint32_t>(period);
+  return token + step * (halves - 1) * period;
 }
 
 struct Statistics {

@@ -1,185 +1,193 @@
-// The end of a sweep over all steps of a chain at once, as cspd_kernels/ops/denoise/reference.py defines it: the
-// recursion from step to step with x0 of every step linear around the inputs of the sweep, and which tokens have settled.
-//
-// A block has one token and up to 16 channels of it. Steps go through it in chunks, the noise end first: what does not
-// depend on the recursion is computed for all steps of a chunk at once and left in shared memory, one thread a channel
-// runs the recursion from there, and all threads store what has come of it.
+// Sweeps over all steps of a chain at once: the recursion, and which tokens have settled. What they compute is
+// cspd_kernels/ops/denoise/reference.py's.
 #pragma once
+
+#include <cfloat>
 
 #include "cspd/device.cuh"
 #include "cspd/posterior.cuh"
 
 namespace cspd {
 
-constexpr int kSweepThreads = 128;
-constexpr int kSweepChannels = 16;  // of a block; each thread has one of them
-constexpr int kSweepSteps = 64;     // of a chunk
+constexpr int kSweepThreads = 256;
+constexpr int kSweepChannels = 16;  // of a block, at most
+constexpr int kSweepSteps = 128;    // of a chunk, whose values are in shared memory together
+constexpr int kQuad = 4;            // channels that share one draw of Philox
 constexpr int kSettleThreads = 256;
 
-// The secant of x0 through two sweeps, limited to [0, 1]; 0 in the first, where x has not moved, and for NaN.
-__device__ __forceinline__ float slope_of(float change, float moved, bool first) {
-  const float secant = change / moved;
-  return !first && secant > 0.0f ? (secant < 1.0f ? secant : 1.0f) : 0.0f;
+// The larger one; NaN where one is.
+CSPD_HD float larger(float a, float b) { return b > a || b != b ? b : a; }
+
+// The secant of x0 through two sweeps, limited to [0, 1]: it is never negative where x0 is a posterior mean.
+CSPD_HD float slope_of(float x0, float x0_before, float x, float x_before) {
+  const float moved = x - x_before, slope = (x0 - x0_before) / moved;
+  if (moved == 0.0f || !(slope > 0.0f)) return 0.0f;  // not where it is NaN, either
+  return fminf(slope, 1.0f);
 }
 
-// The larger magnitude; infinite if the value is NaN.
-__device__ __forceinline__ float largest_of(float largest, float value) {
-  const float magnitude = fabsf(value);
-  return magnitude <= largest ? largest : magnitude == magnitude ? magnitude : INFINITY;
-}
-
-struct SweepMemory {
-  // [kSweepSteps, kSweepChannels] each: the inputs x, x0 there, its slope, and temperature exp(log std) noise; then the
-  // inputs of the next sweep take the place of the slopes.
-  float x[kSweepSteps * kSweepChannels], x0[kSweepSteps * kSweepChannels], slope[kSweepSteps * kSweepChannels],
-      noise[kSweepSteps * kSweepChannels];
-  float coef1[kSweepSteps], coef2[kSweepSteps];
-  float mean[kSweepChannels];
-  float sums[3][kSweepThreads];  // of path, change and size
+// What the recursion needs of a step and a channel.
+struct StepOfSweep {
+  float x, x0, slope, noise, log_std;  // input, x0 there and its slope, noise with its sigma
 };
 
-__device__ __forceinline__ void sweep_chunk(const Sweep& sweep, SweepMemory& memory, std::int64_t token, int first_channel,
-                                            int low, int count, bool first, float scale, float& now, float& path,
-                                            float& change, float& size) {
-  const int channels = sweep.channels, own = static_cast<int>(threadIdx.x) % kSweepChannels;
-  const int channel = first_channel + own;
-  const bool mine = channel < channels;
-  const float temperature = *sweep.temperature;
-  for (int j = static_cast<int>(threadIdx.x) / kSweepChannels; j < count; j += kSweepThreads / kSweepChannels) {
-    if (!mine) continue;
-    const int step = low + j, at = j * kSweepChannels + own;
-    const std::int64_t of = (step * sweep.tokens + token) * channels + channel;
-    const StepTable table = sweep.tables[step];
-    float x = 0.0f, x0 = 0.0f, slope = 0.0f, log_std = table.log_std_lower;
-    if (!sweep.begin) {
-      x = sweep.x[of];
-      const float moved = x - sweep.before[of];
-      x0 = table.sqrt_recip_acp * x - table.sqrt_recipm1_acp * sweep.eps[of];
-      slope = slope_of(x0 - sweep.x0[of], moved, first);
-      sweep.before[of] = x;
-      sweep.x0[of] = x0;
-      if (sweep.eps_u) {
-        const float x0_u = table.sqrt_recip_acp * x - table.sqrt_recipm1_acp * sweep.eps_u[of];
-        const float slope_u = slope_of(x0_u - sweep.x0_u[of], moved, first);
-        sweep.x0_u[of] = x0_u;
-        x0 = x0_u + scale * (x0 - x0_u);
-        slope = slope_u + scale * (slope - slope_u);
-      }
-      log_std = table.log_std_upper;
-      if (sweep.v) {
-        const float f = (sweep.v[of] + 1.0f) * 0.5f;
-        log_std = f * table.log_std_upper + (1.0f - f) * table.log_std_lower;
-      }
-      if (step > 0) path += log_std;
-      if (step == 0) sweep.log_std[token * channels + channel] = log_std;
-    }
-    memory.x[at] = x;
-    memory.x0[at] = x0;
-    memory.slope[at] = slope;
-    memory.noise[at] =
-        step > 0 ? temperature * expf(log_std) * noise_at(sweep.noise, step, token, channel, channels) : 0.0f;
-    if (own == 0) {
-      memory.coef1[j] = table.coef1;
-      memory.coef2[j] = table.coef2;
-    }
+// So many floats of shared memory: chunks of StepOfSweep, field by field, and two coefficients a step.
+constexpr CSPD_HD int sweep_floats(int steps, int channels) { return steps * (5 * channels + 2); }
+
+// A chunk of steps in shared memory.
+struct SweepChunk {
+  float *x, *x0, *slope, *noise, *log_std;  // [steps, group]
+  float *coef1, *coef2;                     // [steps]
+
+  __device__ __forceinline__ SweepChunk(float* memory, int steps, int group) {
+    const int count = steps * group;
+    x = memory;
+    x0 = x + count;
+    slope = x0 + count;
+    noise = slope + count;
+    log_std = noise + count;
+    coef1 = log_std + count;
+    coef2 = coef1 + steps;
   }
-  sync_block();
-  if (threadIdx.x < kSweepChannels && mine) {
-    for (int j = count - 1; j >= 0; --j) {
-      const int at = j * kSweepChannels + own;
-      const float x0 = memory.x0[at] + memory.slope[at] * (now - memory.x[at]);
-      const float mean = memory.coef1[j] * x0 + memory.coef2[j] * now;
-      memory.slope[at] = now;
-      now = low + j > 0 ? mean + memory.noise[at] : mean;
-    }
+};
+
+// Of one step and channel of a token whose network has been called; leaves x and x0 where the next sweep looks for
+// them.
+__device__ __forceinline__ StepOfSweep step_of_sweep(const Sweep& sweep, const StepTable& table, std::int64_t at,
+                                                     float scale, bool first) {
+  StepOfSweep step;
+  const float x = step.x = sweep.x[at], x_before = first ? 0.0f : sweep.before[at];
+  const auto solve = [&](const float* eps, float* stored, float* slope) {
+    const float x0 = table.sqrt_recip_acp * x - table.sqrt_recipm1_acp * eps[at];
+    *slope = first ? 0.0f : slope_of(x0, stored[at], x, x_before);
+    stored[at] = x0;
+    return x0;
+  };
+  step.x0 = solve(sweep.eps, sweep.x0, &step.slope);
+  if (sweep.eps_u) {
+    float slope_u;
+    const float x0_u = solve(sweep.eps_u, sweep.x0_u, &slope_u);
+    step.x0 = x0_u + scale * (step.x0 - x0_u);
+    step.slope = slope_u + scale * (step.slope - slope_u);
   }
-  sync_block();
-  for (int j = static_cast<int>(threadIdx.x) / kSweepChannels; j < count; j += kSweepThreads / kSweepChannels) {
-    if (!mine) continue;
-    const int at = j * kSweepChannels + own;
-    const float next = memory.slope[at];
-    sweep.x[((low + j) * sweep.tokens + token) * channels + channel] = next;
-    change = largest_of(change, next - memory.x[at]);
-    size = largest_of(size, next);
-  }
-  sync_block();  // before the next chunk overwrites it
+  sweep.before[at] = x;
+  const float f = ((sweep.v ? sweep.v[at] : 0.0f) + 1.0f) * 0.5f;
+  step.log_std = f * table.log_std_upper + (1.0f - f) * table.log_std_lower;
+  return step;
 }
 
-// In place on x, before, x0 and x0_u. A token that has settled is left as it is.
+// A block has one token and up to kSweepChannels of its channels. Chunk after chunk from the noise end on, all of its
+// threads find out what they can of every step by itself, and then one thread a channel runs the recursion.
 __global__ void __launch_bounds__(kSweepThreads) sweep_kernel(Sweep sweep) {
-  auto& memory = *shared_memory<SweepMemory>();
   const int channels = sweep.channels, groups = (channels + kSweepChannels - 1) / kSweepChannels;
   const std::int64_t token = blockIdx.x / groups;
   const int first_channel = static_cast<int>(blockIdx.x % groups) * kSweepChannels;
-  const int own = static_cast<int>(threadIdx.x) % kSweepChannels, channel = first_channel + own;
-  const bool mine = channel < channels;
-  const std::int64_t at = token * channels + channel;
+  const int group = channels - first_channel < kSweepChannels ? channels - first_channel : kSweepChannels;
+  const int quads = (group + kQuad - 1) / kQuad, most = sweep.steps < kSweepSteps ? sweep.steps : kSweepSteps;
+  const SweepChunk chunk(shared_memory<float>(), most, group);
   wait_for_earlier();
-  if (!sweep.begin && (*sweep.live == 0 || sweep.settled[token] != 0)) return;
-  float now = threadIdx.x < kSweepChannels && mine ? sweep.start[at] : 0.0f;
-  if (sweep.begin && sweep.guessed) {  // of a guess the first input alone is known better
-    if (threadIdx.x < kSweepChannels && mine) sweep.x[(sweep.steps - 1) * sweep.tokens * channels + at] = now;
+  if (!sweep.begin && (idle(sweep.live) || sweep.settled[token])) return;
+  const bool first = sweep.begin || *sweep.done == 0, guessed = sweep.begin && sweep.guessed;
+  const float temperature = *sweep.temperature, scale = sweep.eps_u ? sweep.scale[token] : 1.0f;
+  // The state of the recursion, of the threads that run it.
+  const bool runs = static_cast<int>(threadIdx.x) < group;
+  const std::int64_t own = token * channels + first_channel + static_cast<int>(threadIdx.x);
+  const std::int64_t step_stride = sweep.tokens * channels;
+  float y = runs ? sweep.start[own] : 0.0f, mean = 0.0f, log_std = 0.0f, path = 0.0f, change = 0.0f, size = 0.0f;
+  for (int stop = sweep.steps; stop > 0; stop -= kSweepSteps) {
+    const int start = stop > kSweepSteps ? stop - kSweepSteps : 0, steps = stop - start;
+    for (int i = static_cast<int>(threadIdx.x); i < steps * quads; i += kSweepThreads) {
+      const int of_chunk = i / quads, step = start + of_chunk, from = i % quads * kQuad;
+      const StepTable table = sweep.tables[step];
+      if (from == 0) {
+        chunk.coef1[of_chunk] = table.coef1;
+        chunk.coef2[of_chunk] = table.coef2;
+      }
+      const std::int64_t of_token = token * channels + first_channel + from;
+      Normals normals = {};
+      if (step > 0 && !sweep.noise.noise) {
+        normals = normals_at(static_cast<std::uint64_t>(*sweep.noise.seed), sweep.noise.addresses[token], step,
+                             (first_channel + from) / kQuad, kStreamStep);
+      }
+#pragma unroll
+      for (int k = 0; k < kQuad; ++k) {
+        if (from + k >= group) continue;
+        StepOfSweep values = {0.0f, 0.0f, 0.0f, 0.0f, table.log_std_lower};
+        if (!sweep.begin) values = step_of_sweep(sweep, table, step * step_stride + of_token + k, scale, first);
+        if (step > 0) {
+          if (sweep.noise.noise) normals.v[k] = sweep.noise.noise[step * sweep.noise.stride + of_token + k];
+          values.noise = temperature * expf(values.log_std) * normals.v[k];
+        }
+        const int at = of_chunk * group + from + k;
+        chunk.x[at] = values.x;
+        chunk.x0[at] = values.x0;
+        chunk.slope[at] = values.slope;
+        chunk.noise[at] = values.noise;
+        chunk.log_std[at] = values.log_std;
+      }
+    }
+    sync_block();
+    if (runs) {
+#pragma unroll 8
+      for (int of_chunk = steps - 1; of_chunk >= 0; --of_chunk) {
+        const int at = of_chunk * group + static_cast<int>(threadIdx.x), step = start + of_chunk;
+        const float moved = y - chunk.x[at];
+        if (!guessed || step == sweep.steps - 1) sweep.x[step * step_stride + own] = y;
+        change = larger(change, fabsf(moved));
+        size = larger(size, fabsf(y));
+        mean = chunk.coef1[of_chunk] * (chunk.x0[at] + chunk.slope[at] * moved) + chunk.coef2[of_chunk] * y;
+        log_std = chunk.log_std[at];
+        if (step > 0) path += log_std;
+        y = mean + chunk.noise[at];
+      }
+    }
+    sync_block();  // the next chunk takes this one's memory
+  }
+  if (!runs) return;
+  if (sweep.begin) {
+    sweep.mean[own] = guessed ? INFINITY : mean;  // for the first sweep's change, which settles nothing
     return;
   }
-  const bool first = !sweep.begin && *sweep.done == 0;
-  const float scale = sweep.eps_u ? sweep.scale[token] : 1.0f;
-  float path = 0.0f, change = 0.0f, size = 0.0f;
-  for (int stop = sweep.steps; stop > 0; stop -= kSweepSteps) {
-    const int low = stop > kSweepSteps ? stop - kSweepSteps : 0;
-    sweep_chunk(sweep, memory, token, first_channel, low, stop - low, first, scale, now, path, change, size);
-  }
-  if (sweep.begin) return;
-  if (threadIdx.x < kSweepChannels && mine) {  // now is the mean of the last step
-    change = largest_of(change, now - sweep.mean[at]);
-    size = largest_of(size, now);
-    sweep.mean[at] = now;
-  }
-  memory.sums[0][threadIdx.x] = path;
-  memory.sums[1][threadIdx.x] = change;
-  memory.sums[2][threadIdx.x] = size;
-  sync_block();
-  if (threadIdx.x >= kSweepChannels || !mine) return;
-  for (int i = own + kSweepChannels; i < kSweepThreads; i += kSweepChannels) {
-    path += memory.sums[0][i];
-    change = largest_of(change, memory.sums[1][i]);
-    size = largest_of(size, memory.sums[2][i]);
-  }
-  sweep.path[at] = path;
-  sweep.change[at] = change;
-  sweep.size[at] = size;
+  sweep.change[own] = larger(change, fabsf(mean - sweep.mean[own]));
+  sweep.size[own] = larger(size, fabsf(mean));
+  sweep.mean[own] = mean;
+  sweep.log_std[own] = log_std;
+  sweep.path[own] = path;
 }
 
-// One block. With ``begin`` the tokens beyond the call's own have settled, and no others.
+// One block: a thread has a token, and tokens kSettleThreads further.
 __global__ void __launch_bounds__(kSettleThreads) settle_kernel(Settle settle) {
-  int* open = shared_memory<int>();  // of every thread
+  auto* votes = shared_memory<std::int32_t>();  // [kSettleThreads / kWarp]
   wait_for_earlier();
-  if (!settle.begin && *settle.live == 0) return;
-  const int sweep = settle.begin ? 0 : *settle.done + 1;
+  const int count = *settle.count, sweeps = settle.begin ? 0 : *settle.done + 1;
+  if (!settle.begin && idle(settle.live)) return;
   const float tolerance = *settle.tolerance;
-  int left = 0;
+  bool left = false;
   for (std::int64_t token = threadIdx.x; token < settle.tokens; token += kSettleThreads) {
-    bool settled = settle.begin ? token >= *settle.count : settle.settled[token] != 0;
-    if (settle.begin) {
-      settle.sweeps[token] = 0;
-    } else if (!settled) {
+    bool settled = token >= count;
+    if (!settle.begin) {
+      if (settle.settled[token]) continue;
       float change = 0.0f, size = 0.0f;
       for (int c = 0; c < settle.channels; ++c) {
-        change = largest_of(change, settle.change[token * settle.channels + c]);
-        size = largest_of(size, settle.size[token * settle.channels + c]);
+        change = larger(change, settle.change[token * settle.channels + c]);
+        size = larger(size, settle.size[token * settle.channels + c]);
       }
-      settled = size < INFINITY && ((sweep > 1 && change <= tolerance * size) || sweep >= settle.steps);
-      settle.sweeps[token] = sweep;
+      // A first sweep has none to compare with. After T sweeps every step was computed from the input that it has.
+      const bool near = sweeps > 1 && change <= tolerance * size, exact = sweeps >= settle.steps;
+      settled = (near || exact) && size <= FLT_MAX;
     }
     settle.settled[token] = settled;
-    left += !settled;
+    settle.sweeps[token] = sweeps;
+    left = left || !settled;
   }
-  open[threadIdx.x] = left;
-  sync_block();
+  const unsigned of_warp = ballot(left);
+  if (lane() == 0) votes[warp()] = of_warp != 0;
+  sync_block();  // also: all have read what is written now
   if (threadIdx.x > 0) return;
-  for (int i = 1; i < kSettleThreads; ++i) left += open[i];
-  *settle.done = sweep;
-  *settle.left = left > 0;
-  *settle.live = left > 0 && sweep < settle.limit;
+  int any = 0;
+  for (int i = 0; i < kSettleThreads / kWarp; ++i) any |= votes[i];
+  *settle.done = sweeps;
+  *settle.left = any;
+  *settle.live = any && sweeps < settle.limit;
 }
 
 }  // namespace cspd

@@ -38,6 +38,16 @@ struct FinalRows {
   bool learned, guided;
 };
 
+__device__ __forceinline__ FinalRows final_rows(const Update& update) {
+  return {update.operand, update.ends.final_weight, update.tokens,          update.tokens, update.channels,
+          update.width,   update.learned,           update.scale != nullptr};
+}
+
+__device__ __forceinline__ FinalRows final_rows(const NetworkOutput& to) {
+  return {to.operand,  to.final_weight, to.tokens,       to.period,
+          to.channels, to.width,        to.v != nullptr, to.eps_u != nullptr};
+}
+
 // A warp's share of the final layer. Rows and columns that there are not are the last ones once more.
 template <int Tokens, int Channels>
 struct FinalLayer {
@@ -102,82 +112,87 @@ struct FinalLayer {
   }
 };
 
+// What a lane of a warp ends, of the final layer's tiles of [Tokens, Channels].
+template <int Tokens, int Channels, int Threads>
+struct FinalTile {
+  std::int64_t first_token, token, at;  // ``at``: in [N, C]
+  int first_channel, channel;
+  bool mine;
+
+  __device__ __forceinline__ FinalTile(std::int64_t tokens, int channels) {
+    constexpr int kLanes = kWarp / (Tokens * Channels);
+    const int groups = (channels + Channels - 1) / Channels, own = lane() / kLanes;
+    const std::int64_t tile = static_cast<std::int64_t>(blockIdx.x) * (Threads / kWarp) + warp();
+    first_token = tile / groups * Tokens;
+    first_channel = static_cast<int>(tile % groups) * Channels;
+    channel = first_channel + own % Channels;
+    token = first_token + own / Channels;
+    at = token * channels + channel;
+    mine = lane() % kLanes == 0 && token < tokens && channel < channels;
+  }
+
+  __device__ __forceinline__ Output bias(const float* biases, int channels, bool learned) const {
+    Output bias = {};
+    if (!mine) return bias;
+    bias.eps = bias.eps_u = biases[channel];
+    if (learned) bias.v = biases[channels + channel];
+    return bias;
+  }
+
+  // Of this lane; every lane of the warp calls it.
+  __device__ __forceinline__ Output run(const FinalRows& rows, const Output& bias) const {
+    FinalLayer<Tokens, Channels> layer;
+    layer.run(rows, first_token, first_channel);
+    return layer.output(bias, rows.learned, rows.guided);
+  }
+};
+
 template <int Tokens, int Channels, int Threads>
 __global__ void __launch_bounds__(Threads) update_kernel(Update update) {
-  constexpr int kCount = Tokens * Channels, kLanes = kWarp / kCount;
-  const int channels = update.channels, groups = (channels + Channels - 1) / Channels;
-  const std::int64_t tile = static_cast<std::int64_t>(blockIdx.x) * (Threads / kWarp) + warp();
-  const std::int64_t first_token = tile / groups * Tokens;
-  const int first_channel = static_cast<int>(tile % groups) * Channels;
-  // What this lane ends the step of.
-  const int own = lane() / kLanes, channel = first_channel + own % Channels;
-  const std::int64_t token = first_token + own / Channels, at = token * channels + channel;
-  const bool mine = lane() % kLanes == 0 && token < update.tokens && channel < channels;
-  Output bias = {};
-  if (mine) {
-    bias.eps = bias.eps_u = update.ends.final_bias[channel];
-    if (update.learned) bias.v = update.ends.final_bias[channels + channel];
-  }
+  const FinalTile<Tokens, Channels, Threads> tile(update.tokens, update.channels);
+  const Output bias = tile.bias(update.ends.final_bias, update.channels, update.learned);
   wait_for_earlier();
+  if (idle(update.live)) return;
   // On their way while the final layer is made.
   const bool guided = update.scale != nullptr, last = update.step == 0, stored = update.noise.noise != nullptr;
   float x = 0.0f, scale = 1.0f, noise = 0.0f;
   std::uint64_t seed = 0;
   std::int64_t address = 0;
   StepTable table = {};
-  if (mine) {
-    x = update.x[at];
-    if (guided) scale = update.scale[token];
+  if (tile.mine) {
+    x = update.x[tile.at];
+    if (guided) scale = update.scale[tile.token];
     table = *update.table;
-    if (!last && stored) noise = update.noise.noise[update.step * update.noise.stride + at];
+    if (!last && stored) noise = update.noise.noise[update.step * update.noise.stride + tile.at];
     if (!last && !stored) {
       seed = static_cast<std::uint64_t>(*update.noise.seed);
-      address = update.noise.addresses[token];
+      address = update.noise.addresses[tile.token];
     }
   }
-  FinalLayer<Tokens, Channels> layer;
-  layer.run({update.operand, update.ends.final_weight, update.tokens, update.tokens, channels, update.width,
-             update.learned, guided},
-            first_token, first_channel);
-  const Output out = layer.output(bias, update.learned, guided);
-  if (!mine) return;
-  if (!last && !stored) noise = normal_at(seed, address, update.step, channel, kStreamStep);
+  const Output out = tile.run(final_rows(update), bias);
+  if (!tile.mine) return;
+  if (!last && !stored) noise = normal_at(seed, address, update.step, tile.channel, kStreamStep);
   const Step step = reverse_step(x, out, table, guided, scale, *update.temperature, noise, last);
-  update.x[at] = step.x;
+  update.x[tile.at] = step.x;
   if (last) {
-    update.log_std[at] = step.log_std;
+    update.log_std[tile.at] = step.log_std;
   } else {
-    update.path[at] += step.log_std;
+    update.path[tile.at] += step.log_std;
   }
 }
 
 // The final layer alone.
 template <int Tokens, int Channels, int Threads>
 __global__ void __launch_bounds__(Threads) output_kernel(NetworkOutput to) {
-  constexpr int kLanes = kWarp / (Tokens * Channels);
-  const int channels = to.channels, groups = (channels + Channels - 1) / Channels;
-  const std::int64_t tile = static_cast<std::int64_t>(blockIdx.x) * (Threads / kWarp) + warp();
-  const std::int64_t first_token = tile / groups * Tokens;
-  const int first_channel = static_cast<int>(tile % groups) * Channels;
-  const int own = lane() / kLanes, channel = first_channel + own % Channels;
-  const std::int64_t token = first_token + own / Channels, at = token * channels + channel;
-  const bool mine = lane() % kLanes == 0 && token < to.tokens && channel < channels;
-  Output bias = {};
-  if (mine) {
-    bias.eps = bias.eps_u = to.final_bias[channel];
-    if (to.v) bias.v = to.final_bias[channels + channel];
-  }
+  const FinalTile<Tokens, Channels, Threads> tile(to.tokens, to.channels);
+  const Output bias = tile.bias(to.final_bias, to.channels, to.v != nullptr);
   wait_for_earlier();
-  if (to.live && *to.live == 0) return;
-  FinalLayer<Tokens, Channels> layer;
-  layer.run({to.operand, to.final_weight, to.tokens, to.period, channels, to.width, to.v != nullptr,
-             to.eps_u != nullptr},
-            first_token, first_channel);
-  const Output out = layer.output(bias, to.v != nullptr, to.eps_u != nullptr);
-  if (!mine) return;
-  to.eps[at] = out.eps;
-  if (to.v) to.v[at] = out.v;
-  if (to.eps_u) to.eps_u[at] = out.eps_u;
+  if (idle(to.live)) return;
+  const Output out = tile.run(final_rows(to), bias);
+  if (!tile.mine) return;
+  to.eps[tile.at] = out.eps;
+  if (to.v) to.v[tile.at] = out.v;
+  if (to.eps_u) to.eps_u[tile.at] = out.eps_u;
 }
 
 }  // namespace cspd
