@@ -88,22 +88,24 @@ def assert_sweeps_agree(head, inputs, sweeps, tolerance=1e-5, **options):
 @pytest.mark.parametrize("philox", [True, False], ids=["philox", "stored"])
 @pytest.mark.parametrize(("cfg_scale", "learned"), [(None, True), (1.5, True), (2.5, False), (None, False)])
 def test_sweep_by_sweep(make_head, cfg_scale, learned, philox):
-    head = make_head(steps=7, learn_sigma=learned)
-    cond, x, noise = random_inputs(head, 3, 30, guided=cfg_scale is not None)
-    inputs = cond, x, addressed(head, 3) if philox else noise
-    assert_sweeps_agree(head, inputs, 6, cfg_scale=cfg_scale)
+    head = make_head(steps=5, width=16, learn_sigma=learned)
+    cond, x, noise = random_inputs(head, 2, 30, guided=cfg_scale is not None)
+    inputs = cond, x, addressed(head, 2) if philox else noise
+    assert_sweeps_agree(head, inputs, 4, cfg_scale=cfg_scale)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 5, 33, 130])
 def test_any_number_of_steps(make_head, steps):
     head = make_head(steps=steps, width=16, channels=3)
-    assert_sweeps_agree(head, random_inputs(head, 2, 31, guided=True), min(steps, 4), cfg_scale=1.5)
+    assert_sweeps_agree(
+        head, random_inputs(head, 1, 31, guided=True), min(steps, 2 if steps > 33 else 3), cfg_scale=1.5
+    )
 
 
 @pytest.mark.parametrize("channels", [1, 2, 7, 64])
 def test_any_number_of_channels(make_head, channels):
-    head = make_head(steps=5, width=16, channels=channels)
-    assert_sweeps_agree(head, random_inputs(head, 2, 32), 3)
+    head = make_head(steps=3, width=16, channels=channels)
+    assert_sweeps_agree(head, random_inputs(head, 1, 32), 2)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.5])
@@ -143,11 +145,12 @@ def test_no_row_of_the_chain_is_the_calls(make_head):
 
 def test_tokens_settle_by_their_own_changes_and_stay_as_they_are(make_head):
     """A token that settles leaves the others going, and nothing of it changes any more."""
-    head = make_head(steps=24, width=16)
+    head = make_head(steps=10, width=16, channels=4)
     inputs = random_inputs(head, 4, 37)
-    expected = list(itertools.islice(definition(head, inputs), 12))
+    expected = list(itertools.islice(definition(head, inputs), 10))
     ratios = torch.stack([sweep.change / sweep.size for sweep in expected])
-    tolerance = float(ratios[5:8].median())
+    middle = ratios[2:5].flatten().sort().values[5:7]
+    tolerance = float(middle.mean())  # between two that there are
     ours, settled = Sweeping(head, inputs, tolerance=tolerance), torch.zeros(4, dtype=torch.bool)
     when = torch.zeros(4, dtype=torch.int32)
     for count, sweep in enumerate(expected, start=1):
@@ -256,21 +259,21 @@ def test_the_network_at_all_steps(make_head, dtype, cfg_scale):
             assert relative_error(a, b) <= (1e-5 if dtype == torch.float32 else 2e-2)
 
 
-@pytest.mark.parametrize("rows", [1, 2, 5])
+@pytest.mark.parametrize("rows", [1, 3])
 def test_the_whole_call(make_head, rows):
     """Tokens that settle, and tokens that the sequential chain makes."""
-    head = make_head(steps=24, width=16)
+    head = make_head(steps=6, width=16, channels=4)
     cond, x, noise = random_inputs(head, rows, 43, guided=True)
     expected = reference.denoise(head, cond, x, noise, 0.9, 1.5, dtype=torch.float64)
-    for tolerance in (1e-6, -1.0):
+    for limit, tolerance in ((6, 1e-6), (2, 0.0)):
         ours = Sweeping(head, (cond, x, noise), cfg_scale=1.5, tolerance=tolerance).whole
+        ours.state.limit = limit
         ours.launch(head, Tables(head))
         *found, sweeps, trajectory = ours.results(rows, 0.9, Tables(head))
         for a, b in zip(found, expected):
             assert relative_error(a, b) <= 1e-5
-        limit = reference.most_sweeps(24)
-        assert trajectory.shape == (rows, 24, head.channels)
-        assert all(count < limit for count in sweeps) if tolerance > 0 else (sweeps == limit + 24).all()
+        assert trajectory.shape == (rows, 6, head.channels)
+        assert (sweeps <= limit).all() if tolerance else (sweeps == limit + 6).all()
 
 
 @triton_alone
