@@ -1,8 +1,8 @@
 """Lossless speculation of steps by one head: rounds (network calls that follow each other) per token beside sweeps.
 
-``python benchmarks/experiments/step_speculation.py [--quick] [--json FILE]``. A round guesses the next L steps, asks the
-network at all L inputs in one call, and accepts a prefix. Every step is drawn from the law of the sequential chain, but
-the token is not the sequential chain's for the same noise: only its distribution is. No guidance.
+``python benchmarks/experiments/step_speculation.py [--quick] [--json FILE]``. A round guesses the next L steps, asks
+the network at all L inputs in one call, and accepts a prefix. Every step is drawn from the law of the sequential chain,
+but the token is not the sequential chain's for the same noise: only its distribution is. No guidance.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from subjects import Chain, heads, parser, write
 from cspd_kernels import Schedule
 from cspd_kernels.ops.denoise import reference
 
-LENGTHS = (4, 8, 16)
+LENGTHS = (4, 8, 16, None)  # None: all steps, as many rows of the network as a sweep has
 GUESSES = ("frozen", "linear", "reused")
 TOLERANCES = (1e-3, 1e-5)
 
@@ -29,10 +29,10 @@ def log_density(x, mean, log_std):
 
 
 def couple(x, mean, log_std, guess_mean, guess_log_std, generator):
-    """(x', accepted): x' is distributed as N(mean, std) where x is as N(guess_mean, guess_std), equal as often as can be.
+    """(x', accepted): x' is distributed as N(mean, std) if x is as N(guess_mean, guess_std); equal as often as can be.
 
-    All (R, C), accepted (R,). Accepted with probability min(1, p(x) / q(x)). A row that is not and has one std for both
-    is reflected: with e = (guess_mean - mean) / std scaled to length 1, the normal z of the guess becomes z - 2 (e.z) e.
+    All (R, C), accepted (R,). Accepted with probability min(1, p(x) / q(x)). A row that is not, and has one std for
+    both, is reflected: e is (guess_mean - mean) / std at length 1, and the normal z of the guess becomes z - 2 (e.z) e.
     With two stds it is drawn from p until 1 - min(1, q/p) accepts, which is the residual's law.
     """
 
@@ -52,7 +52,6 @@ def couple(x, mean, log_std, guess_mean, guess_log_std, generator):
         m, s, gm, gs = (v[left] for v in (mean, log_std, guess_mean, guess_log_std))
         drawn = m + torch.exp(s) * torch.randn(m.shape, generator=generator)
         ratio = log_density(drawn, gm, gs) - log_density(drawn, m, s)
-        # u >= min(1, q / p)
         taken = uniform(len(left)) >= ratio
         result[left[taken]] = drawn[taken]
         left = left[~taken]
@@ -212,7 +211,9 @@ def main() -> None:
             kind = "exact marginal" if not varies else "two samples, variance varies"
             rounds = float(made.rounds.double().mean())
             rows.append({"toy": kind, "guess": guess, "length": 8, "tokens": tokens, "p": p, "rounds": rounds})
-            print(f"toy, {kind:<30}{guess:<8} L=8  p {p:.3f}  {rounds:.1f} rounds of {ToyChain().steps} steps", flush=True)
+            print(
+                f"toy, {kind:<30}{guess:<8} L=8  p {p:.3f}  {rounds:.1f} rounds of {ToyChain().steps} steps", flush=True
+            )
     for name, head, cond in heads(arguments.quick):
         chain = Chain(head, cond)
         sweeps = sweeps_of(head, cond, torch.Generator().manual_seed(3))
@@ -220,14 +221,16 @@ def main() -> None:
         print(f"{name}: sweeps until settled {shown}", flush=True)
         rows.append({"head": name, "method": "sweeps", "sweeps": sweeps})
         for guess in GUESSES:
-            for length in LENGTHS[:1] if arguments.quick else LENGTHS:
+            for length in LENGTHS[:1] if arguments.quick else (length or chain.steps for length in LENGTHS):
                 generator = torch.Generator().manual_seed(4)
                 x_T = torch.randn(chain.tokens, chain.channels, generator=generator)  # noqa: N806
                 made = speculate(chain, x_T, length, guess, generator)
                 counts, asked = made.rounds.double(), float(made.calls.double().mean())
                 row = {"mean": float(counts.mean()), "most": int(counts.max()), "least": int(counts.min())}
                 rows.append({"head": name, "method": guess, "length": length, "network rows": asked, "rounds": row})
-                print(f"  {guess:<8} L={length:<3} rounds {row['mean']:6.1f} ({row['least']}..{row['most']})", flush=True)
+                print(
+                    f"  {guess:<8} L={length:<3} rounds {row['mean']:6.1f} ({row['least']}..{row['most']})", flush=True
+                )
     write(arguments.json, "step speculation", rows)
 
 

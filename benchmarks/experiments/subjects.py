@@ -20,7 +20,7 @@ from cspd_kernels.ops.denoise import reference
 from cspd_kernels.testing import randomize_
 
 sys.path.append(str(Path(__file__).parent.parent))  # the folder of benchmarks
-from report import write_results  # noqa: E402
+from report import write_results
 
 RESULTS = Path(__file__).parent.parent / "results" / "experiments-cpu.json"
 KNOWN = (0, 4, 10)  # so many tokens of 16 are known where a condition is taken
@@ -48,10 +48,7 @@ class Chain:
         """(x0, log_std) of rows x (R, C), each of a step and a token (R,), in one call of the network."""
         out = reference.network(self.head, x, self.head.time_embedding[step] + self.c[token])
         eps = out[:, : self.channels]
-        if self.learned_variance:
-            f = (out[:, self.channels :] + 1) / 2
-        else:
-            f = torch.ones_like(x)
+        f = (out[:, self.channels :] + 1) / 2 if self.learned_variance else torch.ones_like(x)
         log_std = f * self.upper[step, None] + (1 - f) * self.lower[step, None]
         return self.recip[step, None] * x - self.recipm1[step, None] * eps, log_std
 
