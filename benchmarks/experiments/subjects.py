@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -59,6 +60,7 @@ def heads(quick: bool) -> Iterator[tuple[str, DiffusionHead, torch.Tensor]]:
     models = dict(zip(("digits target, 40 steps", "digits draft, 40 steps"), load_pair()))
     target = models["digits target, 40 steps"]
     torch.manual_seed(0)
+    np.random.seed(0)  # the orders of tokens
     labels = torch.arange(images) % 10
     with torch.no_grad():
         tokens = target.patchify(target.sample_tokens(images, num_iter=target.seq_len, labels=labels))
