@@ -7,6 +7,7 @@ but the token is not the sequential chain's for the same noise: only its distrib
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import NamedTuple
 
@@ -191,6 +192,15 @@ def lossless(tokens: int, varies: bool, length: int, guess: str, seed: int = 0) 
     return float(stats.ks_2samp(made.x[:, 0].numpy(), others[:, 0].numpy()).pvalue), made
 
 
+def two_samples(head, cond, tokens: int, length: int, seed: int = 0) -> float:
+    """Smallest p over the channels, times their number: tokens of the first condition, speculated and step by step."""
+    chain, generator = Chain(head, cond[:1].expand(tokens, -1)), torch.Generator().manual_seed(seed)
+    x_T, others = torch.randn(2, tokens, chain.channels, generator=generator)  # noqa: N806
+    made = speculate(chain, x_T, length, "frozen", generator).x
+    others = sequential(chain, others, generator)
+    return min(1.0, chain.channels * min(stats.ks_2samp(a.numpy(), b.numpy()).pvalue for a, b in zip(made.T, others.T)))
+
+
 def sweeps_of(head, cond, generator) -> dict:
     """Sweeps of every token until it settles by the package's rule, at each tolerance: (mean, largest)."""
     x_T = torch.randn(len(cond), head.channels, generator=generator)  # noqa: N806
@@ -204,15 +214,16 @@ def sweeps_of(head, cond, generator) -> dict:
 @torch.no_grad()
 def main() -> None:
     arguments = parser(__doc__.splitlines()[0]).parse_args()
-    rows, tokens = [], 2_000 if arguments.quick else 20_000
-    for varies in (False, True):
+    rows, tokens = [], 500 if arguments.quick else 20_000
+    for varies, length in itertools.product((False, True), (8,) if arguments.quick else (8, ToyChain().steps)):
         for guess in GUESSES:
-            p, made = lossless(tokens, varies, 8, guess)
+            p, made = lossless(tokens, varies, length, guess)
             kind = "exact marginal" if not varies else "two samples, variance varies"
             rounds = float(made.rounds.double().mean())
-            rows.append({"toy": kind, "guess": guess, "length": 8, "tokens": tokens, "p": p, "rounds": rounds})
+            rows.append({"toy": kind, "guess": guess, "length": length, "tokens": tokens, "p": p, "rounds": rounds})
             print(
-                f"toy, {kind:<30}{guess:<8} L=8  p {p:.3f}  {rounds:.1f} rounds of {ToyChain().steps} steps", flush=True
+                f"toy, {kind:<30}{guess:<8} L={length:<4}p {p:.3f}  {rounds:.1f} rounds of {ToyChain().steps} steps",
+                flush=True,
             )
     for name, head, cond in heads(arguments.quick):
         chain = Chain(head, cond)
@@ -220,6 +231,10 @@ def main() -> None:
         shown = ", ".join(f"{mean:.1f} (at most {most}) at {t}" for t, (mean, most) in sweeps.items())
         print(f"{name}: sweeps until settled {shown}", flush=True)
         rows.append({"head": name, "method": "sweeps", "sweeps": sweeps})
+        count, length = 50 if arguments.quick else 500, 16
+        p = two_samples(head, cond, count, length)
+        rows.append({"head": name, "method": "two samples", "length": length, "tokens": count, "p": p})
+        print(f"  two samples of {count} tokens of a condition, L={length}: p {p:.3f}", flush=True)
         for guess in GUESSES:
             for length in LENGTHS[:1] if arguments.quick else (length or chain.steps for length in LENGTHS):
                 generator = torch.Generator().manual_seed(4)
