@@ -1,12 +1,13 @@
 """Lossless speculation of steps by one head: rounds (network calls that follow each other) per token beside sweeps.
 
-``python benchmarks/experiments/step_speculation.py [--quick] [--json FILE]``. A round guesses the next L steps, asks the
-network at all L inputs in one call, and accepts a prefix. Every step is drawn from the law of the sequential chain, but
-the token is not the sequential chain's for the same noise: only its distribution is. No guidance.
+``python benchmarks/experiments/step_speculation.py [--quick] [--json FILE]``. A round guesses the next L steps, asks
+the network at all L inputs in one call, and accepts a prefix. Every step is drawn from the law of the sequential chain,
+but the token is not the sequential chain's for the same noise: only its distribution is. No guidance.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import NamedTuple
 
@@ -18,7 +19,7 @@ from subjects import Chain, heads, parser, write
 from cspd_kernels import Schedule
 from cspd_kernels.ops.denoise import reference
 
-LENGTHS = (4, 8, 16)
+LENGTHS = (4, 8, 16, None)  # None: all steps, as many rows of the network as a sweep has
 GUESSES = ("frozen", "linear", "reused")
 TOLERANCES = (1e-3, 1e-5)
 
@@ -29,10 +30,10 @@ def log_density(x, mean, log_std):
 
 
 def couple(x, mean, log_std, guess_mean, guess_log_std, generator):
-    """(x', accepted): x' is distributed as N(mean, std) where x is as N(guess_mean, guess_std), equal as often as can be.
+    """(x', accepted): x' is distributed as N(mean, std) if x is as N(guess_mean, guess_std); equal as often as can be.
 
-    All (R, C), accepted (R,). Accepted with probability min(1, p(x) / q(x)). A row that is not and has one std for both
-    is reflected: with e = (guess_mean - mean) / std scaled to length 1, the normal z of the guess becomes z - 2 (e.z) e.
+    All (R, C), accepted (R,). Accepted with probability min(1, p(x) / q(x)). A row that is not, and has one std for
+    both, is reflected: e is (guess_mean - mean) / std at length 1, and the normal z of the guess becomes z - 2 (e.z) e.
     With two stds it is drawn from p until 1 - min(1, q/p) accepts, which is the residual's law.
     """
 
@@ -52,7 +53,6 @@ def couple(x, mean, log_std, guess_mean, guess_log_std, generator):
         m, s, gm, gs = (v[left] for v in (mean, log_std, guess_mean, guess_log_std))
         drawn = m + torch.exp(s) * torch.randn(m.shape, generator=generator)
         ratio = log_density(drawn, gm, gs) - log_density(drawn, m, s)
-        # u >= min(1, q / p)
         taken = uniform(len(left)) >= ratio
         result[left[taken]] = drawn[taken]
         left = left[~taken]
@@ -192,6 +192,15 @@ def lossless(tokens: int, varies: bool, length: int, guess: str, seed: int = 0) 
     return float(stats.ks_2samp(made.x[:, 0].numpy(), others[:, 0].numpy()).pvalue), made
 
 
+def two_samples(head, cond, tokens: int, length: int, seed: int = 0) -> float:
+    """Smallest p over the channels, times their number: tokens of the first condition, speculated and step by step."""
+    chain, generator = Chain(head, cond[:1].expand(tokens, -1)), torch.Generator().manual_seed(seed)
+    x_T, others = torch.randn(2, tokens, chain.channels, generator=generator)  # noqa: N806
+    made = speculate(chain, x_T, length, "frozen", generator).x
+    others = sequential(chain, others, generator)
+    return min(1.0, chain.channels * min(stats.ks_2samp(a.numpy(), b.numpy()).pvalue for a, b in zip(made.T, others.T)))
+
+
 def sweeps_of(head, cond, generator) -> dict:
     """Sweeps of every token until it settles by the package's rule, at each tolerance: (mean, largest)."""
     x_T = torch.randn(len(cond), head.channels, generator=generator)  # noqa: N806
@@ -205,15 +214,16 @@ def sweeps_of(head, cond, generator) -> dict:
 @torch.no_grad()
 def main() -> None:
     arguments = parser(__doc__.splitlines()[0]).parse_args()
-    rows, tokens = [], 2_000 if arguments.quick else 20_000
-    for varies in (False, True):
+    rows, tokens = [], 500 if arguments.quick else 20_000
+    for varies, length in itertools.product((False, True), (8,) if arguments.quick else (8, ToyChain().steps)):
         for guess in GUESSES:
-            p, made = lossless(tokens, varies, 8, guess)
+            p, made = lossless(tokens, varies, length, guess)
             kind = "exact marginal" if not varies else "two samples, variance varies"
             rounds = float(made.rounds.double().mean())
-            rows.append({"toy": kind, "guess": guess, "length": 8, "tokens": tokens, "p": p, "rounds": rounds})
+            rows.append({"toy": kind, "guess": guess, "length": length, "tokens": tokens, "p": p, "rounds": rounds})
             print(
-                f"toy, {kind:<30}{guess:<8} L=8  p {p:.3f}  {rounds:.1f} rounds of {ToyChain().steps} steps", flush=True
+                f"toy, {kind:<30}{guess:<8} L={length:<4}p {p:.3f}  {rounds:.1f} rounds of {ToyChain().steps} steps",
+                flush=True,
             )
     for name, head, cond in heads(arguments.quick):
         chain = Chain(head, cond)
@@ -221,8 +231,12 @@ def main() -> None:
         shown = ", ".join(f"{mean:.1f} (at most {most}) at {t}" for t, (mean, most) in sweeps.items())
         print(f"{name}: sweeps until settled {shown}", flush=True)
         rows.append({"head": name, "method": "sweeps", "sweeps": sweeps})
+        count, length = 50 if arguments.quick else 500, 16
+        p = two_samples(head, cond, count, length)
+        rows.append({"head": name, "method": "two samples", "length": length, "tokens": count, "p": p})
+        print(f"  two samples of {count} tokens of a condition, L={length}: p {p:.3f}", flush=True)
         for guess in GUESSES:
-            for length in LENGTHS[:1] if arguments.quick else LENGTHS:
+            for length in LENGTHS[:1] if arguments.quick else (length or chain.steps for length in LENGTHS):
                 generator = torch.Generator().manual_seed(4)
                 x_T = torch.randn(chain.tokens, chain.channels, generator=generator)  # noqa: N806
                 made = speculate(chain, x_T, length, guess, generator)

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -48,10 +49,7 @@ class Chain:
         """(x0, log_std) of rows x (R, C), each of a step and a token (R,), in one call of the network."""
         out = reference.network(self.head, x, self.head.time_embedding[step] + self.c[token])
         eps = out[:, : self.channels]
-        if self.learned_variance:
-            f = (out[:, self.channels :] + 1) / 2
-        else:
-            f = torch.ones_like(x)
+        f = (out[:, self.channels :] + 1) / 2 if self.learned_variance else torch.ones_like(x)
         log_std = f * self.upper[step, None] + (1 - f) * self.lower[step, None]
         return self.recip[step, None] * x - self.recipm1[step, None] * eps, log_std
 
@@ -62,6 +60,7 @@ def heads(quick: bool) -> Iterator[tuple[str, DiffusionHead, torch.Tensor]]:
     models = dict(zip(("digits target, 40 steps", "digits draft, 40 steps"), load_pair()))
     target = models["digits target, 40 steps"]
     torch.manual_seed(0)
+    np.random.seed(0)  # the orders of tokens
     labels = torch.arange(images) % 10
     with torch.no_grad():
         tokens = target.patchify(target.sample_tokens(images, num_iter=target.seq_len, labels=labels))
