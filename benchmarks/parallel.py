@@ -46,7 +46,7 @@ class Case:
 def cases(images: int) -> Iterator[Case]:
     target, draft = load_pair()
     tokens, labels = digits(target, images)
-    cond, module = held_out(target, tokens, labels), load_head()[0]
+    cond, module = held_out(target, tokens, labels), load_head(images=1)[0]
     head = DiffusionHead.from_module(module)
     generator = torch.Generator().manual_seed(0)
     x_T = torch.randn(len(cond), head.channels, generator=generator)  # noqa: N806
