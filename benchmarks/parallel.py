@@ -269,7 +269,7 @@ def write_docs(folder: Path, rows: list[dict]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=["cpu"], default="cpu", help="where it counts: on a CPU")
-    parser.add_argument("--images", type=int, default=64, help="three tokens each (default 64)")
+    parser.add_argument("--images", type=int, default=16, help="three tokens each (default 16)")
     parser.add_argument("--quick", action="store_true", help="two cases of six tokens: a check, not a measurement")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--rows", type=Path, metavar="FILE", help="take an earlier run's rows, measure nothing")
