@@ -46,7 +46,7 @@ class Case:
 def cases(images: int) -> Iterator[Case]:
     target, draft = load_pair()
     tokens, labels = digits(target, images)
-    cond, module = held_out(target, tokens, labels), load_head()[0]
+    cond, module = held_out(target, tokens, labels), load_head(images=1)[0]
     head = DiffusionHead.from_module(module)
     generator = torch.Generator().manual_seed(0)
     x_T = torch.randn(len(cond), head.channels, generator=generator)  # noqa: N806
@@ -269,7 +269,7 @@ def write_docs(folder: Path, rows: list[dict]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=["cpu"], default="cpu", help="where it counts: on a CPU")
-    parser.add_argument("--images", type=int, default=64, help="three tokens each (default 64)")
+    parser.add_argument("--images", type=int, default=16, help="three tokens each (default 16)")
     parser.add_argument("--quick", action="store_true", help="two cases of six tokens: a check, not a measurement")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--rows", type=Path, metavar="FILE", help="take an earlier run's rows, measure nothing")

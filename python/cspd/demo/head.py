@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from ..models import MAR, DiffLoss
 from ..transformer import conditions
 from .pair import DATA, TARGET, load_pair
+from .run import STEPS, generate
 
 FILE = "head100.safetensors"
 CHANNELS = TARGET["vae_embed_dim"] * TARGET["patch_size"] ** 2
@@ -52,14 +53,9 @@ def load_head(data: str | Path = DATA, images: int = 64) -> tuple[DiffLoss, torc
 
 @torch.no_grad()
 def digits(model: MAR, images: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens (images, L, C) that the model draws for the classes in turn, and their labels: no real digits are shipped.
-
-    Torch's own generators stay as they were, here and in :func:`held_out`.
-    """
+    """Tokens (images, L, C) that the model draws for the classes in turn, and their labels: no real digits are shipped."""
     labels = torch.arange(images) % model.num_classes
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return model.patchify(model.sample_tokens(images, num_iter=model.seq_len, labels=labels)), labels
+    return model.patchify(generate(model, model, labels, STEPS, None, seed)[0]), labels
 
 
 @torch.no_grad()
@@ -68,17 +64,16 @@ def held_out(model: MAR, tokens: torch.Tensor, labels: torch.Tensor, seed: int =
 
     tokens (B, L, C), labels (B,). The positions depend on the seed alone, not on the model.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return torch.cat([draw(model, tokens, labels, known, 1)[0] for known in KNOWN])
+    generator = torch.Generator().manual_seed(seed)
+    return torch.cat([draw(model, tokens, labels, known, 1, generator)[0] for known in KNOWN])
 
 
-def draw(model, tokens, labels, known: int, wanted: int) -> tuple[torch.Tensor, torch.Tensor]:
+def draw(model, tokens, labels, known: int, wanted: int, generator=None) -> tuple[torch.Tensor, torch.Tensor]:
     """Conditions (B wanted, Z) and true tokens (B wanted, C) of random positions, given ``known`` random others.
 
-    tokens (B, L, C), labels (B,).
+    tokens (B, L, C), labels (B,), generator a ``torch.Generator`` or None, torch's own.
     """
-    order = torch.stack([torch.randperm(model.seq_len) for _ in tokens])
+    order = torch.stack([torch.randperm(model.seq_len, generator=generator) for _ in tokens])
     where = order[:, known : known + wanted]
     z = conditions(model, tokens, order[:, :known].sort(1).values, model.class_emb(labels), where)
     return z.flatten(0, 1), tokens.gather(1, where[..., None].expand(-1, -1, tokens.shape[-1])).flatten(0, 1)
