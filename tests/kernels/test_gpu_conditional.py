@@ -36,13 +36,18 @@ def count(flags, counts, i, until=0):
     cuda_support.extension().count(counts[i].data_ptr(), until, flags[i].data_ptr(), stream)
 
 
+def user(device, launch):
+    """A graph of launches, and what uses it once."""
+    graph, other = CudaGraph(device), torch.zeros(1, device=device)
+    return graph, lambda: graph.run(launch, other.zero_)
+
+
 def captured(device, launch):
-    """A graph of launches, two of whose uses are behind it."""
-    graph = CudaGraph(device)
-    for _ in range(2):
-        graph.run(launch, lambda: None)
+    """What uses a graph of launches, of which the plain use and the capture are done."""
+    graph, use = user(device, launch)
+    use(), use()
     assert graph.graph is not None
-    return lambda: graph.run(launch, lambda: None)
+    return use
 
 
 @pytest.mark.parametrize("rounds", [1, 2, 7, 300])
@@ -123,9 +128,9 @@ def test_a_body_that_fails_on_a_device_costs_its_graph_alone(device, numbers):
             raise RuntimeError("no such kernel")
         count(flags, counts, 0)
 
-    graph = CudaGraph(device)
+    graph, use = user(device, lambda: run_while(flags[:1], body, 2, own=True))
     for _ in range(3):
-        graph.run(lambda: run_while(flags[:1], body, 2, own=True), lambda: None)
+        use()
     assert graph.graph is None
     assert counts.tolist() == [6, 0, 0]
     run = captured(device, lambda: run_while(flags[1:2], lambda: count(flags, counts, 1, 3), 4, own=True))

@@ -7,7 +7,8 @@ import pytest
 import torch
 from chains import addressed, kernels_of
 
-from cspd_kernels.ops.denoise import reference
+from cspd_kernels import denoise
+from cspd_kernels.ops.denoise import parallel_chain, reference
 from cspd_kernels.ops.denoise.chain import Tables
 from cspd_kernels.ops.denoise.parallel_chain import ParallelChain
 from cspd_kernels.testing import random_inputs, relative_error
@@ -87,22 +88,24 @@ def assert_sweeps_agree(head, inputs, sweeps, tolerance=1e-5, **options):
 @pytest.mark.parametrize("philox", [True, False], ids=["philox", "stored"])
 @pytest.mark.parametrize(("cfg_scale", "learned"), [(None, True), (1.5, True), (2.5, False), (None, False)])
 def test_sweep_by_sweep(make_head, cfg_scale, learned, philox):
-    head = make_head(steps=7, learn_sigma=learned)
-    cond, x, noise = random_inputs(head, 3, 30, guided=cfg_scale is not None)
-    inputs = cond, x, addressed(head, 3) if philox else noise
-    assert_sweeps_agree(head, inputs, 6, cfg_scale=cfg_scale)
+    head = make_head(steps=5, width=16, learn_sigma=learned)
+    cond, x, noise = random_inputs(head, 2, 30, guided=cfg_scale is not None)
+    inputs = cond, x, addressed(head, 2) if philox else noise
+    assert_sweeps_agree(head, inputs, 4, cfg_scale=cfg_scale)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 5, 33, 130])
 def test_any_number_of_steps(make_head, steps):
     head = make_head(steps=steps, width=16, channels=3)
-    assert_sweeps_agree(head, random_inputs(head, 2, 31, guided=True), min(steps, 4), cfg_scale=1.5)
+    assert_sweeps_agree(
+        head, random_inputs(head, 1, 31, guided=True), min(steps, 2 if steps > 33 else 3), cfg_scale=1.5
+    )
 
 
 @pytest.mark.parametrize("channels", [1, 2, 7, 64])
 def test_any_number_of_channels(make_head, channels):
-    head = make_head(steps=5, width=16, channels=channels)
-    assert_sweeps_agree(head, random_inputs(head, 2, 32), 3)
+    head = make_head(steps=3, width=16, channels=channels)
+    assert_sweeps_agree(head, random_inputs(head, 1, 32), 2)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.5])
@@ -142,11 +145,12 @@ def test_no_row_of_the_chain_is_the_calls(make_head):
 
 def test_tokens_settle_by_their_own_changes_and_stay_as_they_are(make_head):
     """A token that settles leaves the others going, and nothing of it changes any more."""
-    head = make_head(steps=24, width=16)
+    head = make_head(steps=10, width=16, channels=4)
     inputs = random_inputs(head, 4, 37)
-    expected = list(itertools.islice(definition(head, inputs), 12))
+    expected = list(itertools.islice(definition(head, inputs), 10))
     ratios = torch.stack([sweep.change / sweep.size for sweep in expected])
-    tolerance = float(ratios[5:8].median())
+    middle = ratios[2:5].flatten().sort().values[5:7]
+    tolerance = float(middle.mean())  # between two that there are
     ours, settled = Sweeping(head, inputs, tolerance=tolerance), torch.zeros(4, dtype=torch.bool)
     when = torch.zeros(4, dtype=torch.int32)
     for count, sweep in enumerate(expected, start=1):
@@ -255,21 +259,21 @@ def test_the_network_at_all_steps(make_head, dtype, cfg_scale):
             assert relative_error(a, b) <= (1e-5 if dtype == torch.float32 else 2e-2)
 
 
-@pytest.mark.parametrize("rows", [1, 2, 5])
+@pytest.mark.parametrize("rows", [1, 3])
 def test_the_whole_call(make_head, rows):
     """Tokens that settle, and tokens that the sequential chain makes."""
-    head = make_head(steps=24, width=16)
+    head = make_head(steps=6, width=16, channels=4)
     cond, x, noise = random_inputs(head, rows, 43, guided=True)
     expected = reference.denoise(head, cond, x, noise, 0.9, 1.5, dtype=torch.float64)
-    for tolerance in (1e-6, -1.0):
+    for limit, tolerance in ((6, 1e-6), (2, 0.0)):
         ours = Sweeping(head, (cond, x, noise), cfg_scale=1.5, tolerance=tolerance).whole
+        ours.state.limit = limit
         ours.launch(head, Tables(head))
         *found, sweeps, trajectory = ours.results(rows, 0.9, Tables(head))
         for a, b in zip(found, expected):
             assert relative_error(a, b) <= 1e-5
-        limit = reference.most_sweeps(24)
-        assert trajectory.shape == (rows, 24, head.channels)
-        assert all(count < limit for count in sweeps) if tolerance > 0 else (sweeps == limit + 24).all()
+        assert trajectory.shape == (rows, 6, head.channels)
+        assert (sweeps <= limit).all() if tolerance else (sweeps == limit + 6).all()
 
 
 @triton_alone
@@ -282,3 +286,67 @@ def test_a_program_has_all_steps_and_few_values_a_thread(steps):
         values = (1 << (steps - 1).bit_length()) * group
         assert group in (1, 2, 4) and warps in (1, 2, 4, 8, 16)
         assert values <= 128 * warps or warps == 16
+
+
+# --- the op ---
+
+
+@pytest.mark.parametrize("noise", ["stored", "addressed"])
+@pytest.mark.parametrize(("rows", "cfg_scale"), [(1, 1.0), (3, 2.5), (5, 1.0)])
+def test_the_op_gives_the_sequential_tokens(backend, make_head, rows, cfg_scale, noise):
+    head = make_head(steps=9, depth=2)
+    cond, x, stored = random_inputs(head, rows, 44, guided=cfg_scale != 1)
+    inputs = cond, x, stored if noise == "stored" else addressed(head, rows)
+    options = dict(cfg_scale=cfg_scale, temperature=0.9, backend=backend)
+    expected = denoise(head, *inputs, **options, parallel_tol=None)
+    out = denoise(head, *inputs, **options, parallel_tol=1e-6)
+    again = denoise(head, *inputs, **options, parallel_tol=1e-6, guess=out.trajectory)
+    for found in (out, again):
+        for name in ("mean", "log_std", "path_log_std"):
+            assert relative_error(getattr(found, name), getattr(expected, name)) <= 1e-5, name
+        assert found.sweeps.dtype == torch.int32 and (found.sweeps <= 9).all()
+        assert found.trajectory.shape == (rows, 9, head.channels)
+    assert (again.sweeps == 2).all()
+
+
+def test_blocks_of_tokens_and_scales_of_their_own(backend, make_head):
+    head = make_head(steps=5)
+    inputs, scale = random_inputs(head, 4, 45, guided=True), torch.linspace(0.5, 3, 4, device=make_head().device)
+    options = dict(cfg_scale=scale, parallel_tol=1e-6, backend=backend)
+    expected = denoise(head, *inputs, cfg_scale=scale, parallel_tol=None, backend=backend)
+    for workspace_bytes in (1, 1 << 16):
+        out = denoise(head, *inputs, **options, workspace_bytes=workspace_bytes)
+        assert relative_error(out.mean, expected.mean) <= 1e-5
+    nothing = denoise(head, *random_inputs(head, 0, 0), parallel_tol=1e-3, backend=backend)
+    assert nothing.mean.shape == (0, head.channels) and nothing.trajectory.shape == (0, 5, head.channels)
+
+
+def test_tokens_that_do_not_settle_are_the_sequential_chains(backend, make_head, monkeypatch):
+    monkeypatch.setattr(parallel_chain, "most_sweeps", lambda steps: 3)
+    head = make_head(steps=12)
+    inputs = random_inputs(head, 3, 46)
+    expected = denoise(head, *inputs, parallel_tol=None, backend=backend)
+    out = denoise(head, *inputs, parallel_tol=1e-7, backend=backend)
+    assert (out.sweeps == 3 + 12).all()
+    for name in ("mean", "log_std", "path_log_std"):
+        assert relative_error(getattr(out, name), getattr(expected, name)) <= 1e-6, name
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision(backend, make_head, dtype):
+    head = make_head(dtype, steps=9, depth=2)
+    inputs = random_inputs(head, 3, 47, guided=True)
+    exact = reference.denoise(head, *inputs, 1.0, 1.5, dtype=torch.float64)
+    out = denoise(head, *inputs, cfg_scale=1.5, parallel_tol=1e-3, backend=backend)
+    assert relative_error(out.mean, exact[1]) <= 2e-2
+    assert relative_error(out.path_log_std, exact[3]) <= 2e-2
+
+
+def test_a_tokens_bits_do_not_depend_on_its_batch(backend, make_head):
+    """But for the library's products, which CUDA's float32 has."""
+    head = make_head(torch.bfloat16, steps=9)
+    cond, x, noise = random_inputs(head, 3, 48)
+    out = denoise(head, cond, x, noise, parallel_tol=1e-2, backend=backend)
+    part = torch.tensor([2, 0, 1], device=x.device)
+    moved = denoise(head, cond[part], x[part], noise[:, part], parallel_tol=1e-2, backend=backend)
+    assert torch.equal(moved.mean, out.mean[part]) and torch.equal(moved.sweeps, out.sweeps[part])

@@ -119,7 +119,8 @@ def denoise(
             a row that does not settle is made by that chain. "auto": in sweeps to the arithmetic's own rounding
             (float32: 1e-6; bfloat16 and float16: 1e-3) where that was measured to be faster, else one after the other;
             the environment's ``CSPD_PARALLEL=0`` keeps it from sweeps. On a GPU the torch backend waits for the device
-            after every sweep, and refuses a number while a CUDA graph is captured; the kernels never wait.
+            after every sweep, and refuses a number while a CUDA graph is captured; the kernels wait once, in the
+            first such call of a process.
         guess: (N, T, C) floating: with sweeps, a first guess of the inputs of all steps, such as the ``trajectory`` of
             a similar chain from the same x_T and noise. It changes how many sweeps there are, not what they lead to.
 

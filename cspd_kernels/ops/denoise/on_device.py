@@ -75,7 +75,8 @@ def denoise_on_device(
 ):  # fmt: skip
     """As :func:`cspd_kernels.denoise`, by the kernels of a backend; ``cfg_scale`` None means no guidance.
 
-    The host waits for the device only where a head's graphs outgrow their memory and the oldest goes.
+    The host waits for the device only where a head's graphs outgrow their memory and the oldest goes, and in the
+    first call in parallel on a device, for the proof of :mod:`cspd_kernels.conditional`.
     """
     rows, halves = x_T.shape[0], 1 if cfg_scale is None else 2
     if rows == 0:
