@@ -249,6 +249,20 @@ def test_a_body_that_fails_leaves_no_capture_open_and_is_what_the_log_tells(cuda
     assert "could not be captured: no such kernel" in caplog.text
     assert (extension.open, cuda.capturing, cuda.current) == ([], None, cuda.main)
     assert not captures_ours()
+    assert not conditional.surely_wanted()
+
+
+def test_kernels_need_no_flag_in_a_body_alone(cuda, extension, counts):
+    flag, wanted = Flag(1), []
+
+    def body():
+        wanted.append((captures_ours(), conditional.surely_wanted()))
+        counts(flag)
+
+    conditional._prove(CUDA)
+    in_a_graph(cuda, lambda: run_while(flag, body, 1, own=True))
+    assert set(wanted) == {(False, False), (True, True)}
+    assert not conditional.surely_wanted()
 
 
 # --- which chains may be loops ---
