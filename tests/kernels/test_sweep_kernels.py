@@ -211,6 +211,9 @@ def test_kernels_that_are_called_off_leave_everything_as_it_is(make_head, dtype)
     ours.sweep()
     before = ours.tensors()
     ours.state.live.zero_()
+    network = ours.network
+    for buffer in (network.h, network.operand, network.activations, network.eps, network.v, network.eps_u):
+        buffer.fill_(7)  # which no kernel would write
     kept = ours.tensors()
     ours.sweep()
     assert same(ours.tensors(), kept)
