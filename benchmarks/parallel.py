@@ -225,20 +225,20 @@ def plot(rows: list[dict], path: Path) -> None:
     from matplotlib import pyplot as plt
 
     names = list(dict.fromkeys(row["case"] for row in rows if row.get("drawn")))
-    figure, panels = plt.subplots(1, 2, figsize=(11, 4.6), dpi=110, sharey=True, sharex=True)
+    figure, panels = plt.subplots(1, 2, figsize=(10, 4.6), dpi=110, sharey=True, sharex=True)
     for axes, kind in zip(panels, ("secant", "plain")):
         for row in rows:
             if row.get("drawn") and row["kind"] == kind:
                 style = dict(color=plt.cm.tab10(names.index(row["case"])), linewidth=1.4, marker=".", markersize=5)
                 axes.plot(range(1, len(row["largest"]) + 1), row["largest"], label=row["case"], **style)
         axes.set_yscale("log")
-        axes.set_ylim(1e-7, 10)
+        axes.set_ylim(1e-7, 50)
         axes.set_xlim(0, 42)
-        axes.set_xlabel("sweeps, one network call after another each")
+        axes.set_xlabel("sweeps")
         axes.set_title("secant slopes" if kind == "secant" else "slopes 0 (Picard iteration)", fontsize=10)
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("largest distance of a token from the\nsequential chain's, of the largest value")
-    panels[1].legend(fontsize=8, loc="upper right")
+    panels[1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.savefig(path, bbox_inches="tight")
     plt.close(figure)
     print(f"wrote {path}")

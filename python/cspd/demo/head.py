@@ -53,7 +53,7 @@ def load_head(data: str | Path = DATA, images: int = 64) -> tuple[DiffLoss, torc
 
 @torch.no_grad()
 def digits(model: MAR, images: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens (images, L, C) that the model draws, class after class, and their labels: no real digits are shipped."""
+    """Tokens (images, L, C) that the model draws for the classes in turn, and labels: no real ones are shipped."""
     labels = torch.arange(images) % model.num_classes
     return model.patchify(generate(model, model, labels, STEPS, None, seed)[0]), labels
 
