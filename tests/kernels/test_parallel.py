@@ -250,3 +250,10 @@ def test_auto_is_sequential_where_nothing_was_measured_to_be_faster(trained):
     expected = denoise(trained, cond, x, noise, parallel_tol=None)
     out = denoise(trained, cond, x, noise)
     assert torch.equal(out.mean, expected.mean) and out.sweeps is None
+
+
+def test_infinite_rows_do_not_settle():
+    x, infinite = torch.zeros(3, 2, 1), torch.tensor([1.0, torch.inf])
+    sweep = reference.Sweep(x, x[0], x[0], x[0, :, 0], change=infinite * 1e-9, size=infinite)
+    for sweeps in (1, 2, 3):
+        assert sweep.settled(1e-3, sweeps).tolist() == [sweeps > 1, False]

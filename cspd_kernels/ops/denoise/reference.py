@@ -55,7 +55,7 @@ class Sweep(NamedTuple):
         """(N,) which rows are done after so many sweeps: a first sweep has nothing to compare with, and after T sweeps
         every step has been computed from the input that it has."""
         near = (self.change <= tolerance * self.size) & (sweeps > 1)
-        return near | (torch.isfinite(self.size) & (sweeps >= len(self.x)))
+        return torch.isfinite(self.size) & (near | (sweeps >= len(self.x)))
 
 
 def most_sweeps(num_steps: int) -> int:
@@ -160,17 +160,18 @@ def sweeps(
         x0, log_std = evaluate(x)
         slope = torch.zeros_like(x0)
         if before is not None and slopes:
-            secant = (x0 - before[1]) / (x - before[0])
-            slope = torch.where(secant > 0, secant.clamp(max=1), 0)  # 0 where x has not changed, and for NaN
+            moved = x - before[0]
+            secant = (x0 - before[1]) / moved
+            slope = torch.where((secant > 0) & (moved != 0), secant.clamp(max=1), 0)  # 0 for NaN, too
         before = x, x0
         if guided:
             mixed, slope = (both[1] + cfg_scale * (both[0] - both[1]) for both in (x0, slope))
         else:
             mixed, slope = x0[0], slope[0]
-        moved, last, mean = x, mean, None
-        x, mean = recursion(moved, mixed, slope, log_std)
+        inputs, last = x, mean
+        x, mean = recursion(inputs, mixed, slope, log_std)
         last = torch.full_like(mean, math.inf) if last is None else last
-        change = torch.maximum((x - moved).abs().amax((0, 2)), (mean - last).abs().amax(1))
+        change = torch.maximum((x - inputs).abs().amax((0, 2)), (mean - last).abs().amax(1))
         size = torch.maximum(x.abs().amax((0, 2)), mean.abs().amax(1))
         yield Sweep(x, mean, log_std[0], log_std[1:].sum((0, 2)), change, size)
 

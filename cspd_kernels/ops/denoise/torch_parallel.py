@@ -99,8 +99,9 @@ class _Sweeps:
         x0 = self.recip[:n] * x - self.recipm1[:n] * eps
         slope = torch.zeros_like(x0)
         if self.before is not None:
-            secant = (x0 - self.x0[:, :n]) / (x - self.before[:n])
-            slope = torch.where(secant > 0, secant.clamp(max=1), 0)
+            moved = x - self.before[:n]
+            secant = (x0 - self.x0[:, :n]) / moved
+            slope = torch.where((secant > 0) & (moved != 0), secant.clamp(max=1), 0)
         self.before, self.x0 = x, x0
         if guided:
             x0, slope = (both[1] + self.scale * (both[0] - both[1]) for both in (x0, slope))
@@ -108,13 +109,12 @@ class _Sweeps:
             x0, slope = x0[0], slope[0]
         moved, mean = self._moved(x, x0, slope, x[-1])
         self.count += 1
-        change, size = (moved - x).abs(), torch.maximum(self.x.abs().amax((0, 2)), mean.abs().amax(1))
-        size = torch.maximum(size, moved.abs().amax((0, 2)))
+        change, size = (moved - x).abs(), torch.cat([moved, self.x[n:], mean[None]]).abs().amax((0, 2))
         largest = change.amax((0, 2))
         if self.mean is not None:
             largest = torch.maximum(largest, (mean - self.mean).abs().amax(1))
-        settled = (largest <= self.tolerance * size) & (self.count > 1 and self.mean is not None)
-        settled |= torch.isfinite(size) & (self.count >= self.steps)
+        near = (largest <= self.tolerance * size) & (self.count > 1)
+        settled = torch.isfinite(size) & (near | (self.count >= self.steps))
         # The noise end of the steps that do not change any more: the first of them never does.
         still = (change.amax(2) <= torch.finfo(x.dtype).eps * size).all(1)
         still[-1] = True
