@@ -26,8 +26,8 @@ _OPERAND, _ROWS = 2, 3  # places of a size of ``denoise``
 _OTHER_TYPE = 100.0  # the weight of another operand type in a distance: float32 says nothing about bfloat16
 
 # Compute capability -> op -> size -> what was measured there. tests/kernels/test_crossover.py compares it with the
-# result files. To fill in a device: `python benchmarks/kernels.py --json FILE` on it. "... parallel" is a row of as many
-# sweeps as trained heads need (docs/parallel.md): "denoise in parallel" times them.
+# result files. To fill in a device: `python benchmarks/kernels.py --json FILE` on it. "... parallel" are rows of
+# "denoise in parallel", with as many sweeps as trained heads need (docs/parallel.md).
 FASTEST: dict[tuple[int, int], dict[str, dict[Size, Times]]] = {
     # H100 80GB HBM3, commit b589fd5: benchmarks/results/kernels-h100.json and denoise-h100.json. Chains of 100 steps
     # with a cold L2; verdicts of 16 channels, accept_reject by rejection and with its host time. The kernels have
