@@ -77,6 +77,9 @@ for backend in cuda triton; do
             "${python[@]}" tests/kernels/test_gpu.py -k "test_denoise_agrees_with_float64 and $backend]"
         attempt "$tool: verdicts, $backend" "${check[@]}" --tool "$tool" \
             "${python[@]}" tests/kernels/test_gpu_verdict.py -k "test_verdicts_of_every_width and $backend- and dtype0-16]"
+        attempt "$tool: sweeps, $backend" "${check[@]}" --tool "$tool" \
+            python3 -m pytest -q -p no:cacheprovider tests/kernels/test_sweep_kernels.py \
+            -k "test_sweep_by_sweep and $backend"
     done
 done
 exit "$failed"
