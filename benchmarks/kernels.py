@@ -14,7 +14,6 @@ import os
 from functools import partial
 from pathlib import Path
 
-import in_parallel
 import torch
 
 from cspd.models import DiffLoss
@@ -25,6 +24,7 @@ from cspd_kernels.ops.denoise import reference
 from cspd_kernels.testing import random_inputs, randomize_, relative_error
 
 import blocks
+import in_parallel
 from baselines import IN_ONE_GRAPH, compiled_denoise, eager_denoise, graphable_denoise, library_products
 from common import captured, measure, spread
 from judging import TOKENS, accept_reject_rows, density_ratio_rows
