@@ -12,7 +12,7 @@ from cspd.demo.pair import load_pair
 from cspd.models import DiffLoss
 from cspd_kernels import DiffusionHead, PhiloxNoise, denoise
 from cspd_kernels.ops.denoise import reference, torch_parallel
-from cspd_kernels.testing import random_inputs, randomize_
+from cspd_kernels.testing import random_inputs, randomize_, relative_error
 
 
 def random_head(steps=30, schedule="linear", dtype=torch.float32, **options) -> DiffusionHead:
@@ -250,6 +250,18 @@ def test_auto_is_sequential_where_nothing_was_measured_to_be_faster(trained):
     expected = denoise(trained, cond, x, noise, parallel_tol=None)
     out = denoise(trained, cond, x, noise)
     assert torch.equal(out.mean, expected.mean) and out.sweeps is None
+
+
+@pytest.mark.parametrize("value", [1e6, 1e8, 1e18, 3e38])
+@pytest.mark.parametrize("step", [0, 5, 20])
+def test_one_wild_value_of_a_guess_changes_no_token(trained, step, value):
+    """A step is not taken for settled because a value that is still wrong, further on, is large beside its change."""
+    cond, x, noise = random_inputs(trained, 1, 18)
+    expected = denoise(trained, cond, x, noise, parallel_tol=None)
+    for guess in (denoise(trained, cond, x, noise, parallel_tol=1e-6).trajectory + 0.1, torch.zeros(1, 40, 4)):
+        guess[0, step] = value
+        out = denoise(trained, cond, x, noise, parallel_tol=1e-4, guess=guess)
+        assert relative_error(out.mean, expected.mean) < 1e-4
 
 
 def test_infinite_rows_do_not_settle():

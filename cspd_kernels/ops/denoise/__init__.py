@@ -97,8 +97,8 @@ def denoise(
     Inference only: nothing is recorded for autograd. Rows are independent. Non-finite inputs raise
     on the CPU; on other devices they are not looked for (that would synchronise) and spoil only
     their own row. ``torch.compile`` sees one operator (``fullgraph`` too); it compiles the caller
-    again for another head or temperature, not for another seed, scale or N. A CUDA graph of the caller's that holds the
-    call needs the head as long as it is replayed.
+    again for another head, temperature or parallel_tol, not for another seed, scale or N. A CUDA graph of the
+    caller's that holds the call needs the head as long as it is replayed.
 
     Args:
         head: the packed network; its dtype is the GEMM operand type.

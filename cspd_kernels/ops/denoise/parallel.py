@@ -12,7 +12,8 @@ from ...head import DiffusionHead
 
 PARALLEL_VARIABLE = "CSPD_PARALLEL"
 AUTO = "auto"
-# Changes between two sweeps that are the arithmetic's own: from here on nothing improves.
+# Changes between two sweeps that are the arithmetic's own: from here on nothing improves. Under strong guidance those
+# of bfloat16 may stay above it (docs/parallel.md): such tokens are made step by step in the end, which takes longer.
 ROUNDING = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 1e-3, torch.float16: 1e-3}
 
 

@@ -115,8 +115,11 @@ class _Sweeps:
             largest = torch.maximum(largest, (mean - self.mean).abs().amax(1))
         near = (largest <= self.tolerance * size) & (self.count > 1)
         settled = torch.isfinite(size) & (near | (self.count >= self.steps))
-        # The noise end of the steps that do not change any more: the first of them never does.
-        still = (change.amax(2) <= torch.finfo(x.dtype).eps * size).all(1)
+        # The noise end of the steps that do not change any more: the first of them never does. Beside values on the way
+        # from there alone: those behind may still be as wrong as can be.
+        so_far = moved.abs().amax(2).flip(0).cummax(0).values.flip(0)
+        change = change.amax(2)
+        still = ((change <= torch.finfo(x.dtype).eps * so_far) & torch.isfinite(change)).all(1)
         still[-1] = True
         self.open = max(1, n - int(still.flip(0).long().cumprod(0).sum()))
         self.x = torch.cat([moved[: self.open], x[self.open :], self.x[n:]])
@@ -148,7 +151,8 @@ class _Sweeps:
         self.index = self.index[which]
         if not len(self.index):
             return False
-        self.block_mods = [mods[:, :, :, which] for mods in self.block_mods]
+        for i, mods in enumerate(self.block_mods):  # one by one: the memory of two sets is not to be had
+            self.block_mods[i] = mods[:, :, :, which]
         self.final_mods = self.final_mods[:, :, :, which]
         if isinstance(self.scale, torch.Tensor) and len(self.scale) > 1:
             self.scale = self.scale[which]
