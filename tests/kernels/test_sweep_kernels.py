@@ -297,7 +297,7 @@ def test_a_program_has_all_steps_and_few_values_a_thread(steps):
 @pytest.mark.parametrize("noise", ["stored", "addressed"])
 @pytest.mark.parametrize(("rows", "cfg_scale"), [(1, 1.0), (3, 2.5), (5, 1.0)])
 def test_the_op_gives_the_sequential_tokens(backend, make_head, rows, cfg_scale, noise):
-    head = make_head(steps=9, depth=2)
+    head = make_head(steps=4, width=16, depth=2)
     cond, x, stored = random_inputs(head, rows, 44, guided=cfg_scale != 1)
     inputs = cond, x, stored if noise == "stored" else addressed(head, rows)
     options = dict(cfg_scale=cfg_scale, temperature=0.9, backend=backend)
@@ -307,13 +307,13 @@ def test_the_op_gives_the_sequential_tokens(backend, make_head, rows, cfg_scale,
     for found in (out, again):
         for name in ("mean", "log_std", "path_log_std"):
             assert relative_error(getattr(found, name), getattr(expected, name)) <= 1e-5, name
-        assert found.sweeps.dtype == torch.int32 and (found.sweeps <= 9).all()
-        assert found.trajectory.shape == (rows, 9, head.channels)
+        assert found.sweeps.dtype == torch.int32 and (found.sweeps <= 4).all()
+        assert found.trajectory.shape == (rows, 4, head.channels)
     assert (again.sweeps == 2).all()
 
 
 def test_blocks_of_tokens_and_scales_of_their_own(backend, make_head):
-    head = make_head(steps=5)
+    head = make_head(steps=3, width=16)
     inputs, scale = random_inputs(head, 4, 45, guided=True), torch.linspace(0.5, 3, 4, device=make_head().device)
     options = dict(cfg_scale=scale, parallel_tol=1e-6, backend=backend)
     expected = denoise(head, *inputs, cfg_scale=scale, parallel_tol=None, backend=backend)
@@ -321,23 +321,23 @@ def test_blocks_of_tokens_and_scales_of_their_own(backend, make_head):
         out = denoise(head, *inputs, **options, workspace_bytes=workspace_bytes)
         assert relative_error(out.mean, expected.mean) <= 1e-5
     nothing = denoise(head, *random_inputs(head, 0, 0), parallel_tol=1e-3, backend=backend)
-    assert nothing.mean.shape == (0, head.channels) and nothing.trajectory.shape == (0, 5, head.channels)
+    assert nothing.mean.shape == (0, head.channels) and nothing.trajectory.shape == (0, 3, head.channels)
 
 
 def test_tokens_that_do_not_settle_are_the_sequential_chains(backend, make_head, monkeypatch):
     monkeypatch.setattr(parallel_chain, "most_sweeps", lambda steps: 3)
-    head = make_head(steps=12)
+    head = make_head(steps=8, width=16)
     inputs = random_inputs(head, 3, 46)
     expected = denoise(head, *inputs, parallel_tol=None, backend=backend)
     out = denoise(head, *inputs, parallel_tol=1e-7, backend=backend)
-    assert (out.sweeps == 3 + 12).all()
+    assert (out.sweeps == 3 + 8).all()
     for name in ("mean", "log_std", "path_log_std"):
         assert relative_error(getattr(out, name), getattr(expected, name)) <= 1e-6, name
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision(backend, make_head, dtype):
-    head = make_head(dtype, steps=9, depth=2)
+    head = make_head(dtype, steps=4, width=16, depth=2)
     inputs = random_inputs(head, 3, 47, guided=True)
     exact = reference.denoise(head, *inputs, 1.0, 1.5, dtype=torch.float64)
     out = denoise(head, *inputs, cfg_scale=1.5, parallel_tol=1e-3, backend=backend)
@@ -347,7 +347,7 @@ def test_half_precision(backend, make_head, dtype):
 
 def test_a_tokens_bits_do_not_depend_on_its_batch(backend, make_head):
     """But for the library's products, which CUDA's float32 has; and for the interpreter's, which are numpy's."""
-    head = make_head(torch.bfloat16, steps=9)
+    head = make_head(torch.bfloat16, steps=4, width=16)
     cond, x, noise = random_inputs(head, 3, 48)
     out = denoise(head, cond, x, noise, parallel_tol=1e-2, backend=backend)
     part = torch.tensor([2, 0, 1], device=x.device)
