@@ -183,10 +183,11 @@ class Plan:
 
 
 class PlanCache:
-    """Plans by key, the least recently used dropped where their buffers exceed ``max_bytes`` together."""
+    """Plans by key, the least recently used dropped where there are more than ``most``, or where their buffers exceed
+    ``max_bytes`` together."""
 
-    def __init__(self, max_bytes: int):
-        self.max_bytes = max_bytes
+    def __init__(self, max_bytes: int, most: int | None = None):
+        self.max_bytes, self.most = max_bytes, most
         self.lock = threading.RLock()
         self._plans: OrderedDict[Hashable, Plan] = OrderedDict()
 
@@ -206,6 +207,6 @@ class PlanCache:
         with torch.inference_mode(False), torch.no_grad():
             value, buffers = make()
         plan = self._plans[key] = Plan(value, buffers, device)
-        while self.bytes > self.max_bytes and len(self._plans) > 1:
+        while len(self._plans) > 1 and (self.bytes > self.max_bytes or len(self) > (self.most or len(self))):
             self._plans.popitem(last=False)[1].close()
         return plan

@@ -36,7 +36,7 @@ class LiveWeights:
             self._prints = [fingerprint(source) for _, source in self.copies]
             self._time_prints = [fingerprint(weight) for weight in self._time]
         elif self.copies:
-            self._on_device = _copier(self.copies, self.device)
+            self._on_device = copier(self.copies, self.device)
 
     @torch.no_grad()
     def refresh(self, heads: list[DiffusionHead]) -> None:
@@ -91,7 +91,7 @@ def same(a: tuple[torch.Tensor, ...], b: tuple[torch.Tensor, ...]) -> bool:
     return len(a) == len(b) and all(map(torch.equal, a, b))
 
 
-def _copier(copies, device: torch.device):
+def copier(copies, device: torch.device):
     """A function that queues the update of all copies on a device."""
     reason = f"no kernels for {device.type}" if device.type != "cuda" else why_unavailable("triton")
     if reason is None and interpreting():

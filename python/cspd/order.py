@@ -92,22 +92,40 @@ def by_token(steps: list[Step], device: torch.device) -> tuple[torch.Tensor, tor
     return to_device(index, device), to_device(scale, device)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Pass:
     """What one pass of a model over an image needs of the generation order: a step's, or a window's.
 
-    Under guidance the batch is doubled, conditional images first; R is B or 2 B. n counts the tokens that the pass
-    draws in each image: step by step, ascending within a step.
+    Tokens are counted in the order of drawing: step by step, ascending within a step. Under guidance the batch is
+    doubled, conditional images first; R is B or 2 B. n tokens are drawn in each image.
     """
 
-    known: torch.Tensor  # (R, K) int64: the positions drawn before the first of its steps, ascending
-    mask: torch.Tensor | None  # (R, L) float32: 1 elsewhere; None where no model asks for masks
+    known: torch.Tensor  # (B, K) int64: the positions drawn before the first of its steps
+    count: torch.Tensor | None  # (1,) int64: how many of them, where that is a value on the device; None: all K
+    rank: torch.Tensor  # (B, L) int64: the place of every position in the order of drawing
     where: torch.Tensor  # (B, n) int64: the positions it draws
-    wanted: torch.Tensor  # (R, n) int64: the same for the doubled batch
     rows: torch.Tensor  # (B n,) int64: their noise addresses, image number times L plus position
+    columns: torch.Tensor  # (n,) int64: their places in the order of drawing
     steps: torch.Tensor  # (n,) int64: index of the step that draws each of them
     cfg_scale: float | torch.Tensor  # of each token's own step: a number where all are equal, else (B n,)
     counts: tuple[int, ...]  # how many of the n tokens each of its steps draws
+    guided: bool
+
+    @property
+    def doubled(self) -> int:
+        """R / B."""
+        return 2 if self.guided else 1
+
+    @property
+    def wanted(self) -> torch.Tensor:
+        """(R, n) int64: ``where`` of the doubled batch."""
+        return self.where.repeat(self.doubled, 1)
+
+    @property
+    def mask(self) -> torch.Tensor:
+        """(R, L) float32: 0 where a token is known, 1 elsewhere."""
+        first = self.known.shape[1] if self.count is None else self.count
+        return (self.rank >= first).float().repeat(self.doubled, 1)
 
 
 @dataclass(frozen=True)
@@ -123,8 +141,7 @@ class Plan:
 
     Args:
         orders: (B, L) int64 generation orders. images: (B,) int64 image numbers. Both on the models' device.
-        steps: of :func:`plan_steps`. guided: whether the batch is doubled. masks: whether masks are wanted, too.
-        tables: of :func:`by_token`.
+        steps: of :func:`plan_steps`. guided: whether the batch is doubled. tables: of :func:`by_token`.
     """
 
     def __init__(
@@ -133,52 +150,69 @@ class Plan:
         images: torch.Tensor,
         steps: list[Step],
         guided: bool,
-        masks: bool,
         tables: tuple[torch.Tensor, torch.Tensor],
     ):
-        self.steps, self._orders, self._images = steps, orders, images
-        self._guided, self._masks = guided, masks
-        self._index, self._scale = tables
-        self._drafts = [self._step(i) for i in range(len(steps))]
+        self.steps, self.guided = steps, guided
+        self.index, self.scale = tables  # (L,) of each token in the order of drawing
+        length = orders.shape[1]
+        # One sort for all steps: orders are drawn from their ends, and ascending within a step.
+        self.drawing = (orders.flip(1) + self.index * length).sort(dim=1).values % length  # (B, L) positions
+        self.rank = self.drawing.argsort(dim=1)  # (B, L)
+        self.rows = images[:, None] * length + self.drawing  # (B, L)
+        self._columns = torch.arange(length, device=orders.device)
+
+    def buffers(self) -> dict[str, torch.Tensor]:
+        """What another plan of the same sizes has other values in."""
+        return {name: getattr(self, name) for name in ("index", "scale", "drawing", "rank", "rows")}
 
     def step(self, i: int) -> Pass:
         """The pass of the i-th step alone."""
-        return self._drafts[i]
+        return self._pass([self.steps[i]])
 
     def window(self, first: int, stop: int) -> WindowPlan:
-        """The passes of the steps first..stop-1; the whole is joined from theirs."""
-        drafts, steps = self._drafts[first:stop], self.steps[first:stop]
-        if len(drafts) == 1:
-            return WindowPlan(drafts, drafts[0])
-        where = torch.cat([draft.where for draft in drafts], dim=1)
-        counts = tuple(step.before - step.after for step in steps)
-        scale = steps[0].cfg
-        if self._guided and len({step.cfg for step in steps}) > 1:
-            scale = self._scale[self._drawn(steps)].repeat(len(where))
-        return WindowPlan(drafts, self._pass(drafts[0].known, drafts[0].mask, where, steps, scale, counts))
+        """The passes of the steps first..stop-1."""
+        drafts = [self.step(i) for i in range(first, stop)]
+        return WindowPlan(drafts, drafts[0] if len(drafts) == 1 else self._pass(self.steps[first:stop]))
 
-    def _step(self, i: int) -> Pass:
-        step, double = self.steps[i], 2 if self._guided else 1
-        known = known_of(self._orders, step.before).repeat(double, 1)
-        mask = mask_of(self._orders, step.before).repeat(double, 1) if self._masks else None
-        where = positions(self._orders, step.before, step.after)
-        return self._pass(known, mask, where, [step], step.cfg, (step.before - step.after,))
-
-    def _pass(self, known, mask, where, steps, scale, counts) -> Pass:
+    def _pass(self, steps: list[Step]) -> Pass:
+        length = self.drawing.shape[1]
+        first, stop = length - steps[0].before, length - steps[-1].after
+        scale: float | torch.Tensor = steps[0].cfg if self.guided else 1.0
+        if self.guided and len({step.cfg for step in steps}) > 1:
+            scale = self.scale[first:stop].repeat(len(self.drawing))
         return Pass(
-            known=known,
-            mask=mask,
-            where=where,
-            wanted=where.repeat(2 if self._guided else 1, 1),
-            rows=(self._images[:, None] * self._orders.shape[1] + where).flatten(),
-            steps=self._index[self._drawn(steps)],
-            cfg_scale=scale if self._guided else 1.0,
-            counts=counts,
+            known=self.drawing[:, :first],
+            count=None,
+            rank=self.rank,
+            where=self.drawing[:, first:stop],
+            rows=self.rows[:, first:stop].flatten(),
+            columns=self._columns[first:stop],
+            steps=self.index[first:stop],
+            cfg_scale=scale,
+            counts=tuple(step.before - step.after for step in steps),
+            guided=self.guided,
         )
 
-    def _drawn(self, steps: list[Step]) -> slice:
-        length = self._orders.shape[1]
-        return slice(length - steps[0].before, length - steps[-1].after)
+    def moving(self, first: torch.Tensor, counts: tuple[int, ...], room: int) -> Pass:
+        """As :meth:`step` or :meth:`window`'s whole, behind the first tokens, whose number is a value on the device.
+
+        Args:
+            first: (1,) int64, at most ``room``. counts: of the pass.
+        """
+        columns = first + self._columns[: sum(counts)]
+        scale = self.scale.index_select(0, columns).repeat(len(self.drawing)) if self.guided else 1.0
+        return Pass(
+            known=self.drawing[:, :room],
+            count=first,
+            rank=self.rank,
+            where=self.drawing.index_select(1, columns),
+            rows=self.rows.index_select(1, columns).flatten(),
+            columns=columns,
+            steps=self.index.index_select(0, columns),
+            cfg_scale=scale,
+            counts=counts,
+            guided=self.guided,
+        )
 
 
 def random_orders(seed: int, images: torch.Tensor, seq_len: int) -> torch.Tensor:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import logging
+import threading
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 
 import torch
@@ -16,13 +17,15 @@ from cspd_kernels.ops.denoise.parallel import AUTO, check_tolerance
 from .checks import check_models, check_num_draft, check_options, check_residual, check_run
 from .diffusions import Tables
 from .heads import HeadCache, unwrapped
-from .order import Plan, WindowPlan, by_token, plan_steps, random_orders, to_device
+from .order import Plan, by_token, plan_steps, random_orders, to_device
 from .policies import Window, draft_length
 from .stats import PREFILLED, Recorder, RunStats
-from .transformer import own_methods, why_not_by_tables
-from .window import Judged, Model, RunState, prefill, run_window
+from .whole.chosen import ChosenTransformer, training
+from .whole.noise import PhiloxSource
+from .whole.steps import PlainSteps, Steps, signature, why_not_graphs
+from .window import Judged, Model, RunState, class_embedding
 
-_logger = logging.getLogger("cspd")
+_MOST_STEPS = 4  # sizes of runs whose graphs are kept
 
 
 class SpecDecodeRunner:
@@ -97,10 +100,16 @@ class SpecDecodeRunner:
         self._models = {"draft": draft_model, "target": target_model}
         self._caches: dict[str, HeadCache] = {}
         self._diffusions: dict[str, Tables] = {}
-        self._tables: dict[tuple, bool] = {}  # by model and its own methods: whether its conditions come by tables
-        for role, model in self._models.items():
-            if not getattr(model, "training", False):
-                self._by_tables(role)
+        self._transformers = {"draft": ChosenTransformer(draft_model, "the draft", backend)}
+        if target_model is draft_model:
+            self._transformers["target"] = self._transformers["draft"]
+        else:
+            self._transformers["target"] = ChosenTransformer(target_model, "the target", backend)
+        for transformer in self._transformers.values():
+            if not training(transformer.model):
+                transformer.compare()
+        self._lock = threading.Lock()
+        self._steps: OrderedDict[tuple, Steps] = OrderedDict()  # of runs whose steps are CUDA graphs
         self._recorder: Recorder | None = None
         self._stats: RunStats | None = None
 
@@ -162,13 +171,20 @@ class SpecDecodeRunner:
         state = self.begin(
             bsz, num_iter, cfg_schedule, labels, temperature, cfg, seed=seed, first_image=first_image, orders=orders
         )
-        plan, stop = state.plan, len(state.plan.steps)
-        windows = None
-        if not callable(num_draft):  # all of their tables before the first step
-            windows = [plan.window(i, min(i + num_draft, stop)) for i in range(state.prefilled, stop, num_draft)]
-        judged: list[tuple[WindowPlan, Judged]] = []
-        recorder = Recorder(state.outcome)
         self._stats, self._recorder = None, None
+        if why_not_graphs(state) is not None:
+            return self._run(PlainSteps(state), num_draft, progress)
+        state.noise = PhiloxSource(state.noise.on(state.tokens.device))
+        steps = self._graphs(state)
+        with steps.lock:
+            steps.load(state)
+            images = self._run(steps, num_draft, progress).clone()
+            self._recorder.outcome = self._recorder.outcome.clone()  # the next run writes there
+        return images
+
+    def _run(self, steps: Steps | PlainSteps, num_draft, progress: bool) -> torch.Tensor:
+        state, judged = steps.state, []
+        plan, stop, recorder = state.plan, len(state.plan.steps), Recorder(state.outcome)
         with tqdm(total=stop, disable=not progress) as bar:
 
             @contextlib.contextmanager
@@ -179,18 +195,28 @@ class SpecDecodeRunner:
 
             for i in range(state.prefilled):
                 with recorder.phase("target"):
-                    prefill(state, plan.step(i))
+                    steps.target(i)
                 recorder.prefill()
                 bar.update()
-            if windows is None:
-                windows = _adaptive_windows(state, num_draft, judged)
-            for window in windows:
-                judged.append((window, run_window(state, window, phase)))
-                recorder.window(judged[-1][1].sums, window.whole.where.numel(), len(window.drafts))
+            for first, last in _windows(state, num_draft, judged):
+                counts = tuple(step.before - step.after for step in plan.steps[first:last])
+                judged.append((counts, steps.window(first, last, phase)))
+                recorder.window(judged[-1][1].sums, judged[-1][1].log_ratio.numel(), last - first)
         images = self.target_model.unpatchify(state.tokens)
         recorder.stop()
         self._recorder = recorder
         return images
+
+    def _graphs(self, state: RunState) -> Steps:
+        """The graphs for runs like this one."""
+        key = signature(state)
+        with self._lock:
+            if key not in self._steps:
+                self._steps[key] = Steps(state)
+                while len(self._steps) > _MOST_STEPS:
+                    self._steps.popitem(last=False)
+            self._steps.move_to_end(key)
+            return self._steps[key]
 
     @torch.no_grad()
     def begin(
@@ -217,7 +243,7 @@ class SpecDecodeRunner:
         device, guided = target.fake_latent.device, cfg != 1.0
         seed = int(torch.randint(2**63 - 1, (), device="cpu")) if seed is None else seed
         # What may wait for the device, and what comes from the host, goes before the first kernel.
-        by_tables = {role: self._by_tables(role) for role in self._models}
+        transformers = {role: transformer.get(self.dtype) for role, transformer in self._transformers.items()}
         labels = None if labels is None else to_device(labels, device)
         relaxation = self.inner_temperature
         if isinstance(relaxation, torch.Tensor):
@@ -228,22 +254,24 @@ class SpecDecodeRunner:
         images = torch.arange(first_image, first_image + bsz, device=device)
         orders = random_orders(seed, images, self.seq_len) if orders is None else orders
         models = {
-            role: Model(module, heads[role], by_tables[role], _class_embedding(module, bsz, labels, guided))
+            role: Model(module, heads[role], transformers[role], class_embedding(module, bsz, labels, guided))
             for role, module in self._models.items()
         }
-        return RunState(
+        state = RunState(
             tokens=torch.zeros(bsz, self.seq_len, self.token_embed_dim, dtype=torch.float32, device=device),
             outcome=torch.full(orders.shape, PREFILLED, dtype=torch.int8, device=device),
-            plan=Plan(orders, images, steps, guided, not all(by_tables.values()), tables),
+            plan=Plan(orders, images, steps, guided, tables),
             prefilled=sum(step.index < self.ratio * num_iter - 1e-9 for step in steps),
             **models,
-            seed=seed,
+            noise=PhiloxSource(seed),
             temperature=float(temperature),
             relaxation=relaxation,
             backend=self.backend,
             parallel_tol=self.parallel_tol,
             rule={name: getattr(self, name) for name in ("sigma", "max_tries", "residual", "target_sigma")},
         )
+        state.make_room()
+        return state
 
     def _head(self, role: str) -> DiffusionHead:
         """A model's packed head as its weights, its network and its schedule are now."""
@@ -255,41 +283,17 @@ class SpecDecodeRunner:
             self._diffusions[role] = Tables(diffloss.gen_diffusion)
         return self._caches[role].get(self._diffusions[role].schedule(), self.dtype)
 
-    def _by_tables(self, role: str) -> bool:
-        """Whether a model's conditions are computed by tables; compared once, when it is first in eval mode."""
-        model = self._models[role]
-        if getattr(model, "training", False):
-            _logger.warning("the %s is in training mode: dropout and label dropping are on; call .eval() first", role)
-            return False
-        key = (model, *own_methods(model))  # methods may be replaced between runs
-        if key not in self._tables:
-            reason = why_not_by_tables(model)
-            self._tables[key] = reason is None
-            if reason is not None:
-                _logger.log(
-                    logging.WARNING if model.fake_latent.device.type == "cuda" else logging.INFO,
-                    "the %s (%s) runs its own forward_mae_encoder and forward_mae_decoder, which wait for the device "
-                    "at every pass: %s",
-                    role,
-                    type(model).__name__,
-                    reason,
-                )
-        return self._tables[key]
 
-
-def _class_embedding(model, bsz: int, labels: torch.Tensor | None, guided: bool) -> torch.Tensor:
-    none = model.fake_latent.repeat(bsz, 1)
-    embedding = none if labels is None else model.class_emb(labels)
-    return torch.cat([embedding, none]) if guided else embedding
-
-
-def _adaptive_windows(state: RunState, policy, judged: list[tuple[WindowPlan, Judged]]) -> Iterator[WindowPlan]:
-    """Windows as long as a policy wants them. It is told of those in ``judged``, which waits for the last of them."""
+def _windows(state: RunState, num_draft, judged: list[tuple[tuple[int, ...], Judged]]) -> Iterator[tuple[int, int]]:
+    """First and last step of every window. A policy is told of those in ``judged``, which waits for the last of them."""
     acceptance, first, stop = [], state.prefilled, len(state.plan.steps)
     while first < stop:
-        for window, verdict in judged[len(acceptance) :]:
-            steps = verdict.log_ratio.clamp(max=0).exp().split(window.whole.counts, dim=1)
-            acceptance.append(torch.stack([step.mean() for step in steps]).tolist())
-        window = state.plan.window(first, min(first + draft_length(policy, acceptance), stop))
-        yield window
-        first += len(window.drafts)
+        length = num_draft
+        if callable(num_draft):
+            for counts, verdict in judged[len(acceptance) :]:
+                steps = verdict.log_ratio.clamp(max=0).exp().split(counts, dim=1)
+                acceptance.append(torch.stack([step.mean() for step in steps]).tolist())
+            length = draft_length(num_draft, acceptance)
+        last = min(first + length, stop)
+        yield first, last
+        first = last

@@ -9,6 +9,9 @@ MarkXCloud/CSpD, by the names that its weights have.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 from torch.utils.checkpoint import checkpoint
 
@@ -82,6 +85,11 @@ def masked_form(method):
     return method
 
 
+def follows_masks(model) -> bool:
+    """Whether the model's two methods are registered as such."""
+    return all(method in _MASKED_FORMS for method in own_methods(model))
+
+
 def own_methods(model) -> tuple:
     """The functions behind the model's own two methods."""
     return tuple(getattr(m, "__func__", m) for m in (model.forward_mae_encoder, model.forward_mae_decoder))
@@ -93,18 +101,27 @@ def conditions_by_masks(model, tokens, mask, class_embedding, where) -> torch.Te
     return _rows(z, where)
 
 
-@torch.no_grad()
 def why_not_by_tables(model) -> str | None:
     """None where :func:`conditions` computes what the model's own methods do, else what is missing or different.
 
-    Compared on random tokens with none, some and nearly all of them known, with the weights that the model has
-    now. The model must be in eval mode. Torch's random number generators are as before afterwards.
+    As :func:`why_not` compares it.
     """
     missing = [name for name in PARTS if not hasattr(model, name)]
     if missing:
         return "it lacks " + ", ".join(missing)
-    if all(method in _MASKED_FORMS for method in own_methods(model)):
+    if follows_masks(model):
         return None
+    return why_not(model, functools.partial(conditions, model))
+
+
+@torch.no_grad()
+def why_not(model, compute: Callable) -> str | None:
+    """None where a function of (tokens, known, class embedding, where), as of :func:`conditions`, computes what the
+    model's own methods do, else what is different.
+
+    Compared on random tokens with none, some and nearly all of them known, with the weights that the model has
+    now. The model must be in eval mode. Torch's random number generators are as before afterwards.
+    """
     weight = model.fake_latent
     device, length = weight.device, model.seq_len
     if device.type == "meta":
@@ -123,7 +140,7 @@ def why_not_by_tables(model) -> str | None:
             mask = torch.ones(orders.shape, dtype=torch.float32, device=device).scatter_(1, known, 0.0)
             try:
                 expected = conditions_by_masks(model, tokens, mask, embedding, where).float()
-                actual = conditions(model, tokens, known, embedding, where).float()
+                actual = compute(tokens, known, embedding, where).float()
             except Exception as error:  # noqa: BLE001  (whatever a fork with other parts raises)
                 return f"it cannot be compared ({type(error).__name__}: {error})"
             if actual.shape != expected.shape:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -13,7 +13,6 @@ from cspd_kernels import (
     Denoised,
     DenoisedInParallel,
     DiffusionHead,
-    PhiloxNoise,
     accept_reject,
     denoise,
     log_density_ratio,
@@ -25,7 +24,8 @@ from cspd_kernels.ops.denoise.parallel import AUTO
 from .order import Pass, Plan, WindowPlan
 from .policies import Window, relaxation_of
 from .stats import ACCEPTED, FELL_BACK, REDRAWN, window_sums
-from .transformer import conditions, conditions_by_masks
+from .whole.noise import PhiloxSource, TableSource
+from .whole.transformers import ByMasks, ByTables, ByWeights
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,15 @@ class Model:
 
     module: object
     head: DiffusionHead
-    by_tables: bool  # whether its conditions are computed by tables, see cspd.transformer
+    transformer: ByWeights | ByTables | ByMasks
     embedding: torch.Tensor  # (B or 2 B, E): of the classes, then, under guidance, of no class
+
+
+def class_embedding(model, bsz: int, labels: torch.Tensor | None, guided: bool) -> torch.Tensor:
+    """(B or 2 B, E): of labels (B,) or, without, of no class; under guidance of no class again behind."""
+    none = model.fake_latent.repeat(bsz, 1)
+    embedding = none if labels is None else model.class_emb(labels)
+    return torch.cat([embedding, none]) if guided else embedding
 
 
 @dataclass
@@ -43,18 +50,31 @@ class RunState:
     """What the steps of one run share. All tensors are on the models' device; the buffers are written in place."""
 
     tokens: torch.Tensor  # (B, L, C) float32 buffer: grows step by step
-    outcome: torch.Tensor  # (B, L) int8 buffer: what became of each token, as in RunStats
     plan: Plan
-    prefilled: int  # how many of the plan's steps are the target's alone
-    draft: Model
     target: Model
-    seed: int
+    noise: PhiloxSource | TableSource
     temperature: float
-    relaxation: float | torch.Tensor | Callable[[Window], torch.Tensor]  # a tensor has one per position, (L,)
     backend: str | None
     parallel_tol: float | str | None  # of both heads, as in denoise
-    rule: dict  # options of accept_reject: sigma, max_tries, residual, target_sigma
+    draft: Model | None = None  # None where the target is alone, with all that follows
+    prefilled: int = 0  # how many of the plan's steps are the target's alone
+    outcome: torch.Tensor | None = None  # (B, L) int8 buffer: what became of each token, as in RunStats
+    relaxation: float | torch.Tensor | Callable[[Window], torch.Tensor] = 1.0  # a tensor has one per position, (L,)
+    rule: dict = field(default_factory=dict)  # options of accept_reject: sigma, max_tries, residual, target_sigma
+    drafted: Drafted | None = None
     previous_target_z: torch.Tensor | None = None  # (B, Z) buffer for policies: of the target's last token
+
+    def make_room(self) -> None:
+        """For what the draft will draw, where it draws anything."""
+        steps = self.plan.steps[self.prefilled :]
+        if not steps:
+            return
+        sizes = {len(self.tokens) * (step.before - step.after) for step in steps}
+        sweeps = any(tolerance_of(self, self.draft.head, size) is not None for size in sizes)
+        hidden = self.draft.head.cond_channels if callable(self.relaxation) else 0
+        self.drafted = Drafted(
+            *self.tokens.shape[:2], self.draft.head, self.draft.head.num_steps if sweeps else 0, hidden
+        )
 
     def write(self, plan: Pass, tokens: torch.Tensor) -> None:
         """Put (B n, C) tokens at the positions of a pass."""
@@ -69,6 +89,48 @@ class RunState:
             self.previous_target_z = z[:, -1].clone()
         else:
             self.previous_target_z.copy_(z[:, -1])
+
+
+class Drafted:
+    """What the draft has drawn, token by token in the order of drawing: buffers, as a window is judged at once.
+
+    Args:
+        batch, length: B, L. head: of the draft. steps: of a trajectory, 0 where none is kept. hidden: Z, 0 likewise.
+    """
+
+    def __init__(self, batch: int, length: int, head: DiffusionHead, steps: int, hidden: int):
+        def empty(*shape):
+            return torch.zeros(batch, length, *shape, dtype=stream_dtype(head.dtype), device=head.device)
+
+        self.mean, self.log_std, self.path = empty(head.channels), empty(head.channels), empty()
+        self.trajectory = empty(steps, head.channels) if steps else None
+        self.z = empty(hidden) if hidden else None
+
+    def write(self, columns: torch.Tensor, drawn: Drawn) -> None:
+        chain, batch = drawn.chain, len(self.mean)
+        for name, value in (("mean", chain.mean), ("log_std", chain.log_std), ("path", chain.path_log_std)):
+            _put(getattr(self, name), columns, value.view(batch, -1, *value.shape[1:]))
+        if self.z is not None:
+            _put(self.z, columns, drawn.z)
+        if self.trajectory is not None and chain.trajectory is not None:
+            # Of a token that did not settle it may be anything, and only its own chain, made step by step then, counts.
+            guess = chain.trajectory.nan_to_num(0.0, 0.0, 0.0)
+            _put(self.trajectory, columns, guess.view(batch, -1, *guess.shape[1:]))
+        elif self.trajectory is not None:
+            self.trajectory.index_fill_(1, columns, 0.0)
+
+    def read(self, columns: torch.Tensor) -> tuple[Denoised, torch.Tensor | None, torch.Tensor | None]:
+        """Of the tokens of a window, (B n, ...): the chain, its trajectory, and z (B, n, Z)."""
+        mean, log_std, path, trajectory = (
+            None if value is None else value.index_select(1, columns).flatten(0, 1)
+            for value in (self.mean, self.log_std, self.path, self.trajectory)
+        )
+        z = None if self.z is None else self.z.index_select(1, columns)
+        return Denoised(mean, mean, log_std, path), trajectory, z
+
+
+def _put(buffer: torch.Tensor, columns: torch.Tensor, value: torch.Tensor) -> None:
+    buffer.index_copy_(1, columns, value.to(buffer.dtype))
 
 
 class Judged(NamedTuple):
@@ -86,14 +148,54 @@ def prefill(state: RunState, plan: Pass) -> None:
     state.remember(drawn.z)
 
 
-def _untimed(_: str) -> contextlib.AbstractContextManager:
+@torch.no_grad()
+def draft(state: RunState, plan: Pass) -> None:
+    """One step of the draft: its tokens are taken for known until the window is judged."""
+    drawn = _draw(state, state.draft, plan)
+    state.drafted.write(plan.columns, drawn)
+    state.write(plan, drawn.chain.sample)
+
+
+@torch.no_grad()
+def look(state: RunState, plan: Pass) -> Drawn:
+    """The target's pass over all positions of a window, given the tokens known before it."""
+    guess = None if state.drafted.trajectory is None else state.drafted.read(plan.columns)[1]
+    return _draw(state, state.target, plan, guess)
+
+
+@torch.no_grad()
+def judge(state: RunState, plan: Pass, target: Drawn) -> Judged:
+    """Accept or redraw the drafted tokens of a window, and write what comes of them."""
+    draft, _, draft_z = state.drafted.read(plan.columns)
+    raw = log_density_ratio(draft.sample, draft, target.chain, sigma=state.rule["sigma"], backend=state.backend)
+    verdict = accept_reject(
+        draft.sample,
+        draft,
+        target.chain,
+        seed=state.noise.seed,
+        rows=plan.rows,
+        relaxation=_relaxation(state, plan, draft, draft_z, target, raw),
+        backend=state.backend,
+        **state.rule,
+    )
+    state.write(plan, verdict.token)
+    redrawn = torch.where(verdict.tries < 0, FELL_BACK, REDRAWN)
+    outcome = torch.where(verdict.accepted, ACCEPTED, redrawn).to(torch.int8)
+    state.outcome.scatter_(1, plan.where, outcome.view_as(plan.where))
+    state.remember(target.z)
+    return Judged(window_sums(verdict.accepted, raw, verdict.tries), verdict.log_ratio.view_as(plan.where))
+
+
+Phase = Callable[[str], contextlib.AbstractContextManager]
+
+
+
+def untimed(_: str) -> contextlib.AbstractContextManager:
     return contextlib.nullcontext()
 
 
 @torch.no_grad()
-def run_window(
-    state: RunState, window: WindowPlan, phase: Callable[[str], contextlib.AbstractContextManager] = _untimed
-) -> Judged:
+def run_window(state: RunState, window: WindowPlan, phase: Phase = untimed) -> Judged:
     """Draft the steps of a window, judge them against the context before it, write what was kept or redrawn.
 
     Where the heads run in sweeps over all of their steps, the target's start from the draft's trajectories: both chains
@@ -113,8 +215,7 @@ def run_window(
         RuntimeError: captured, and a model waits for the device in its own methods, or the torch backend after its
             sweeps, which wait in a run without a graph, too.
     """
-    plan, drafts = window.whole, []
-    waiting = [model for model in (state.draft, state.target) if not model.by_tables]
+    waiting = [model for model in (state.draft, state.target) if model.transformer.waits]
     if waiting and state.tokens.is_cuda and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             "expected models whose conditions are computed by tables of indices inside a CUDA graph, got "
@@ -122,85 +223,48 @@ def run_window(
         )
     for step in window.drafts:
         with phase("draft"):
-            drafts.append(_draw(state, state.draft, step))
-            state.write(step, drafts[-1].chain.sample)
+            draft(state, step)
     with phase("target"):
-        draft = _join(drafts)
-        target = _draw(state, state.target, plan, draft.chain.trajectory)
+        target = look(state, window.whole)
     with phase("verify"):
-        x, sigma = draft.chain.sample, state.rule["sigma"]
-        raw = log_density_ratio(x, draft.chain, target.chain, sigma=sigma, backend=state.backend)
-        verdict = accept_reject(
-            x,
-            draft.chain,
-            target.chain,
-            seed=state.seed,
-            rows=plan.rows,
-            relaxation=_relaxation(state, plan, draft, target, raw),
-            backend=state.backend,
-            **state.rule,
-        )
-        state.write(plan, verdict.token)
-        redrawn = torch.where(verdict.tries < 0, FELL_BACK, REDRAWN)
-        outcome = torch.where(verdict.accepted, ACCEPTED, redrawn).to(torch.int8)
-        state.outcome.scatter_(1, plan.where, outcome.view_as(plan.where))
-        state.remember(target.z)
-        sums = window_sums(verdict.accepted, raw, verdict.tries)
-    return Judged(sums, verdict.log_ratio.view_as(plan.where))
+        return judge(state, window.whole, target)
 
 
-class _Drawn(NamedTuple):
+class Drawn(NamedTuple):
     chain: Denoised | DenoisedInParallel  # of B n tokens, image by image
     z: torch.Tensor  # (B, n, Z) hidden states of the conditional rows
 
 
-def _draw(state: RunState, model: Model, plan: Pass, trajectory: torch.Tensor | None = None) -> _Drawn:
+def _draw(state: RunState, model: Model, plan: Pass, guess: torch.Tensor | None = None) -> Drawn:
     """One pass of a model over the known tokens, and its head for all positions of the pass.
 
-    ``trajectory`` is of another head's chain through the same noise; sweeps start from it.
+    ``guess``: the trajectory of another head's chain through the same noise; sweeps start from it.
     """
-    batch = len(plan.where)
-    compute, known = (conditions, plan.known) if model.by_tables else (conditions_by_masks, plan.mask)
-    tokens = state.tokens if len(plan.wanted) == batch else state.tokens.repeat(2, 1, 1)
-    z = compute(model.module, tokens, known, model.embedding, plan.wanted)
-    noise = PhiloxNoise(state.seed, plan.rows)
-    tolerance, guess = state.parallel_tol, None
-    if tolerance == AUTO:  # resolved here, as a trajectory comes back only where a number is asked for
-        tolerance = automatic_tolerance(model.head, len(plan.rows), len(z) != batch, state.backend)
-    if tolerance is not None and trajectory is not None:
-        # Of a token that did not settle it may be anything, and only its own chain, made step by step then, counts.
-        guess = trajectory.to(stream_dtype(model.head.dtype)).nan_to_num(0.0, 0.0, 0.0)
+    z = model.transformer.conditions(state.tokens, plan, model.embedding)
+    x_T, noise = state.noise.of(plan, model.head)  # noqa: N806
+    tolerance = tolerance_of(state, model.head, len(plan.rows))
     chain = denoise(
         model.head,
         z.flatten(0, 1),  # conditional rows first
-        noise.x_T(model.head.channels),
+        x_T,
         noise,
         temperature=state.temperature,
         cfg_scale=plan.cfg_scale,
         backend=state.backend,
         parallel_tol=tolerance,
-        guess=guess,
+        guess=None if tolerance is None or guess is None else guess.to(stream_dtype(model.head.dtype)),
     )
-    return _Drawn(chain, z[:batch])
+    return Drawn(chain, z[: len(plan.where)])
 
 
-def _join(drawn: list[_Drawn]) -> _Drawn:
-    """What was drawn in several steps, (B n_k, ...) each, as one, image by image: (B n, ...).
-
-    Where not all of them were made in sweeps, what only those leave, the last fields, is left out.
-    """
-    batch, kinds = len(drawn[0].z), {type(one.chain) for one in drawn}
-    kind = kinds.pop() if len(kinds) == 1 else Denoised
-    chain = kind(
-        *(
-            torch.cat([field.view(batch, -1, *field.shape[1:]) for field in fields], dim=1).flatten(0, 1)
-            for fields in zip(*(one.chain for one in drawn))
-        )
-    )
-    return _Drawn(chain, torch.cat([one.z for one in drawn], dim=1))
+def tolerance_of(state: RunState, head: DiffusionHead, tokens: int) -> float | None:
+    """``parallel_tol`` of a head's call, "auto" resolved: a trajectory comes back only where a number is asked for."""
+    if state.parallel_tol != AUTO:
+        return state.parallel_tol
+    return automatic_tolerance(head, tokens, state.plan.guided, state.backend)
 
 
-def _relaxation(state: RunState, plan: Pass, draft: _Drawn, target: _Drawn, raw: torch.Tensor):
+def _relaxation(state: RunState, plan: Pass, draft: Denoised, draft_z, target: Drawn, raw: torch.Tensor):
     """The relaxation of each token of a window: a number, or (B n,)."""
     relaxation, shape = state.relaxation, plan.where.shape
     if isinstance(relaxation, torch.Tensor):
@@ -211,10 +275,10 @@ def _relaxation(state: RunState, plan: Pass, draft: _Drawn, target: _Drawn, raw:
         positions=plan.where,
         steps=plan.steps,
         target_z=target.z,
-        draft_z=draft.z,
+        draft_z=draft_z,
         previous_target_z=state.previous_target_z,
         log_ratio=raw.view(shape),
-        draft_log_std=draft.chain.log_std.view(*shape, -1),
+        draft_log_std=draft.log_std.view(*shape, -1),
         target_log_std=target.chain.log_std.view(*shape, -1),
     )
     return relaxation_of(relaxation, window)

@@ -1,0 +1,126 @@
+"""Which of the three ways to a model's conditions is taken: compared once, and looked at again at every run."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+
+import torch
+import torch.nn as nn
+from torch.nn.modules import module as torch_module
+
+from cspd_kernels.ops.add_norm import norm_backend
+
+from ..models import vit
+from ..source import written
+from ..transformer import follows_masks, own_methods, why_not, why_not_by_tables
+from . import passes
+from .transformers import ByMasks, ByTables, ByWeights, operand_dtype
+from .weights import Weights
+
+_logger = logging.getLogger("cspd")
+_MOST_TYPES = 2  # operand types whose weights are kept
+
+
+class ChosenTransformer:
+    """A model's transformer for runs of it.
+
+    Args:
+        model: a MAR object. name: what it is called in the log.
+    """
+
+    def __init__(self, model: nn.Module, name: str, backend: str | None):
+        self.model, self.name, self.backend = model, name, backend
+        self._seen: tuple | None = None
+        self._reasons: tuple[str | None, str | None] = (None, None)  # why not by weights, why not by tables
+        self._packed: dict[torch.dtype, ByWeights] = {}
+
+    def get(self, dtype: torch.dtype | None = None) -> ByWeights | ByTables | ByMasks:
+        """As the model is now, weights included. The host does not wait, unless its code has changed."""
+        if training(self.model):
+            _logger.warning("%s is in training mode: dropout and label dropping are on; call .eval() first", self.name)
+            return ByMasks(self.model, dtype)
+        self.compare()
+        by_weights, by_tables = self._reasons
+        if by_weights is not None:
+            return ByTables(self.model, dtype) if by_tables is None else ByMasks(self.model, dtype)
+        operands = operand_dtype(self.model, dtype)
+        packed = self._packed.get(operands)
+        if packed is not None and packed.weights.is_current(self.model):
+            packed.weights.refresh()
+            return packed
+        if packed is None and len(self._packed) >= _MOST_TYPES:
+            del self._packed[next(iter(self._packed))]
+        weights = Weights(self.model, operands)
+        packed = self._packed[operands] = ByWeights(weights, norm_backend(self.backend, weights.device))
+        return packed
+
+    def compare(self) -> None:
+        """Compare with the model's own methods, in eval mode, unless nothing but values has changed since."""
+        seen = (own_methods(self.model),)
+        if isinstance(self.model, nn.Module):
+            seen = (*seen, written(self.model), watched(self.model))
+        if seen == self._seen:
+            return
+        self._packed.clear()
+        by_weights = why_not_by_weights(self.model, self.backend)
+        by_tables = None if by_weights is None else why_not_by_tables(self.model)
+        self._seen, self._reasons = seen, (by_weights, by_tables)
+        if by_weights is None:
+            return
+        waits = by_tables is not None
+        _logger.log(
+            logging.WARNING if waits and self.model.fake_latent.device.type == "cuda" else logging.INFO,
+            "%s (%s) runs %s: %s",
+            self.name,
+            type(self.model).__name__,
+            "its own forward_mae_encoder and forward_mae_decoder, which wait for the device at every pass"
+            if waits
+            else "its own blocks, without CUDA graphs",
+            by_tables if waits else by_weights,
+        )
+
+
+def training(model: nn.Module) -> bool:
+    """Whether any part of the transformer is in training mode; the head is asked for itself."""
+    if not isinstance(model, nn.Module):
+        return bool(getattr(model, "training", False))
+    return model.training or any(module.training for module in _transformer(model))
+
+
+def watched(model: nn.Module) -> bool:
+    """Whether somebody looks at, or replaces, what modules compute."""
+    hooks = (torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks)
+    return any(map(bool, hooks)) or any(
+        m._forward_hooks or m._forward_pre_hooks or "forward" in m.__dict__ for m in _transformer(model)
+    )
+
+
+def _transformer(model: nn.Module) -> Iterator[nn.Module]:
+    """The modules of a model, but for itself and its head."""
+    return (m for name, part in model._modules.items() if part is not None and name != "diffloss" for m in part.modules())
+
+
+def why_not_by_weights(model: nn.Module, backend: str | None = None) -> str | None:
+    """None where :func:`cspd.whole.passes.conditions` computes what the model's own methods do, else why not."""
+    if not isinstance(model, nn.Module):
+        return "it is no module"
+    if watched(model):
+        return "its modules have hooks, or a forward of their own"
+    try:
+        packed = Weights(model, model.mask_token.dtype)
+    except ValueError as error:
+        return str(error)
+    if follows_masks(model) and all(_is_ours(block) for block in (*model.encoder_blocks, *model.decoder_blocks)):
+        return None
+    adds = norm_backend(backend, packed.device)
+
+    def compute(tokens, known, embedding, where):
+        order = torch.cat([known, where], dim=1)  # all positions
+        return passes.conditions(packed, tokens, known, order.argsort(dim=1), where, embedding, None, adds)
+
+    return why_not(model, compute)
+
+
+def _is_ours(block: nn.Module) -> bool:
+    return type(block) is vit.Block and type(block.attn) is vit.Attention and type(block.mlp) is vit.Mlp

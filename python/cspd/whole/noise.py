@@ -1,0 +1,94 @@
+"""Where the noise of a run comes from: addressed, or drawn beforehand as the released loop draws it."""
+
+from __future__ import annotations
+
+import torch
+
+from cspd_kernels import DiffusionHead, PhiloxNoise
+from cspd_kernels.head import stream_dtype
+
+from ..calls import draw_steps
+from ..order import Pass, Step, to_device
+
+
+class PhiloxSource:
+    """Addressed by (seed; image, position), whatever the batch and the step. ``seed``: an int, or (1,) int64."""
+
+    def __init__(self, seed: int | torch.Tensor):
+        self.seed = seed
+
+    @property
+    def values(self) -> list[torch.Tensor]:
+        """What of it differs between runs of one size."""
+        return [self.seed] if isinstance(self.seed, torch.Tensor) else []
+
+    def on(self, device: torch.device) -> torch.Tensor:
+        """The seed as (1,) int64 there; the host does not wait."""
+        if isinstance(self.seed, torch.Tensor):
+            return self.seed
+        signed = self.seed - (1 << 64) if self.seed >> 63 else self.seed
+        return to_device(torch.tensor([signed], dtype=torch.int64, device="cpu"), device)
+
+    @property
+    def kind(self) -> tuple:
+        """What of it must not."""
+        return () if isinstance(self.seed, torch.Tensor) else (self.seed,)
+
+    def of(self, plan: Pass, head: DiffusionHead) -> tuple[torch.Tensor, PhiloxNoise]:
+        """x_T (B n, C), and the noise of the steps."""
+        noise = PhiloxNoise(self.seed, plan.rows)
+        return noise.x_T(head.channels), noise
+
+
+class TableSource:
+    """Drawn beforehand by torch's generators, for some steps of the loop at a time, in the order of the released code.
+
+    At each step that draws x_T (N, C) from the CPU's generator (or the device's), then ``randn_like`` of all rows,
+    2N of them under guidance, at each of the T denoising steps.
+
+    Args:
+        batch: B. span: tokens of an image that are kept at a time. first_on: "cpu" or "device".
+    """
+
+    values = ()  # of :class:`PhiloxSource`; tables are filled where they are
+
+    def __init__(self, batch: int, span: int, head: DiffusionHead, guided: bool, first_on: str, backend: str | None):
+        self.batch, self.span, self.guided, self.first_on, self.backend = batch, span, guided, first_on, backend
+        self.steps, self.channels = head.num_steps, head.channels
+        self.device, self.stream = head.device, stream_dtype(head.dtype)
+        self.x_T: torch.Tensor | None = None  # (B, span, C)
+        self.noise: torch.Tensor | None = None  # (T, B, span, C)
+        self.base: torch.Tensor | None = None  # (1,) int64: tokens drawn before these
+
+    @property
+    def kind(self) -> tuple:
+        """As of :class:`PhiloxSource`."""
+        return (self.batch, self.span, self.guided, self.steps, self.channels, self.stream)
+
+    def fill(self, steps: list[Step], length: int, loop_dtype: torch.dtype) -> None:
+        """Draw what these steps need; ``loop_dtype``: of the loop's x behind its first step."""
+        base = length - steps[0].before
+        if self.base is None:
+            shape, options = (self.batch, self.span, self.channels), {"dtype": self.stream, "device": self.device}
+            self.x_T, self.noise = torch.zeros(shape, **options), torch.zeros(self.steps, *shape, **options)
+            self.base = torch.zeros(1, dtype=torch.int64, device=self.device)
+        self.base.fill_(base)
+        first = []
+        for step in steps:
+            n = self.batch * (step.before - step.after)
+            columns = slice(length - step.before - base, length - step.after - base)
+            x = torch.randn(n, self.channels, device="cpu" if self.first_on == "cpu" else self.device)
+            first.append(x.to(self.stream).view(self.batch, -1, self.channels))
+            drawn = draw_steps(
+                self.steps, (2 * n if self.guided else n, self.channels), x.dtype,
+                torch.promote_types(x.dtype, loop_dtype), self.device, self.backend,
+            )  # fmt: skip
+            self.noise[:, :, columns] = drawn[:, :n].view(self.steps, self.batch, -1, self.channels)
+        x = to_device(torch.cat(first, dim=1), self.device)
+        self.x_T[:, : x.shape[1]] = x
+
+    def of(self, plan: Pass, head: DiffusionHead) -> tuple[torch.Tensor, torch.Tensor]:
+        """x_T (B n, C), and the noise (T, B n, C) of the steps."""
+        columns = plan.columns - self.base
+        x_T = self.x_T.index_select(1, columns).flatten(0, 1)  # noqa: N806
+        return x_T, self.noise.index_select(2, columns).flatten(1, 2)

@@ -1,0 +1,119 @@
+"""MAR's transformer over packed weights, for the positions that are wanted and nothing else.
+
+The same numbers as :func:`cspd.transformer.conditions`, up to rounding, for less: the residual stream takes one pass a
+branch (:mod:`cspd_kernels.ops.add_norm`); the last layer of the decoder, and what follows, is computed for the wanted
+positions alone; and how many tokens are known may be a value on the device, with room for more of them, so that one
+CUDA graph serves many steps.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from cspd_kernels.head import without_autocast
+from cspd_kernels.ops.add_norm import add_norm
+
+from .weights import Block, Linear, Norm, Weights
+
+
+@torch.no_grad()
+def conditions(
+    weights: Weights,
+    tokens: torch.Tensor,
+    known: torch.Tensor,
+    rank: torch.Tensor,
+    where: torch.Tensor,
+    embedding: torch.Tensor,
+    count: torch.Tensor | None = None,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """The conditions z (R, n, Z) of the positions ``where``, in the stream's type.
+
+    Args:
+        tokens: (B, L, C). known: (B, K) int64 positions, the first tokens of the order of drawing.
+        rank: (B, L) int64: the place of each position in that order.
+        where: (B, n) int64 positions whose conditions are wanted.
+        embedding: (R, E) class embeddings, R = B or, with rows of no class behind them, 2 B.
+        count: (1,) int64 on the device: how many of ``known`` are really known; the rest is computed and not looked
+            at. None: all of them.
+        backend: of ``add_norm``.
+    """
+    with without_autocast(weights.device):
+        encoded = _encode(weights, tokens, known, embedding, count, backend)
+        return _decode(weights, encoded, rank, where, known.shape[1] if count is None else count, backend)
+
+
+def _encode(w: Weights, tokens, known, embedding, count, backend) -> torch.Tensor:
+    """(R, buffer + K, E) in the operands' type."""
+    batch, room = known.shape
+    halves = len(embedding) // batch
+    x = _linear(_rows(tokens, known).to(w.dtype), w.z_proj).to(w.stream)  # (B, K, E)
+    x = x + w.encoder_position[w.buffer + known]
+    buffer = embedding.to(w.stream)[:, None] + w.encoder_position[: w.buffer]
+    stream = torch.cat([buffer, x.repeat(halves, 1, 1)], dim=1)
+    # MAR's norm in front of the blocks is a stream of its own.
+    stream = add_norm(stream, None, *w.z_norm, w.stream, backend=backend)
+    mask = None
+    if count is not None:
+        place = torch.arange(-w.buffer, room, device=known.device)
+        mask = (place < count)[None, None, None]  # [1, 1, 1, buffer + K]: keys that are there
+    delta = None
+    for block in w.encoder:
+        delta = _block(block, stream, delta, mask, w.dtype, backend)
+    return add_norm(stream, delta, *w.encoder_norm, w.dtype, backend=backend)
+
+
+def _decode(w: Weights, encoded, rank, where, count, backend) -> torch.Tensor:
+    """(R, n, Z)."""
+    x, halves = _linear(encoded, w.decoder_embed), len(encoded) // len(where)  # (R, buffer + K, D)
+    room = x.shape[1] - w.buffer
+    # Of each position its known token's row, else the mask token's, which is put behind them.
+    x = torch.cat([x, w.mask_token.expand(len(x), -1, -1)], dim=1)
+    source = torch.where(rank < count, w.buffer + rank, w.buffer + room).repeat(halves, 1)
+    buffer = torch.arange(w.buffer, device=x.device).expand(len(x), -1)
+    stream = _rows(x, torch.cat([buffer, source], dim=1)) + w.decoder_position
+    where, delta = where.repeat(halves, 1), None
+    for block in w.decoder[:-1]:
+        delta = _block(block, stream, delta, None, w.dtype, backend)
+    stream, delta = _last_block(w.decoder[-1], stream, delta, w.buffer + where, w.dtype, backend)
+    return add_norm(stream, delta, *w.decoder_norm, w.stream, backend=backend) + w.position[where]
+
+
+def _block(b: Block, stream, delta, mask, dtype, backend) -> torch.Tensor:
+    """Adds ``delta`` and the attention's branch to the stream; the MLP's branch comes back, not added yet."""
+    rows, length, width = stream.shape
+    x = add_norm(stream, delta, *b.norm1, dtype, backend=backend)
+    q, k, v = _linear(x, b.qkv).view(rows, length, 3, b.heads, -1).permute(2, 0, 3, 1, 4)
+    x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).reshape(rows, length, width)
+    return _mlp(b, stream, _linear(x, b.proj), dtype, backend)
+
+
+def _last_block(b: Block, stream, delta, where, dtype, backend) -> tuple[torch.Tensor, torch.Tensor]:
+    """As :func:`_block` at some positions (R, n) alone, of which the stream (R, n, D) comes back, too."""
+    rows, length, width = stream.shape
+    x = add_norm(stream, delta, *b.norm1, dtype, backend=backend)
+    k, v = _linear(x, _part(b.qkv, width, 3 * width)).view(rows, length, 2, b.heads, -1).permute(2, 0, 3, 1, 4)
+    q = _linear(_rows(x, where), _part(b.qkv, 0, width)).view(rows, where.shape[1], b.heads, -1).transpose(1, 2)
+    x = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(rows, -1, width)
+    stream = _rows(stream, where)
+    return stream, _mlp(b, stream, _linear(x, b.proj), dtype, backend)
+
+
+def _part(layer: Linear, first: int, stop: int) -> Linear:
+    """Some of the outputs."""
+    return Linear(layer.weight[first:stop], None if layer.bias is None else layer.bias[first:stop])
+
+
+def _mlp(b: Block, stream, delta, dtype, backend) -> torch.Tensor:
+    x = add_norm(stream, delta, *b.norm2, dtype, backend=backend)
+    return _linear(F.gelu(_linear(x, b.fc1)), b.fc2)
+
+
+def _linear(x: torch.Tensor, layer: Linear) -> torch.Tensor:
+    return F.linear(x, layer.weight, layer.bias)
+
+
+def _rows(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """x (R, S, E), index (R, n) -> (R, n, E)."""
+    return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))

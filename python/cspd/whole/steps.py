@@ -1,0 +1,161 @@
+"""The steps of a run as CUDA graphs: the transformer, its head and what is written, in one launch.
+
+How many tokens are known is a value on the device, so a graph serves all steps that draw as many tokens and whose known
+tokens fit the same room, a multiple of 32. The first such step is launched kernel by kernel, the second is captured,
+the others are replayed. All graphs of a device share one pool of memory (:mod:`cspd_kernels.graphs`).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Hashable
+
+import torch
+
+from cspd_kernels import Denoised
+from cspd_kernels.graphs import PlanCache, why_not_here
+
+from ..window import Drawn, Judged, Phase, RunState, draft, judge, look, prefill, run_window, untimed
+from .transformers import ByWeights
+
+ROOM = 32  # known tokens
+MOST_ROWS = 16384  # rows of the transformer beyond which the device is busy without graphs, and exact sizes are faster
+_MOST_GRAPHS = 96
+
+
+def why_not_graphs(state: RunState) -> str | None:
+    """None where a run's steps are to be graphs, else the reason."""
+    models = [model for model in (state.draft, state.target) if model is not None]
+    if reason := why_not_here(state.tokens.device):
+        return reason
+    if not all(isinstance(model.transformer, ByWeights) for model in models):
+        return "a model runs its own blocks or methods"
+    weights = state.target.transformer.weights
+    if len(state.target.embedding) * (weights.buffer + weights.length) > MOST_ROWS:
+        return "the batch is large"
+    if state.backend == "torch" and state.parallel_tol is not None:
+        return "sweeps of the torch backend wait for the device"
+    return None
+
+
+class Steps:
+    """The graphs of runs that differ in nothing but the values of their tensors, and the buffers that these share.
+
+    Args:
+        state: of the first such run, which is kept.
+    """
+
+    def __init__(self, state: RunState):
+        self.state, self.lock = state, threading.RLock()
+        self.drawn = torch.zeros(1, dtype=torch.int64, device=state.tokens.device)
+        self.plans = PlanCache(1 << 62, _MOST_GRAPHS)
+
+    def load(self, state: RunState) -> None:
+        """Take the values of another run."""
+        self.drawn.zero_()
+        if state is not self.state:
+            for mine, new in zip(tensors(self.state), tensors(state), strict=True):
+                mine.copy_(new)
+            self.state.plan.steps = state.plan.steps
+
+    def target(self, i: int) -> None:
+        """The i-th step, by the target alone."""
+        counts, room = self._shape(i, i + 1)
+
+        def launch() -> list[torch.Tensor]:
+            prefill(self.state, self.state.plan.moving(self.drawn, counts, room))
+            self.drawn.add_(sum(counts))
+            return []
+
+        if callable(self.state.relaxation):
+            launch()
+        else:
+            self._run(("target", counts, room), launch)
+
+    def draft(self, i: int) -> None:
+        """The i-th step, by the draft."""
+        counts, room = self._shape(i, i + 1)
+
+        def launch() -> list[torch.Tensor]:
+            draft(self.state, self.state.plan.moving(self.drawn, counts, room))
+            self.drawn.add_(sum(counts))
+            return []
+
+        self._run(("draft", counts, room), launch)
+
+    def window(self, first: int, stop: int, phase: Phase = untimed) -> Judged:
+        """The steps first..stop-1 by the draft, judged by the target."""
+        for i in range(first, stop):
+            with phase("draft"):
+                self.draft(i)
+        counts, room = self._shape(first, stop)
+
+        def launch() -> list[torch.Tensor]:
+            drawn = look(self.state, self.state.plan.moving(self.drawn - sum(counts), counts, room))
+            return [*drawn.chain[:4], drawn.z]
+
+        with phase("target"):
+            *chain, z = self._run(("look", counts, room), launch)
+        with phase("verify"):  # a few launches, once a window, and a policy may be anybody's code
+            whole = self.state.plan.window(first, stop).whole
+            return judge(self.state, whole, Drawn(Denoised(*chain), z))
+
+    def _shape(self, first: int, stop: int) -> tuple[tuple[int, ...], int]:
+        """How many tokens the steps draw, and the room for those that are known before."""
+        steps, length = self.state.plan.steps[first:stop], self.state.tokens.shape[1]
+        known = length - steps[0].before
+        return tuple(step.before - step.after for step in steps), min(length, -(-known // ROOM) * ROOM)
+
+    def _run(self, key: Hashable, launch: Callable[[], list[torch.Tensor]]) -> list[torch.Tensor]:
+        """What a launch returns, copied out of the graphs' memory, where the next one writes."""
+        plan = self.plans.get(key, lambda: ([], []), self.state.tokens.device)
+
+        def keep() -> None:
+            plan.value[:] = launch()
+
+        with plan.in_turn():
+            plan.graph.run(keep, lambda: warm_up(self.state))
+            return [value.clone() for value in plan.value]
+
+
+class PlainSteps:
+    """The same, launched kernel by kernel with exact sizes: for a CPU, large batches, and models with own blocks."""
+
+    def __init__(self, state: RunState):
+        self.state = state
+
+    def target(self, i: int) -> None:
+        """As of :class:`Steps`."""
+        prefill(self.state, self.state.plan.step(i))
+
+    def window(self, first: int, stop: int, phase: Phase = untimed) -> Judged:
+        """As of :class:`Steps`."""
+        return run_window(self.state, self.state.plan.window(first, stop), phase)
+
+
+def warm_up(state: RunState) -> None:
+    """What libraries make once for a thread, which a capture cannot hold."""
+    for model in (state.draft, state.target):
+        if model is not None:
+            a = torch.ones(16, 64, dtype=model.transformer.weights.dtype, device=state.tokens.device)
+            torch.nn.functional.linear(a, a, a[:, 0])
+            torch.nn.functional.scaled_dot_product_attention(a[None, None], a[None, None], a[None, None])
+
+
+def tensors(state: RunState) -> list[torch.Tensor]:
+    """What differs between runs of one size: buffers and tables, class embeddings, the seed, relaxations by position."""
+    found = [state.tokens, *state.plan.buffers().values(), *state.noise.values]
+    found += [model.embedding for model in (state.draft, state.target) if model is not None]
+    optional = (state.outcome, state.relaxation, state.previous_target_z)
+    return found + [value for value in optional if isinstance(value, torch.Tensor)]
+
+
+def signature(state: RunState) -> tuple:
+    """What a run's graphs depend on beside the values of its tensors."""
+    models = tuple(
+        None if model is None else (model.head.handle, model.transformer) for model in (state.draft, state.target)
+    )
+    shapes = tuple((tuple(value.shape), value.dtype) for value in tensors(state))
+    relaxation = None if isinstance(state.relaxation, torch.Tensor) else state.relaxation
+    options = (state.temperature, state.backend, state.parallel_tol, relaxation, tuple(sorted(state.rule.items())))
+    return models, shapes, state.noise.kind, options, state.plan.guided
