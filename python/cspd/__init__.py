@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .patching import is_patched, patch, patched, unpatch
     from .policies import AdaptiveDraft, SimilarityRelaxation, Window
     from .speculative import SpecDecodeRunner
+    from .whole.sampler import sample_tokens
 
 __all__ = [
     "AdaptiveDraft",
@@ -29,6 +30,7 @@ __all__ = [
     "models",
     "patch",
     "patched",
+    "sample_tokens",
     "unpatch",
 ]
 
@@ -42,6 +44,7 @@ _HOMES = {
     "is_patched": "patching",
     "patch": "patching",
     "patched": "patching",
+    "sample_tokens": "whole.sampler",
     "unpatch": "patching",
 }
 

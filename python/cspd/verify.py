@@ -208,7 +208,7 @@ def _same(own: Run, served: Run, guided_rows: int | None, what: str, net: nn.Mod
         if guided_rows and a.numel() == guided_rows * net.input_proj.in_features:
             a, b = (v.reshape(guided_rows, -1)[: guided_rows // 2] for v in (a, b))
         error = _difference(a, b)
-        if not error <= _tolerance(net):
+        if not error <= tolerance(net):
             raise DiffersError(f"{what} and the kernels' differ by {error:.2g} of the largest value")
     if len(own.states) != len(served.states) or not all(map(torch.equal, own.states, served.states)):
         raise DiffersError(f"{what} leaves the random number generators in another state than the kernels do")
@@ -222,8 +222,8 @@ def _difference(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).abs().max() / a.abs().max().clamp_min(1e-30)) if a.numel() else 0.0
 
 
-def _tolerance(net: nn.Module) -> float:
-    """Between rounding and a difference; TF32 products round to three digits."""
+def tolerance(net: nn.Module) -> float:
+    """Of the largest value. Between rounding and a difference; TF32 products round to three digits."""
     try:
         tf32 = net.input_proj.weight.is_cuda and torch.get_float32_matmul_precision() != "highest"
     except RuntimeError:  # set by an interface that the old one does not know

@@ -31,7 +31,7 @@ class ChosenTransformer:
 
     def __init__(self, model: nn.Module, name: str, backend: str | None):
         self.model, self.name, self.backend = model, name, backend
-        self._seen: tuple | None = None
+        self.seen: tuple | None = None  # of the model, when it was compared
         self._reasons: tuple[str | None, str | None] = (None, None)  # why not by weights, why not by tables
         self._packed: dict[torch.dtype, ByWeights] = {}
 
@@ -55,17 +55,22 @@ class ChosenTransformer:
         packed = self._packed[operands] = ByWeights(weights, norm_backend(self.backend, weights.device))
         return packed
 
+    @property
+    def why_not_by_weights(self) -> str | None:
+        """Of the last comparison."""
+        return self._reasons[0]
+
     def compare(self) -> None:
         """Compare with the model's own methods, in eval mode, unless nothing but values has changed since."""
         seen = (own_methods(self.model),)
         if isinstance(self.model, nn.Module):
             seen = (*seen, written(self.model), watched(self.model))
-        if seen == self._seen:
+        if seen == self.seen:
             return
         self._packed.clear()
         by_weights = why_not_by_weights(self.model, self.backend)
         by_tables = None if by_weights is None else why_not_by_tables(self.model)
-        self._seen, self._reasons = seen, (by_weights, by_tables)
+        self.seen, self._reasons = seen, (by_weights, by_tables)
         if by_weights is None:
             return
         waits = by_tables is not None

@@ -1,0 +1,248 @@
+"""MAR's ``sample_tokens`` without the host: the released loop's images, seed for seed, by a launch a step."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn as nn
+from tqdm import tqdm
+
+from cspd_kernels import DiffusionHead
+from cspd_kernels.backends import implementation, untraced
+from cspd_kernels.head import OPERAND_DTYPES
+from cspd_kernels.ops.denoise.parallel import AUTO, check_tolerance
+
+from ..diffusions import NotServedError, Tables
+from ..heads import HeadCache, unwrapped
+from ..order import Plan, Step, by_token, plan_steps, to_device
+from ..window import Model, RunState, class_embedding
+from .chosen import ChosenTransformer, training
+from .compare import where_it_starts, why_not_its_loop
+from .noise import PhiloxSource, TableSource
+from .steps import PlainSteps, Steps, signature, why_not_graphs
+
+_NOISES = ("upstream", "philox")
+_TABLE_BYTES = 256 << 20  # of noise that is drawn before the steps that need it
+_MOST_STEPS = 2  # sizes of calls whose graphs, buffers and noise are kept
+
+
+@dataclass(frozen=True)
+class SampleOptions:
+    """How :func:`sample_tokens` computes."""
+
+    dtype: torch.dtype | None = None
+    backend: str | None = None
+    noise: str = "upstream"
+    parallel_tol: float | str | None = AUTO
+
+    def check(self) -> None:
+        if self.noise not in _NOISES:
+            raise ValueError(f"sample_tokens expected noise one of {_NOISES}, got {self.noise!r}")
+        if self.dtype is not None and self.dtype not in OPERAND_DTYPES:
+            raise ValueError(f"sample_tokens expected dtype None or one of {OPERAND_DTYPES}, got {self.dtype!r}")
+        check_tolerance("sample_tokens", self.parallel_tol)
+        implementation("denoise", self.backend)
+
+
+_samplers: weakref.WeakKeyDictionary[nn.Module, dict[SampleOptions, Sampler]] = weakref.WeakKeyDictionary()
+_lock = threading.Lock()
+
+
+@untraced
+@torch.no_grad()
+def sample_tokens(
+    model: nn.Module,
+    bsz: int,
+    num_iter: int = 64,
+    cfg: float = 1.0,
+    cfg_schedule: str = "linear",
+    labels: torch.Tensor | None = None,
+    temperature: float = 1.0,
+    progress: bool = False,
+    *,
+    dtype: torch.dtype | None = None,
+    backend: str | None = None,
+    noise: str = "upstream",
+    parallel_tol: float | str | None = AUTO,
+) -> torch.Tensor:
+    """Generate images with a MAR model: the same as ``model.sample_tokens`` draws from the same seeds, up to rounding.
+
+    The transformer runs over packed weights, its last layer for the positions of the step alone; on a GPU a step is one
+    CUDA graph, head included, and the host waits nowhere. What the graphs need is made in the first two calls of a size
+    (batch, steps, guidance on or off), so those are slower.
+
+    Args:
+        model: ``cspd.models.MAR``, or a MAR of LTH14/mar or a fork whose loop and transformer compute the same: both
+            are compared at the first call. In eval mode.
+        bsz, num_iter, cfg, cfg_schedule, labels, temperature, progress: as of the model's own method.
+        dtype: type of the matrix products' operands in transformer and head, as autocast has it; None follows
+            autocast, else the weights' type. The residual streams stay float32.
+        backend, noise, parallel_tol: as in :func:`cspd.patch`.
+
+    Returns:
+        (bsz, c, h, w) float32 latents.
+
+    Raises:
+        TypeError, ValueError: no such model, or an argument out of range; nothing was drawn.
+        NotServedError: the model computes something else; the message says what. ``cspd.patch(model, whole=True)``
+            runs the model's own method then.
+
+    Source: LTH14/mar ``models/mar.py`` (sample_tokens), arXiv 2406.11838.
+    """
+    options = SampleOptions(dtype, backend, noise, parallel_tol)
+    options.check()
+    with _lock:
+        own = _samplers.setdefault(model, {})
+        if options not in own:
+            own[options] = Sampler(model, options)
+        sampler = own[options]
+    return sampler.sample(bsz, num_iter, cfg, cfg_schedule, labels, temperature, progress)
+
+
+class Sampler:
+    """Whole images of one model. It does not keep the model alive.
+
+    Raises:
+        TypeError: the object is no MAR model.
+    """
+
+    def __init__(self, model: nn.Module, options: SampleOptions):
+        needed = ("seq_len", "token_embed_dim", "diffloss", "fake_latent", "class_emb", "unpatchify", "sample_tokens")
+        missing = [name for name in needed if not hasattr(model, name)]
+        if not isinstance(model, nn.Module) or missing:
+            raise TypeError(
+                f"sample_tokens expected a MAR model, got {type(model).__name__} without {', '.join(missing) or 'modules'}"
+            )
+        self._model, self.options = weakref.ref(model), options
+        self._transformer = ChosenTransformer(model, type(model).__name__, options.backend)
+        self._loop: tuple[object, str | None] = (None, None)  # what was compared, and why it differs
+        self._cache: HeadCache | None = None
+        self._tables: Tables | None = None
+        self._head_seen: tuple | None = None
+        self._first_on = "cpu"
+        self._steps: OrderedDict[tuple, Steps] = OrderedDict()
+        self._lock = threading.RLock()
+
+    def sample(self, bsz, num_iter=64, cfg=1.0, cfg_schedule="linear", labels=None, temperature=1.0, progress=False):
+        """As :func:`sample_tokens`.
+
+        Raises:
+            NotServedError: nothing was drawn.
+        """
+        with self._lock:
+            model = self._model()
+            self.check()
+            state = self._begin(model, bsz, num_iter, cfg, cfg_schedule, labels, temperature)
+            graphs = why_not_graphs(state) is None
+            if graphs and isinstance(state.noise, PhiloxSource):
+                state.noise = PhiloxSource(state.noise.on(state.tokens.device))
+            steps = self._graphs(state) if graphs else PlainSteps(state)
+            state = steps.state
+            wide = torch.promote_types(torch.float32, model.diffloss.net.input_proj.weight.dtype)
+            with tqdm(total=len(state.plan.steps), disable=not progress) as bar:
+                for first, chunk in _chunks(state):
+                    if isinstance(state.noise, TableSource):
+                        state.noise.fill(chunk, self.length, wide)
+                    for i in range(first, first + len(chunk)):
+                        steps.target(i)
+                        bar.update()
+            images = model.unpatchify(state.tokens)
+            return images.clone() if graphs else images
+
+    @property
+    def length(self) -> int:
+        return self._model().seq_len
+
+    def check(self) -> None:
+        """Compare what has not been compared as it is now.
+
+        Raises:
+            NotServedError: it is something else.
+        """
+        model = self._model()
+        if training(model):
+            raise NotServedError("the model is in training mode: call .eval() first")
+        self._transformer.compare()
+        if reason := self._transformer.why_not_by_weights:
+            raise NotServedError(reason)
+        seen = (self._transformer.seen, type(model).sample_tokens)
+        if self._loop[0] != seen:
+            self._loop = (seen, why_not_its_loop(model, self._transformer.get(model.mask_token.dtype)))
+        if self._loop[1] is not None:
+            raise NotServedError(self._loop[1])
+        net, reason = unwrapped(model.diffloss.net)
+        diffusion = getattr(model.diffloss, "gen_diffusion", None)
+        if reason is not None or diffusion is None:
+            raise NotServedError(reason or "its head has no gen_diffusion")
+        if self._cache is None or self._cache.net is not net:
+            self._cache = HeadCache(net)
+        if self._tables is None or self._tables.diffusion is not diffusion:
+            self._tables = Tables(diffusion)
+        seen = (self._cache.look().written, type(model.diffloss).sample, diffusion)
+        if self._head_seen != seen:
+            self._first_on = where_it_starts(model.diffloss, self._head(net.input_proj.weight.dtype))
+            self._head_seen = seen
+
+    def _head(self, dtype: torch.dtype | None) -> DiffusionHead:
+        return self._cache.get(self._tables.schedule(), dtype)
+
+    def _begin(self, model, bsz, num_iter, cfg, cfg_schedule, labels, temperature) -> RunState:
+        steps, guided = plan_steps(self.length, num_iter, cfg, cfg_schedule), cfg != 1.0
+        device, head, options = model.fake_latent.device, self._head(self.options.dtype), self.options
+        transformer = self._transformer.get(options.dtype)
+        labels = None if labels is None else to_device(labels, device)
+        orders = np.tile(np.arange(self.length), (bsz, 1))
+        for order in orders:  # from numpy's global generator, as the released code draws them
+            np.random.shuffle(order)
+        orders = to_device(torch.from_numpy(orders), device)
+        if options.noise == "philox":
+            noise = PhiloxSource(int(torch.randint(2**63 - 1, (), device="cpu")))
+        else:
+            span = max(sum(s.before - s.after for s in chunk) for _, chunk in _grouped(steps, _most(bsz, head)))
+            noise = TableSource(bsz, span, head, guided, self._first_on, options.backend)
+        return RunState(
+            tokens=torch.zeros(bsz, self.length, model.token_embed_dim, dtype=torch.float32, device=device),
+            plan=Plan(orders, torch.arange(bsz, device=device), steps, guided, by_token(steps, device)),
+            target=Model(model, head, transformer, class_embedding(model, bsz, labels, guided)),
+            noise=noise,
+            temperature=float(temperature),
+            backend=options.backend,
+            parallel_tol=options.parallel_tol,
+        )
+
+    def _graphs(self, state: RunState) -> Steps:
+        key = signature(state)
+        if key not in self._steps:
+            self._steps[key] = Steps(state)
+            if len(self._steps) > _MOST_STEPS:
+                self._steps.popitem(last=False)
+        self._steps.move_to_end(key)
+        steps = self._steps[key]
+        steps.load(state)
+        return steps
+
+
+def _most(batch: int, head: DiffusionHead) -> int:
+    """How many tokens of an image have their noise drawn at a time."""
+    return max(1, _TABLE_BYTES // (4 * batch * head.num_steps * head.channels))
+
+
+def _chunks(state: RunState) -> Iterator[tuple[int, list[Step]]]:
+    """Steps whose noise is drawn at a time, each with the index of its first one."""
+    return _grouped(state.plan.steps, _most(len(state.tokens), state.target.head))
+
+
+def _grouped(steps: list[Step], most: int) -> Iterator[tuple[int, list[Step]]]:
+    first = 0
+    while first < len(steps):
+        stop = first + 1
+        while stop < len(steps) and steps[first].before - steps[stop].after <= most:
+            stop += 1
+        yield first, steps[first:stop]
+        first = stop
