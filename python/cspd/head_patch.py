@@ -18,9 +18,11 @@ from .diffusions import LOOPS, NotServedError
 from .heads import FoundHead, HeadCache, unwrapped
 from .loop import LOCK, PATCHES, LoopHook
 from .source import written
-from .standins import StandIn, WatchedMoves, WatchedSample
+from .standins import StandIn, WatchedMoves, WatchedSample, WholeSampling
 from .twin import CannotRunError
 from .verify import DiffersError, check_loop, check_sample, plain_calls
+from .whole.chosen import training
+from .whole.sampler import Sampler, SampleOptions
 
 _logger = logging.getLogger("cspd")
 _NOISES, _WEIGHTS = ("upstream", "philox"), ("live", "frozen")
@@ -35,6 +37,7 @@ class Options:
     noise: str = "upstream"
     weights: str = "live"
     parallel_tol: float | str | None = AUTO
+    whole: bool = False
 
     def check(self) -> None:
         if self.noise not in _NOISES:
@@ -54,7 +57,7 @@ class HeadPatch:
     copy or a pickle of the model carries a patch of its own.
     """
 
-    def __init__(self, found: FoundHead, options: Options):
+    def __init__(self, found: FoundHead, options: Options, model: nn.Module | None = None):
         self.found, self.options = found, options
         self.cache = HeadCache(found.net, options.weights)
         self.verdicts: dict[tuple, str | None] = {}  # kind of call -> why it is not served
@@ -62,6 +65,8 @@ class HeadPatch:
         self.written = written(found.net)  # the code and the settings that the verdicts are about
         self.told: list[str] = []
         self.hooks: list[LoopHook | StandIn] = []
+        self.model = model  # whose sample_tokens is taken over, too
+        self.sampler: Sampler | None = None
 
     @property
     def name(self) -> str:
@@ -72,7 +77,7 @@ class HeadPatch:
         return self.found.net
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "verdicts": {}, "draws": {}, "written": None}
+        return {**self.__dict__, "verdicts": {}, "draws": {}, "written": None, "sampler": None}
 
     def __deepcopy__(self, memo: dict) -> HeadPatch:
         twin = memo[id(self)] = self.__class__.__new__(self.__class__)
@@ -97,6 +102,22 @@ class HeadPatch:
             self._compare(found)
         except DiffersError as error:
             raise ValueError(f"{self.name} samples differently and is left unpatched: {error}") from None
+        if self.model is not None and not training(self.model):
+            try:
+                self.sampler_of(self.model).check()
+            except NotServedError as error:
+                self.tell_of_model(f"{error}")
+
+    def sampler_of(self, model: nn.Module) -> Sampler:
+        """Of whole images, where that was asked for.
+
+        Raises:
+            NotServedError: it is not MAR's model.
+        """
+        if self.sampler is None or self.sampler.model is not model:
+            o = self.options
+            self.sampler = Sampler(model, SampleOptions(o.dtype, o.backend, o.noise, o.parallel_tol))
+        return self.sampler
 
     def _compare(self, found: FoundHead) -> None:
         try:
@@ -148,6 +169,8 @@ class HeadPatch:
         self._hook(WatchedMoves, self.net)
         if callable(getattr(module, "sample", None)):
             self._hook(WatchedSample, module)
+        if self.model is not None:
+            self._hook(WholeSampling, self.model)
         self.take_over(self.found.diffusions)
 
     def take_over(self, diffusions: dict[str, object]) -> None:
@@ -183,6 +206,7 @@ class HeadPatch:
             self.net.__dict__.pop(PATCHES, None)
         self._release([*self.hooks])
         self.cache.clear()
+        self.sampler = None
 
     def take(self, call: Call, hook: LoopHook) -> torch.Tensor:
         """Serve a call of a hooked loop.
@@ -237,6 +261,13 @@ class HeadPatch:
         net = self.found.module._modules.get("net")
         inner = None if net is None else unwrapped(net)[0]
         return None if inner is self.net else "its network is another one now, or wrapped by another kind: patch again"
+
+    def tell_of_model(self, reason: str) -> None:
+        """Log once why the model's own ``sample_tokens`` runs, with the patched head."""
+        if (line := f"sample_tokens: {reason}") not in self.told:
+            self.told.append(line)
+            kind = type(self.model).__name__
+            _logger.warning("cspd.patch: sample_tokens of %s runs its own code, its head is patched: %s", kind, reason)
 
     def tell(self, reason: str) -> None:
         """Log once why the head's own code runs."""

@@ -12,9 +12,9 @@ import torch.nn as nn
 from .description import describe_head
 from .diffusions import diffusions_of
 from .head_patch import HeadPatch, Options
-from .heads import find_heads
+from .heads import FoundHead, find_heads
 from .loop import LOCK, PATCHES, LoopHook
-from .standins import WatchedMoves, WatchedSample
+from .standins import WatchedMoves, WatchedSample, WholeSampling
 
 _logger = logging.getLogger("cspd")
 
@@ -27,6 +27,7 @@ def patch(
     noise: str = "upstream",
     weights: str = "live",
     parallel_tol: float | str | None = "auto",
+    whole: bool = False,
 ) -> nn.Module:
     """Make every diffusion head of a model sample through :func:`cspd_kernels.denoise`.
 
@@ -63,6 +64,10 @@ def patch(
         parallel_tol: as in :func:`cspd_kernels.denoise`. None makes the steps one after the other. A number
             makes all at once and gives the tokens to about as much, relative to the largest value: looser
             than rounding, it is not exact any more. The comparison above is always of the steps.
+        whole: also take over ``sample_tokens`` of the MAR model around the head, by :func:`cspd.sample_tokens`: the
+            same images from the same seeds, and on a GPU one launch a step. Its loop and its transformer are compared
+            with the model's own first; where they differ, in training mode and with hooks, its own method runs with
+            the patched head, and the log tells why. ``dtype`` is then also that of the transformer's products.
 
     Returns:
         The same model.
@@ -71,7 +76,7 @@ def patch(
         TypeError, ValueError: nothing to patch, or a head that samples differently; nothing was changed.
         RuntimeError: the backend cannot serve.
     """
-    options = Options(backend, dtype, noise, weights, parallel_tol)
+    options = Options(backend, dtype, noise, weights, parallel_tol, whole)
     options.check()
     with LOCK:
         patches = _prepare(model, options)
@@ -120,7 +125,7 @@ def _prepare(model: nn.Module, options: Options) -> list[HeadPatch]:
         ValueError: there is no head, or one samples differently.
     """
     found = find_heads(model)
-    patches = [HeadPatch(head, options) for head in found.heads]
+    patches = [HeadPatch(head, options, _model_of(model, head) if options.whole else None) for head in found.heads]
     for head_patch in patches:
         head_patch.compare()
     for name, reason in found.near.items():
@@ -128,11 +133,26 @@ def _prepare(model: nn.Module, options: Options) -> list[HeadPatch]:
     return patches
 
 
+def _model_of(model: nn.Module, head: FoundHead) -> nn.Module:
+    """The model around a head that samples whole images.
+
+    Raises:
+        ValueError: there is none.
+    """
+    for module in model.modules():
+        if module._modules.get("diffloss") is head.module and callable(getattr(module, "sample_tokens", None)):
+            return module
+    raise ValueError(
+        f"patch(whole=True) expected a MAR model with sample_tokens and diffloss around {head.name}, found none in "
+        f"{type(model).__name__}: leave whole out to patch the head alone"
+    )
+
+
 def _patches_in(model: nn.Module) -> list[HeadPatch]:
     """All patches of a model's heads, also of networks that the model no longer holds."""
     modules = dict.fromkeys(model.modules())
     hooks = [LoopHook.of(diffusion) for diffusion in diffusions_of(model).values()]
-    hooks += [kind.of(module) for module in modules for kind in (WatchedSample, WatchedMoves)]
+    hooks += [kind.of(module) for module in modules for kind in (WatchedSample, WatchedMoves, WholeSampling)]
     users = [p for hook in hooks if hook is not None for p in hook.users if p.found.module in modules]
     return list(dict.fromkeys([*(p for module in modules for p in module.__dict__.get(PATCHES, ())), *users]))
 

@@ -16,9 +16,10 @@ import torch.nn as nn
 
 from cspd_kernels.backends import untraced
 
-from .diffusions import LOOPS, diffusions_of
+from .diffusions import LOOPS, NotServedError, diffusions_of
 from .loop import LOCK, NO_LOOP, LoopHook, loops_entered, patch_of
 
+ARGUMENTS = ("bsz", "num_iter", "cfg", "cfg_schedule", "labels", "temperature", "progress")  # of MAR's sample_tokens
 _REPLICATE = "_replicate_for_data_parallel"
 
 
@@ -58,6 +59,21 @@ class StandIn:
         """The method that stood there before."""
         return self.replaced.get(name) or getattr(type(self.module), name).__get__(self.module)
 
+    def _as_original(self, name: str) -> MethodType:
+        """A method that calls ``run``; name, docstring and signature are the original's."""
+
+        def method(watched, *args, **kwargs):
+            return watched.run(*args, **kwargs)
+
+        if "module" in vars(self):  # else it is being read from a pickle
+            original = self.original(name)
+            function = functools.wraps(getattr(original, "__func__", original))(method)
+            parameters = inspect.signature(original).parameters.values()
+            watched = inspect.Parameter("watched", inspect.Parameter.POSITIONAL_ONLY)
+            function.__signature__ = inspect.Signature([watched, *parameters])
+            function.__name__ = name
+        return MethodType(method, self)
+
     def present(self) -> list:
         """The users, none of which comes or goes meanwhile."""
         with LOCK:
@@ -86,18 +102,7 @@ class WatchedSample(StandIn):
     @property
     def sample(self) -> MethodType:
         """Bound; name, docstring and signature are the original's."""
-
-        def sample(watched, *args, **kwargs):
-            return watched.run(*args, **kwargs)
-
-        if "module" in vars(self):  # else it is being read from a pickle
-            original = self.original("sample")
-            function = functools.wraps(getattr(original, "__func__", original))(sample)
-            parameters = inspect.signature(original).parameters.values()
-            watched = inspect.Parameter("watched", inspect.Parameter.POSITIONAL_ONLY)
-            function.__signature__ = inspect.Signature([watched, *parameters])
-            function.__name__ = "sample"
-        return MethodType(sample, self)
+        return self._as_original("sample")
 
     @untraced
     def run(self, *args, **kwargs):
@@ -129,3 +134,32 @@ class WatchedMoves(StandIn):
         finally:
             for user in self.present():
                 user.cache.release()
+
+
+class WholeSampling(StandIn):
+    """A model's ``sample_tokens``, by the whole sampler of the patch in charge of its head."""
+
+    names = ("sample_tokens",)
+
+    @property
+    def sample_tokens(self) -> MethodType:
+        """Bound; name, docstring and signature are the original's."""
+        return self._as_original("sample_tokens")
+
+    @untraced
+    def run(self, *args, **kwargs):
+        original = self.original("sample_tokens")
+        patch = next((p for user in self.present() if (p := patch_of(user.net)) is not None), None)
+        if patch is None:
+            return original(*args, **kwargs)
+        try:
+            sampler = patch.sampler_of(self.module)
+            if "sample_tokens" in self.replaced:
+                raise NotServedError("it had been replaced on the instance")
+            arguments = inspect.signature(original).bind(*args, **kwargs).arguments
+            if more := [name for name in arguments if name not in ARGUMENTS]:
+                raise NotServedError(f"its sample_tokens is called with {', '.join(more)}")
+            return sampler.sample(**arguments)
+        except NotServedError as error:
+            patch.tell_of_model(f"{error}")
+            return original(*args, **kwargs)

@@ -156,6 +156,11 @@ class Sampler:
             return images.clone() if graphs else images
 
     @property
+    def model(self) -> nn.Module | None:
+        """Whose images they are; None once it is gone."""
+        return self._model()
+
+    @property
     def length(self) -> int:
         return self._model().seq_len
 
