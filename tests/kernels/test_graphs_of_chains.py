@@ -5,13 +5,14 @@ import weakref
 
 import pytest
 import torch
-from chains import assert_agrees, kernels_of, workspace_of
+from chains import BOUNDS, assert_agrees, assert_close, definition, kernels_of, workspace_of
 
 from cspd_kernels import PhiloxNoise, denoise, graphs
 from cspd_kernels.graphs import why_not_here
-from cspd_kernels.ops.denoise import on_device
+from cspd_kernels.ops.denoise import Denoised, on_device
 from cspd_kernels.ops.denoise.chain import Chain, Tables
 from cspd_kernels.ops.denoise.on_device import bucket
+from cspd_kernels.ops.denoise.parallel_chain import ParallelChain
 from cspd_kernels.scratch import Scratch
 from cspd_kernels.testing import random_inputs
 
@@ -23,19 +24,22 @@ def device(cuda, monkeypatch, kernel_device, multiprocessors):
     """The fake device, whose graphs hold chains that run on the CPU."""
     if kernel_device.type == "cuda":
         pytest.skip("the kernels run on a device here; tests/kernels/test_gpu.py has the real graphs")
-    launch = Chain.launch
 
-    def launched(chain, head, table):
-        addresses = dict(vars(chain))
-        chain, head = weakref.ref(chain), weakref.ref(head)  # a graph holds neither
+    def on_cuda(launch):
+        def launched(chain, head, table):
+            addresses = dict(vars(chain))
+            chain, head = weakref.ref(chain), weakref.ref(head)  # a graph holds neither
 
-        def kernels():
-            vars(chain()).update(addresses)  # a graph reads and writes where it did when it was captured
-            launch(chain(), head(), table)
+            def kernels():
+                vars(chain()).update(addresses)  # a graph reads and writes where it did when it was captured
+                launch(chain(), head(), table)
 
-        cuda.launch("chain", kernels)
+            cuda.launch("chain", kernels)
 
-    monkeypatch.setattr(Chain, "launch", launched)
+        return launched
+
+    for kind in (Chain, ParallelChain):
+        monkeypatch.setattr(kind, "launch", on_cuda(kind.launch))
     monkeypatch.setattr(on_device, "why_not_here", lambda device: why_not_here(CUDA))
     multiprocessors(1)
     return cuda
@@ -70,6 +74,22 @@ def test_calls_of_one_bucket_share_a_graph_and_each_gets_its_own_inputs(
         call(head, rows, seed, guided=True, noise=noise, temperature=0.5 + seed)
     assert len(plans(head)) == 1
     assert [line for line in device.told() if "main: " in line] == ["main: chain"] + ["main: chain replayed"] * 3
+
+
+def test_calls_in_parallel_share_a_graph_likewise(backend, plans, make_head, device):
+    head = make_head(width=16)
+    for seed, rows in enumerate((4, 3)):
+        inputs = random_inputs(head, rows, seed)
+        out = denoise(head, *inputs, backend=backend, parallel_tol=1e-6)
+        assert_close(Denoised(*out[:4]), definition(head, *inputs), BOUNDS[head.dtype])
+    (plan,) = plans(head)._plans.values()
+    assert isinstance(plan.value, ParallelChain)
+    assert [line for line in device.told() if "main: " in line] == ["main: chain", "main: chain replayed"]
+    network, state = plan.value.network, plan.value.state
+    counted = {buffer.data_ptr() for buffer in plan.buffers}
+    assert {value.data_ptr() for value in (network.h, network.eps, state.before, state.sweeps)} <= counted
+    shared = plan.value.memory.data_ptr()
+    assert not any(shared <= at < shared + plan.value.memory_bytes for at in counted)
 
 
 def test_every_kind_of_call_has_a_plan_of_its_own(backend, call, plans, make_head, device, monkeypatch):

@@ -94,6 +94,12 @@ class Chain:
             return torch.empty(shape, device=device, dtype=dtype)
 
         width, channels = head.width, head.channels
+        # Of the modulations of ``steps`` steps, and of what they are projected from.
+        self.shapes = {
+            "embedded": (steps * rows, width),
+            "mods": (head.depth, steps * rows, 3 * width),
+            "final_mods": (steps * rows, 2 * width),
+        }
         # Zeroed: the rows beyond a call's own are computed, too, from whatever lies there.
         self.x = empty(tokens, channels).zero_()
         if sweeps_of is not None:
@@ -110,12 +116,6 @@ class Chain:
         if static and not self.philox:
             self.noise = empty(head.num_steps, tokens, channels).zero_()
         self.y = empty(rows, width, dtype=dtype)
-        # Of the modulations of ``steps`` steps, and of what they are projected from.
-        self.shapes = {
-            "embedded": (steps * rows, width),
-            "mods": (head.depth, steps * rows, 3 * width),
-            "final_mods": (steps * rows, 2 * width),
-        }
         self.log_std = empty(tokens, channels)
         self.path = empty(tokens, channels)  # sums over steps
         self.result = self.x
