@@ -113,9 +113,7 @@ class Drafted:
         if self.z is not None:
             _put(self.z, columns, drawn.z)
         if self.trajectory is not None and chain.trajectory is not None:
-            # Of a token that did not settle it may be anything, and only its own chain, made step by step then, counts.
-            guess = chain.trajectory.nan_to_num(0.0, 0.0, 0.0)
-            _put(self.trajectory, columns, guess.view(batch, -1, *guess.shape[1:]))
+            _put(self.trajectory, columns, chain.trajectory.view(batch, -1, *chain.trajectory.shape[1:]))
         elif self.trajectory is not None:
             self.trajectory.index_fill_(1, columns, 0.0)
 
@@ -243,6 +241,11 @@ def _draw(state: RunState, model: Model, plan: Pass, guess: torch.Tensor | None 
     z = model.transformer.conditions(state.tokens, plan, model.embedding)
     x_T, noise = state.noise.of(plan, model.head)  # noqa: N806
     tolerance = tolerance_of(state, model.head, len(plan.rows))
+    if tolerance is None:
+        guess = None
+    elif guess is not None:
+        # Of a token that did not settle it may be anything, and only its own chain, made step by step then, counts.
+        guess = guess.to(stream_dtype(model.head.dtype)).nan_to_num(0.0, 0.0, 0.0)
     chain = denoise(
         model.head,
         z.flatten(0, 1),  # conditional rows first
@@ -252,7 +255,7 @@ def _draw(state: RunState, model: Model, plan: Pass, guess: torch.Tensor | None 
         cfg_scale=plan.cfg_scale,
         backend=state.backend,
         parallel_tol=tolerance,
-        guess=None if tolerance is None or guess is None else guess.to(stream_dtype(model.head.dtype)),
+        guess=guess,
     )
     return Drawn(chain, z[: len(plan.where)])
 

@@ -74,7 +74,8 @@ def test_a_run_does_not_wait_for_the_device(pair, name):
 
 def test_masks_are_seen_to_wait(pair, monkeypatch):
     """The check can fail."""
-    monkeypatch.setattr("cspd.speculative.why_not_by_tables", lambda model: "asked for by this test")
+    for name in ("why_not_by_weights", "why_not_by_tables"):
+        monkeypatch.setattr(f"cspd.whole.chosen.{name}", lambda *_: "asked for by this test")
     runner = cspd.SpecDecodeRunner(*pair)
     runner.run(3, 8, 3, seed=0)
     with no_wait_for_cuda(), pytest.raises(RuntimeError, match="synchronizing"):
@@ -129,7 +130,8 @@ def test_a_window_in_a_graph_of_the_caller(digits, backend, tolerance, cfg, rela
 
 
 def test_a_window_that_waits_is_refused_in_a_graph(pair, monkeypatch):
-    monkeypatch.setattr("cspd.speculative.why_not_by_tables", lambda model: "asked for by this test")
+    for name in ("why_not_by_weights", "why_not_by_tables"):
+        monkeypatch.setattr(f"cspd.whole.chosen.{name}", lambda *_: "asked for by this test")
     runner = cspd.SpecDecodeRunner(*pair, ratio=0.0)
     state = runner.begin(2, 8, seed=0)
     window = state.plan.window(0, 2)

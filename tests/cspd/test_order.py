@@ -76,15 +76,18 @@ def test_a_window_is_its_steps_one_after_the_other(guided, schedule, first, stop
     steps = plan_steps(16, 6, 3.0 if guided else 1.0, schedule)
     images = torch.tensor([7, 2**40])
     orders, double = random_orders(1, images, 16), 2 if guided else 1
-    plan = Plan(orders, images, steps, guided, True, by_token(steps, orders.device))
+    plan = Plan(orders, images, steps, guided, by_token(steps, orders.device))
     window, taken = plan.window(first, stop), steps[first:stop]
     whole = window.whole
-    assert window.drafts == [plan.step(i) for i in range(first, stop)]
+    fields = ("known", "where", "rows", "columns", "steps")
+    for draft, i in zip(window.drafts, range(first, stop), strict=True):
+        assert all(torch.equal(getattr(draft, name), getattr(plan.step(i), name)) for name in fields)
     assert whole.counts == tuple(step.before - step.after for step in taken)
     expected = torch.cat([positions(orders, step.before, step.after) for step in taken], dim=1)
     assert torch.equal(whole.where, expected)
     assert torch.equal(whole.wanted, expected.repeat(double, 1))
-    assert torch.equal(whole.known, known_of(orders, taken[0].before).repeat(double, 1))
+    known = known_of(orders, taken[0].before)
+    assert torch.equal(whole.known.sort(1).values, known)
     assert torch.equal(whole.mask, mask_of(orders, taken[0].before).repeat(double, 1))
     assert torch.equal(whole.rows.view(2, -1), images[:, None] * 16 + expected)
     index = [step.index for step in taken for _ in range(step.before - step.after)]
@@ -92,5 +95,9 @@ def test_a_window_is_its_steps_one_after_the_other(guided, schedule, first, stop
     scales = [step.cfg for step in taken for _ in range(step.before - step.after)]
     assert torch.allclose(torch.as_tensor(whole.cfg_scale).expand(2 * len(scales)), torch.tensor(scales * 2))
     assert isinstance(whole.cfg_scale, float) == (len(set(scales)) == 1)
-    without = Plan(orders, images, steps, guided, False, by_token(steps, orders.device))
-    assert without.window(first, stop).whole.mask is None
+    # The same where the number of known tokens is a value on the device, with room for more.
+    moving = plan.moving(torch.tensor([known.shape[1]]), whole.counts, min(16, known.shape[1] + 5))
+    assert all(torch.equal(getattr(moving, name), getattr(whole, name)) for name in ("where", "rows", "columns", "steps"))
+    assert torch.equal(moving.mask, whole.mask)
+    assert torch.equal(moving.known[:, : known.shape[1]], whole.known)
+    assert torch.allclose(torch.as_tensor(moving.cfg_scale).expand(2 * len(scales)), torch.tensor(scales * 2))

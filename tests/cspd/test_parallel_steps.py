@@ -19,7 +19,7 @@ from cspd import calls, window
 from cspd.demo.pair import load_pair
 from cspd.loop import patch_of
 from cspd.window import run_window
-from cspd_kernels import Denoised, DenoisedInParallel
+from cspd_kernels import Denoised, DenoisedInParallel, DiffusionHead
 from cspd_kernels.noise import uniforms
 from cspd_kernels.ops import denoise as denoise_op
 from cspd_kernels.ops.denoise import parallel
@@ -276,17 +276,22 @@ def test_a_trajectory_that_ran_away_does_no_harm(digits):
     assert actual.sweeps[3:].max() == 2
 
 
-def test_what_is_joined():
-    def drawn(rows, sweeps):
-        own = [torch.arange(rows * 4.0).view(rows, 4)] * 3 + [torch.arange(float(rows))]
-        chain = Denoised(*own) if sweeps is None else DenoisedInParallel(*own, sweeps, torch.zeros(rows, 5, 4))
-        return window._Drawn(chain, torch.zeros(2, rows // 2, 3))
+def test_what_the_draft_drew_is_kept_in_the_order_of_drawing(digits):
+    head = DiffusionHead.from_module(digits[0].diffloss)
+    kept = window.Drafted(2, 6, head, head.num_steps, 3)
 
-    one, two, none = drawn(2, torch.tensor([1, 2])), drawn(4, torch.tensor([3, 4, 5, 6])), drawn(2, None)
-    joined = window._join([one, two]).chain
-    assert joined.sweeps.tolist() == [1, 3, 4, 2, 5, 6]  # image by image
-    assert joined.trajectory.shape == (6, 5, 4)
-    for some in ([one, none], [none, one], [none, none]):
-        joined = window._join(some).chain
-        assert (joined.sweeps, joined.trajectory) == (None, None)
-        assert joined.path_log_std.tolist() == [0, 0, 1, 1]
+    def drawn(value, rows, sweeps):
+        own = [value + torch.arange(rows * 4.0).view(rows, 4)] * 3 + [value + torch.arange(float(rows))]
+        more = () if sweeps is None else (sweeps, torch.full((rows, head.num_steps, 4), value))
+        chain = (DenoisedInParallel if more else Denoised)(*own, *more)
+        return window.Drawn(chain, torch.full((2, rows // 2, 3), value))
+
+    one, two = drawn(100.0, 2, torch.tensor([1, 2])), drawn(200.0, 4, torch.tensor([3, 4, 5, 6]))
+    kept.write(torch.tensor([2]), one)
+    kept.write(torch.tensor([3, 4]), two)
+    chain, trajectory, z = kept.read(torch.tensor([2, 3, 4]))
+    assert chain.path_log_std.tolist() == [100, 200, 201, 101, 202, 203]  # image by image
+    assert chain.sample is chain.mean
+    assert trajectory[:, 0, 0].tolist() == z[..., 0].flatten().tolist() == [100, 200, 200] * 2
+    kept.write(torch.tensor([3, 4]), drawn(300.0, 4, None))  # made step by step: zeros are as good a guess as any
+    assert kept.read(torch.tensor([2, 3, 4]))[1][:, 0, 0].tolist() == [100, 0, 0] * 2

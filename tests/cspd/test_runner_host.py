@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 import cspd
 from cspd import speculative
 from cspd.order import to_device
+from cspd.whole import chosen
 from cspd.window import prefill, run_window
 from cspd_kernels.live import LiveWeights
 from cspd_kernels.ops import accept_reject as accept_reject_op
@@ -154,7 +155,8 @@ def test_the_check_can_fail(pair, as_on_a_device, fault):
 
 
 def test_masks_would_fail_the_check(pair, as_on_a_device, monkeypatch):
-    monkeypatch.setattr(speculative, "why_not_by_tables", lambda model: "asked for by this test")
+    monkeypatch.setattr(chosen, "why_not_by_weights", lambda *_: "asked for by this test")
+    monkeypatch.setattr(chosen, "why_not_by_tables", lambda _: "asked for by this test")
     runner = cspd.SpecDecodeRunner(*pair)
     runner.run(3, 8, 3, seed=5)
     with pytest.raises(AssertionError, match="the host waits for tolist"), no_wait():

@@ -12,9 +12,9 @@ import torch
 from small_models import small_mar
 
 import cspd
-from cspd import speculative
 from cspd.models import MAR
 from cspd.transformer import PARTS, conditions, conditions_by_masks, known_of_mask, why_not_by_tables
+from cspd.whole import chosen
 from cspd_kernels.testing import relative_error
 
 
@@ -164,15 +164,20 @@ def test_comparing_leaves_no_trace():
 
 
 @pytest.mark.parametrize("cfg", [1.0, 2.0])
-def test_a_run_is_the_same_by_tables_and_by_masks(monkeypatch, cfg):
-    models, images = (released(0), released(1)), []
-    for reason in (None, "asked for by this test"):
-        monkeypatch.setattr(speculative, "why_not_by_tables", lambda model, reason=reason: reason)
+def test_a_run_is_the_same_by_weights_by_tables_and_by_masks(monkeypatch, cfg):
+    models, images, outcomes = (released(0), released(1)), [], []
+    asked = "asked for by this test"
+    for weights, tables in ((None, None), (asked, None), (asked, asked)):
+        monkeypatch.setattr(chosen, "why_not_by_weights", lambda model, backend, reason=weights: reason)
+        monkeypatch.setattr(chosen, "why_not_by_tables", lambda model, reason=tables: reason)
         calls = calls_of(models[1], monkeypatch)
         runner = cspd.SpecDecodeRunner(*models, ratio=0.25)
         images.append(runner.run(3, 6, 2, labels=torch.tensor([1, 2, 3]), cfg=cfg, seed=0))
-        assert bool(calls) == (reason is not None)
-    assert torch.equal(*images)
+        outcomes.append(runner.stats.outcome)
+        assert bool(calls) == (tables is not None)
+    for i in (1, 2):
+        assert relative_error(images[i], images[0]) < 1e-5
+        assert torch.equal(outcomes[i], outcomes[0])
 
 
 def calls_of(model, monkeypatch):

@@ -14,7 +14,7 @@ import torch
 
 from ...backends import log_once
 from ...crossover import bucket, prefers_persistent
-from ...graphs import CALLER_CAPTURES, Plan, PlanCache, why_not_here
+from ...graphs import CALLER_CAPTURES, Plan, PlanCache, captures_ours, why_not_here
 from ...head import DiffusionHead
 from ...noise import PhiloxNoise
 from ...scratch import scratch
@@ -123,7 +123,7 @@ def _chain(kernels, head, cond, x, noise, temperature, cfg_scale, parallel, limi
         return ParallelChain(kind, head, tokens, guided, noise, static, guessed=parallel.guess is not None)
 
     if reason is not None:
-        if head.device.type == "cuda":
+        if head.device.type == "cuda" and not captures_ours():
             log_once(f"denoise launches its kernels one by one: {reason}")
         if reason != CALLER_CAPTURES:  # there, the bucket, whose kernels an earlier call has compiled
             tokens, steps = rows, steps if parallel is not None else _evenly(head.num_steps, limit // rows)

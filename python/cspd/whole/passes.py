@@ -57,7 +57,9 @@ def _encode(w: Weights, tokens, known, embedding, count, backend) -> torch.Tenso
     mask = None
     if count is not None:
         place = torch.arange(-w.buffer, room, device=known.device)
-        mask = (place < count)[None, None, None]  # [1, 1, 1, buffer + K]: keys that are there
+        # [1, 1, 1, buffer + K], added to the scores: as numbers, or every layer would make numbers of it.
+        mask = torch.zeros(len(place), dtype=w.dtype, device=place.device)
+        mask = mask.masked_fill(place >= count, -torch.inf)[None, None, None]
     delta = None
     for block in w.encoder:
         delta = _block(block, stream, delta, mask, w.dtype, backend)
