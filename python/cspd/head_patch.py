@@ -197,6 +197,12 @@ class HeadPatch:
             if not hook.users:
                 hook.remove()
 
+    def release(self) -> None:
+        """Let go of what was packed for weights that have moved on."""
+        self.cache.release()
+        if self.sampler is not None:
+            self.sampler.release()
+
     def remove(self) -> None:
         """Leave everything as it was."""
         patches = self.net.__dict__.get(PATCHES, [])

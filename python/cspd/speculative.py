@@ -254,8 +254,10 @@ class SpecDecodeRunner:
         images = torch.arange(first_image, first_image + bsz, device=device)
         orders = random_orders(seed, images, self.seq_len) if orders is None else orders
         models = {
-            role: Model(module, heads[role], transformers[role], class_embedding(module, bsz, labels, guided))
-            for role, module in self._models.items()
+            role: Model(
+                type(model).__name__, heads[role], transformers[role], class_embedding(model, bsz, labels, guided)
+            )
+            for role, model in self._models.items()
         }
         state = RunState(
             tokens=torch.zeros(bsz, self.seq_len, self.token_embed_dim, dtype=torch.float32, device=device),

@@ -133,7 +133,7 @@ class WatchedMoves(StandIn):
             return self.original("_apply")(*args, **kwargs)
         finally:
             for user in self.present():
-                user.cache.release()
+                user.release()
 
 
 class WholeSampling(StandIn):

@@ -32,7 +32,7 @@ from .whole.transformers import ByMasks, ByTables, ByWeights
 class Model:
     """What a run needs of one of its models."""
 
-    module: object
+    name: str
     head: DiffusionHead
     transformer: ByWeights | ByTables | ByMasks
     embedding: torch.Tensor  # (B or 2 B, E): of the classes, then, under guidance, of no class
@@ -217,7 +217,7 @@ def run_window(state: RunState, window: WindowPlan, phase: Phase = untimed) -> J
     if waiting and state.tokens.is_cuda and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             "expected models whose conditions are computed by tables of indices inside a CUDA graph, got "
-            f"{type(waiting[0].module).__name__}, whose own methods wait for the device: run the window without a graph"
+            f"{waiting[0].name}, whose own methods wait for the device: run the window without a graph"
         )
     for step in window.drafts:
         with phase("draft"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Iterator
 
 import torch
@@ -23,17 +24,29 @@ _MOST_TYPES = 2  # operand types whose weights are kept
 
 
 class ChosenTransformer:
-    """A model's transformer for runs of it.
+    """A model's transformer for runs of it. It does not keep the model alive.
 
     Args:
         model: a MAR object. name: what it is called in the log.
     """
 
     def __init__(self, model: nn.Module, name: str, backend: str | None):
-        self.model, self.name, self.backend = model, name, backend
+        self._model, self.name, self.backend = weakref.ref(model), name, backend
         self.seen: tuple | None = None  # of the model, when it was compared
         self._reasons: tuple[str | None, str | None] = (None, None)  # why not by weights, why not by tables
         self._packed: dict[torch.dtype, ByWeights] = {}
+
+    @property
+    def model(self) -> nn.Module:
+        """The model, which somebody else keeps."""
+        return self._model()
+
+    def release(self) -> bool:
+        """Let go of packed weights that are not the model's any more; whether there were any."""
+        gone = [dtype for dtype, packed in self._packed.items() if not packed.weights.is_current(self.model)]
+        for dtype in gone:
+            del self._packed[dtype]
+        return bool(gone)
 
     def get(self, dtype: torch.dtype | None = None) -> ByWeights | ByTables | ByMasks:
         """As the model is now, weights included. The host does not wait, unless its code has changed."""
@@ -64,7 +77,8 @@ class ChosenTransformer:
         """Compare with the model's own methods, in eval mode, unless nothing but values has changed since."""
         seen = (own_methods(self.model),)
         if isinstance(self.model, nn.Module):
-            seen = (*seen, written(self.model), watched(self.model))
+            names = [name for name, _ in self.model.named_parameters()]
+            seen = (*seen, written(self.model), names, watched(self.model))
         if seen == self.seen:
             return
         self._packed.clear()

@@ -18,6 +18,7 @@ from cspd_kernels.backends import implementation, untraced
 from cspd_kernels.head import OPERAND_DTYPES
 from cspd_kernels.ops.denoise.parallel import AUTO, check_tolerance
 
+from ..checks import check_run
 from ..diffusions import NotServedError, Tables
 from ..heads import HeadCache, unwrapped
 from ..order import Plan, Step, by_token, plan_steps, to_device
@@ -138,6 +139,7 @@ class Sampler:
         with self._lock:
             model = self._model()
             self.check()
+            check_run(model, model, bsz, labels, temperature, cfg, None, 0, None)
             state = self._begin(model, bsz, num_iter, cfg, cfg_schedule, labels, temperature)
             graphs = why_not_graphs(state) is None
             if graphs and isinstance(state.noise, PhiloxSource):
@@ -159,6 +161,12 @@ class Sampler:
     def model(self) -> nn.Module | None:
         """Whose images they are; None once it is gone."""
         return self._model()
+
+    def release(self) -> None:
+        """Let go of what was made for weights that have moved on."""
+        with self._lock:
+            if self._transformer.release():
+                self._steps.clear()
 
     @property
     def length(self) -> int:
@@ -214,7 +222,7 @@ class Sampler:
         return RunState(
             tokens=torch.zeros(bsz, self.length, model.token_embed_dim, dtype=torch.float32, device=device),
             plan=Plan(orders, torch.arange(bsz, device=device), steps, guided, by_token(steps, device)),
-            target=Model(model, head, transformer, class_embedding(model, bsz, labels, guided)),
+            target=Model(type(model).__name__, head, transformer, class_embedding(model, bsz, labels, guided)),
             noise=noise,
             temperature=float(temperature),
             backend=options.backend,

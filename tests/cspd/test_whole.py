@@ -1,0 +1,262 @@
+"""``cspd.sample_tokens`` and ``patch(whole=True)``: the model's own images, seed for seed."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import logging
+import pickle
+import weakref
+
+import fake_graphs
+import numpy as np
+import pytest
+import torch
+from small_models import sample, small_mar
+
+import cspd
+from cspd.diffusions import NotServedError
+from cspd.models import MAR
+from cspd.transformer import conditions_by_masks
+from cspd.whole import compare, passes, sampler
+from cspd.whole.sampler import SampleOptions, Sampler
+from cspd.whole.weights import Weights
+from cspd_kernels.testing import relative_error
+
+CALLS = {
+    "plain": {},
+    "guided": {"cfg": 3.0},
+    "constant guidance": {"cfg": 2.0, "cfg_schedule": "constant", "temperature": 0.7},
+    "no labels": {"labels": None, "cfg": 0.5},
+    "more steps than tokens": {"num_iter": 40},
+    "one step": {"num_iter": 1, "cfg": 2.0},
+    "cold": {"temperature": 0.0},
+}
+
+
+class Released(MAR):
+    """A model whose loop is to be compared, as it is not this package's."""
+
+    def sample_tokens(self, *args, **kwargs):
+        return super().sample_tokens(*args, **kwargs)
+
+
+class Colder(MAR):
+    """A fork with another loop."""
+
+    def sample_tokens(self, bsz, num_iter=64, cfg=1.0, cfg_schedule="linear", labels=None, temperature=1.0):
+        return super().sample_tokens(bsz, num_iter, cfg, cfg_schedule, labels, temperature * 0.9)
+
+
+class OtherOrder(MAR):
+    def sample_orders(self, bsz):
+        return super().sample_orders(bsz).flip(1)
+
+
+def model(kind=MAR, **options) -> MAR:
+    made = small_mar(3, **{"encoder_depth": 2, "decoder_depth": 2, "img_size": 16, **options})
+    made.__class__ = kind
+    return made
+
+
+def ours(model, seed=0, options=None, **arguments):
+    torch.manual_seed(seed)
+    np.random.seed(seed)
+    arguments = {"num_iter": 6, "labels": torch.tensor([1, 4, 9]), **arguments}
+    return cspd.sample_tokens(model, 3, **arguments, **(options or {}))
+
+
+@pytest.mark.parametrize("graphs", [False, True], ids=["plain", "graphs"])
+@pytest.mark.parametrize("name", CALLS)
+def test_the_same_image_from_the_same_seeds(monkeypatch, name, graphs):
+    if graphs:
+        fake_graphs.use(monkeypatch)
+    mar = model(decoder_embed_dim=48)
+    for seed in (5, 0, 0):  # in the first and in later calls, which a graph's buffers serve again
+        expected = sample(mar, seed, **CALLS[name])
+        states = torch.get_rng_state(), np.random.get_state()[1].tolist()
+        actual = ours(mar, seed, **CALLS[name])
+        assert relative_error(actual, expected) < 1e-5
+        assert torch.equal(states[0], torch.get_rng_state())
+        assert states[1] == np.random.get_state()[1].tolist()
+    assert relative_error(ours(mar, 1, **CALLS[name]), expected) > 1e-2 or CALLS[name].get("temperature") == 0.0
+
+
+def test_half_precision_is_as_near_to_float64_as_the_loop_under_autocast():
+    mar = model(width=64)
+    with torch.autocast("cpu", torch.bfloat16):
+        own, followed = sample(mar, cfg=2.0), ours(mar, cfg=2.0)
+    exact = ours(mar, cfg=2.0, options={"dtype": torch.float64})
+    asked = ours(mar, cfg=2.0, options={"dtype": torch.bfloat16})
+    assert torch.equal(asked, followed)
+    assert relative_error(asked, exact) < max(2e-2, 1.5 * relative_error(own, exact))
+    assert relative_error(ours(mar, cfg=2.0), exact) < 1e-4
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("count", [0, 1, 5, 15])
+def test_conditions_are_the_models_own(count, bias):
+    mar = small_mar(encoder_depth=2, decoder_depth=2, decoder_embed_dim=48)
+    if not bias:
+        for block in (*mar.encoder_blocks, *mar.decoder_blocks):
+            block.attn.qkv.bias = None
+    order = torch.stack([torch.randperm(16) for _ in range(3)])
+    known, where, rank = order[:, :count], order[:, count : count + 3], order.argsort(dim=1)
+    tokens, embedding = torch.randn(3, 16, 4), torch.randn(6, 32)
+    mask = (rank >= count).float().repeat(2, 1)
+    with torch.no_grad():
+        expected = conditions_by_masks(mar.double(), tokens.double().repeat(2, 1, 1), mask, embedding.double(), where.repeat(2, 1))
+    mar.float()
+    for dtype, bound in ((torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 2e-2)):
+        weights = Weights(mar, dtype)
+        for room in (None, 16):  # exactly the known ones, and with others behind them
+            padded = tokens.clone()
+            if room is not None:
+                padded.scatter_(1, order[:, count:, None].expand(-1, -1, 4), 1e3)  # which nobody must look at
+            taken, at = (known, None) if room is None else (order, torch.tensor([count]))
+            actual = passes.conditions(weights, padded, taken, rank, where, embedding, at)
+            assert actual.dtype == weights.stream
+            assert relative_error(actual, expected) < bound
+
+
+def test_noise_is_drawn_in_parts_where_it_is_large(monkeypatch):
+    mar = model()
+    expected = ours(mar, cfg=2.0, num_iter=12)
+    monkeypatch.setattr(sampler, "_TABLE_BYTES", 4 * 3 * 12 * 4 * 7)  # seven tokens of three images
+    fresh = Sampler(mar, SampleOptions())
+    for use in (lambda _: None, fake_graphs.use):
+        use(monkeypatch)
+        for _ in range(2):
+            torch.manual_seed(0)
+            np.random.seed(0)
+            actual = fresh.sample(3, 12, 2.0, labels=torch.tensor([1, 4, 9]))
+            assert relative_error(actual, expected) < 1e-5
+
+
+def test_addressed_noise_needs_no_table():
+    mar = model()
+    one, two, three = (ours(mar, seed, options={"noise": "philox"}) for seed in (0, 0, 1))
+    assert torch.equal(one, two)
+    assert relative_error(one, three) > 1e-2
+
+
+def test_changes_of_weights_are_seen_at_the_next_call():
+    mar = model()
+    for dtype in (None, torch.bfloat16):
+        before = ours(mar, options={"dtype": dtype})
+        with torch.no_grad():
+            mar.encoder_blocks[0].attn.qkv.weight.data.mul_(1.5)
+            mar.decoder_norm.bias.data += 0.3
+        after = ours(mar, options={"dtype": dtype})
+        assert relative_error(after, before) > 1e-2
+        twin = copy.deepcopy(mar)
+        fresh = Sampler(twin, SampleOptions(dtype))
+        torch.manual_seed(0)
+        np.random.seed(0)
+        assert torch.equal(fresh.sample(3, 6, labels=torch.tensor([1, 4, 9])), after)
+    mar.encoder_blocks[1] = copy.deepcopy(mar.encoder_blocks[0])
+    assert relative_error(ours(mar), sample(mar)) < 1e-5
+
+
+def test_a_model_of_another_class_is_compared_and_served(monkeypatch):
+    asked = []
+    own = compare._difference
+    monkeypatch.setattr(compare, "_difference", lambda *args: asked.append(args) or own(*args))
+    mar = model(Released)
+    for _ in range(2):
+        assert relative_error(ours(mar, cfg=2.0), sample(mar, cfg=2.0)) < 1e-5
+    assert len(asked) == len(compare._CASES)  # once
+
+
+def test_another_loop_is_refused_and_nothing_drawn():
+    for kind, match in ((Colder, "asks its head for something else"), (OtherOrder, "images differ by")):
+        mar = model(kind)
+        mar.__class__ = type("Fork", (kind,), {"sample_tokens": lambda self, *a, **k: kind.sample_tokens(self, *a, **k)})
+        torch.manual_seed(0)
+        before = torch.get_rng_state()
+        with pytest.raises(NotServedError, match=match):
+            cspd.sample_tokens(mar, 2)
+        assert torch.equal(before, torch.get_rng_state())
+
+
+REFUSALS = {
+    "training mode": (lambda m: m.decoder_blocks.train(), "training mode"),
+    "a hook": (lambda m: m.encoder_blocks[0].mlp.register_forward_hook(lambda *_: None), "hooks"),
+    "more in a block": (lambda m: m.encoder_blocks[0].register_parameter("gamma", torch.nn.Parameter(torch.ones(32))),
+                        "has more than an attention and an MLP: gamma"),
+    "another layer": (lambda m: setattr(m.decoder_blocks[0].mlp, "fc1", torch.nn.Sequential(m.decoder_blocks[0].mlp.fc1).eval()),
+                      "is a Sequential, not a Linear"),
+    "another norm": (lambda m: setattr(m.encoder_blocks[0], "norm1", torch.nn.Identity().eval()), "is a Identity, not a LayerNorm"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_what_is_not_served_says_why_and_the_patch_runs_the_own_method(name, caplog):
+    change, match = REFUSALS[name]
+    mar = cspd.patch(model(), whole=True)
+    assert relative_error(sample(mar), sample(cspd.unpatch(copy.deepcopy(mar)))) < 1e-5
+    change(mar)
+    with pytest.raises(NotServedError, match=match):
+        cspd.sample_tokens(mar, 2)
+    with caplog.at_level(logging.WARNING, "cspd"):
+        images = [sample(mar) for _ in range(2)]
+    own = sample(cspd.unpatch(mar))
+    assert all(relative_error(image, own) < 1e-5 for image in images)
+    told = [record.message for record in caplog.records if "sample_tokens of MAR runs its own code" in record.message]
+    assert len(told) == 1
+    assert match.split(":")[0].split(" and")[0] in told[0]
+
+
+def test_a_patch_comes_and_goes_with_its_copies():
+    mar = model()
+    expected, signature = sample(mar, cfg=2.0), str(mar.sample_tokens.__doc__)
+    with cspd.patched(mar, whole=True):
+        for one in (mar, copy.deepcopy(mar), pickle.loads(pickle.dumps(mar))):
+            assert relative_error(sample(one, cfg=2.0), expected) < 1e-5
+            assert one.sample_tokens.__self__.module is one
+            assert str(one.sample_tokens.__doc__) == signature
+        assert list(mar.state_dict()) == list(model().state_dict())
+    assert "sample_tokens" not in mar.__dict__
+    assert torch.equal(sample(mar, cfg=2.0), expected)
+    with pytest.raises(ValueError, match=r"expected a MAR model with sample_tokens .* leave whole out"):
+        cspd.patch(mar.diffloss, whole=True)
+    assert not cspd.is_patched(mar)
+
+
+def test_the_patch_is_at_work(monkeypatch):
+    mar, seen = cspd.patch(model(), whole=True), []
+    own = Sampler.sample
+    monkeypatch.setattr(Sampler, "sample", lambda self, *a, **k: seen.append(k) or own(self, *a, **k))
+    sample(mar, cfg=2.0)
+    assert len(seen) == 1
+    mar.sample_tokens = lambda *a, **k: "mine"
+    assert mar.sample_tokens(2) == "mine"
+
+
+def test_nothing_keeps_the_model():
+    mar = model()
+    ours(mar)
+    gone = weakref.ref(mar)
+    del mar
+    gc.collect()
+    assert gone() is None
+
+
+def test_wrong_input_is_one_clear_error():
+    mar = model()
+    for options, error, match in (
+        ({"noise": "none"}, ValueError, "sample_tokens expected noise one of"),
+        ({"dtype": torch.int8}, ValueError, "sample_tokens expected dtype None or one of"),
+        ({"parallel_tol": 3}, ValueError, "sample_tokens expected parallel_tol"),
+        ({"bsz": 0}, ValueError, "expected bsz >= 1, got 0"),
+        ({"labels": torch.tensor([1, 2, 11])}, ValueError, r"expected labels in 0\.\.9"),
+        ({"labels": torch.tensor([1])}, ValueError, r"expected labels as an integer tensor of shape \(3,\)"),
+        ({"cfg_schedule": "cosine"}, ValueError, "expected cfg_schedule 'linear' or 'constant'"),
+        ({"temperature": -1.0}, ValueError, "expected a finite temperature >= 0"),
+    ):
+        state = torch.get_rng_state()
+        with pytest.raises(error, match=match):
+            cspd.sample_tokens(mar, **{"bsz": 3, "num_iter": 3, **options})
+        assert torch.equal(state, torch.get_rng_state())
+    with pytest.raises(TypeError, match="expected a MAR model, got Linear without"):
+        cspd.sample_tokens(torch.nn.Linear(2, 2), 1)
