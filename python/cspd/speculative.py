@@ -174,7 +174,7 @@ class SpecDecodeRunner:
         self._stats, self._recorder = None, None
         if why_not_graphs(state) is not None:
             return self._run(PlainSteps(state), num_draft, progress)
-        state.noise = PhiloxSource(state.noise.on(state.tokens.device))
+        state.noise.seed_on_device()
         steps = self._graphs(state)
         with steps.lock:
             steps.load(state)
@@ -253,6 +253,7 @@ class SpecDecodeRunner:
         heads = {role: self._head(role) for role in self._models}
         images = torch.arange(first_image, first_image + bsz, device=device)
         orders = random_orders(seed, images, self.seq_len) if orders is None else orders
+        plan = Plan(orders, images, steps, guided, tables)
         models = {
             role: Model(
                 type(model).__name__, heads[role], transformers[role], class_embedding(model, bsz, labels, guided)
@@ -262,10 +263,10 @@ class SpecDecodeRunner:
         state = RunState(
             tokens=torch.zeros(bsz, self.seq_len, self.token_embed_dim, dtype=torch.float32, device=device),
             outcome=torch.full(orders.shape, PREFILLED, dtype=torch.int8, device=device),
-            plan=Plan(orders, images, steps, guided, tables),
+            plan=plan,
             prefilled=sum(step.index < self.ratio * num_iter - 1e-9 for step in steps),
             **models,
-            noise=PhiloxSource(seed),
+            noise=PhiloxSource(seed, plan.rows, self.token_embed_dim),
             temperature=float(temperature),
             relaxation=relaxation,
             backend=self.backend,

@@ -12,32 +12,36 @@ from ..order import Pass, Step, to_device
 
 
 class PhiloxSource:
-    """Addressed by (seed; image, position), whatever the batch and the step. ``seed``: an int, or (1,) int64."""
+    """Addressed by (seed; image, position), whatever the batch and the step.
 
-    def __init__(self, seed: int | torch.Tensor):
+    Args:
+        seed: an int, or (1,) int64 on the device. rows: (B, L) int64 addresses of all tokens, in the order of drawing.
+    """
+
+    def __init__(self, seed: int | torch.Tensor, rows: torch.Tensor, channels: int):
         self.seed = seed
+        # Of all tokens at once: it is some hundred launches, whatever their number.
+        self.x_T = PhiloxNoise(seed, rows.flatten()).x_T(channels).view(*rows.shape, channels)
 
     @property
     def values(self) -> list[torch.Tensor]:
         """What of it differs between runs of one size."""
-        return [self.seed] if isinstance(self.seed, torch.Tensor) else []
-
-    def on(self, device: torch.device) -> torch.Tensor:
-        """The seed as (1,) int64 there; the host does not wait."""
-        if isinstance(self.seed, torch.Tensor):
-            return self.seed
-        signed = self.seed - (1 << 64) if self.seed >> 63 else self.seed
-        return to_device(torch.tensor([signed], dtype=torch.int64, device="cpu"), device)
+        return [self.x_T, *([self.seed] if isinstance(self.seed, torch.Tensor) else [])]
 
     @property
     def kind(self) -> tuple:
         """What of it must not."""
         return () if isinstance(self.seed, torch.Tensor) else (self.seed,)
 
+    def seed_on_device(self) -> None:
+        """Keep the seed on the device, where a replayed graph finds another one; the host does not wait."""
+        if not isinstance(self.seed, torch.Tensor):
+            signed = self.seed - (1 << 64) if self.seed >> 63 else self.seed
+            self.seed = to_device(torch.tensor([signed], dtype=torch.int64, device="cpu"), self.x_T.device)
+
     def of(self, plan: Pass, head: DiffusionHead) -> tuple[torch.Tensor, PhiloxNoise]:
         """x_T (B n, C), and the noise of the steps."""
-        noise = PhiloxNoise(self.seed, plan.rows)
-        return noise.x_T(head.channels), noise
+        return self.x_T.index_select(1, plan.columns).flatten(0, 1), PhiloxNoise(self.seed, plan.rows)
 
 
 class TableSource:

@@ -143,7 +143,7 @@ class Sampler:
             state = self._begin(model, bsz, num_iter, cfg, cfg_schedule, labels, temperature)
             graphs = why_not_graphs(state) is None
             if graphs and isinstance(state.noise, PhiloxSource):
-                state.noise = PhiloxSource(state.noise.on(state.tokens.device))
+                state.noise.seed_on_device()
             steps = self._graphs(state) if graphs else PlainSteps(state)
             state = steps.state
             wide = torch.promote_types(torch.float32, model.diffloss.net.input_proj.weight.dtype)
@@ -214,14 +214,15 @@ class Sampler:
         for order in orders:  # from numpy's global generator, as the released code draws them
             np.random.shuffle(order)
         orders = to_device(torch.from_numpy(orders), device)
+        plan = Plan(orders, torch.arange(bsz, device=device), steps, guided, by_token(steps, device))
         if options.noise == "philox":
-            noise = PhiloxSource(int(torch.randint(2**63 - 1, (), device="cpu")))
+            noise = PhiloxSource(int(torch.randint(2**63 - 1, (), device="cpu")), plan.rows, head.channels)
         else:
             span = max(sum(s.before - s.after for s in chunk) for _, chunk in _grouped(steps, _most(bsz, head)))
             noise = TableSource(bsz, span, head, guided, self._first_on, options.backend)
         return RunState(
             tokens=torch.zeros(bsz, self.length, model.token_embed_dim, dtype=torch.float32, device=device),
-            plan=Plan(orders, torch.arange(bsz, device=device), steps, guided, by_token(steps, device)),
+            plan=plan,
             target=Model(type(model).__name__, head, transformer, class_embedding(model, bsz, labels, guided)),
             noise=noise,
             temperature=float(temperature),
