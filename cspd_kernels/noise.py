@@ -30,11 +30,11 @@ STREAM_STEP, STREAM_X_T, STREAM_UNIFORM, STREAM_PROPOSAL, STREAM_ORDER = range(5
 _MASK = 0xFFFFFFFF
 
 
-def philox_4x32(key: tuple[int, int], counter: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+def philox_4x32(key: tuple, counter: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
     """Philox 4x32-10 in int64 arithmetic: four counter words -> four random words, all in [0, 2^32).
 
     Args:
-        key: two 32-bit words. counter: four int64 tensors that broadcast together, or ints (at least
+        key: two 32-bit words, ints or int64 tensors. counter: four int64 tensors that broadcast together, or ints (at least
             one tensor).
     """
     k0, k1 = key
@@ -47,7 +47,7 @@ def philox_4x32(key: tuple[int, int], counter: tuple[torch.Tensor, ...]) -> tupl
     return c0, c1, c2, c3
 
 
-def words(seed: int, rows: torch.Tensor, index, group, stream: int) -> tuple[torch.Tensor, ...]:
+def words(seed: int | torch.Tensor, rows: torch.Tensor, index, group, stream: int) -> tuple[torch.Tensor, ...]:
     """The four words at an address; ``rows``, ``index`` and ``group`` broadcast."""
     key = (seed & _MASK, (seed >> 32) & _MASK)
     # Ints stay ints: turning one into a tensor on a device would wait for it.
@@ -84,6 +84,16 @@ def check_seed(seed) -> int:
     return seed
 
 
+def check_seed_or_tensor(seed, device: torch.device) -> int | torch.Tensor:
+    """A seed as an int, or as (1,) int64 on a device, which holds its 64 bits; or one clear error. No value is read."""
+    if not isinstance(seed, torch.Tensor):
+        return check_seed(seed)
+    if seed.dtype != torch.int64 or seed.shape != (1,) or seed.device != device:
+        got = f"{seed.dtype} {tuple(seed.shape)} on {seed.device}"
+        raise ValueError(f"expected seed to be an int, or an int64 tensor of shape (1,) on {device}, got {got}")
+    return seed
+
+
 def check_rows(rows, device=None) -> torch.Tensor:
     """Row addresses (N,) int64, or one clear error."""
     if not isinstance(rows, torch.Tensor) or rows.dtype != torch.int64 or rows.dim() != 1:
@@ -98,21 +108,23 @@ class PhiloxNoise:
     """The noise of N denoising chains, addressed rather than stored.
 
     Args:
-        seed: int in [0, 2^64).
+        seed: int in [0, 2^64), or (1,) int64 on the rows' device that holds its 64 bits: a CUDA graph that was captured
+            with it draws, replayed, from what it holds then.
         rows: (N,) int64, the address of each chain; equal addresses give equal noise.
         channels: C; may be left to :meth:`x_T` or to :func:`cspd_kernels.denoise`, which know it.
     """
 
-    def __init__(self, seed: int, rows: torch.Tensor, channels: int | None = None):
-        self.seed = check_seed(seed)
+    def __init__(self, seed: int | torch.Tensor, rows: torch.Tensor, channels: int | None = None):
         self.rows = check_rows(rows)
+        self.seed = check_seed_or_tensor(seed, rows.device)
         self.channels = channels
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __repr__(self) -> str:
-        return f"PhiloxNoise(seed={self.seed}, rows=<{len(self)} on {self.rows.device}>, channels={self.channels})"
+        seed = f"<on {self.seed.device}>" if isinstance(self.seed, torch.Tensor) else self.seed
+        return f"PhiloxNoise(seed={seed}, rows=<{len(self)} on {self.rows.device}>, channels={self.channels})"
 
     def __getitem__(self, index) -> PhiloxNoise:
         """The noise of some of the rows."""

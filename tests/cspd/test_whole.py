@@ -21,7 +21,7 @@ from cspd.transformer import conditions_by_masks
 from cspd.whole import compare, passes, sampler
 from cspd.whole.sampler import SampleOptions, Sampler
 from cspd.whole.weights import Weights
-from cspd_kernels.testing import relative_error
+from cspd_kernels.testing import randomize_, relative_error
 
 CALLS = {
     "plain": {},
@@ -225,6 +225,7 @@ def test_a_patch_comes_and_goes_with_its_copies():
 
 def test_the_patch_is_at_work(monkeypatch):
     mar, seen = cspd.patch(model(), whole=True), []
+    assert "patched, whole images, parallel_tol=auto" in str(cspd.describe(mar))
     own = Sampler.sample
     monkeypatch.setattr(Sampler, "sample", lambda self, *a, **k: seen.append(k) or own(self, *a, **k))
     sample(mar, cfg=2.0)
@@ -260,3 +261,40 @@ def test_wrong_input_is_one_clear_error():
         assert torch.equal(state, torch.get_rng_state())
     with pytest.raises(TypeError, match="expected a MAR model, got Linear without"):
         cspd.sample_tokens(torch.nn.Linear(2, 2), 1)
+
+
+@pytest.mark.parametrize("relaxation", [42.0, torch.linspace(1.0, 50.0, 64), cspd.SimilarityRelaxation()])
+@pytest.mark.parametrize(("cfg", "tolerance"), [(1.0, None), (2.0, None), (2.0, 1e-4)])
+def test_the_runner_by_graphs_and_without(monkeypatch, cfg, tolerance, relaxation):
+    """Seeds, labels, orders and images of later runs reach what the first one's graphs read."""
+    draft, target = (model(schedule="linear") for _ in range(2))
+    randomize_(draft, 7)
+    plain, graphs = (
+        cspd.SpecDecodeRunner(draft, target, relaxation, ratio=0.2, parallel_tol=tolerance) for _ in range(2)
+    )
+    calls = [
+        {"seed": 2**63 + 5, "labels": torch.tensor([1, 2, 3])},
+        {"seed": 3, "labels": torch.tensor([4, 5, 6]), "first_image": 9},
+        {"seed": 3, "labels": torch.tensor([4, 5, 6]), "orders": torch.stack([torch.randperm(64) for _ in range(3)])},
+        {"seed": 2**63 + 5, "labels": torch.tensor([1, 2, 3])},
+    ]
+    expected = []
+    for call in calls:
+        expected.append((plain.run(3, 12, 3, cfg=cfg, **call), plain.stats.outcome))
+    fake_graphs.use(monkeypatch)
+    got = [(graphs.run(3, 12, 3, cfg=cfg, **call), graphs.stats) for call in calls]
+    (steps,) = graphs._steps.values()
+    assert max(plan.graph.uses for plan in steps.plans.values()) >= len(calls)
+    for (image, stats), (wanted, outcome) in zip(got, expected, strict=True):
+        assert torch.equal(stats.outcome, outcome)
+        assert relative_error(image, wanted) < 1e-5
+        assert stats.target_calls + stats.draft_calls > 10
+
+
+def test_the_target_alone_by_graphs(monkeypatch):
+    target = model()
+    runner = cspd.SpecDecodeRunner(target, target, ratio=1.0)
+    expected = [runner.run(2, 12, cfg=2.0, seed=seed) for seed in (1, 2)]
+    fake_graphs.use(monkeypatch)
+    for seed in (1, 2, 1, 2):
+        assert relative_error(runner.run(2, 12, cfg=2.0, seed=seed), expected[seed - 1]) < 1e-5

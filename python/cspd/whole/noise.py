@@ -15,33 +15,33 @@ class PhiloxSource:
     """Addressed by (seed; image, position), whatever the batch and the step.
 
     Args:
-        seed: an int, or (1,) int64 on the device. rows: (B, L) int64 addresses of all tokens, in the order of drawing.
+        seed: an int. rows: (B, L) int64 addresses of all tokens, in the order of drawing.
     """
 
-    def __init__(self, seed: int | torch.Tensor, rows: torch.Tensor, channels: int):
-        self.seed = seed
+    def __init__(self, seed: int, rows: torch.Tensor, channels: int):
+        self.seed, self.on_device = seed, None
         # Of all tokens at once: it is some hundred launches, whatever their number.
         self.x_T = PhiloxNoise(seed, rows.flatten()).x_T(channels).view(*rows.shape, channels)
 
     @property
     def values(self) -> list[torch.Tensor]:
         """What of it differs between runs of one size."""
-        return [self.x_T, *([self.seed] if isinstance(self.seed, torch.Tensor) else [])]
+        return [self.x_T, *([] if self.on_device is None else [self.on_device])]
 
     @property
     def kind(self) -> tuple:
-        """What of it must not."""
-        return () if isinstance(self.seed, torch.Tensor) else (self.seed,)
+        """What of it must not, in a graph."""
+        return (self.on_device is None,)
 
     def seed_on_device(self) -> None:
-        """Keep the seed on the device, where a replayed graph finds another one; the host does not wait."""
-        if not isinstance(self.seed, torch.Tensor):
-            signed = self.seed - (1 << 64) if self.seed >> 63 else self.seed
-            self.seed = to_device(torch.tensor([signed], dtype=torch.int64, device="cpu"), self.x_T.device)
+        """Keep the seed on the device, too, where a replayed graph finds another one; the host does not wait."""
+        signed = self.seed - (1 << 64) if self.seed >> 63 else self.seed
+        self.on_device = to_device(torch.tensor([signed], dtype=torch.int64, device="cpu"), self.x_T.device)
 
     def of(self, plan: Pass, head: DiffusionHead) -> tuple[torch.Tensor, PhiloxNoise]:
         """x_T (B n, C), and the noise of the steps."""
-        return self.x_T.index_select(1, plan.columns).flatten(0, 1), PhiloxNoise(self.seed, plan.rows)
+        seed = self.seed if self.on_device is None else self.on_device
+        return self.x_T.index_select(1, plan.columns).flatten(0, 1), PhiloxNoise(seed, plan.rows)
 
 
 class TableSource:
@@ -55,6 +55,7 @@ class TableSource:
     """
 
     values = ()  # of :class:`PhiloxSource`; tables are filled where they are
+    seed = None
 
     def __init__(self, batch: int, span: int, head: DiffusionHead, guided: bool, first_on: str, backend: str | None):
         self.batch, self.span, self.guided, self.first_on, self.backend = batch, span, guided, first_on, backend

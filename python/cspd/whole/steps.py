@@ -53,10 +53,11 @@ class Steps:
     def load(self, state: RunState) -> None:
         """Take the values of another run."""
         self.drawn.zero_()
+        self.state.previous_target_z = None
         if state is not self.state:
             for mine, new in zip(tensors(self.state), tensors(state), strict=True):
                 mine.copy_(new)
-            self.state.plan.steps = state.plan.steps
+            self.state.plan.steps, self.state.noise.seed = state.plan.steps, state.noise.seed
 
     def target(self, i: int) -> None:
         """The i-th step, by the target alone."""
@@ -146,7 +147,7 @@ def tensors(state: RunState) -> list[torch.Tensor]:
     """What differs between runs of one size: buffers and tables, class embeddings, the seed, relaxations by position."""
     found = [state.tokens, *state.plan.buffers().values(), *state.noise.values]
     found += [model.embedding for model in (state.draft, state.target) if model is not None]
-    optional = (state.outcome, state.relaxation, state.previous_target_z)
+    optional = (state.outcome, state.relaxation)
     return found + [value for value in optional if isinstance(value, torch.Tensor)]
 
 
