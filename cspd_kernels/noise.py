@@ -34,8 +34,8 @@ def philox_4x32(key: tuple, counter: tuple[torch.Tensor, ...]) -> tuple[torch.Te
     """Philox 4x32-10 in int64 arithmetic: four counter words -> four random words, all in [0, 2^32).
 
     Args:
-        key: two 32-bit words, ints or int64 tensors. counter: four int64 tensors that broadcast together, or ints (at least
-            one tensor).
+        key: two 32-bit words, ints or int64 tensors.
+        counter: four int64 tensors that broadcast together, or ints (at least one tensor).
     """
     k0, k1 = key
     c0, c1, c2, c3 = counter

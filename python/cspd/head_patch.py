@@ -22,7 +22,7 @@ from .standins import StandIn, WatchedMoves, WatchedSample, WholeSampling
 from .twin import CannotRunError
 from .verify import DiffersError, check_loop, check_sample, plain_calls
 from .whole.chosen import training
-from .whole.sampler import Sampler, SampleOptions
+from .whole.sampler import SampleOptions, Sampler
 
 _logger = logging.getLogger("cspd")
 _NOISES, _WEIGHTS = ("upstream", "philox"), ("live", "frozen")

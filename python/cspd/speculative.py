@@ -288,7 +288,7 @@ class SpecDecodeRunner:
 
 
 def _windows(state: RunState, num_draft, judged: list[tuple[tuple[int, ...], Judged]]) -> Iterator[tuple[int, int]]:
-    """First and last step of every window. A policy is told of those in ``judged``, which waits for the last of them."""
+    """First step of every window and the one behind it. A policy is told of those in ``judged``: the host waits."""
     acceptance, first, stop = [], state.prefilled, len(state.plan.steps)
     while first < stop:
         length = num_draft

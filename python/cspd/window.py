@@ -187,7 +187,6 @@ def judge(state: RunState, plan: Pass, target: Drawn) -> Judged:
 Phase = Callable[[str], contextlib.AbstractContextManager]
 
 
-
 def untimed(_: str) -> contextlib.AbstractContextManager:
     return contextlib.nullcontext()
 

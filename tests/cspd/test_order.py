@@ -97,7 +97,9 @@ def test_a_window_is_its_steps_one_after_the_other(guided, schedule, first, stop
     assert isinstance(whole.cfg_scale, float) == (len(set(scales)) == 1)
     # The same where the number of known tokens is a value on the device, with room for more.
     moving = plan.moving(torch.tensor([known.shape[1]]), whole.counts, min(16, known.shape[1] + 5))
-    assert all(torch.equal(getattr(moving, name), getattr(whole, name)) for name in ("where", "rows", "columns", "steps"))
+    assert all(
+        torch.equal(getattr(moving, name), getattr(whole, name)) for name in ("where", "rows", "columns", "steps")
+    )
     assert torch.equal(moving.mask, whole.mask)
     assert torch.equal(moving.known[:, : known.shape[1]], whole.known)
     assert torch.allclose(torch.as_tensor(moving.cfg_scale).expand(2 * len(scales)), torch.tensor(scales * 2))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import logging
 import pickle
@@ -105,7 +106,9 @@ def test_conditions_are_the_models_own(count, bias):
     tokens, embedding = torch.randn(3, 16, 4), torch.randn(6, 32)
     mask = (rank >= count).float().repeat(2, 1)
     with torch.no_grad():
-        expected = conditions_by_masks(mar.double(), tokens.double().repeat(2, 1, 1), mask, embedding.double(), where.repeat(2, 1))
+        expected = conditions_by_masks(
+            mar.double(), tokens.double().repeat(2, 1, 1), mask, embedding.double(), where.repeat(2, 1)
+        )
     mar.float()
     for dtype, bound in ((torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 2e-2)):
         weights = Weights(mar, dtype)
@@ -171,7 +174,7 @@ def test_a_model_of_another_class_is_compared_and_served(monkeypatch):
 def test_another_loop_is_refused_and_nothing_drawn():
     for kind, match in ((Colder, "asks its head for something else"), (OtherOrder, "images differ by")):
         mar = model(kind)
-        mar.__class__ = type("Fork", (kind,), {"sample_tokens": lambda self, *a, **k: kind.sample_tokens(self, *a, **k)})
+        mar.__class__ = type("Fork", (kind,), {"sample_tokens": functools.partialmethod(kind.sample_tokens)})
         torch.manual_seed(0)
         before = torch.get_rng_state()
         with pytest.raises(NotServedError, match=match):
@@ -179,14 +182,18 @@ def test_another_loop_is_refused_and_nothing_drawn():
         assert torch.equal(before, torch.get_rng_state())
 
 
+def around(*layers):
+    return torch.nn.Sequential(*layers).eval()
+
+
 REFUSALS = {
     "training mode": (lambda m: m.decoder_blocks.train(), "training mode"),
     "a hook": (lambda m: m.encoder_blocks[0].mlp.register_forward_hook(lambda *_: None), "hooks"),
     "more in a block": (lambda m: m.encoder_blocks[0].register_parameter("gamma", torch.nn.Parameter(torch.ones(32))),
                         "has more than an attention and an MLP: gamma"),
-    "another layer": (lambda m: setattr(m.decoder_blocks[0].mlp, "fc1", torch.nn.Sequential(m.decoder_blocks[0].mlp.fc1).eval()),
+    "another layer": (lambda m: setattr(m.decoder_blocks[0].mlp, "fc1", around(m.decoder_blocks[0].mlp.fc1)),
                       "is a Sequential, not a Linear"),
-    "another norm": (lambda m: setattr(m.encoder_blocks[0], "norm1", torch.nn.Identity().eval()), "is a Identity, not a LayerNorm"),
+    "another norm": (lambda m: setattr(m.encoder_blocks[0], "norm1", around()), "is a Sequential, not a LayerNorm"),
 }  # fmt: skip
 
 

@@ -25,7 +25,9 @@ def inputs(rows, width, seed=0, delta=torch.float32):
 def test_a_branch_is_added_and_the_stream_normalised(backend, delta, rows, width):
     stream, branch, weight, bias = inputs(rows, width, delta=delta)
     wide = stream.double()
-    expected = reference(wide, None if branch is None else branch.double(), weight.double(), bias.double(), 1e-6, wide.dtype)
+    expected = reference(
+        wide, None if branch is None else branch.double(), weight.double(), bias.double(), 1e-6, wide.dtype
+    )
     for dtype, bound in ((torch.float32, 1e-5), (torch.bfloat16, 1e-2), (torch.float16, 2e-3)):
         mine = stream.clone()
         out = add_norm(mine, branch, weight, bias, 1e-6, dtype, backend=backend)
@@ -61,8 +63,12 @@ def test_which_backend_goes_with_the_others(monkeypatch):
 def test_on_a_gpu(delta, rows, width):
     stream, branch, weight, bias = (None if v is None else v.cuda() for v in inputs(rows, width, delta=delta))
     wide = stream.double()
-    expected = reference(wide, None if branch is None else branch.double(), weight.double(), bias.double(), 1e-6, wide.dtype)
+    expected = reference(
+        wide, None if branch is None else branch.double(), weight.double(), bias.double(), 1e-6, wide.dtype
+    )
     for backend in BACKENDS:
         mine = stream.clone()
-        assert relative_error(add_norm(mine, branch, weight, bias, 1e-6, torch.float32, backend=backend), expected) < 1e-5
+        assert (
+            relative_error(add_norm(mine, branch, weight, bias, 1e-6, torch.float32, backend=backend), expected) < 1e-5
+        )
         assert relative_error(mine, wide) < 1e-6

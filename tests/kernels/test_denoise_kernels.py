@@ -13,7 +13,7 @@ from chains import (
     workspace_of,
 )  # fmt: skip
 
-from cspd_kernels import DiffusionHead, denoise
+from cspd_kernels import DiffusionHead, PhiloxNoise, denoise
 from cspd_kernels.ops.denoise.chain import Tables
 from cspd_kernels.testing import random_inputs
 
@@ -86,7 +86,14 @@ def test_fixed_variance(backend, make_head, shape, guided):
 def test_addressed_noise(backend, make_head, shape, guided):
     head = make_head(steps=3)
     cond, x, _ = random_inputs(head, 5, 2, guided)
-    assert_agrees(head, cond, x, addressed(head, 5, 2**63 - guided), cfg_scale=3.0 if guided else 1.0, backend=backend)
+    options = {"cfg_scale": 3.0 if guided else 1.0, "backend": backend}
+    noise = addressed(head, 5, 2**63 - guided)
+    assert_agrees(head, cond, x, noise, **options)
+    held = torch.tensor([noise.seed - 2**64 * (noise.seed >= 2**63)], device=head.device)
+    for got, expected in zip(
+        denoise(head, cond, x, PhiloxNoise(held, noise.rows), **options), denoise(head, cond, x, noise, **options)
+    ):
+        assert torch.equal(got, expected)
 
 
 @pytest.mark.parametrize(

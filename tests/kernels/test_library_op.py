@@ -283,7 +283,15 @@ def test_seeds_arrive_as_they_are(head, seed):
     cond, x, _ = random_inputs(head, 3, 0)
     noise = PhiloxNoise(seed, torch.arange(3))
     stored = torch.stack([noise.step(i, head.channels) for i in range(head.num_steps)])
-    assert_close(denoise(head, cond, x, noise), denoise(head, cond, x, stored))
+    expected = denoise(head, cond, x, noise)
+    assert_close(expected, denoise(head, cond, x, stored))
+    held = torch.tensor([seed - 2**64 if seed >= 2**63 else seed])
+    on_device = PhiloxNoise(held, noise.rows)
+    assert all(map(torch.equal, denoise(head, cond, x, on_device), expected))
+    compiled = torch.compile(lambda x: denoise(head, cond, x, on_device).sample, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(x), expected.sample)
+    held.fill_(7)  # a value, and no constant of what was compiled
+    assert torch.equal(compiled(x), denoise(head, cond, x, PhiloxNoise(7, noise.rows)).sample)
 
 
 def test_workspaces_beyond_64_bits(head):

@@ -117,7 +117,9 @@ def watched(model: nn.Module) -> bool:
 
 def _transformer(model: nn.Module) -> Iterator[nn.Module]:
     """The modules of a model, but for itself and its head."""
-    return (m for name, part in model._modules.items() if part is not None and name != "diffloss" for m in part.modules())
+    return (
+        m for name, part in model._modules.items() if part is not None and name != "diffloss" for m in part.modules()
+    )
 
 
 def why_not_by_weights(model: nn.Module, backend: str | None = None) -> str | None:

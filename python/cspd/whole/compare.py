@@ -104,7 +104,9 @@ def why_not_its_loop(model: nn.Module, transformer: ByWeights) -> str | None:
     return None
 
 
-def _difference(model, transformer, images: int, num_iter: int, cfg: float, schedule: str, labelled: bool) -> str | None:
+def _difference(
+    model, transformer, images: int, num_iter: int, cfg: float, schedule: str, labelled: bool
+) -> str | None:
     device = model.fake_latent.device
     labels = torch.arange(images, device=device) if labelled else None
     twin, head = copy.copy(model), _Head(model.token_embed_dim)

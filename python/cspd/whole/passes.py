@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from cspd_kernels.head import without_autocast
 from cspd_kernels.ops.add_norm import add_norm
 
-from .weights import Block, Linear, Norm, Weights
+from .weights import Block, Linear, Weights
 
 
 @torch.no_grad()

@@ -117,9 +117,8 @@ class Sampler:
         needed = ("seq_len", "token_embed_dim", "diffloss", "fake_latent", "class_emb", "unpatchify", "sample_tokens")
         missing = [name for name in needed if not hasattr(model, name)]
         if not isinstance(model, nn.Module) or missing:
-            raise TypeError(
-                f"sample_tokens expected a MAR model, got {type(model).__name__} without {', '.join(missing) or 'modules'}"
-            )
+            lacks = ", ".join(missing) or "modules"
+            raise TypeError(f"sample_tokens expected a MAR model, got {type(model).__name__} without {lacks}")
         self._model, self.options = weakref.ref(model), options
         self._transformer = ChosenTransformer(model, type(model).__name__, options.backend)
         self._loop: tuple[object, str | None] = (None, None)  # what was compared, and why it differs

@@ -144,7 +144,7 @@ def warm_up(state: RunState) -> None:
 
 
 def tensors(state: RunState) -> list[torch.Tensor]:
-    """What differs between runs of one size: buffers and tables, class embeddings, the seed, relaxations by position."""
+    """What differs between runs of one size: buffers, tables, class embeddings, the seed, relaxations by position."""
     found = [state.tokens, *state.plan.buffers().values(), *state.noise.values]
     found += [model.embedding for model in (state.draft, state.target) if model is not None]
     optional = (state.outcome, state.relaxation)
