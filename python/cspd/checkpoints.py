@@ -1,15 +1,24 @@
-"""MAR checkpoints: loaded safely, and without being told the model's size."""
+"""MAR checkpoints: loaded and converted safely, and without being told the model's size."""
 
 from __future__ import annotations
 
 import logging
 import math
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from .models import MAR
-from .weight_files import FACTS, UNFLATTEN, Weights, find_file, read_weights, why_not_its_weights
+from .weight_files import (
+    UNFLATTEN,
+    Weights,
+    check_safetensors,
+    find_file,
+    read_weights,
+    why_not_its_weights,
+    write_safetensors,
+)
 
 # Attention heads are the one number of a MAR that its weights do not show, beside the patch size.
 _HEADS = {768: 12, 1024: 16, 1280: 16}
@@ -136,7 +145,7 @@ def load_mar(
     patch_size: int | None = None,
     vae_stride: int | None = None,
     device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
     **options,
 ) -> MAR:
     """A MAR in eval mode from a checkpoint of LTH14/mar; its size is read from the weights.
@@ -148,80 +157,138 @@ def load_mar(
         path: a file of ``torch.save`` or safetensors, or a folder that holds one of a MAR, as downloads from a hub do.
         num_heads, patch_size, vae_stride: what the weights do not show, see :func:`mar_config`. The patch size and the
             stride that a file tells itself need not be given: training checkpoints do in their ``args``, files of
-            ``cspd convert`` in their header, hub snapshots in the config.json of ``model.safetensors``.
+            ``cspd convert`` in their header, hub snapshots in the config.json of ``model.safetensors``. What is given
+            here comes first. An assumed patch size, that of the released models, is a warning of the logger "cspd".
+        dtype: of the weights (float32).
         options: further arguments of :class:`cspd.models.MAR`, such as ``num_sampling_steps`` (100)
-            and ``schedule`` ("cosine").
+            and ``schedule`` ("cosine"). They are not taken from the file.
 
     Raises:
-        FileNotFoundError, ValueError: see :func:`load_state_dict` and :func:`mar_config`; a folder holds several; the
-            file contradicts its weights.
+        FileNotFoundError, ValueError: see :func:`load_state_dict` and :func:`mar_config`; a folder holds several; what
+            the file tells contradicts its weights.
     """
-    weights = read_weights(find_file(Path(path), "class_emb.weight", "a MAR"))
-    state = weights.tensors
+    found = _find(path, None, num_heads, patch_size, vae_stride, options)
+    # Copied: a file that is mapped into the model's memory could be changed, or cut short, under its feet.
+    form = dict(device=device, dtype=dtype or torch.float32, copy=True, memory_format=torch.contiguous_format)
+    found.model.load_state_dict({n: value.to(**form) for n, value in found.weights.tensors.items()}, assign=True)
+    found.model.loaded = found.description()
+    _logger.info("loaded %s: %s", found.weights.path, found.model.loaded)
+    return found.model.eval()
+
+
+def convert(
+    path: str | Path,
+    output: str | Path,
+    *,
+    weights: str | None = None,
+    patch_size: int | None = None,
+    vae_stride: int | None = None,
+) -> str:
+    """Write the weights of a MAR checkpoint as safetensors; what they do not show goes into the header.
+
+    Args:
+        path: as for :func:`load_mar`, which reads ``output`` too.
+        weights: the entry to take, such as "model"; left out, the averaged ones (model_ema) where there are any.
+        patch_size, vae_stride: as for :func:`load_mar`. What nobody tells is not written.
+
+    Returns:
+        What was written, for people, as ``model.loaded``.
+
+    Raises:
+        OSError: ``output`` cannot be written; what was there stays.
+        FileNotFoundError, ValueError: see :func:`load_mar`.
+    """
+    check_safetensors(Path(output))
+    found = _find(path, weights, 1, patch_size, vae_stride, {})
+    write_safetensors(Path(output), found.weights, found.facts())
+    return found.description()
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A checkpoint that fits a MAR.
+
+    Attributes:
+        config: the model's arguments. model: without memory yet.
+        assumed: nobody tells the patch size. strided: somebody tells the stride of the VAE.
+    """
+
+    weights: Weights
+    config: dict[str, int | float]
+    model: MAR
+    assumed: bool
+    strided: bool
+
+    def facts(self) -> dict[str, int]:
+        """What is known beside the weights."""
+        known = () if self.assumed else ("patch_size", "vae_embed_dim")
+        return {name: self.config[name] for name in (*known, *(("vae_stride", "img_size") if self.strided else ()))}
+
+    def description(self) -> str:
+        """Such as "MAR-B, 208 M parameters, model_ema, 256 tokens"."""
+        count = f"{sum(value.numel() for value in self.weights.tensors.values()) / 1e6:.3g} M parameters"
+        what, size, head = f"a MAR of {count}", _size(self.config), _head(self.config)
+        if size:
+            what = f"{size[0]}{'' if head == size[1] else f' with a head of {head[0]} x {head[1]}'}, {count}"
+        patch = self.config["patch_size"]
+        grouped = f", patch size {patch}{' assumed' if self.assumed else ''}" if self.assumed or patch > 1 else ""
+        return f"{what}, {self.weights.source}, {self.model.seq_len} tokens{grouped}"
+
+
+def _find(
+    path: str | Path,
+    entry: str | None,
+    num_heads: int | None,
+    patch_size: int | None,
+    vae_stride: int | None,
+    options: dict,
+) -> _Found:
+    """Read a checkpoint and see that it fits; see :func:`load_mar`."""
+    weights = read_weights(find_file(Path(path), "class_emb.weight", "a MAR"), entry)
     try:
-        config, assumed = _config(weights, num_heads, patch_size, vae_stride)
+        patch, stride = _told(weights, patch_size, vae_stride)
+        config = mar_config(weights.tensors, num_heads, patch, stride)
+        size = weights.facts.get("img_size", config["img_size"])
+        if None is patch_size is vae_stride and None not in (patch, stride) and size != config["img_size"]:
+            raise ValueError(
+                f"its tokens are those of img_size={config['img_size']} with patch_size={patch} and "
+                f"vae_stride={stride}, but {weights.told_by} says {size}: give patch_size and vae_stride"
+            )
         with torch.device("meta"):
             model = MAR(**{**config, **options})
-        if reason := why_not_its_weights(model.state_dict(), state, "a MAR model"):
+        if reason := why_not_its_weights(model.state_dict(), weights.tensors, "a MAR model"):
             raise ValueError(reason)
     except ValueError as error:
         dropped = f" (its names had the prefix {weights.prefix!r}, which was dropped)" if weights.prefix else ""
         raise ValueError(f"cannot load {weights.path} as a MAR{dropped}: {error}") from None
-    form = dict(device=device, dtype=dtype, copy=True, memory_format=torch.contiguous_format)
-    model.load_state_dict({name: value.to(**form) for name, value in state.items()}, assign=True)
-    model.loaded = _description(config, sum(value.numel() for value in state.values()), weights.source)
+    assumed = patch is None and _patch_sizes(config["vae_embed_dim"]) != [1]
     if assumed:
-        model.loaded += ", patch size 1 assumed"
         _logger.warning(
             "%s does not tell its patch size: read with 1, as the released %s has. Give patch_size=1 if that is right, "
             "else the one it was trained with",
             weights.path,
             _size(config)[0],
         )
-    _logger.info("loaded %s: %s", weights.path, model.loaded)
-    return model.eval()
+    return _Found(weights, config, model, assumed, stride is not None)
 
 
-def _config(
-    weights: Weights, num_heads: int | None, patch_size: int | None, vae_stride: int | None
-) -> tuple[dict[str, int | float], bool]:
-    """:func:`mar_config` with what the file tells; and whether nobody tells the patch size.
+def _told(weights: Weights, patch_size: int | None, vae_stride: int | None) -> tuple[int | None, int | None]:
+    """Patch size and stride by the caller, else by the file, else None.
 
     Raises:
         ValueError: the file tells what its weights contradict, and the caller does not say better.
     """
-    state, told = weights.tensors, dict(weights.facts)
+    told = dict(weights.facts)
     for name, asked in (("patch_size", patch_size), ("vae_stride", vae_stride)):
         if asked is not None and told.get(name, asked) != asked:
             _logger.warning(
                 "%s=%d as asked for, though %s says %d in %s", name, asked, weights.path, told[name], weights.told_by
             )
-    if patch_size is None and "vae_embed_dim" in told and "z_proj.weight" in state:
-        channels = _shape(state, "z_proj.weight")[1]
+    if patch_size is None and "vae_embed_dim" in told:
+        channels = _shape(weights.tensors, "z_proj.weight")[1]
         fitting = [p for p in _patch_sizes(channels) if channels == told["vae_embed_dim"] * p**2]
         if not fitting or told.setdefault("patch_size", fitting[0]) != fitting[0]:
             says = ", ".join(f"{name}={told[name]}" for name in ("vae_embed_dim", "patch_size") if name in told)
             raise ValueError(f"its tokens have {channels} channels, but {weights.told_by} says {says}: give patch_size")
-    patch = told.get("patch_size") if patch_size is None else patch_size
     stride = told.get("vae_stride") if vae_stride is None else vae_stride
-    config = mar_config(state, num_heads, patch, stride)
-    if None is patch_size is vae_stride and set(FACTS) <= told.keys() and told["img_size"] != config["img_size"]:
-        raise ValueError(
-            f"it has tokens for img_size={config['img_size']} with patch_size={patch} and vae_stride={stride}, but "
-            f"{weights.told_by} says {told['img_size']}: give patch_size and vae_stride"
-        )
-    return config, patch is None and _patch_sizes(config["vae_embed_dim"]) != [1]
-
-
-def _description(config: dict[str, int | float], parameters: int, source: str) -> str:
-    """Such as "MAR-B, 208 M parameters, model_ema, 256 tokens"."""
-    count, size = f"{parameters / 1e6:.3g} M parameters", _size(config)
-    if size is None:
-        what = f"a MAR of {count}"
-    else:
-        other = "" if _head(config) == size[1] else " with a head of {} x {}".format(*_head(config))
-        what = f"{size[0]}{other}, {count}"
-    patch, stride = config["patch_size"], config["vae_stride"]
-    tokens = (config["img_size"] // stride // patch) ** 2
-    grouped = f", patch size {patch}" if patch != 1 else ""
-    return f"{what}, {source}, {tokens} tokens{grouped}"
+    return (told.get("patch_size") if patch_size is None else patch_size), stride

@@ -7,12 +7,21 @@ from __future__ import annotations
 
 import logging
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from .weight_files import check_weights, find_file, read_unchecked, why_not_its_weights
+from .weight_files import (
+    Weights,
+    check_safetensors,
+    check_weights,
+    find_file,
+    read_unchecked,
+    why_not_its_weights,
+    write_safetensors,
+)
 
 # By what MAR multiplies the latents of its VAE before it learns to draw them (LTH14/mar, engine_mar.py).
 SCALE = 0.2325
@@ -84,8 +93,8 @@ def load_vae(path: str | Path, *, device: torch.device | str = "cpu", dtype: tor
     if dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"expected dtype torch.float32 or torch.bfloat16 for the VAE, got {dtype}")
     autoencoder_class = _autoencoder_class()
-    path = find_file(Path(path), _MARKER, "a VAE")
-    state = decoder_weights(path)
+    path = _file(path)
+    state = vae_weights(path).tensors
     try:
         config = decoder_config(state)
         with torch.device("meta"):
@@ -99,9 +108,7 @@ def load_vae(path: str | Path, *, device: torch.device | str = "cpu", dtype: tor
         raise ValueError(f"cannot load {path} as a VAE: {error}") from None
     autoencoder.load_state_dict(renamed, assign=True)
     channels, stride = config["latent_channels"], 2 ** (len(config["block_out_channels"]) - 1)
-    count = sum(value.numel() for value in renamed.values())
-    name = "KL-16" if (channels, stride) == (16, 16) else "a VAE"
-    loaded = f"{name}, decoder of {count / 1e6:.3g} M parameters, {channels} channels, stride {stride}"
+    loaded = _description(config, state)
     _logger.info("loaded %s: %s", path, loaded)
     return Vae(autoencoder.eval().requires_grad_(False), channels, stride, loaded)
 
@@ -116,25 +123,54 @@ def _autoencoder_class() -> type[nn.Module]:
     return AutoencoderKL
 
 
-def decoder_weights(path: Path) -> dict[str, torch.Tensor]:
-    """The weights of the decoder in a file, under the released names. A prefix of all of them is dropped.
+def vae_weights(path: Path, parts: tuple[str, ...] = ("decoder", "post_quant_conv")) -> Weights:
+    """The weights of these parts of a VAE in a file, under the released names. A prefix of all of them is dropped.
 
-    What else is in the file, such as an encoder or a discriminator, is not looked at.
+    What else is in the file, such as a discriminator, is not looked at.
 
     Raises:
         FileNotFoundError: no such file. ValueError: there are none.
     """
-    state = read_unchecked(path).tensors
-    found = [str(name) for name in state if str(name).endswith(_MARKER)] if isinstance(state, dict) else []
-    if len(found) != 1:
-        raise ValueError(f"expected one VAE in {path}, with a weight {_MARKER}, found {len(found)}")
-    prefix = found[0].removesuffix(_MARKER)
-    own = re.compile(re.escape(prefix) + r"(?=(?:decoder|post_quant_conv)\.)")
+    found = read_unchecked(path)
+    state = found.tensors if isinstance(found.tensors, dict) else {}
+    marked = [str(name) for name in state if str(name).endswith(_MARKER)]
+    if len(marked) != 1:
+        raise ValueError(f"expected one VAE in {path}, with a weight {_MARKER}, found {len(marked)}")
+    prefix = marked[0].removesuffix(_MARKER)
+    own = re.compile(re.escape(prefix) + rf"(?=(?:{'|'.join(parts)})\.)")
     state = {own.sub("", name, count=1): value for name, value in state.items() if own.match(str(name))}
     if any(name.startswith("decoder.up_blocks.") for name in state):
         raise ValueError(f"expected a VAE with the names of LTH14/mar's kl16.ckpt in {path}, got those of diffusers")
     check_weights(state, path)
-    return state
+    return replace(found, tensors=state, prefix=prefix)
+
+
+def convert(path: str | Path, output: str | Path) -> str:
+    """Write the encoder and decoder in a checkpoint of MAR's VAE as safetensors, under the same names.
+
+    Returns:
+        What was written, for people.
+
+    Raises:
+        OSError: ``output`` cannot be written; what was there stays. FileNotFoundError, ValueError: no such file, or no
+            such VAE in it.
+    """
+    check_safetensors(Path(output))
+    found = vae_weights(_file(path), ("encoder", "decoder", "quant_conv", "post_quant_conv"))
+    text = _description(decoder_config(found.tensors), found.tensors)
+    write_safetensors(Path(output), found, {})
+    return text
+
+
+def _file(path: str | Path) -> Path:
+    return find_file(Path(path), _MARKER, "a VAE")
+
+
+def _description(config: dict, state: dict[str, torch.Tensor]) -> str:
+    channels, stride = config["latent_channels"], 2 ** (len(config["block_out_channels"]) - 1)
+    name = "KL-16" if (channels, stride) == (16, 16) else "a VAE"
+    count = sum(value.numel() for name, value in state.items() if name.startswith("decoder.")) / 1e6
+    return f"{name}, decoder of {count:.3g} M parameters, {channels} channels, stride {stride}"
 
 
 def decoder_config(state: dict[str, torch.Tensor]) -> dict:

@@ -1,10 +1,11 @@
-"""Reading the files that weights come in: safely, without a second copy of them, and with what stands beside them."""
+"""The files that weights come in: read safely, with what stands beside the weights, without a second copy of them."""
 
 from __future__ import annotations
 
 import json
 import logging
 import re
+import struct
 import zipfile
 from argparse import Namespace
 from dataclasses import dataclass
@@ -13,12 +14,16 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
+from .files import check_output, writing
 from .unpickling import plain_values_allowed, why_unreadable
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt", ".bin")
 # What a file may say of a MAR that its weights do not show.
 FACTS = ("patch_size", "vae_stride", "vae_embed_dim", "img_size")
-_WEIGHTS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+# Where training checkpoints keep weights: the averaged ones first.
+ENTRIES = ("model_ema", "model", "state_dict")
+# The types of weights that are read, under their names in safetensors.
+_TYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
 # What DataParallel, torch.compile, FSDP and a model that is an attribute of another one put in front of all names.
 _PREFIX = re.compile(r"(?:(?:module|_orig_mod|_fsdp_wrapped_module|model)\.)+")
 # The names under which hub libraries write weights beside the config.json that is theirs.
@@ -72,24 +77,21 @@ def read_unchecked(path: Path, entry: str | None = None) -> Weights:
         raise ValueError(f"expected all weights in one file, got a part of them, {path}: save them in one")
     if path.suffix == ".safetensors":
         tensors, header = _read_safetensors(path)
-        source = header.get("weights", _PLAIN)
+        source = header["weights"] if header.get("weights") in ENTRIES else _PLAIN
         if entry not in (None, source):
             raise ValueError(f"expected {entry} in {path}, which does not say that it holds it")
-        told = _facts(header)
-        return Weights(path, tensors, source, told, "its header") if told else _with_config(path, tensors, source)
+        return _told(path, tensors, source, _facts(header), "its header")
     loaded = _read_pickled(path)
-    entries = ("model_ema", "model", "state_dict") if entry is None else (entry,)
+    entries = ENTRIES if entry is None else (entry,)
     if isinstance(loaded, dict):
         arguments = loaded.get("args")
         told = _facts(vars(arguments) if isinstance(arguments, Namespace) else arguments)
         for name in entries:
             if isinstance(loaded.get(name), (dict, torch.Tensor)):
-                return Weights(path, loaded[name], name, told, "its args") if told else _with_config(
-                    path, loaded[name], name
-                )  # fmt: skip
+                return _told(path, loaded[name], name, told, "its args")
     if entry is not None:
         raise ValueError(f"expected the entry {entry} in {path}, found none")
-    return _with_config(path, loaded, _PLAIN)
+    return _told(path, loaded, _PLAIN, {}, "")
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -111,11 +113,11 @@ def _read_pickled(path: Path) -> object:
         ) from error
 
 
-def _with_config(path: Path, tensors: object, source: str) -> Weights:
-    """With what a config.json beside the file says, where hub libraries would have written both."""
+def _told(path: Path, tensors: object, source: str, facts: dict[str, int], told_by: str) -> Weights:
+    """With these facts, else with those of a config.json beside the file, where hub libraries would write both."""
     config = path.parent / "config.json"
-    if path.name not in _WITH_CONFIG or not config.is_file():
-        return Weights(path, tensors, source, {})
+    if facts or path.name not in _WITH_CONFIG or not config.is_file():
+        return Weights(path, tensors, source, facts, told_by)
     try:
         content = json.loads(config.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -147,7 +149,7 @@ def check_weights(state: object, path: Path) -> None:
             )
         if re.search(r"(^|[._])flat_param", name):
             raise ValueError(f"expected weights in shapes of their own in {path}, got {name}: {UNFLATTEN}")
-        if value.dtype not in _WEIGHTS or value.layout is not torch.strided:
+        if value.dtype not in _TYPES or value.layout is not torch.strided:
             kind = value.dtype if value.layout is torch.strided else value.layout
             raise ValueError(
                 f"expected floating weights in {path}, got {name} of {kind}: quantised, complex and sparse checkpoints "
@@ -224,3 +226,35 @@ def why_not_its_weights(expected: dict[str, torch.Tensor], got: dict[str, torch.
         if value.shape != got[name].shape:
             return f"expected {name} of shape {tuple(value.shape)}, got {tuple(got[name].shape)}"
     return None
+
+
+def check_safetensors(path: Path) -> None:
+    """Raise where :func:`write_safetensors` could not write ``path``, as far as can be known."""
+    if path.suffix != ".safetensors":
+        raise ValueError(f"expected an output with the ending .safetensors, got {path.name}")
+    check_output(path, "the output")
+
+
+def write_safetensors(path: Path, weights: Weights, facts: dict[str, int]) -> None:
+    """Write weights, whole or not at all. Tensor by tensor: a mapped file is never in memory as a whole.
+
+    The header says where they are from (``converted_from``, ``weights``), and the facts.
+
+    Raises:
+        OSError: it could not be written; nothing has changed.
+    """
+    known = {"format": "pt", "converted_from": weights.path.name, **{name: str(facts[name]) for name in facts}}
+    if weights.source in ENTRIES:
+        known["weights"] = weights.source
+    header, end = {"__metadata__": known}, 0
+    # The largest numbers first, as the format's own library does: then all are aligned.
+    tensors = dict(sorted(weights.tensors.items(), key=lambda item: (-item[1].element_size(), item[0])))
+    for name, value in tensors.items():
+        start, end = end, end + value.numel() * value.element_size()
+        header[name] = {"dtype": _TYPES[value.dtype], "shape": list(value.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with writing(path) as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for value in tensors.values():
+            file.write(value.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
