@@ -49,7 +49,7 @@ class Vae:
 
         Args:
             latents: what ``sample_tokens`` returns: the VAE's own times 0.2325.
-            chunk: pictures at a time, which bounds the memory.
+            chunk: pictures of 256 x 256 at a time, larger ones fewer, at least one: it bounds the memory.
 
         Raises:
             ValueError: another number of channels.
@@ -59,11 +59,12 @@ class Vae:
         if chunk < 1:
             raise ValueError(f"expected chunk >= 1, got {chunk}")
         height, width = (side * self.stride for side in latents.shape[2:])
+        count = max(1, min(chunk, chunk * 256**2 // max(1, height * width)))
         images = torch.empty(len(latents), 3, height, width, device=self.device)
         with torch.autocast(self.device.type, enabled=False):  # the decoder's type is this object's, not the caller's
-            for part, into in zip(latents.split(chunk), images.split(chunk)):
-                own = (part.to(self.device, torch.float32) / SCALE).to(self.dtype)
-                into.copy_(self.autoencoder.decode(own, return_dict=False)[0])
+            for start in range(0, len(latents), count):
+                part = latents[start : start + count].to(self.device, torch.float32) / SCALE
+                images[start : start + count] = self.autoencoder.decode(part.to(self.dtype), return_dict=False)[0]
         return images
 
     def check(self, model: nn.Module) -> None:

@@ -279,6 +279,20 @@ def test_chunks_types_and_surroundings(checkpoint, diffusers, caplog):
         cspd.load_vae(checkpoint, dtype=torch.float16)
 
 
+def test_larger_pictures_come_in_smaller_chunks(checkpoint, diffusers, monkeypatch):
+    loaded, sizes = cspd.load_vae(checkpoint), []
+
+    def decode(latents, return_dict):
+        sizes.append(len(latents))
+        return (latents.new_zeros(len(latents), 3, *(4 * side for side in latents.shape[2:])),)
+
+    monkeypatch.setattr(loaded.autoencoder, "decode", decode)
+    for side, chunk, expected in [(64, 2, [2, 2, 1]), (128, 8, [2, 2, 1]), (128, 2, [1] * 5), (32, 2, [2, 2, 1])]:
+        assert loaded.decode(torch.zeros(5, CHANNELS, side, side), chunk).shape == (5, 3, 4 * side, 4 * side)
+        assert sizes == expected
+        sizes.clear()
+
+
 def test_the_vae_does_not_live_in_its_file(checkpoint, diffusers):
     loaded = cspd.load_vae(checkpoint)
     images = loaded.decode(LATENTS)
