@@ -14,10 +14,12 @@ from .origin import warn_of_a_mixture
 
 if TYPE_CHECKING:
     from . import models
+    from .checkpoints import load_mar
     from .description import describe
     from .patching import is_patched, patch, patched, unpatch
     from .policies import AdaptiveDraft, SimilarityRelaxation, Window
     from .speculative import SpecDecodeRunner
+    from .vae import load_vae
     from .whole.sampler import sample_tokens
 
 __all__ = [
@@ -27,6 +29,8 @@ __all__ = [
     "Window",
     "describe",
     "is_patched",
+    "load_mar",
+    "load_vae",
     "models",
     "patch",
     "patched",
@@ -42,6 +46,8 @@ _HOMES = {
     "Window": "policies",
     "describe": "description",
     "is_patched": "patching",
+    "load_mar": "checkpoints",
+    "load_vae": "vae",
     "patch": "patching",
     "patched": "patching",
     "sample_tokens": "whole.sampler",

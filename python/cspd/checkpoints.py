@@ -1,26 +1,29 @@
-"""Loading MAR checkpoints: safely, and without being told the model's size."""
+"""MAR checkpoints: loaded and converted safely, and without being told the model's size."""
 
 from __future__ import annotations
 
 import logging
 import math
-import re
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from .models import MAR
-from .unpickling import plain_values_allowed, why_unreadable
+from .weight_files import (
+    UNFLATTEN,
+    Weights,
+    check_safetensors,
+    find_file,
+    read_weights,
+    why_not_its_weights,
+    write_safetensors,
+)
 
-# Attention heads are the one number of a MAR that its weights do not show.
+# Attention heads are the one number of a MAR that its weights do not show, beside the patch size.
 _HEADS = {768: 12, 1024: 16, 1280: 16}
-# Channels of the latents that the released checkpoints draw, those of their VAE (KL-16); their patch size is 1.
-_RELEASED_CHANNELS = 16
-_WEIGHTS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-# What DataParallel, torch.compile, FSDP and a model that is an attribute of another one put in front of all names.
-_PREFIX = re.compile(r"(?:(?:module|_orig_mod|_fsdp_wrapped_module|model)\.)+")
+# Of the released models, by width and depth of both halves: the name, depth and width of the head.
+_RELEASED = {(768, 12): ("MAR-B", (6, 1024)), (1024, 16): ("MAR-L", (8, 1280)), (1280, 20): ("MAR-H", (12, 1536))}
 _logger = logging.getLogger("cspd")
 
 
@@ -34,93 +37,22 @@ def load_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
     Raises:
         FileNotFoundError: no such file. ValueError: it holds no state dict of floating weights in their own shapes.
     """
-    return _load(Path(path))[0]
-
-
-def _load(path: Path) -> tuple[dict[str, torch.Tensor], str]:
-    """The weights, and the prefix that their names had."""
-    state = _read(path)
-    _check(state, path)
-    prefix = _common_prefix(state, path)
-    if prefix:
-        _logger.info("dropped the prefix %s of all names in %s", prefix, path)
-    return {name[len(prefix) :]: value for name, value in state.items()}, prefix
-
-
-def _read(path: Path) -> object:
-    """The state dict in the file, or whatever is in its place."""
-    if not path.is_file():
-        raise FileNotFoundError(f"expected a checkpoint file, found none at {path}")
-    if path.suffix == ".safetensors":
-        try:
-            return load_file(path)
-        except SafetensorError as error:
-            raise ValueError(f"expected a safetensors file, could not read {path}: {error}") from error
-    try:
-        with plain_values_allowed():
-            loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise ValueError(
-            f"expected a checkpoint of plain tensors, could not read {path}: {why_unreadable(error)}"
-        ) from error
-    if isinstance(loaded, dict):
-        for key in ("model_ema", "model", "state_dict"):
-            if isinstance(loaded.get(key), (dict, torch.Tensor)):
-                return loaded[key]
-    return loaded
-
-
-def _check(state: object, path: Path) -> None:
-    """Raise where the state is none, or holds weights in a form that is not theirs."""
-    if isinstance(state, torch.Tensor):
-        raise ValueError(f"expected a state dict in {path}, got one tensor of shape {tuple(state.shape)}: {_UNFLATTEN}")
-    if not isinstance(state, dict) or not state:
-        got = "an empty one" if isinstance(state, dict) else f"a {type(state).__name__}"
-        raise ValueError(f"expected a state dict, or a checkpoint with model_ema or model, in {path}, got {got}")
-    for name, value in state.items():
-        if not isinstance(name, str) or not isinstance(value, torch.Tensor):
-            raise ValueError(
-                f"expected a state dict, or a checkpoint with model_ema or model, in {path}, got {name!r} with a value "
-                f"of type {type(value).__name__}"
-            )
-        if re.search(r"(^|[._])flat_param", name):
-            raise ValueError(f"expected weights in shapes of their own in {path}, got {name}: {_UNFLATTEN}")
-        if value.dtype not in _WEIGHTS or value.layout is not torch.strided:
-            kind = value.dtype if value.layout is torch.strided else value.layout
-            raise ValueError(
-                f"expected floating weights in {path}, got {name} of {kind}: quantised, complex and sparse checkpoints "
-                "are not read; save the weights in float32, bfloat16 or float16"
-            )
-
-
-_UNFLATTEN = "save a full state dict, as FSDP's StateDictType.FULL_STATE_DICT gives it"
-
-
-def _common_prefix(state: dict[str, torch.Tensor], path: Path) -> str:
-    """What all names begin with, of the prefixes that are known.
-
-    Raises:
-        ValueError: some names have such a prefix, and others do not.
-    """
-    prefixes = {match[0] if (match := _PREFIX.match(name)) else "" for name in state}
-    if len(prefixes) > 1:
-        some = max(prefixes, key=len)
-        other = next(name for name in state if not name.startswith(some))
-        raise ValueError(
-            f"expected all names in {path} with the prefix {some!r}, or none, got {other} too: save the state dict of "
-            "the model alone"
-        )
-    return prefixes.pop()
+    return {name: value.clone() for name, value in read_weights(Path(path)).tensors.items()}
 
 
 def mar_config(
-    state: dict[str, torch.Tensor], num_heads: int | None = None, patch_size: int | None = None
+    state: dict[str, torch.Tensor],
+    num_heads: int | None = None,
+    patch_size: int | None = None,
+    vae_stride: int | None = None,
 ) -> dict[str, int | float]:
     """The arguments of :class:`cspd.models.MAR` that fit a state dict (LTH14/mar's names).
 
     Args:
-        patch_size: p, where a token is p x p places of the latents. Weights do not show it; left out, it is 1 for
-            tokens of 16 channels, as in all released checkpoints, and where the number of channels has no factor p^2.
+        patch_size: p, where a token is p x p places of the latents. Weights do not show it; left out, it is 1 where
+            the number of channels has no factor p^2, and for weights shaped as those of a released MAR-B, -L or -H.
+        vae_stride: pixels of an image per place of its latents, along one side. Left out, ``vae_stride`` is 1 and
+            ``img_size`` counts places of the latents.
 
     Raises:
         ValueError: a weight is missing or has another shape, the number of attention heads is unknown for this width,
@@ -130,14 +62,7 @@ def mar_config(
     channels, side = _shape(state, "z_proj.weight")[1], math.isqrt(seq_len)
     if side**2 != seq_len:
         raise ValueError(f"expected as many tokens as a square has, got {seq_len} from diffusion_pos_embed_learned")
-    patch_size = _patch_size(channels) if patch_size is None else patch_size
-    if patch_size < 1 or channels % patch_size**2:
-        raise ValueError(f"expected a patch size whose square divides the {channels} channels, got {patch_size}")
     config = dict(
-        img_size=side * patch_size,
-        vae_stride=1,
-        patch_size=patch_size,
-        vae_embed_dim=channels // patch_size**2,
         class_num=_shape(state, "class_emb.weight")[0],
         encoder_embed_dim=width,
         decoder_embed_dim=_shape(state, "decoder_embed.weight")[0],
@@ -148,6 +73,19 @@ def mar_config(
     for name, prefix in (("encoder_depth", "encoder_blocks."), ("decoder_depth", "decoder_blocks."),
                          ("diffloss_d", "diffloss.net.res_blocks.")):  # fmt: skip
         config[name] = len({key.removeprefix(prefix).split(".")[0] for key in state if key.startswith(prefix)})
+    if patch_size is None:
+        released = seq_len == 256 and vae_stride in (None, 16) and _is_released(config)
+        patch_size = _patch_size(channels, released)
+    if patch_size < 1 or channels % patch_size**2:
+        raise ValueError(f"expected a patch size whose square divides the {channels} channels, got {patch_size}")
+    if vae_stride is not None and vae_stride < 1:
+        raise ValueError(f"expected vae_stride >= 1, got {vae_stride}")
+    config |= dict(
+        img_size=side * patch_size * (vae_stride or 1),
+        vae_stride=vae_stride or 1,
+        patch_size=patch_size,
+        vae_embed_dim=channels // patch_size**2,
+    )
     for name in ("encoder", "decoder"):
         dim = config[f"{name}_embed_dim"]
         if num_heads is None and dim not in _HEADS:
@@ -164,54 +102,193 @@ def _shape(state: dict[str, torch.Tensor], name: str, dimensions: int = 2) -> to
     shape = state[name].shape
     if len(shape) != dimensions:
         got = f"{name} of shape {tuple(shape)}"
-        raise ValueError(f"expected weights in shapes of their own, got {got}: {_UNFLATTEN}")
+        raise ValueError(f"expected weights in shapes of their own, got {got}: {UNFLATTEN}")
     return shape
 
 
-def _patch_size(channels: int) -> int:
-    """1 where that is known."""
-    possible = [p for p in range(1, math.isqrt(channels) + 1) if channels % p**2 == 0]
-    if channels == _RELEASED_CHANNELS or possible == [1]:
+def _size(config: dict[str, int | float]) -> tuple[str, tuple[int, int]] | None:
+    """Name and head of the released model of this width and depth."""
+    encoder, decoder = ((config[f"{half}_embed_dim"], config[f"{half}_depth"]) for half in ("encoder", "decoder"))
+    return _RELEASED.get(encoder) if encoder == decoder else None
+
+
+def _head(config: dict[str, int | float]) -> tuple[int, int]:
+    return config["diffloss_d"], config["diffloss_w"]
+
+
+def _is_released(config: dict[str, int | float]) -> bool:
+    """Whether a released model has these sizes, of the head, the classes and the buffer too."""
+    size = _size(config)
+    return size is not None and _head(config) == size[1] and (config["class_num"], config["buffer_size"]) == (1000, 64)
+
+
+def _patch_sizes(channels: int) -> list[int]:
+    return [p for p in range(1, math.isqrt(channels) + 1) if channels % p**2 == 0]
+
+
+def _patch_size(channels: int, released: bool) -> int:
+    """1 where that is known. The released models draw the 16 channels of their VAE (KL-16), with patch size 1."""
+    possible = _patch_sizes(channels)
+    if possible == [1] or (released and channels == 16):
         return 1
     ways = " or ".join(f"{p} ({channels // p**2}-channel latents)" for p in possible)
     raise ValueError(
         f"expected the patch size, which weights do not show, got tokens of {channels} channels: give patch_size= to "
-        f"load_mar, or --patch-size to cspd generate, as {ways}"
+        f"load_mar, or --patch-size to cspd generate and cspd convert, as {ways}"
     )
 
 
 def load_mar(
-    path: str | Path, *, num_heads: int | None = None, patch_size: int | None = None, device="cpu", **options
+    path: str | Path,
+    *,
+    num_heads: int | None = None,
+    patch_size: int | None = None,
+    vae_stride: int | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    **options,
 ) -> MAR:
     """A MAR in eval mode from a checkpoint of LTH14/mar; its size is read from the weights.
 
+    What was loaded is told to the logger "cspd" and kept in ``model.loaded``, such as "MAR-B, 208 M parameters,
+    model_ema, 256 tokens". Memory holds one copy of the weights, on the device.
+
     Args:
-        num_heads, patch_size: what the weights do not show, see :func:`mar_config`.
+        path: a file of ``torch.save`` or safetensors, or a folder that holds one of a MAR, as downloads from a hub do.
+        num_heads, patch_size, vae_stride: what the weights do not show, see :func:`mar_config`. The patch size and the
+            stride that a file tells itself need not be given: training checkpoints do in their ``args``, files of
+            ``cspd convert`` in their header, hub snapshots in the config.json of ``model.safetensors``. What is given
+            here comes first. An assumed patch size, that of the released models, is a warning of the logger "cspd".
+        dtype: of the weights (float32).
         options: further arguments of :class:`cspd.models.MAR`, such as ``num_sampling_steps`` (100)
-            and ``schedule`` ("cosine").
+            and ``schedule`` ("cosine"). They are not taken from the file.
 
     Raises:
-        FileNotFoundError, ValueError: see :func:`load_state_dict` and :func:`mar_config`.
+        FileNotFoundError, ValueError: see :func:`load_state_dict` and :func:`mar_config`; a folder holds several; what
+            the file tells contradicts its weights.
     """
-    state, prefix = _load(Path(path))
+    found = _find(path, None, num_heads, patch_size, vae_stride, options)
+    # Copied: a file that is mapped into the model's memory could be changed, or cut short, under its feet.
+    form = dict(device=device, dtype=dtype or torch.float32, copy=True, memory_format=torch.contiguous_format)
+    found.model.load_state_dict({n: value.to(**form) for n, value in found.weights.tensors.items()}, assign=True)
+    found.model.loaded = found.description()
+    _logger.info("loaded %s: %s", found.weights.path, found.model.loaded)
+    return found.model.eval()
+
+
+def convert(
+    path: str | Path,
+    output: str | Path,
+    *,
+    weights: str | None = None,
+    patch_size: int | None = None,
+    vae_stride: int | None = None,
+) -> str:
+    """Write the weights of a MAR checkpoint as safetensors; what they do not show goes into the header.
+
+    Args:
+        path: as for :func:`load_mar`, which reads ``output`` too.
+        weights: the entry to take, such as "model"; left out, the averaged ones (model_ema) where there are any.
+        patch_size, vae_stride: as for :func:`load_mar`. What nobody tells is not written.
+
+    Returns:
+        What was written, for people, as ``model.loaded``.
+
+    Raises:
+        OSError: ``output`` cannot be written; what was there stays.
+        FileNotFoundError, ValueError: see :func:`load_mar`.
+    """
+    check_safetensors(Path(output))
+    found = _find(path, weights, 1, patch_size, vae_stride, {})
+    write_safetensors(Path(output), found.weights, found.facts())
+    return found.description()
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A checkpoint that fits a MAR.
+
+    Attributes:
+        config: the model's arguments. model: without memory yet.
+        assumed: nobody tells the patch size. strided: somebody tells the stride of the VAE.
+    """
+
+    weights: Weights
+    config: dict[str, int | float]
+    model: MAR
+    assumed: bool
+    strided: bool
+
+    def facts(self) -> dict[str, int]:
+        """What is known beside the weights."""
+        known = () if self.assumed else ("patch_size", "vae_embed_dim")
+        return {name: self.config[name] for name in (*known, *(("vae_stride", "img_size") if self.strided else ()))}
+
+    def description(self) -> str:
+        """Such as "MAR-B, 208 M parameters, model_ema, 256 tokens"."""
+        count = f"{sum(value.numel() for value in self.weights.tensors.values()) / 1e6:.3g} M parameters"
+        what, size, head = f"a MAR of {count}", _size(self.config), _head(self.config)
+        if size:
+            what = f"{size[0]}{'' if head == size[1] else f' with a head of {head[0]} x {head[1]}'}, {count}"
+        patch = self.config["patch_size"]
+        grouped = f", patch size {patch}{' assumed' if self.assumed else ''}" if self.assumed or patch > 1 else ""
+        return f"{what}, {self.weights.source}, {self.model.seq_len} tokens{grouped}"
+
+
+def _find(
+    path: str | Path,
+    entry: str | None,
+    num_heads: int | None,
+    patch_size: int | None,
+    vae_stride: int | None,
+    options: dict,
+) -> _Found:
+    """Read a checkpoint and see that it fits; see :func:`load_mar`."""
+    weights = read_weights(find_file(Path(path), "class_emb.weight", "a MAR"), entry)
     try:
-        model = MAR(**{**mar_config(state, num_heads, patch_size), **options})
-        if reason := _why_not_its_weights(model.state_dict(), state):
+        patch, stride = _told(weights, patch_size, vae_stride)
+        config = mar_config(weights.tensors, num_heads, patch, stride)
+        size = weights.facts.get("img_size", config["img_size"])
+        if None is patch_size is vae_stride and None not in (patch, stride) and size != config["img_size"]:
+            raise ValueError(
+                f"its tokens are those of img_size={config['img_size']} with patch_size={patch} and "
+                f"vae_stride={stride}, but {weights.told_by} says {size}: give patch_size and vae_stride"
+            )
+        with torch.device("meta"):
+            model = MAR(**{**config, **options})
+        if reason := why_not_its_weights(model.state_dict(), weights.tensors, "a MAR model"):
             raise ValueError(reason)
     except ValueError as error:
-        dropped = f" (its names had the prefix {prefix!r}, which was dropped)" if prefix else ""
-        raise ValueError(f"cannot load {path} as a MAR{dropped}: {error}") from None
-    model.load_state_dict(state)
-    return model.to(device).eval()
+        dropped = f" (its names had the prefix {weights.prefix!r}, which was dropped)" if weights.prefix else ""
+        raise ValueError(f"cannot load {weights.path} as a MAR{dropped}: {error}") from None
+    assumed = patch is None and _patch_sizes(config["vae_embed_dim"]) != [1]
+    if assumed:
+        _logger.warning(
+            "%s does not tell its patch size: read with 1, as the released %s has. Give patch_size=1 if that is right, "
+            "else the one it was trained with",
+            weights.path,
+            _size(config)[0],
+        )
+    return _Found(weights, config, model, assumed, stride is not None)
 
 
-def _why_not_its_weights(expected: dict[str, torch.Tensor], got: dict[str, torch.Tensor]) -> str | None:
-    """The first difference of two state dicts in names and shapes, for people."""
-    for names, what in ((expected.keys() - got.keys(), "without"), (got.keys() - expected.keys(), "with an unknown")):
-        if names:
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            return f"expected the state dict of a MAR model, got one {what} {min(names)}{more}"
-    for name, value in expected.items():
-        if value.shape != got[name].shape:
-            return f"expected {name} of shape {tuple(value.shape)}, got {tuple(got[name].shape)}"
-    return None
+def _told(weights: Weights, patch_size: int | None, vae_stride: int | None) -> tuple[int | None, int | None]:
+    """Patch size and stride by the caller, else by the file, else None.
+
+    Raises:
+        ValueError: the file tells what its weights contradict, and the caller does not say better.
+    """
+    told = dict(weights.facts)
+    for name, asked in (("patch_size", patch_size), ("vae_stride", vae_stride)):
+        if asked is not None and told.get(name, asked) != asked:
+            _logger.warning(
+                "%s=%d as asked for, though %s says %d in %s", name, asked, weights.path, told[name], weights.told_by
+            )
+    if patch_size is None and "vae_embed_dim" in told:
+        channels = _shape(weights.tensors, "z_proj.weight")[1]
+        fitting = [p for p in _patch_sizes(channels) if channels == told["vae_embed_dim"] * p**2]
+        if not fitting or told.setdefault("patch_size", fitting[0]) != fitting[0]:
+            says = ", ".join(f"{name}={told[name]}" for name in ("vae_embed_dim", "patch_size") if name in told)
+            raise ValueError(f"its tokens have {channels} channels, but {weights.told_by} says {says}: give patch_size")
+    stride = told.get("vae_stride") if vae_stride is None else vae_stride
+    return (told.get("patch_size") if patch_size is None else patch_size), stride

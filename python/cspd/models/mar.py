@@ -60,6 +60,8 @@ class MAR(nn.Module):
         learn_sigma=True,
     ):
         super().__init__()
+        self.img_size = img_size
+        self.vae_stride = vae_stride
         self.vae_embed_dim = vae_embed_dim
         self.patch_size = patch_size
         self.seq_h = self.seq_w = img_size // vae_stride // patch_size

@@ -1,0 +1,30 @@
+"""``cspd convert``: a checkpoint as safetensors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def add_parser(commands) -> None:
+    """Add the command to ``argparse``'s subparsers."""
+    convert = commands.add_parser("convert", help="a MAR checkpoint, or that of its VAE, as safetensors")
+    convert.add_argument("input", type=Path, metavar="IN", help="a checkpoint, or a folder that holds one")
+    convert.add_argument("output", type=Path, metavar="OUT.safetensors")
+    convert.add_argument("--vae", action="store_true", help="the checkpoint is of MAR's VAE (kl16.ckpt)")
+    convert.add_argument("--weights", choices=("model_ema", "model"), help="default: model_ema where there is one")
+    convert.add_argument("--patch-size", type=int, metavar="P", help="stored; needed where the file does not tell it")
+    convert.add_argument("--vae-stride", type=int, metavar="S", help="stored, where the file does not tell it")
+    convert.set_defaults(run=_convert)
+
+
+def _convert(args) -> int:
+    options = {name: getattr(args, name) for name in ("weights", "patch_size", "vae_stride")}
+    given = {name: value for name, value in options.items() if value is not None}
+    if args.vae:
+        if given:
+            raise ValueError(f"expected --vae alone, got --{min(given).replace('_', '-')}: it is for MAR checkpoints")
+        from .vae import convert
+    else:
+        from .checkpoints import convert
+    print(f"wrote {args.output}: {convert(args.input, args.output, **given)}")
+    return 0
