@@ -1,6 +1,5 @@
 """Fixtures that every test directory shares."""
 
-import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -17,8 +16,8 @@ from cspd_kernels.backends import interpreting, why_unavailable
 from cspd_kernels.cuda_support import emulated
 from cspd_kernels.testing import randomize_
 
-# The models here are small: more threads only get in each other's way, above all on a busy machine. Processes that tests
-# start, and those that pytest deals tests out to, inherit the variable.
+# The models here are small: more threads only get in each other's way, above all on a busy machine. All processes that
+# are started from here inherit the variable.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
 
@@ -29,7 +28,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
     if "CSPD_CUDA_EMULATION" not in os.environ and (module := emulation()):
         os.environ["CSPD_CUDA_EMULATION"] = str(module)
-if interpreting() and importlib.util.find_spec("triton"):
+if interpreting() and why_unavailable("triton") is None:
     from interpreter import change_the_language_once_a_launch
 
     change_the_language_once_a_launch()

@@ -9,9 +9,9 @@ from triton.runtime import interpreter
 
 
 def change_the_language_once_a_launch() -> None:
-    """The interpreter looks through all of ``triton.language`` and puts its own functions in the place of Triton's, at a
-    launch and again at every call of a device function: nearly half of the time of small kernels. Those further times
-    find nothing to change, and are left out. A Triton that works otherwise is left alone.
+    """The interpreter looks through all of ``triton.language`` and puts its own functions in the place of Triton's, at
+    every launch and again at every call of a device function: half of the time of small kernels. Those further times
+    change nothing, and are left out. A Triton that works otherwise is left alone.
     """
     names = ("_patch_lang", "_LangPatchScope", "GridExecutor")
     if not all(hasattr(interpreter, name) for name in names):
