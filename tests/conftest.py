@@ -16,7 +16,9 @@ from cspd_kernels.backends import interpreting, why_unavailable
 from cspd_kernels.cuda_support import emulated
 from cspd_kernels.testing import randomize_
 
-# The models here are small: more threads only get in each other's way, above all on a busy machine.
+# The models here are small: more threads only get in each other's way, above all on a busy machine. All processes that
+# are started from here inherit the variable.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
 
 # Without a device the Triton kernels run in Triton's interpreter. It is chosen once and for all when a kernel is
@@ -26,6 +28,26 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
     if "CSPD_CUDA_EMULATION" not in os.environ and (module := emulation()):
         os.environ["CSPD_CUDA_EMULATION"] = str(module)
+if interpreting() and why_unavailable("triton") is None:
+    from interpreter import change_the_language_once_a_launch
+
+    change_the_language_once_a_launch()
+
+MOST_PROCESSES = 4  # each takes about a gigabyte, and all share the GPU where there is one
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config):
+    """Folders are tested by a process a core, and each file by one of them, so that what a file prepares is prepared
+    once. Files that are named are tested in this process. ``-n 8`` or ``-n 0`` says otherwise.
+    """
+    if os.environ.get("PYTEST_XDIST_AUTO_NUM_WORKERS"):
+        return None  # xdist's own way to say it
+    if config.option.dist == "no":
+        config.option.dist = "loadfile"
+    paths = (config.invocation_params.dir / argument.partition("::")[0] for argument in config.args)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, MOST_PROCESSES) if all(path.is_dir() for path in paths) else 0
 
 
 def pytest_collection_modifyitems(items):

@@ -61,7 +61,8 @@ def failing(target, name: str, at: int):
 
 
 def pair():
-    return nn.ModuleDict({"one": model_in(0), "two": model_in(1)})
+    """Where its ``sample`` fails on a copy, the loop of training is compared, too, in all of its steps."""
+    return nn.ModuleDict({name: model_in(seed, num_train_steps=40) for seed, name in enumerate(("one", "two"))})
 
 
 @pytest.mark.parametrize("patched", [False, True])

@@ -33,8 +33,8 @@ def sample(model: nn.Module) -> torch.Tensor:
     return sample_images(model, num_iter=2)
 
 
-def model_in(seed: int = 0) -> nn.Module:
-    return small_mar(seed, schedule="linear").requires_grad_(False)
+def model_in(seed: int = 0, **changes) -> nn.Module:
+    return small_mar(seed, schedule="linear", **changes).requires_grad_(False)
 
 
 def after(change: Callable[[nn.Module], nn.Module | None], sample=sample, **options) -> Outcome:
