@@ -30,9 +30,9 @@ COMPARED_STEPS = 8
 GAMMAS = (32, 8)
 SPECULATIVE = ("b", "h", 256)  # draft, target, steps
 # What a GPU runs without options: model, steps, batch; the first things first.
-CASES = (("b", 256, 1), ("h", 64, 1), ("b", 64, 1), ("h", 64, 64), ("h", 64, 8))
-SPECULATIVE_BATCHES = (1, 8)
-COMPILE_CASES = (("b", 256, 1),)  # it takes a minute a model
+CASES = (("b", 256, 1), ("h", 64, 1), ("h", 64, 64), ("b", 64, 1), ("h", 64, 8))
+SPECULATIVE_BATCHES = (1, 8)  # the first behind the first of the cases, the others in the end
+COMPILED = ("b", 64, 1)  # it takes a minute a model
 
 
 @dataclass
@@ -111,8 +111,7 @@ class Bench:
             details |= errors[name][1]
             with self.report.trying("sample_tokens", str(case), f"{name}: where its time goes"):
                 details["seconds"] = self.phases(contender, case, every[name], scale[name], own[0])
-                if self.device.type == "cuda":
-                    details |= self.launches(contender, case, own[0])
+                details |= self.launches(contender, case, own[0])
             self.add("sample_tokens", case, name, "eager loop", own, base, len(taken[name]), errors[name][0], details)
 
     def differences(self, contender: Contender, eager: Contender, case: Case) -> tuple[float, dict]:
@@ -120,14 +119,21 @@ class Bench:
         short = replace(case, steps=min(case.steps, COMPARED_STEPS))
         if contender is eager:
             return 0.0, {}
-        error = relative_error(contender(short, 7), self.expected(eager, short))
+        error = relative_error(self.as_timed(contender, short), self.expected(eager, short))
         key = (case.model, contender.name)
         if case.dtype == torch.float32 or contender.name not in ("patched", "whole"):
             return error, {}
         if key not in self.float32_errors:  # once a model, with the first batch
             exact = replace(short, dtype=torch.float32)
-            self.float32_errors[key] = relative_error(contender(exact, 7), self.expected(eager, exact))
+            self.float32_errors[key] = relative_error(self.as_timed(contender, exact), self.expected(eager, exact))
         return error, {"float32_error": self.float32_errors[key]}
+
+    @staticmethod
+    def as_timed(contender: Contender, case: Case) -> torch.Tensor:
+        """An image by the graphs that the first calls make."""
+        for _ in range(contender.warm_ups):
+            contender(case, 7)
+        return contender(case, 7)
 
     def expected(self, eager: Contender, case: Case) -> torch.Tensor:
         """The eager loop's image, made once."""
@@ -152,11 +158,14 @@ class Bench:
         return spent.split_by_head(seconds, fewer, full, short.model.diffloss.gen_diffusion.num_timesteps)
 
     def launches(self, contender: Contender, case: Case, seconds: float) -> dict:
-        """Of a few steps where single ones can be run, else of an image."""
+        """Of a few steps where single ones can be run, else of an image; on a GPU, one image at a time."""
+        if self.device.type != "cuda" or case.batch > 1:
+            return {}
         every = max(1, case.steps // 2) if contender.skips else 1
         scale = images.share_of(case, contender.model.seq_len, every)
         found = spent.on_the_device(contender, case, every, round(case.steps / scale))
-        return {"launches_per_step": found["launches"], "device_idle": 1 - scale * found["busy"] / seconds}
+        per_step = {f"{name}_per_step": found[name] for name in ("launches", "copies")}
+        return per_step | {"device_idle": 1 - scale * found["busy"] / seconds}
 
     def speculated(self, draft: str, case: Case) -> None:
         """The rows of speculation: windows beside the target alone, both this package's."""
@@ -180,7 +189,7 @@ class Bench:
                 details |= {"draft": NAMES[draft], "acceptance": stats.acceptance}
                 details |= {"raw_acceptance": stats.raw_acceptance, "target_calls": stats.target_calls}
                 details["seconds"] = dict(stats.seconds)
-            if self.device.type == "cuda":
+            with self.report.trying("run", str(case), f"{name}: its launches"):
                 details |= self.launches(contender, case, own[0])
             error = relative_error(again[0], again[1])
             self.add("run", case, name, plain.name, own, base, len(values), error, details, "the same seed again")
@@ -228,7 +237,7 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--only", type=listed(str, ONLY), help=f"contenders beside the eager loop: {','.join(ONLY)}")
     parser.add_argument("--quick", action="store_true", help="MAR-B, 64 steps, batch 1, some minutes on two cores")
     parser.add_argument(
-        "--seconds", "--min-seconds", type=float, help="of runs for each contender (default 4; 60 on a CPU)"
+        "--seconds", "--min-seconds", type=float, help="of runs for each contender (default 3; 60 on a CPU)"
     )
     parser.add_argument("--budget", type=float, help="begin no case after so many seconds (default 200 on a GPU)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -240,32 +249,32 @@ def main(given: list[str] | None = None) -> None:
     args = arguments(given)
     device = torch.device(args.device)
     on_gpu = device.type == "cuda"
-    seconds = args.seconds or (4.0 if on_gpu else 10.0 if args.quick else 60.0)
+    seconds = args.seconds or (3.0 if on_gpu else 10.0 if args.quick else 60.0)
     only = tuple(args.only or (ONLY if on_gpu else ("eager", "patched", "whole")))
     kinds = args.dtype or (["bfloat16"] if on_gpu else ["float32", "bfloat16"])
+    batches = args.batch or (SPECULATIVE_BATCHES if on_gpu else (1,))
     bench = Bench(device, seconds, args.budget or (200.0 if on_gpu else 1e9), only, Report(args.json))
     if "whole" in only and not images.has_whole():
         print("left out: cspd.patch of this version has no whole=True", flush=True)
-    chosen, asked = cases_of(args, device), args.models or args.steps or args.batch
+    asked = bool(args.models or args.steps or args.batch)
     for kind in kinds:
         dtype = getattr(torch, kind)
-        for i, (model, steps, batch) in enumerate(chosen):
-            if i == 1 and not asked:
-                speculation(bench, dtype, args, SPECULATIVE_BATCHES[:1])
+        speculative = [Case(SPECULATIVE[1], (args.steps or SPECULATIVE[2:])[-1], n, args.cfg, dtype) for n in batches]
+        for model, steps, batch in cases_of(args, device) if set(only) != {"speculative"} else ():
             case = Case(model, steps, batch, args.cfg, dtype)
-            if set(only) - {"speculative"} and not bench.out_of_time(str(case)):
-                bench.sampled(case, bool(asked) or (model, steps, batch) in COMPILE_CASES)
-        speculation(bench, dtype, args, args.batch or SPECULATIVE_BATCHES[1:] if len(chosen) > 1 else (1,))
+            if not bench.out_of_time(str(case)):
+                bench.sampled(case, asked or (model, steps, batch) == COMPILED)
+            if len(speculative) == len(batches) and not asked:
+                speculation(bench, speculative.pop(0))
+        for case in speculative:
+            speculation(bench, case)
     bench.report.finish()
 
 
-def speculation(bench: Bench, dtype: torch.dtype, args: argparse.Namespace, batches) -> None:
-    draft, target, steps = SPECULATIVE
-    for batch in batches if "speculative" in bench.only else ():
-        case = Case(target, args.steps[-1] if args.steps else steps, batch, args.cfg, dtype)
-        if not bench.out_of_time(f"speculation, {case}"):
-            with bench.report.trying("run", str(case)):
-                bench.speculated(draft, case)
+def speculation(bench: Bench, case: Case) -> None:
+    if "speculative" in bench.only and not bench.out_of_time(f"speculation, {case}"):
+        with bench.report.trying("run", str(case)):
+            bench.speculated(SPECULATIVE[0], case)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from small_models import small_mar
 
 import cspd
 
-SMALL = "--device cpu --seconds 0.01 --models b --steps 8 --dtype float32".split()
+SMALL = ["--device", "cpu", "--seconds", "0.01", "--models", "b", "--steps", "8", "--dtype", "float32"]
 
 
 @pytest.fixture
