@@ -6,10 +6,12 @@ import inspect
 import json
 import math
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 from small_models import small_mar
+from torch.autograd import DeviceType
 
 import cspd
 
@@ -111,6 +113,32 @@ def test_parts_of_the_time(benchmarks):
     assert spent.union([(5, 7), (1, 3), (2, 4), (6, 6)]) == 5
     parts = spent.split_by_head(10.0, 4.0, steps=100, short_steps=10)
     assert math.isclose(parts["head"], 6 / 0.9) and math.isclose(parts["transformer and rest"], 10 - 6 / 0.9)
+
+
+def test_what_a_profile_holds(benchmarks):
+    class Event(SimpleNamespace):
+        def __getattr__(self, name):
+            return lambda: self.values[name]
+
+    def event(kind, name, start, duration):
+        values = {"device_type": getattr(DeviceType, kind), "name": name, "start_ns": start, "duration_ns": duration}
+        return Event(values=values)
+
+    host = (
+        "cudaLaunchKernel",
+        "cuLaunchKernelEx",
+        "cudaGraphLaunch",
+        "cudaMemcpyAsync",
+        "aten::add",
+        "cudaEventRecord",
+    )
+    events = [event("CPU", name, 0, 100) for name in host]
+    events += [
+        event("CUDA", "kernel", 10, 5),
+        event("CUDA", "cudaLaunchKernel", 12, 5),
+    ]  # a name that counts for nothing
+    assert benchmarks.spent.called(events, 2) == {"launches": 1.5, "copies": 0.5}
+    assert benchmarks.spent.union(benchmarks.spent.spans_of(events)) == 7
 
 
 @pytest.mark.gpu
