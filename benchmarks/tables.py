@@ -195,9 +195,9 @@ def origin(result: dict) -> str:
     gpus = environment["gpus"]
     parts = [gpus[0]["name"] if gpus else f"CPU, {environment['cpu threads']} threads"]
     for name, key in (("driver", "nvidia driver"), ("PyTorch", "torch"), ("Triton", "triton"), ("Python", "python")):
-        parts += [f"{name} {environment[key]}"] if key in environment else []
-    if "cuda extension" in environment:
-        parts.append(f"nvcc {environment['cuda extension']['nvcc']}")
+        parts += [f"{name} {environment[key]}"] if environment.get(key, "none") != "none" else []
+    if nvcc := environment.get("cuda extension", {}).get("nvcc"):
+        parts.append(f"nvcc {nvcc}")
     return f"{', '.join(parts)}; commit {result['commit'].removesuffix('-dirty')}. {result.get('note', '')}".strip()
 
 

@@ -100,5 +100,16 @@ def test_images_of_a_run_are_a_line_a_case(tables):
     )
 
 
+def test_where_a_run_was_made(tables):
+    cpu = {
+        "environment": {"gpus": [], "cpu threads": 2, "nvidia driver": "none", "torch": "2.13.0+cpu", "python": "3.11"}
+    }
+    cpu["environment"]["cuda extension"] = {"built": "no: nothing to build it with"}
+    assert (
+        tables.origin(cpu | {"commit": "abc-dirty"}) == "CPU, 2 threads, PyTorch 2.13.0+cpu, Python 3.11; commit abc."
+    )
+    assert tables.origin(tables.load("kernels-h100.json")).startswith("NVIDIA H100 80GB HBM3")
+
+
 def at(row, *names):
     return (row["size"], row["backend"], row["baseline"]) == names
