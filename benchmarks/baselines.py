@@ -29,7 +29,7 @@ def eager_denoise(diffloss, cond, x_t, noise, dtype=None):
     return x
 
 
-class _EmbeddingOnDevice(nn.Module):
+class EmbeddingOnDevice(nn.Module):
     """A network's embedding of timesteps whose frequencies are there beforehand: a graph cannot hold the copy of what
     the host makes at every call."""
 
@@ -53,7 +53,7 @@ def graphable_denoise(diffloss, dtype):
     timesteps and the embedding's frequencies lie on the device beforehand. x and the update stay float32.
     """
     net = copy.deepcopy(diffloss.net).to(dtype)
-    net.time_embed = _EmbeddingOnDevice(net.time_embed)
+    net.time_embed = EmbeddingOnDevice(net.time_embed)
     diffusion = diffloss.gen_diffusion
     timesteps = torch.tensor(diffusion.schedule.timesteps, device=next(net.parameters()).device)
 

@@ -143,26 +143,84 @@ def images(rows: list[dict]) -> str:
     return table(["MAR-B, 256 tokens, batch 1", "this package", "baseline", "ratio"], lines)
 
 
+WAYS = ("torch.compile", "patched", "whole")  # columns of the images, beside the eager loop
+
+
+def generated(rows: list[dict]) -> str:
+    """Seconds an image of ``generate.py``, then what speculation adds. Of a wrong image no speed is shown."""
+    parts, sampled = [], [row for row in rows if row["op"] == "sample_tokens"]
+    if sampled:
+        found = {(row["size"], *row["backend"].rsplit(" ", 1)): row for row in sampled}
+        ways = [way for way in WAYS if any(key[1] == way for key in found)]
+        lines = []
+        for size, kind in dict.fromkeys((size, kind) for size, _, kind in found):
+            eager, own = found[size, "eager loop", kind], [found.get((size, way, kind)) for way in ways]
+            seconds = [image_seconds(eager), *(image_seconds(row) if row else NONE for row in own)]
+            ours = [row["error"] for row, way in zip(own, ways) if row and way != "torch.compile"]
+            lines.append([f"{size}, {kind}", *seconds, f"{max(ours):.0e}" if ours else NONE])
+        parts.append(table(["seconds an image", "eager loop", *ways, "difference"], lines))
+    windows = [row for row in rows if row["op"] == "run" and "acceptance" in row["details"]]
+    if windows:
+        lines = [
+            [f"{row['size']}, {row['backend']}", each(row, "baseline_"), image_seconds(row), percent(row["details"])]
+            for row in windows
+        ]
+        parts.append(table(["seconds an image", "target alone", "speculative", "accepted"], lines))
+    return "\n".join(parts)
+
+
+def batch_of(row: dict) -> int:
+    return int(row["size"].partition("batch ")[2].split()[0])
+
+
+def each(row: dict, which: str = "") -> str:
+    return f"{row[f'{which}seconds'] / batch_of(row):.3g}"
+
+
+def image_seconds(row: dict) -> str:
+    """With the ratio to the baseline; a star where steps were left out and the rest scaled."""
+    if row["ratio"] is None:
+        return "wrong"
+    star = "\\*" if "measured" in row["details"] else ""
+    return each(row) + star + ("" if row["backend"] == row["baseline"] else f" ({row['ratio']:.1f}x)")
+
+
+def percent(details: dict) -> str:
+    return f"{100 * details['acceptance']:.0f} %"
+
+
 def origin(result: dict) -> str:
     """On what, with what and at which commit."""
     environment = result["environment"]
-    parts = [environment["gpus"][0]["name"]]
+    gpus = environment["gpus"]
+    parts = [gpus[0]["name"] if gpus else f"CPU, {environment['cpu threads']} threads"]
     for name, key in (("driver", "nvidia driver"), ("PyTorch", "torch"), ("Triton", "triton"), ("Python", "python")):
-        parts += [f"{name} {environment[key]}"] if key in environment else []
-    if "cuda extension" in environment:
-        parts.append(f"nvcc {environment['cuda extension']['nvcc']}")
+        parts += [f"{name} {environment[key]}"] if environment.get(key, "none") != "none" else []
+    if nvcc := environment.get("cuda extension", {}).get("nvcc"):
+        parts.append(f"nvcc {nvcc}")
     return f"{', '.join(parts)}; commit {result['commit'].removesuffix('-dirty')}. {result.get('note', '')}".strip()
+
+
+def whole_images(device: str) -> str:
+    """By ``generate.py``; until it has run there, by what was before it."""
+    if (RESULTS / f"generate-{device}.json").exists():
+        result = load(f"generate-{device}.json")
+        return f"{origin(result)}\n\n{generated(result['rows'])}"
+    result = load(f"end-to-end-{device}.json")
+    if device == "cpu":
+        return on_the_cpu(result["rows"], "", "difference")
+    return f"{origin(result)}\n\n{images(result['rows'])}"
 
 
 def tables() -> dict[str, str]:
     """What stands between ``<!-- NAME -->`` and ``<!-- /NAME -->``."""
     parts = (chains, spreads, ratios, verdicts)
-    gpu, whole = load("kernels-h100.json"), load("end-to-end-h100.json")
+    gpu = load("kernels-h100.json")
     return {
         "KERNELS": on_the_cpu(load("kernels-cpu.json")["rows"], "op, size", "error"),
         "KERNELS-H100": f"{origin(gpu)}\n\n" + "\n".join(part(gpu["rows"]) for part in parts),
-        "END": on_the_cpu(load("end-to-end-cpu.json")["rows"], "", "difference"),
-        "END-H100": f"{origin(whole)}\n\n{images(whole['rows'])}",
+        "END": whole_images("cpu"),
+        "END-H100": whole_images("h100"),
     }
 
 

@@ -139,14 +139,17 @@ def benchmarks(monkeypatch):
     import baselines
     import blocks
     import common
+    import generate
     import host
     import host_denoise
     import host_judging
+    import images
     import judging
     import kernels
     import parallel
     import quality
     import report
+    import spent
     import tables
     import tiles
 
@@ -155,13 +158,16 @@ def benchmarks(monkeypatch):
         blocks,
         common,
         baselines,
+        generate,
         host,
         host_denoise,
         host_judging,
+        images,
         judging,
         parallel,
         quality,
         report,
+        spent,
         tables,
         tiles,
     )

@@ -13,7 +13,6 @@ from types import ModuleType
 import pytest
 import torch
 from chains import counted, kernels_of
-from small_models import small_mar
 
 from cspd.models import DiffLoss
 from cspd_kernels import DiffusionHead, denoise
@@ -279,7 +278,7 @@ def test_a_page_without_marks_stops_before_measuring(benchmarks, tmp_path, monke
         benchmarks.quality.check_docs(tmp_path)
 
 
-@pytest.mark.parametrize("script", ["kernels.py", "end_to_end.py", "parallel.py", "quality.py"])
+@pytest.mark.parametrize("script", ["kernels.py", "generate.py", "parallel.py", "quality.py"])
 def test_help(script):
     done = subprocess.run([sys.executable, BENCHMARKS / script, "--help"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -299,30 +298,6 @@ def test_what_a_patched_call_costs_beside_its_kernels(benchmarks, monkeypatch, w
         assert row["rest seconds"][0] > 0
         assert row["share"] == row["rest seconds"][0] / row["op seconds"][0]
         assert row["ratio"] == row["eager seconds"][0] / row["call seconds"][0]
-
-
-def test_images_are_timed_without_the_patching(benchmarks, monkeypatch, tmp_path):
-    import end_to_end
-
-    monkeypatch.setitem(end_to_end.MODELS, "mar_base", lambda: small_mar(class_num=1000))
-    monkeypatch.setattr(
-        sys, "argv", f"end_to_end.py --num-iter 2 --runs 1 --device cpu --json {tmp_path}/r.json".split()
-    )
-    measure = end_to_end.measure
-
-    def measured(*arguments, **options):
-        with monkeypatch.context() as context:
-            context.setattr(end_to_end.cspd, "patch", lambda *_, **__: pytest.fail("patched while it is timed"))
-            return measure(*arguments, **options)
-
-    monkeypatch.setattr(end_to_end, "measure", measured)
-    try:
-        end_to_end.main()
-    finally:
-        sys.modules.pop("end_to_end")
-    rows = json.loads((tmp_path / "r.json").read_text())["rows"]
-    assert [row["backend"] for row in rows] == ["patched float32", "patched autocast bfloat16"]
-    assert 0 < rows[0]["error"] < 1e-5
 
 
 def test_the_hosts_part_of_a_chain(benchmarks, device_of, capsys):

@@ -126,7 +126,7 @@ def test_the_loop_for_one_graph_computes_what_the_eager_one_does(benchmarks):
     for size in (256, 31):
         embedder = benchmarks.baselines.TimestepEmbedder(32, size)
         t = torch.tensor([0, 1, 37, 999])
-        assert torch.equal(baselines._EmbeddingOnDevice(embedder)(t), embedder(t))
+        assert torch.equal(baselines.EmbeddingOnDevice(embedder)(t), embedder(t))
     assert all(p.dtype == torch.float32 for p in module.parameters())  # of a copy
 
 

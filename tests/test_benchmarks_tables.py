@@ -79,5 +79,37 @@ def test_figures_that_the_readme_tells_in_words_are_in_the_files(tables):
     assert 15 < loop["seconds"] / loop["baseline_seconds"] < 16
 
 
+def test_images_of_a_run_are_a_line_a_case(tables):
+    def row(op, size, name, seconds, base, baseline="eager loop", **details):
+        row = {"op": op, "size": size, "backend": f"{name} bfloat16", "baseline": f"{baseline} bfloat16"}
+        row |= {"seconds": seconds, "baseline_seconds": base, "ratio": base / seconds, "error": 0.02}
+        return row | {"details": details}
+
+    one, many = "MAR-B 256 steps batch 1 cfg 3", "MAR-H 64 steps batch 8 cfg 3"
+    rows = [row("sample_tokens", one, "eager loop", 72.0, 72.0, measured="7 of 256 steps, scaled")]
+    rows += [row("sample_tokens", one, "whole", 0.8, 72.0), row("sample_tokens", many, "eager loop", 16.0, 16.0)]
+    rows += [row("sample_tokens", many, "patched", 8.0, 16.0) | {"ratio": None}]
+    rows += [row("run", many, "target alone", 4.0, 4.0, "target alone")]
+    rows += [row("run", many, "speculative gamma 8", 2.0, 4.0, "target alone", acceptance=0.05)]
+    assert tables.generated(rows) == (
+        "| seconds an image | eager loop | patched | whole | difference |\n|---|---|---|---|---|\n"
+        f"| {one}, bfloat16 | 72\\* | – | 0.8 (90.0x) | 2e-02 |\n"  # noqa: RUF001
+        f"| {many}, bfloat16 | 2 | wrong | – | 2e-02 |\n\n"  # noqa: RUF001
+        "| seconds an image | target alone | speculative | accepted |\n|---|---|---|---|\n"
+        f"| {many}, speculative gamma 8 bfloat16 | 0.5 | 0.25 (2.0x) | 5 % |\n"
+    )
+
+
+def test_where_a_run_was_made(tables):
+    cpu = {
+        "environment": {"gpus": [], "cpu threads": 2, "nvidia driver": "none", "torch": "2.13.0+cpu", "python": "3.11"}
+    }
+    cpu["environment"]["cuda extension"] = {"built": "no: nothing to build it with"}
+    assert (
+        tables.origin(cpu | {"commit": "abc-dirty"}) == "CPU, 2 threads, PyTorch 2.13.0+cpu, Python 3.11; commit abc."
+    )
+    assert tables.origin(tables.load("kernels-h100.json")).startswith("NVIDIA H100 80GB HBM3")
+
+
 def at(row, *names):
     return (row["size"], row["backend"], row["baseline"]) == names
