@@ -6,7 +6,11 @@ import contextlib
 import errno
 import os
 import secrets
+from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
+
+BESIDE = ".cspd-"  # what names of unfinished files begin with; a killed process leaves them
 
 
 def check_output(path: Path, option: str) -> None:
@@ -36,15 +40,23 @@ def write_file(path: Path, data: bytes) -> None:
     Raises:
         OSError: it could not be written; nothing has changed, and nothing is left beside it.
     """
+    with writing(path) as file:
+        file.write(data)
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[BinaryIO]:
+    """An open file that takes the place of ``path`` when the block has ended well: :func:`write_file` in pieces."""
     target = _target(path)
+    beside = target.parent / f"{BESIDE}{secrets.token_hex(8)}"
     try:
         if not _replaceable(target):  # a device or a pipe
-            target.write_bytes(data)
+            with target.open("wb") as file:
+                yield file
             return
-        beside = target.parent / f".cspd-{secrets.token_hex(8)}"
         try:
             with beside.open("xb") as file:
-                file.write(data)
+                yield file
                 file.flush()
                 os.fsync(file.fileno())
             if target.exists():
@@ -55,6 +67,8 @@ def write_file(path: Path, data: bytes) -> None:
                 beside.unlink(missing_ok=True)
             raise
     except OSError as error:
+        if error.errno is None or error.filename not in (None, str(target), str(beside)):  # the caller's own
+            raise
         raise OSError(error.errno, f"could not write the file ({error.strerror})", str(path)) from error
 
 
