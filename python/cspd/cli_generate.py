@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 from .cli_support import labels, positive, tolerance
@@ -85,6 +86,8 @@ def _dtype(text: str) -> str:
 
 
 def _run(args) -> int:
+    if "RANK" in os.environ:  # read when torch is imported: its own words on connections that end with another process
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from .generate.run import generate
 
     generate(args)

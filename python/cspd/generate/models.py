@@ -53,16 +53,13 @@ class Models:
                 options["vae_stride"] = settings.vae_stride
             target = load_mar(args.target, device=device, **options)
             draft = load_mar(args.draft, device=device, **options) if args.draft else None
-        self.loaded = {
-            role: text
-            for role, model in (("target", target), ("draft", draft))
-            if (text := getattr(model, "loaded", None))
-        }
         if args.vae:
             from ..vae import load_vae
 
             self.vae = load_vae(args.vae, device=device, dtype=getattr(torch, settings.vae_dtype))
             self.vae.check(target)
+        parts = {"target": target, "draft": draft, "vae": self.vae}
+        self.loaded = {role: text for role, part in parts.items() if (text := getattr(part, "loaded", None))}
         self.classes = min(model.num_classes for model in (target, draft or target))
         self.latent_size = (target.vae_embed_dim, target.seq_h * target.patch_size, target.seq_w * target.patch_size)
         stride = 1 if settings.digits else self.vae.stride if self.vae else None

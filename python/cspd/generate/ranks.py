@@ -17,7 +17,13 @@ from ..cli_support import one_line
 T = TypeVar("T")
 _FAILED, _DONE = "cspd/failed", "cspd/done"
 _PATIENCE = timedelta(days=1)  # ranks wait for the slowest one; one that is gone is noticed at once
-_MINE_ALONE = "another rank ended before its work was done; what was written stays, the same command makes the rest"
+
+
+class LostError(RuntimeError):
+    """A rank is gone, and could not say why."""
+
+    def __init__(self):
+        super().__init__("a process of this run ended before its work was done")
 
 
 class Ranks:
@@ -87,25 +93,25 @@ class Ranks:
             return
         if not self._first_to_fail():
             raise SystemExit(130 if isinstance(error, KeyboardInterrupt) else 2) from error
-        if isinstance(error, (OSError, ValueError, RuntimeError)):
+        if isinstance(error, (OSError, ValueError, RuntimeError)) and not isinstance(error.__cause__, LostError):
             raise RuntimeError(f"rank {self.rank}: {one_line(error)}") from error
 
     def _first_to_fail(self) -> bool:
         try:
             return self._store.compare_set(_FAILED, "", str(self.rank)).decode() == str(self.rank)
-        except RuntimeError:  # the store is gone with its process
-            return True
+        except RuntimeError:  # gone with rank 0, whose store it was: one of the others says it
+            return self.rank <= 1
 
     def check(self) -> None:
         """End this rank where another one has failed."""
-        if self._store is None:
-            return
-        try:
-            failed = self._store.check([_FAILED])
-        except RuntimeError as error:
-            raise RuntimeError(_MINE_ALONE) from error
-        if failed:
+        if self._store is not None and self._ask(lambda store: store.check([_FAILED])):
             raise SystemExit(2)
+
+    def _ask(self, question: Callable[[dist.Store], T]) -> T:
+        try:
+            return question(self._store)
+        except RuntimeError as error:
+            raise LostError from error
 
     def lead(self, function: Callable[[], T]) -> T:
         """What the function returns on rank 0, on all of them. Where it raises, rank 0 raises and the others end."""
@@ -151,29 +157,34 @@ class Ranks:
 
     def add(self, count: int) -> None:
         """Tell the others that this rank has made so many images more."""
-        self._done = self._done + count if self._store is None else self._store.add(_DONE, count)
+        if self._store is None:
+            self._done += count
+        else:
+            self._ask(lambda store: store.add(_DONE, count))
 
     def done(self) -> int:
         """How many images all ranks have made."""
-        return self._done if self._store is None else self._store.add(_DONE, 0)
+        return self._done if self._store is None else self._ask(lambda store: store.add(_DONE, 0))
 
     def wait(self, show: Callable[[], None]) -> None:
-        """Wait until all ranks are here, calling ``show`` meanwhile."""
-        if self._store is None:
-            return
-        with self._waiting():
-            work = dist.barrier(async_op=True)
-            while not work.is_completed():
-                self.check()
-                show()
-                time.sleep(0.05)
-            work.wait()
+        """Wait until all ranks are here; rank 0 calls ``show`` meanwhile. For the others rank 0 may be gone then."""
+        if self._store is not None:
+            with self._waiting():
+                work = dist.barrier(async_op=True)
+                while not work.is_completed():
+                    if self.rank == 0:  # the store may end with it as soon as all are here
+                        self.check()
+                        show()
+                    time.sleep(0.02)
+                work.wait()
+        if self.rank == 0:
+            show()
 
     @contextlib.contextmanager
     def _waiting(self):
-        """Where a rank that waited for has gone, its reason comes from itself, if it had the time to tell it."""
+        """Where a rank that is waited for has gone, it says why itself, if it had the time to."""
         try:
             yield
         except RuntimeError as error:
             self.check()
-            raise RuntimeError(_MINE_ALONE) from error
+            raise error if isinstance(error, LostError) else LostError from error

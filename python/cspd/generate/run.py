@@ -229,7 +229,6 @@ def _work(folder: RunFolder, models: Models, missing: Missing, ranks: Ranks) -> 
                 show()
             ranks.add(writer.wait())
         ranks.wait(show)
-        show()
 
 
 def _finish(args, folder: RunFolder, settings: Settings) -> None:

@@ -9,7 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 from safetensors.torch import save
 
-from ..files import write_file
+from ..files import append_line, write_file
 from .folder import RunFolder
 from .images import to_png
 from .models import Batch
@@ -67,8 +67,7 @@ class Writer:
             "statistics": batch.statistics,
             "seconds": batch.seconds | {"write": time.perf_counter() - start},
         }
-        with self._folder.records_of(self._rank).open("a") as file:
-            file.write(f"{json.dumps(record)}\n")
+        append_line(self._folder.records_of(self._rank), json.dumps(record))
         return written
 
     def _write_image(self, number: int, i: int, batch: Batch) -> bool:
