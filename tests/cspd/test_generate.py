@@ -168,6 +168,9 @@ def test_latents_from_checkpoints(tmp_path, checkpoint, capsys):
             assert torch.isfinite(tensors["latents"]).all()
         assert not contents(out)
         assert run_of(out)["settings"]["prefill"] == (0.15 if extra else 1.0)
+    closed = [*command, "--latents", "--residual", "closed_form", "--out", str(tmp_path / "closed")]
+    assert main(closed) == 0  # nothing is redrawn
+    assert run_of(tmp_path / "closed")["settings"]["residual"] == "rejection"
 
 
 def test_pictures_from_checkpoints(tmp_path, checkpoint, quick):
@@ -483,6 +486,9 @@ def test_models_that_do_not_fit(tmp_path, checkpoint, capsys, monkeypatch):
     assert main([*command, *closed]) == 2
     assert "expected heads with a fixed variance" in one_line(capsys)
     assert not (tmp_path / "out").exists()
+    assert main([*command, *closed, "--target-sigma", "--steps", "2", "--num-sampling-steps", "3"]) == 0
+    settings = run_of(tmp_path / "out")["settings"]
+    assert (settings["residual"], settings["target_sigma"]) == ("closed_form", True)
 
 
 def test_too_little_space(tmp_path, quick, capsys, monkeypatch):

@@ -163,7 +163,8 @@ def _needs(args, folder: RunFolder, settings: Settings, missing: Missing, run: d
     """(where, bytes), generously: images as if they were not compressed, whole blocks, and an array."""
     block = 4096
     height, width = run["image_size"] or (0, 0)
-    yield folder.path, 64 * block + len(missing.images) * (height * width * 3 + height + 2 * block)
+    yield folder.path, 64 * block + 2048 * settings.batches  # notes of the batches, twice while they are merged
+    yield folder.path, len(missing.images) * (height * width * 3 + height + 2 * block)
     yield folder.path, len(missing.latents) * (4 * int(np.prod(run["latent_size"])) + 2 * block)
     if args.npz:
         yield args.npz.parent, settings.num_images * (height * width * 3 + 8) + block
