@@ -93,7 +93,8 @@ class Ranks:
             return
         if not self._first_to_fail():
             raise SystemExit(130 if isinstance(error, KeyboardInterrupt) else 2) from error
-        if isinstance(error, (OSError, ValueError, RuntimeError)) and not isinstance(error.__cause__, LostError):
+        lost = isinstance(error, LostError) or isinstance(error.__cause__, LostError)
+        if isinstance(error, (OSError, ValueError, RuntimeError)) and not lost:
             raise RuntimeError(f"rank {self.rank}: {one_line(error)}") from error
 
     def _first_to_fail(self) -> bool:
