@@ -29,6 +29,9 @@ def add_parser(commands) -> None:
     models.add_argument("--num-sampling-steps", type=positive, help="denoising steps (default 100; digits 40)")
     models.add_argument("--device", default="auto", help="auto (cuda where there is one), cpu, cuda, cuda:1 ...")
     models.add_argument(
+        "--threads", type=positive, metavar="N", help="of a process on a CPU (default as torch has it; digits 1)"
+    )
+    models.add_argument(
         "--dtype", type=_dtype, metavar="TYPE", help="of both models' matrix products: bf16, fp16 or fp32 (default "
         "bf16 on a GPU, else fp32)"
     )  # fmt: skip

@@ -126,7 +126,7 @@ def test_the_digits(tmp_path, capsys):
         str(out),
     ]
     assert main(command) == 0
-    assert f"{out}: 3 images, 3 made now; 3 target and 3 draft calls, " in capsys.readouterr().out
+    assert f"{out}: 3 images, 3 made now, 3 target and 3 draft calls, " in capsys.readouterr().out
     assert list(contents(out)) == ["000000.png", "000001.png", "000002.png"]
     with Image.open(out / "000000.png") as image:
         assert (image.size, image.mode) == ((8, 8), "RGB")
@@ -283,6 +283,19 @@ def test_what_does_not_change_images_may_change(tmp_path, quick, monkeypatch):
     assert len(contents(tmp_path, "safetensors")) == 6
 
 
+def test_a_run_keeps_its_number_of_threads(tmp_path, checkpoint, quick, monkeypatch):
+    """With another one, images made on a CPU are rounded otherwise."""
+    seen, run = [], Runner.run
+    monkeypatch.setattr(Runner, "run", lambda *a, **o: seen.append(torch.get_num_threads()) or run(*a, **o))
+    command = ["generate", *checkpoint, "--latents", "--labels", "1", "--out", str(tmp_path / "out")]
+    before = torch.get_num_threads()
+    assert main([*command, "--threads", str(before + 1)]) == 0
+    (tmp_path / "out" / "000000.safetensors").unlink()
+    assert main(command) == 0
+    assert seen == [before + 1] * 2
+    assert torch.get_num_threads() == before
+
+
 @pytest.mark.parametrize(
     ("options", "difference"),
     [
@@ -290,6 +303,7 @@ def test_what_does_not_change_images_may_change(tmp_path, quick, monkeypatch):
         (["--batch-size", "5"], "--batch-size was 4, is 5"),
         (["--cfg", "3", "--steps", "2"], "--steps was 16, is 2; --cfg was 1.0, is 3.0"),
         (["--parallel-tol", "off"], "--parallel-tol was auto, is none"),
+        (["--threads", "2"], "--threads was 1, is 2"),
         (["--classes", "5"], "--classes was 10, is 5"),
     ],
 )

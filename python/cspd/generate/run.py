@@ -55,16 +55,13 @@ def generate(args) -> None:
     """
     ranks = Ranks()
     with ranks, contextlib.ExitStack() as stack:
-        if args.target is None:
-            from ..demo.pair import one_thread
-
-            stack.enter_context(one_thread())
         device = ranks.together(lambda: _prepare(args, ranks))
         folder = RunFolder(args.out)
         stack.callback(folder.close)
         began = time.perf_counter()
         settings, missing = ranks.lead(lambda: _look(args, device, folder))
         looked = time.perf_counter()
+        stack.enter_context(_threads(settings.threads))
         models = None
         if missing is None or missing.numbers:
             models = ranks.together(lambda: Models(args, settings, device))
@@ -86,6 +83,17 @@ def generate(args) -> None:
                 _work(folder, models, missing, ranks)
         if ranks.rank == 0:
             _finish(args, folder, settings)
+
+
+@contextlib.contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    """So many CPU threads, None for as many as there are; the caller's number afterwards."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _prepare(args, ranks: Ranks) -> torch.device:
@@ -179,7 +187,6 @@ def _circumstances(device: torch.device) -> dict:
     cuda = device.type == "cuda"
     return {
         "device": torch.cuda.get_device_name(device) if cuda else platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
         "environment": {name: value for name, value in sorted(os.environ.items()) if name.startswith("CSPD_")},
         "versions": versions | ({"cuda": torch.version.cuda} if cuda else {}),
     }
@@ -263,12 +270,11 @@ def _read(paths: list) -> Iterator[np.ndarray]:
 
 
 def _summary(settings: Settings, folder: RunFolder, run: dict) -> str:
-    made, statistics = run["starts"][-1]["missing"], run["statistics"]
-    kept = ""
+    count, made, statistics = settings.num_images, run["starts"][-1]["missing"], run["statistics"]
+    texts = [f"{folder.path}: {count} image{'s' * (count > 1)}, {made} made now"]
+    if not settings.digits:
+        texts.append(f"latents of shape {tuple(run['latent_size'])}")
+    texts.append(f"{statistics['target_calls']} target and {statistics['draft_calls']} draft calls")
     if statistics["acceptance"] is not None:
-        kept = f", {100 * statistics['acceptance']:.1f} % of the drafted tokens kept"
-    latents = "" if settings.digits else f", latents of shape {tuple(run['latent_size'])}"
-    return (
-        f"{folder.path}: {settings.num_images} images, {made} made now{latents}; {statistics['target_calls']} target "
-        f"and {statistics['draft_calls']} draft calls{kept}"
-    )
+        texts.append(f"{100 * statistics['acceptance']:.1f} % of the drafted tokens kept")
+    return ", ".join(texts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -17,7 +18,7 @@ class Settings:
     """Options of ``cspd generate`` by their names, defaults filled in.
 
     Checkpoints are dicts (path, bytes, modified, sha256), ``"digits"``, or None where there is none. ``labels`` is None
-    where ``num_images`` are balanced over ``classes``.
+    where ``num_images`` are balanced over ``classes``. ``threads`` is None on a GPU.
     """
 
     target: dict | str
@@ -27,6 +28,7 @@ class Settings:
     vae_stride: int | None
     num_sampling_steps: int
     device: str
+    threads: int | None
     dtype: str
     vae_dtype: str | None
     labels: list[int] | None
@@ -90,6 +92,7 @@ def resolve(args, device: torch.device, known: dict) -> Settings:
         vae_stride=args.vae_stride,
         num_sampling_steps=args.num_sampling_steps or (40 if digits else 100),
         device=device.type,
+        threads=_threads(args, known) if device.type == "cpu" else None,
         dtype=args.dtype or ("bfloat16" if device.type == "cuda" else "float32"),
         vae_dtype=args.vae_dtype if args.vae else None,
         labels=labels,
@@ -108,6 +111,16 @@ def resolve(args, device: torch.device, known: dict) -> Settings:
         target_sigma=args.target_sigma and not alone,
         parallel_tol=args.parallel_tol,
     )
+
+
+def _threads(args, known: dict) -> int:
+    """Threads of a process on a CPU: sums are rounded by their number, so an earlier start's stays.
+
+    The digits' tensors are so small that more than one gains nothing.
+    """
+    if count := args.threads or known.get("threads"):
+        return count
+    return 1 if args.target is None and not os.environ.get("OMP_NUM_THREADS") else torch.get_num_threads()
 
 
 def check_options(args) -> None:
