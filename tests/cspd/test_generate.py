@@ -395,6 +395,22 @@ def test_an_interrupt_leaves_a_run_that_goes_on(tmp_path, quick, capsys, monkeyp
     assert contents(out) == contents(tmp_path / "whole")
 
 
+@pytest.mark.gpu
+def test_a_run_on_a_gpu_goes_on_with_the_same_bytes(tmp_path):
+    command = ["generate", "--num-images", "7", "--batch-size", "3", "--steps", "8", "--gamma", "2", "--device", "cuda"]
+    assert main([*command, "--out", str(tmp_path)]) == 0
+    before, run = contents(tmp_path), run_of(tmp_path)
+    assert (run["settings"]["device"], run["settings"]["dtype"], run["settings"]["threads"]) == (
+        "cuda",
+        "bfloat16",
+        None,
+    )
+    for number in (1, 6):
+        (tmp_path / f"00000{number}.png").unlink()
+    assert main([*command, "--out", str(tmp_path)]) == 0
+    assert contents(tmp_path) == before
+
+
 def test_a_full_disk_leaves_a_run_that_goes_on(tmp_path, quick, capsys, monkeypatch):
     assert main([*TEN, str(tmp_path / "whole")]) == 0
     out, synced, sync = tmp_path / "out", [], os.fsync

@@ -78,11 +78,11 @@ def generate(args) -> None:
             "seconds": {"look": looked - began, "load": time.perf_counter() - looked},
         }
         ranks.lead(lambda: _begin(args, folder, settings, models, missing, start))
-        if models is not None:
-            with _going_on():
+        with _going_on():
+            if models is not None:
                 _work(folder, models, missing, ranks)
-        if ranks.rank == 0:
-            _finish(args, folder, settings)
+            if ranks.rank == 0:
+                _finish(args, folder, settings)
 
 
 @contextlib.contextmanager
@@ -168,12 +168,14 @@ def _begin(args, folder: RunFolder, settings: Settings, models: Models | None, m
 
 
 def _needs(args, folder: RunFolder, settings: Settings, missing: Missing, run: dict) -> Iterator[tuple]:
-    """(where, bytes), generously: images as if they were not compressed, whole blocks, and an array."""
+    """(where, bytes), generously: images as if they were not compressed, whole blocks, grid and array."""
     block = 4096
     height, width = run["image_size"] or (0, 0)
     yield folder.path, 64 * block + 2048 * settings.batches  # notes of the batches, twice while they are merged
     yield folder.path, len(missing.images) * (height * width * 3 + height + 2 * block)
     yield folder.path, len(missing.latents) * (4 * int(np.prod(run["latent_size"])) + 2 * block)
+    if args.grid:
+        yield args.grid.parent, 64 * max(height * width * 3, block)
     if args.npz:
         yield args.npz.parent, settings.num_images * (height * width * 3 + 8) + block
 
