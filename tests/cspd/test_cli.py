@@ -11,11 +11,9 @@ import sys
 
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file, save_file
 from small_models import small_mar
 
-from cspd.checkpoints import load_mar
 from cspd.cli import INTERRUPTED, main
 from cspd.demo import pair
 from cspd.speculative import SpecDecodeRunner
@@ -43,19 +41,8 @@ def python(arguments, folder, stdout=subprocess.PIPE):
     )
 
 
-def test_generate_digits(tmp_path, capsys):
-    pictures = []
-    for residual in ("rejection", "closed_form"):
-        pictures.append(tmp_path / f"{residual}.png")
-        command = ["generate", "--labels", "3", "7", "--num-iter", "8", "--gamma", "4", "--relaxation", "1"]
-        assert main([*command, "--residual", residual, "--out", str(pictures[-1])]) == 0
-        assert Image.open(pictures[-1]).width > 100
-        assert "of the drafted tokens kept" in capsys.readouterr().out
-    assert pictures[0].read_bytes() != pictures[1].read_bytes()
-
-
 def test_how_the_steps_are_made(tmp_path, capsys, monkeypatch):
-    command = ["generate", "--labels", "3", "7", "--num-iter", "8", "--gamma", "4", "--temperature", "0"]
+    command = ["generate", "--labels", "3", "--num-iter", "2", "--temperature", "0"]
     asked, init = [], SpecDecodeRunner.__init__
 
     def watched(self, *args, **options):
@@ -63,96 +50,38 @@ def test_how_the_steps_are_made(tmp_path, capsys, monkeypatch):
         init(self, *args, **options)
 
     monkeypatch.setattr(SpecDecodeRunner, "__init__", watched)
-    for option in ([], ["--parallel-tol", "auto"], ["--parallel-tol", "off"], ["--parallel-tol", "1e-6"]):
-        assert main([*command, *option, "--out", str(tmp_path / "digits.png")]) == 0
+    for i, option in enumerate(([], ["--parallel-tol=auto"], ["--parallel-tol=off"], ["--parallel-tol=1e-6"])):
+        assert main([*command, *option, "--out", str(tmp_path / str(i))]) == 0
     assert asked == ["auto", "auto", None, 1e-6]
     capsys.readouterr()
     for bad in ("0", "1", "-0.1", "nan", "none", "1e-3x", ""):
         with pytest.raises(SystemExit) as ended:
-            main([*command, f"--parallel-tol={bad}", "--out", str(tmp_path / "other.png")])
+            main([*command, f"--parallel-tol={bad}", "--out", str(tmp_path / "other")])
         assert ended.value.code == 2
         message = capsys.readouterr().err.splitlines()[-1]
         assert message.endswith(f"argument --parallel-tol: expected auto, off or a number in (0, 1), got {bad}")
-    assert not (tmp_path / "other.png").exists()
-
-
-def test_the_closed_form_is_not_for_learned_variances(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("cspd.checkpoints._HEADS", {32: 2})
-    save_file(small_mar(patch_size=1, img_size=4, vae_embed_dim=4).state_dict(), tmp_path / "t.safetensors")
-    model = ["--target", str(tmp_path / "t.safetensors"), "--draft", str(tmp_path / "t.safetensors")]
-    model += ["--patch-size", "1"]
-    out = str(tmp_path / "x.safetensors")
-    assert main(["generate", *model, "--labels", "1", "--residual", "closed_form", "--out", out]) == 2
-    assert "expected heads with a fixed variance" in capsys.readouterr().err
-    options = [
-        "--labels",
-        "1",
-        "--residual",
-        "closed_form",
-        "--num-iter",
-        "2",
-        "--num-sampling-steps",
-        "3",
-        "--out",
-        out,
-    ]
-    assert main(["generate", *model, "--target-sigma", *options]) == 0
-    assert main(["generate", *model[:2], *model[4:], *options]) == 0  # nothing is redrawn
-
-
-@pytest.mark.parametrize("with_draft", [False, True])
-def test_generate_from_checkpoints(tmp_path, capsys, monkeypatch, with_draft):
-    monkeypatch.setattr("cspd.checkpoints._HEADS", {32: 2, 16: 2})
-    for name, width in (("target", 32), ("draft", 16)):
-        state = small_mar(width=width, patch_size=1, img_size=4, vae_embed_dim=4).state_dict()
-        save_file(state, tmp_path / f"{name}.safetensors")
-    out = tmp_path / "latents.safetensors"
-    command = ["generate", "--target", str(tmp_path / "target.safetensors"), "--labels", "1", "2", "--num-iter", "6"]
-    command += ["--patch-size", "1", "--num-sampling-steps", "5", "--cfg", "2.0", "--out", str(out), "--seed", "4"]
-    if with_draft:
-        command += ["--draft", str(tmp_path / "draft.safetensors"), "--gamma", "2", "--relaxation", "10"]
-    assert main(command) == 0
-    written = load_file(out)
-    assert written["latents"].shape == (2, 4, 4, 4)
-    assert torch.isfinite(written["latents"]).all()
-    assert written["labels"].tolist() == [1, 2]
-    printed = capsys.readouterr().out
-    assert ("5 draft calls" if with_draft else "0 draft calls") in printed
-    assert "latents of shape (2, 4, 4, 4) read with patch size 1" in printed
-    assert load_mar(tmp_path / "target.safetensors", patch_size=1).num_classes == 10
+    assert not (tmp_path / "other").exists()
 
 
 def test_a_patch_size_is_asked_for_where_it_is_in_doubt(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("cspd.checkpoints._HEADS", {32: 2})
     save_file(small_mar(patch_size=2, img_size=8, vae_embed_dim=1).state_dict(), tmp_path / "t.safetensors")
-    out = tmp_path / "o.safetensors"
-    command = ["generate", "--target", str(tmp_path / "t.safetensors"), "--labels", "1", "--num-iter", "2"]
+    out = tmp_path / "out"
+    command = ["generate", "--target", str(tmp_path / "t.safetensors"), "--labels", "1", "--steps", "2", "--latents"]
     command += ["--num-sampling-steps", "3", "--out", str(out)]
     assert main(command) == 2
     assert "--patch-size" in capsys.readouterr().err
     assert not out.exists()
     assert main([*command, "--patch-size", "2"]) == 0
-    assert load_file(out)["latents"].shape == (1, 1, 8, 8)
+    assert load_file(out / "000000.safetensors")["latents"].shape == (1, 8, 8)
 
 
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        (["generate", "--labels", "3", "--out", "x.jpg"], "expected --out with the ending .png"),
-        (["generate", "--labels", "12", "--out", "x.png"], "expected labels in 0..9, got [12]"),
-        (
-            ["generate", "--labels", "1", "--draft", "d.pth", "--out", "x.png"],
-            "expected --target together with --draft",
-        ),
-        (["generate", "--labels", "1", "--target", "t.pth", "--out", "x.safetensors"], "found none at t.pth"),
-        (["generate", "--labels", "1", "--temperature", "-1", "--out", "x.png"], "temperature >= 0"),
         (["demo", "--out", "no/such/folder/x.png"], "expected a folder for x.png"),
         (["demo", "--out", "x.jpg"], "expected --out with the ending .png"),
         (["demo", "--num-images", "1"], "expected --num-images >= 2"),
-        (["generate", "--labels", "1", "--out", "no/such/x.png"], "expected a folder for x.png"),
-        (["generate", "--labels", "1", "--out", "x.png", "--device", "cuda:77"], "expected --device"),
-        (["generate", "--labels", "1", "--out", "x.png", "--num-sampling-steps", "9"], "expected --target together"),
-        (["generate", "--labels", "1", "--out", "x.png", "--patch-size", "2"], "expected --target together"),
         (["demo", "--out", "x.png", "--json", "no/such/x.json"], "expected a folder for x.json"),
         (["demo", "--out", "x.png", "--json", "./x.png"], "expected --json as another file than --out"),
     ],
@@ -182,8 +111,9 @@ def test_unreadable_checkpoints_are_one_line(tmp_path, capsys, name):
         state = small_mar(width=768, patch_size=1, img_size=4, vae_embed_dim=4).state_dict()
         state.pop("diffloss.net.cond_embed.weight")
         save_file(state, path)
-    command = ["generate", "--target", str(path), "--labels", "1", "--out", str(tmp_path / "x.safetensors")]
+    command = ["generate", "--target", str(path), "--labels", "1", "--latents", "--out", str(tmp_path / "out")]
     assert main(command) == 2
+    assert not (tmp_path / "out").exists()
     error = capsys.readouterr().err
     assert name in error
     assert error.count("\n") == 1
@@ -199,8 +129,8 @@ def no_work(monkeypatch):
     monkeypatch.setattr(pair, "load_pair", lambda: pytest.fail("the work began"))
 
 
-GENERATE = ["generate", "--labels", "1", "--num-iter", "1", "--out"]
-OUTPUTS = [GENERATE, ["demo", "--out"], ["demo", "--json"]]
+GENERATE = ["generate", "--labels", "1", "--steps", "1", "--out"]
+OUTPUTS = [["demo", "--out"], ["demo", "--json"], [*GENERATE, "run", "--grid"]]
 
 
 @pytest.mark.parametrize("command", OUTPUTS)
@@ -227,12 +157,13 @@ def test_what_may_not_be_written_is_noticed_before_the_work(command, there, tmp_
 def test_the_checkpoint_is_no_output(tmp_path, capsys):
     path = tmp_path / "m.safetensors"
     path.write_bytes(b"weights")
-    assert main([*GENERATE, str(path), "--target", str(path)]) == 2
-    assert "expected --out as another file than --target" in capsys.readouterr().err
+    command = [*GENERATE, str(tmp_path / "run"), "--target", str(path), "--vae", str(path), "--grid", str(path)]
+    assert main(command) == 2
+    assert "expected --grid as another file than --target" in capsys.readouterr().err
     assert path.read_bytes() == b"weights"
 
 
-@pytest.mark.parametrize("command", OUTPUTS)
+@pytest.mark.parametrize("command", OUTPUTS[:2])
 def test_a_full_disk_destroys_nothing(command, tmp_path, capsys, monkeypatch):
     def full(descriptor):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -240,7 +171,7 @@ def test_a_full_disk_destroys_nothing(command, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "x.png").write_bytes(b"before")
     monkeypatch.setattr("cspd.files.os.fsync", full)
-    assert main([*command, "x.png", *(["--num-images", "2", "--gamma", "8"] if command[0] == "demo" else [])]) == 2
+    assert main([*command, "x.png", "--num-images", "2", "--gamma", "8"]) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"cspd {command[0]}: ")
     assert "could not write the file (No space left on device)" in error
@@ -251,7 +182,7 @@ def test_a_full_disk_destroys_nothing(command, tmp_path, capsys, monkeypatch):
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
 def test_a_device_that_is_full(tmp_path, capsys):
     (tmp_path / "x.png").symlink_to("/dev/full")
-    assert main([*GENERATE, str(tmp_path / "x.png")]) == 2
+    assert main([*GENERATE, str(tmp_path / "run"), "--grid", str(tmp_path / "x.png")]) == 2
     error = capsys.readouterr().err
     assert "No space left on device" in error
     assert error.count("\n") == 1
@@ -306,10 +237,11 @@ def test_an_interrupt_ends_the_progress_bar(capsys, monkeypatch, tmp_path):
     models[0].decoder_blocks[0].register_forward_pre_hook(interrupted)
     monkeypatch.setattr(pair, "load_pair", lambda: models)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    assert main([*GENERATE, str(tmp_path / "x.png")]) == INTERRUPTED
+    assert main([*GENERATE, str(tmp_path)]) == INTERRUPTED
     bar, last, end = capsys.readouterr().err.split("\n")
-    assert "0%" in bar
-    assert (last, end) == ("cspd generate: interrupted", "")
+    assert "0/1 [00:00<?, ?img/s]" in bar
+    assert last.startswith("cspd generate: interrupted; ")
+    assert end == ""
 
 
 def test_a_signal_ends_the_process_with_one_line(tmp_path):
@@ -335,7 +267,7 @@ def test_a_signal_ends_the_process_with_one_line(tmp_path):
 def test_the_digits_take_one_thread_and_the_caller_keeps_its_own(variable, threads, tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr("cspd.demo.run.run_demo", lambda *_: seen.append(torch.get_num_threads()))
-    monkeypatch.setattr("cspd.cli._generate_images", lambda _: seen.append(torch.get_num_threads()) or 0)
+    monkeypatch.setattr("cspd.generate.run._finish", lambda *_: seen.append(torch.get_num_threads()))
     if variable is None:
         monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     else:
@@ -343,7 +275,7 @@ def test_the_digits_take_one_thread_and_the_caller_keeps_its_own(variable, threa
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
-        assert main(["demo"]) == main([*GENERATE, str(tmp_path / "x.png")]) == 0
+        assert main(["demo"]) == main([*GENERATE, str(tmp_path)]) == 0
         assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(before)

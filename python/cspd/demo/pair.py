@@ -6,8 +6,11 @@ Labels are 0..9.
 
 from __future__ import annotations
 
+import contextlib
+import os
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
@@ -83,3 +86,18 @@ def load_model(config: dict, path: str | Path) -> MAR:
 def load_pair(data: str | Path = DATA) -> tuple[MAR, MAR]:
     """(target, draft) from ``target.safetensors`` and ``draft.safetensors`` in ``data``, in eval mode on the CPU."""
     return load_model(TARGET, Path(data) / "target.safetensors"), load_model(DRAFT, Path(data) / "draft.safetensors")
+
+
+@contextlib.contextmanager
+def one_thread():
+    """One CPU thread for the digits pair, unless OMP_NUM_THREADS says otherwise; the caller's number afterwards.
+
+    Its tensors are so small that more threads gain nothing, and on a busy machine they wait for each other, spinning.
+    """
+    before = torch.get_num_threads()
+    if not os.environ.get("OMP_NUM_THREADS"):
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

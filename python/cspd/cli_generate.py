@@ -1,0 +1,97 @@
+"""The command ``cspd generate``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+from .cli_support import labels, positive, tolerance
+
+DTYPES = {"float32": "float32", "fp32": "float32", "bfloat16": "bfloat16", "bf16": "bfloat16", "float16": "float16"}
+DTYPES["fp16"] = "float16"
+
+
+def add_parser(commands) -> None:
+    """Add the command to the subparsers ``commands``."""
+    parser = commands.add_parser(
+        "generate",
+        help="a folder of images from MAR checkpoints, or from the digits pair",
+        description="Images from a MAR checkpoint, or without --target from the digits pair. The same command started "
+        "again makes what is missing. On several GPUs: torchrun --nproc_per_node 8 -m cspd generate ...",
+    )
+    models = parser.add_argument_group("models")
+    models.add_argument("--target", type=Path, metavar="FILE", help="MAR checkpoint; without it the digits pair")
+    models.add_argument("--draft", type=Path, metavar="FILE", help="draft checkpoint; without it the target alone")
+    models.add_argument("--vae", type=Path, metavar="FILE", help="MAR's VAE, which makes pictures of latents")
+    models.add_argument("--patch-size", type=positive, metavar="P", help="of MAR checkpoints: weights do not tell it")
+    models.add_argument("--vae-stride", type=positive, metavar="S", help="of MAR checkpoints: weights do not tell it")
+    models.add_argument("--num-sampling-steps", type=positive, help="denoising steps (default 100; digits 40)")
+    models.add_argument("--device", default="auto", help="auto (cuda where there is one), cpu, cuda, cuda:1 ...")
+    models.add_argument(
+        "--threads", type=positive, metavar="N", help="of a process on a CPU (default as torch has it; digits 1)"
+    )
+    models.add_argument(
+        "--dtype", type=_dtype, metavar="TYPE", help="of both models' matrix products: bf16, fp16 or fp32 (default "
+        "bf16 on a GPU, else fp32)"
+    )  # fmt: skip
+    models.add_argument("--vae-dtype", type=_dtype, metavar="TYPE", default="float32", help="fp32 (default) or bf16")
+
+    images = parser.add_argument_group("images")
+    images.add_argument("--labels", type=labels, nargs="+", metavar="CLASSES", help="one class per image: 207,360,980")
+    images.add_argument("--num-images", type=positive, metavar="N", help="N images, as many of each class")
+    images.add_argument("--classes", type=positive, metavar="K", help="of --num-images: 0..K-1 (default all)")
+    images.add_argument("--steps", type=positive, help="autoregressive steps (default 64; digits 16)")
+    images.add_argument("--num-iter", type=positive, dest="steps", help=argparse.SUPPRESS)  # its old name
+    images.add_argument("--cfg", type=float, default=1.0, help="guidance scale (default 1, none)")
+    images.add_argument("--cfg-schedule", choices=("linear", "constant"), default="linear")
+    images.add_argument("--temperature", type=float, default=1.0)
+    images.add_argument("--seed", type=int, default=0)
+    images.add_argument(
+        "--batch-size", type=positive, metavar="B", help="images made together in one process (default: all of them, "
+        "but at most 64; from a checkpoint on a CPU at most 8)"
+    )  # fmt: skip
+
+    drafting = parser.add_argument_group("drafting, with --draft or the digits pair")
+    drafting.add_argument("--gamma", type=positive, default=8, help="draft steps per window (default 8)")
+    drafting.add_argument("--prefill", type=float, default=0.15, help="fraction of the steps that is the target's")
+    drafting.add_argument("--relaxation", type=float, default=42.0, help="of the accept test (default 42)")
+    drafting.add_argument(
+        "--residual",
+        choices=("rejection", "closed_form"),
+        default="rejection",
+        help="how a rejected token is redrawn; closed_form is for heads with a fixed variance (the digits pair's)",
+    )
+    drafting.add_argument(
+        "--target-sigma", action="store_true", help="closed_form with learned variances: the target's sigma for both"
+    )
+    drafting.add_argument(
+        "--parallel-tol",
+        type=tolerance,
+        default="auto",
+        metavar="{auto,off,NUMBER}",
+        help="make all denoising steps at once, until nothing changes by more than this, in (0, 1), relative to the "
+        "largest value; off: one after the other; auto: to rounding where that was measured to be faster",
+    )
+
+    output = parser.add_argument_group("output")
+    output.add_argument("--out", type=Path, required=True, metavar="DIR", help="000000.png ... and run.json")
+    output.add_argument("--latents", action="store_true", help="write 000000.safetensors ... too; alone without --vae")
+    output.add_argument("--grid", type=Path, metavar="PNG", help="the first 64 images in one picture")
+    output.add_argument("--npz", type=Path, metavar="FILE", help="all images in one array, for FID evaluators")
+    parser.set_defaults(run=_run)
+
+
+def _dtype(text: str) -> str:
+    if text not in DTYPES:
+        raise argparse.ArgumentTypeError(f"expected bf16, fp16 or fp32, got {text}")
+    return DTYPES[text]
+
+
+def _run(args) -> int:
+    if "RANK" in os.environ:  # read when torch is imported: its own words on connections that end with another process
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    from .generate.run import generate
+
+    generate(args)
+    return 0

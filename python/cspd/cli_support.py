@@ -1,0 +1,39 @@
+"""What the commands share: values of the command line, errors in one line. Nothing here imports torch."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+
+
+def positive(text: str) -> int:
+    """An int >= 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a number >= 1, got {text}")
+    return value
+
+
+def tolerance(text: str) -> float | str | None:
+    """``parallel_tol``: auto, off or a number in (0, 1)."""
+    if text in ("auto", "off"):
+        return text if text == "auto" else None
+    with contextlib.suppress(ValueError):
+        if 0 < (value := float(text)) < 1:
+            return value
+    raise argparse.ArgumentTypeError(f"expected auto, off or a number in (0, 1), got {text}")
+
+
+def labels(text: str) -> list[int]:
+    """Class labels with commas between them."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected numbers with commas between them, got {text}") from None
+
+
+def one_line(error: BaseException) -> str:
+    """An error's message for people, in one line."""
+    if isinstance(error, OSError) and error.strerror:  # without the number
+        return error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split())

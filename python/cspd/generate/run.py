@@ -1,0 +1,282 @@
+"""A start of ``cspd generate``, from the options to the last file."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import platform
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime, timezone
+from importlib import metadata
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from cspd_kernels import __version__
+
+from ..cli_support import one_line
+from ..files import check_output, write_file
+from .folder import RunFolder, check_space
+from .images import grid, read_png
+from .models import Models, merge_statistics
+from .npz import write_npz
+from .ranks import Ranks
+from .settings import Settings, check_options, differences, resolve
+
+_logger = logging.getLogger("cspd")
+_GOES_ON = "what was written stays, the same command makes the rest"
+
+
+class Missing(NamedTuple):
+    """What is to be written: numbers of images."""
+
+    images: list[int]
+    latents: list[int]
+
+    @property
+    def numbers(self) -> set[int]:
+        """Of both."""
+        return {*self.images, *self.latents}
+
+
+def generate(args) -> None:
+    """Run the command; ``args`` as its parser leaves them.
+
+    Raises:
+        OSError, ValueError, RuntimeError: what is wrong with the options, before any work; or what stopped the work.
+        SystemExit: another rank has told it.
+    """
+    ranks = Ranks()
+    with ranks, contextlib.ExitStack() as stack:
+        device = ranks.together(lambda: _prepare(args, ranks))
+        folder = RunFolder(args.out)
+        stack.callback(folder.close)
+        began = time.perf_counter()
+        settings, missing = ranks.lead(lambda: _look(args, device, folder))
+        looked = time.perf_counter()
+        stack.enter_context(_threads(settings.threads))
+        models = None
+        if missing is None or missing.numbers:
+            models = ranks.together(lambda: Models(args, settings, device))
+            settings = models.settings
+            if missing is None:
+                missing = Missing(*(list(range(settings.num_images)) * wanted for wanted in _wanted(args)))
+        options = {name: getattr(args, name) for name in ("target", "draft", "vae", "out", "grid", "npz")}
+        start = {
+            "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "missing": len(missing.numbers),
+            "ranks": ranks.size,
+            "options": {name: path and str(path) for name, path in options.items()} | {"latents": args.latents},
+            **_circumstances(device),
+            "seconds": {"look": looked - began, "load": time.perf_counter() - looked},
+        }
+        ranks.lead(lambda: _begin(args, folder, settings, models, missing, start))
+        with _going_on():
+            if models is not None:
+                _work(folder, models, missing, ranks)
+            if ranks.rank == 0:
+                _finish(args, folder, settings)
+
+
+@contextlib.contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    """So many CPU threads, None for as many as there are; the caller's number afterwards."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _prepare(args, ranks: Ranks) -> torch.device:
+    """What costs nothing to find out."""
+    check_options(args)
+    return ranks.device("cpu" if args.target is None and args.device == "auto" else args.device)
+
+
+def _wanted(args) -> tuple[bool, bool]:
+    """Whether images and latents are written."""
+    return args.target is None or args.vae is not None, args.latents
+
+
+def _look(args, device: torch.device, folder: RunFolder) -> tuple[Settings, Missing | None]:
+    """The settings, and what is missing of an earlier run; None where there was none. Nothing is made."""
+    folder.check()
+    for name in ("grid", "npz"):
+        if (path := getattr(args, name)) is not None:
+            _check_extra(args, folder, name, path)
+    folder.open()
+    settings = resolve(args, device, folder.known.get("settings", {}))
+    if not folder.known:
+        return settings, None
+    if texts := differences(folder.known["settings"], settings.to_dict()):
+        raise ValueError(
+            f"expected the settings of the run in {folder.path}, got others: {'; '.join(texts)}. Give another --out, "
+            "or these settings again"
+        )
+    images, latents = _wanted(args)
+    count = settings.num_images
+    return settings, Missing(
+        folder.missing_images(count, folder.known["image_size"]) if images else [],
+        folder.missing_latents(count, folder.known["latent_size"]) if latents else [],
+    )
+
+
+def _check_extra(args, folder: RunFolder, name: str, path) -> None:
+    """A file beside the images: the grid, or the array."""
+    option = f"--{name}"
+    if folder.owns(path):
+        raise ValueError(f"expected {option} as another file than those of the run, got {path}")
+    for other in ("target", "draft", "vae"):
+        checkpoint = getattr(args, other)
+        if checkpoint and checkpoint.exists() and path.exists() and checkpoint.samefile(path):
+            raise ValueError(f"expected {option} as another file than --{other}, got {path} for both")
+    if args.grid and args.npz and os.path.realpath(args.grid) == os.path.realpath(args.npz):
+        raise ValueError(f"expected --grid as another file than --npz, got {path} for both")
+    if folder.path.exists() or path.parent.resolve() != folder.path.resolve():  # else it comes with the folder
+        check_output(path, option)
+
+
+def _begin(args, folder: RunFolder, settings: Settings, models: Models | None, missing: Missing, start: dict) -> None:
+    """The last check, of the space; then the folder, and in it what is to be made."""
+    run = folder.known or {
+        "settings": settings.to_dict(),
+        "image_size": models.image_size,
+        "latent_size": models.latent_size,
+        "models": models.loaded,
+        "starts": [],
+    }
+    check_space(_needs(args, folder, settings, missing, run))
+    if models is not None:
+        for role, text in models.loaded.items():
+            print(f"{role}: {text}")
+    if run["starts"] and missing.numbers:
+        _warn_of_changes(run["starts"][-1], start)
+    run["starts"].append(start)
+    folder.create()
+    folder.merge_records()
+    folder.known = run
+    folder.write_run(run)
+
+
+def _needs(args, folder: RunFolder, settings: Settings, missing: Missing, run: dict) -> Iterator[tuple]:
+    """(where, bytes), generously: images as if they were not compressed, whole blocks, grid and array."""
+    block = 4096
+    height, width = run["image_size"] or (0, 0)
+    yield folder.path, 64 * block + 2048 * settings.batches  # notes of the batches, twice while they are merged
+    yield folder.path, len(missing.images) * (height * width * 3 + height + 2 * block)
+    yield folder.path, len(missing.latents) * (4 * int(np.prod(run["latent_size"])) + 2 * block)
+    if args.grid:
+        yield args.grid.parent, 64 * max(height * width * 3, block)
+    if args.npz:
+        yield args.npz.parent, settings.num_images * (height * width * 3 + 8) + block
+
+
+def _circumstances(device: torch.device) -> dict:
+    """What images should not depend on, but may up to rounding."""
+    versions = {"cspd": __version__, "python": platform.python_version()}
+    for package in ("torch", "triton", "numpy", "pillow", "safetensors"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
+    cuda = device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(device) if cuda else platform.processor() or platform.machine(),
+        "environment": {name: value for name, value in sorted(os.environ.items()) if name.startswith("CSPD_")},
+        "versions": versions | ({"cuda": torch.version.cuda} if cuda else {}),
+    }
+
+
+def _warn_of_changes(was: dict, now: dict) -> None:
+    def flat(start: dict) -> dict:
+        return {"device": start.get("device"), **start.get("versions", {}), **start.get("environment", {})}
+
+    before, after = flat(was), flat(now)
+    changed = [name for name in [*before, *(set(after) - set(before))] if before.get(name) != after.get(name)]
+    if changed:
+        texts = ", ".join(f"{name} was {before.get(name)}, is {after.get(name)}" for name in changed)
+        _logger.warning("the images that are made now may differ from a run in one go by rounding: %s", texts)
+
+
+@contextlib.contextmanager
+def _going_on() -> Iterator[None]:
+    """What stops the work tells that it can go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"interrupted; {_GOES_ON}") from None
+    except (OSError, ValueError, RuntimeError) as error:
+        text = one_line(error)
+        raise RuntimeError(text if _GOES_ON in text else f"{text}; {_GOES_ON}") from error
+
+
+def _work(folder: RunFolder, models: Models, missing: Missing, ranks: Ranks) -> None:
+    """This rank's batches of those with something missing, then the others' end."""
+    from .writer import Writer
+
+    settings = models.settings
+    images, latents = set(missing.images), set(missing.latents)
+    batches = sorted({number // settings.batch_size for number in missing.numbers})[ranks.rank :: ranks.size]
+    before, size = settings.num_images - len(missing.numbers), settings.batch_size
+    shown = ranks.rank == 0 and sys.stderr is not None and sys.stderr.isatty()
+    with tqdm(total=settings.num_images, initial=before, unit="img", disable=not shown) as bar:
+
+        def show() -> None:
+            bar.update(before + ranks.done() - bar.n)
+
+        with Writer(folder, settings, images, latents, ranks.rank) as writer:
+            for number in batches:
+                ranks.check()
+                wanted = not images.isdisjoint(range(number * size, (number + 1) * size))
+                ranks.add(writer.put(models.make(number, wanted)))
+                show()
+            ranks.add(writer.wait())
+        ranks.wait(show)
+
+
+def _finish(args, folder: RunFolder, settings: Settings) -> None:
+    """Rank 0's: the statistics of all, then the grid and the array from the files."""
+    records = folder.merge_records()
+    statistics, seconds = merge_statistics(records)
+    run = folder.known
+    run |= {"statistics": statistics, "seconds": seconds}
+    start = time.perf_counter()
+    paths = [folder.image(number) for number in range(settings.num_images)]
+    if args.grid:
+        write_file(args.grid, grid(list(_read(paths[:64]))))
+    if args.npz:
+        labels = [settings.label(number) for number in range(settings.num_images)]
+        write_npz(args.npz, _read(paths), labels, (*run["image_size"], 3))
+    run["starts"][-1]["seconds"]["collect"] = time.perf_counter() - start
+    folder.write_run(run)
+    print(_summary(settings, folder, run))
+
+
+def _read(paths: list) -> Iterator[np.ndarray]:
+    """Images, in order, read a few ahead by threads."""
+    with ThreadPoolExecutor(4) as threads:
+        ahead: deque = deque()
+        for path in paths:
+            ahead.append(threads.submit(read_png, path))
+            if len(ahead) >= 32:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
+
+
+def _summary(settings: Settings, folder: RunFolder, run: dict) -> str:
+    count, made, statistics = settings.num_images, run["starts"][-1]["missing"], run["statistics"]
+    texts = [f"{folder.path}: {count} image{'s' * (count > 1)}, {made} made now"]
+    if not settings.digits:
+        texts.append(f"latents of shape {tuple(run['latent_size'])}")
+    texts.append(f"{statistics['target_calls']} target and {statistics['draft_calls']} draft calls")
+    if statistics["acceptance"] is not None:
+        texts.append(f"{100 * statistics['acceptance']:.1f} % of the drafted tokens kept")
+    return ", ".join(texts)

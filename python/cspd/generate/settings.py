@@ -1,0 +1,189 @@
+"""What an image depends on: the settings of a run, which no later start of it may change."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+DIGITS = "digits"
+_CHECKPOINTS = ("target", "draft", "vae")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Options of ``cspd generate`` by their names, defaults filled in.
+
+    Checkpoints are dicts (path, bytes, modified, sha256), ``"digits"``, or None where there is none. ``labels`` is None
+    where ``num_images`` are balanced over ``classes``. ``threads`` is None on a GPU.
+    """
+
+    target: dict | str
+    draft: dict | str | None
+    vae: dict | None
+    patch_size: int | None
+    vae_stride: int | None
+    num_sampling_steps: int
+    device: str
+    threads: int | None
+    dtype: str
+    vae_dtype: str | None
+    labels: list[int] | None
+    num_images: int
+    classes: int | None
+    steps: int
+    cfg: float
+    cfg_schedule: str
+    temperature: float
+    seed: int
+    batch_size: int
+    gamma: int
+    prefill: float
+    relaxation: float
+    residual: str
+    target_sigma: bool
+    parallel_tol: float | str | None
+
+    @property
+    def digits(self) -> bool:
+        """Whether the models are the digits pair."""
+        return self.target == DIGITS
+
+    @property
+    def batches(self) -> int:
+        """How many batches the images are made in."""
+        return -(-self.num_images // self.batch_size)
+
+    def label(self, image: int) -> int:
+        """The class of an image; of the last batch's padding, too."""
+        return image % self.classes if self.labels is None else self.labels[image % len(self.labels)]
+
+    def to_dict(self) -> dict:
+        """All of it, ready for JSON."""
+        return asdict(self)
+
+
+def resolve(args, device: torch.device, known: dict) -> Settings:
+    """The settings that the options of the command line mean.
+
+    Args:
+        known: the settings of an earlier start, {} for none. Files that have not changed since are not hashed again.
+
+    Raises:
+        ValueError: options that exclude each other. FileNotFoundError: no such checkpoint.
+    """
+    digits = args.target is None
+    labels = None if args.labels is None else [label for part in args.labels for label in part]
+    count = args.num_images if labels is None else len(labels)
+    alone = not digits and args.draft is None  # nothing is drafted
+    files = {name: getattr(args, name) for name in _CHECKPOINTS}
+    of = {name: fingerprint(path, known.get(name)) if path else None for name, path in files.items()}
+    if digits:
+        of |= {"target": DIGITS, "draft": DIGITS}
+    classes = args.classes
+    if labels is None and classes is None:  # all of the model's, which an earlier start has looked up
+        classes = known.get("classes")
+    return Settings(
+        **of,
+        patch_size=args.patch_size,
+        vae_stride=args.vae_stride,
+        num_sampling_steps=args.num_sampling_steps or (40 if digits else 100),
+        device=device.type,
+        threads=_threads(args, known) if device.type == "cpu" else None,
+        dtype=args.dtype or ("bfloat16" if device.type == "cuda" else "float32"),
+        vae_dtype=args.vae_dtype if args.vae else None,
+        labels=labels,
+        num_images=count,
+        classes=classes,
+        steps=args.steps or (16 if digits else 64),
+        cfg=args.cfg,
+        cfg_schedule=args.cfg_schedule,
+        temperature=args.temperature,
+        seed=args.seed,
+        batch_size=args.batch_size or min(count, 64 if digits or device.type != "cpu" else 8),
+        gamma=args.gamma,
+        prefill=1.0 if alone else args.prefill,
+        relaxation=args.relaxation,
+        residual="rejection" if alone else args.residual,
+        target_sigma=args.target_sigma and not alone,
+        parallel_tol=args.parallel_tol,
+    )
+
+
+def _threads(args, known: dict) -> int:
+    """Threads of a process on a CPU: sums are rounded by their number, so an earlier start's stays.
+
+    The digits' tensors are so small that more than one gains nothing.
+    """
+    if count := args.threads or known.get("threads"):
+        return count
+    return 1 if args.target is None and not os.environ.get("OMP_NUM_THREADS") else torch.get_num_threads()
+
+
+def check_options(args) -> None:
+    """Raise where options exclude each other; nothing is looked up."""
+    if args.out.suffix in (".png", ".safetensors", ".npz") and not args.out.is_dir():
+        raise ValueError(f"expected --out as a folder, got {args.out}: one picture of all is --grid, one array --npz")
+    if (args.labels is None) == (args.num_images is None):
+        raise ValueError("expected --labels or --num-images, one of them")
+    if args.classes is not None and args.num_images is None:
+        raise ValueError("expected --num-images together with --classes: with --labels every image has its own class")
+    if args.target is None:
+        for name in ("draft", "vae", "num_sampling_steps", "patch_size", "vae_stride"):
+            if getattr(args, name) is not None:
+                option = f"--{name.replace('_', '-')}"
+                raise ValueError(f"expected --target together with {option}: the digits pair has its own")
+    elif args.vae is None:
+        if not args.latents:
+            raise ValueError("expected --vae, which makes pictures of latents, or --latents, which writes them")
+        for name in ("grid", "npz"):
+            if getattr(args, name) is not None:
+                raise ValueError(f"expected --vae together with --{name}: without it there are latents only")
+
+
+def fingerprint(path: Path, known: dict | str | None = None) -> dict:
+    """Path, size, time and SHA-256 of a checkpoint, a file or a folder of files; the last from ``known`` if it fits."""
+    if not path.exists():
+        raise FileNotFoundError(f"expected a checkpoint, found none at {path}")
+    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    states = [file.stat() for file in files]
+    found = {
+        "path": str(path.resolve()),
+        "bytes": sum(state.st_size for state in states),
+        "modified": max((state.st_mtime_ns for state in states), default=0),
+    }
+    if isinstance(known, dict) and all(known.get(name) == value for name, value in found.items()):
+        return found | {"sha256": known["sha256"]}
+    digest = hashlib.sha256()
+    for file in files:
+        if path.is_dir():
+            digest.update(f"{file.relative_to(path).as_posix()}\0{file.stat().st_size}\0".encode())
+        with file.open("rb") as opened:
+            while part := opened.read(1 << 22):
+                digest.update(part)
+    return found | {"sha256": digest.hexdigest()}
+
+
+def differences(was: dict, now: dict) -> list[str]:
+    """What differs between the settings of two starts, one text per setting; a checkpoint is its contents."""
+    texts = []
+    for name in [*now, *(name for name in was if name not in now)]:
+        if _content(was.get(name)) != _content(now.get(name)):
+            texts.append(f"--{name.replace('_', '-')} was {_text(was.get(name))}, is {_text(now.get(name))}")
+    return texts
+
+
+def _content(value):
+    return value["sha256"] if isinstance(value, dict) else value
+
+
+def _text(value) -> str:
+    if isinstance(value, dict):
+        return f"{value['path']} (sha256 {value['sha256'][:12]})"
+    if isinstance(value, list):
+        text = ",".join(map(str, value))
+        return text if len(text) <= 60 else f"{text[:50]}... ({len(value)})"
+    return "none" if value is None else str(value)

@@ -1,0 +1,241 @@
+"""`cspd generate` in one process: what it writes, and what it refuses before any work."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import zipfile
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from runs import TEN, Vae, contents, one_line, run_of
+from safetensors.torch import load_file, save_file
+from small_models import small_mar
+
+from cspd.cli import main
+from cspd.generate import images
+from cspd.generate.npz import write_npz
+
+# --- what is written ---
+
+
+def test_the_digits(tmp_path, capsys):
+    out = tmp_path / "a folder" / "out"
+    command = [
+        "generate",
+        "--labels",
+        "3,7",
+        "1",
+        "--steps",
+        "4",
+        "--gamma",
+        "2",
+        "--relaxation",
+        "1",
+        "--out",
+        str(out),
+    ]
+    assert main(command) == 0
+    assert f"{out}: 3 images, 3 made now, 3 target and 3 draft calls, " in capsys.readouterr().out
+    assert list(contents(out)) == ["000000.png", "000001.png", "000002.png"]
+    with Image.open(out / "000000.png") as image:
+        assert (image.size, image.mode) == ((8, 8), "RGB")
+    run = run_of(out)
+    assert run["settings"]["labels"] == [3, 7, 1]
+    assert run["settings"]["steps"] == 4
+    assert (run["settings"]["batch_size"], run["settings"]["dtype"]) == (3, "float32")
+    assert run["image_size"] == [8, 8]
+    assert set(run["starts"][0]["versions"]) >= {"cspd", "python", "torch", "numpy"}
+    assert {"look", "load"} <= set(run["starts"][0]["seconds"])
+    assert {"draft", "target", "verify", "total", "decode", "write"} <= set(run["seconds"])
+    other = [*command[:-1], str(tmp_path / "closed"), "--residual", "closed_form"]
+    assert main(other) == 0
+    assert contents(tmp_path / "closed") != contents(out)
+
+
+def test_balanced_classes_in_whole_batches(tmp_path, quick):
+    assert main(["generate", "--num-images", "25", "--batch-size", "10", "--out", str(tmp_path)]) == 0
+    assert len(contents(tmp_path)) == 25
+    assert quick.runs == [(10, first, list(range(10))) for first in (0, 10, 20)]
+    assert run_of(tmp_path)["settings"]["classes"] == 10
+    quick.runs.clear()
+    command = ["generate", "--num-images", "5", "--classes", "3", "--batch-size", "4", "--out", str(tmp_path / "few")]
+    assert main(command) == 0
+    assert [labels for _, _, labels in quick.runs] == [[0, 1, 2, 0], [1, 2, 0, 1]]
+
+
+def test_latents_from_checkpoints(tmp_path, checkpoints, capsys):
+    command = ["generate", *checkpoints, "--labels", "1,2,5", "--steps", "6", "--num-sampling-steps", "5", "--cfg", "2"]
+    drafted = ["--draft", str(tmp_path / "draft.safetensors"), "--gamma", "2", "--relaxation", "10"]
+    for name, extra, calls in (("alone", [], "0 draft calls"), ("drafted", drafted, "10 draft calls, ")):
+        out = tmp_path / name
+        assert main([*command, *extra, "--batch-size", "2", "--latents", "--out", str(out)]) == 0
+        assert calls in capsys.readouterr().out
+        written = [load_file(out / f"00000{i}.safetensors") for i in range(3)]
+        assert [int(tensors["label"]) for tensors in written] == [1, 2, 5]
+        for tensors in written:
+            assert tensors["latents"].shape == (4, 4, 4)
+            assert torch.isfinite(tensors["latents"]).all()
+        assert not contents(out)
+        assert run_of(out)["settings"]["prefill"] == (0.15 if extra else 1.0)
+    closed = [*command, "--latents", "--residual", "closed_form", "--out", str(tmp_path / "closed")]
+    assert main(closed) == 0  # nothing is redrawn
+    assert run_of(tmp_path / "closed")["settings"]["residual"] == "rejection"
+
+
+def test_pictures_from_checkpoints(tmp_path, checkpoints, quick):
+    out = tmp_path / "out"
+    command = [
+        "generate",
+        *checkpoints,
+        "--vae",
+        str(tmp_path / "vae.safetensors"),
+        "--labels",
+        "1,2",
+        "--out",
+        str(out),
+    ]
+    assert main([*command, "--latents"]) == 0
+    for i, name in enumerate(contents(out)):
+        latents = load_file(out / f"00000{i}.safetensors")["latents"]
+        expected = ((Vae().decode(latents[None])[0] + 1) * 127.5).round().permute(1, 2, 0)
+        assert (np.asarray(Image.open(out / name)) == expected.numpy()).all()
+    run = run_of(out)
+    assert run["models"]["vae"] == "a VAE for tests"
+    assert run["settings"]["vae"]["sha256"] == hashlib.sha256(b"a VAE").hexdigest()
+
+
+def test_the_grid_and_the_array_are_those_of_the_images(tmp_path, quick):
+    extra = ["--grid", str(tmp_path / "out" / "grid.png"), "--npz", str(tmp_path / "all.npz")]
+    assert main(["generate", "--num-images", "70", "--batch-size", "32", "--out", str(tmp_path / "out"), *extra]) == 0
+    pixels = np.stack([np.asarray(Image.open(io.BytesIO(data))) for data in contents(tmp_path / "out").values()])
+    with np.load(tmp_path / "all.npz") as arrays:
+        assert (arrays["arr_0"] == pixels).all()
+        assert arrays["arr_0"].dtype == np.uint8
+        assert arrays["arr_1"].tolist() == [i % 10 for i in range(70)]
+    grid = np.asarray(Image.open(tmp_path / "out" / "grid.png"))
+    assert grid.shape == (8 * 66 - 2, 8 * 66 - 2, 3)
+    assert (grid[66 : 66 + 64 : 8, 66 : 66 + 64 : 8] == pixels[9]).all()
+
+
+def test_the_array_is_read_as_evaluators_read_it(tmp_path):
+    """guided-diffusion's evaluator opens the archive itself and streams the array after its header."""
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 4, 6, 3), dtype=np.uint8)
+    write_npz(tmp_path / "x.npz", iter(pixels), [3, 1, 4, 1, 5], (4, 6, 3))
+    with zipfile.ZipFile(tmp_path / "x.npz") as archive, archive.open("arr_0.npy") as file:
+        assert np.lib.format.read_magic(file) == (1, 0)
+        shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+        assert (shape, fortran, dtype) == (pixels.shape, False, np.dtype(np.uint8))
+        assert file.read() == pixels.tobytes()
+    first = (tmp_path / "x.npz").read_bytes()
+    write_npz(tmp_path / "x.npz", iter(pixels), [3, 1, 4, 1, 5], (4, 6, 3))
+    assert (tmp_path / "x.npz").read_bytes() == first
+
+
+def test_the_array_takes_the_memory_of_a_few_images(tmp_path):
+    import tracemalloc
+
+    tracemalloc.start()
+    write_npz(tmp_path / "x.npz", (np.zeros((64, 64, 3), np.uint8) for _ in range(500)), [0] * 500, (64, 64, 3))
+    assert tracemalloc.get_traced_memory()[1] < 1e6  # the array has 6 MB
+    tracemalloc.stop()
+
+
+def test_a_whole_png():
+    data = images.to_png(np.arange(5 * 7 * 3, dtype=np.uint8).reshape(5, 7, 3))
+    assert images.is_whole_png(data, 5, 7)
+    assert not images.is_whole_png(data, 7, 5)
+    assert not images.is_whole_png(data + b"x", 5, 7)
+    for end in range(len(data)):
+        assert not images.is_whole_png(data[:end], 5, 7)
+    for at in range(len(data)):
+        assert not images.is_whole_png(data[:at] + bytes([data[at] ^ 16]) + data[at + 1 :], 5, 7)
+
+
+# --- refused before any work ---
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--labels", "3,12"], "expected labels in 0..9, got 12"),
+        ([], "expected --labels or --num-images, one of them"),
+        (["--labels", "3", "--num-images", "4"], "expected --labels or --num-images, one of them"),
+        (["--labels", "3", "--classes", "4"], "expected --num-images together with --classes"),
+        (["--num-images", "4", "--classes", "11"], "expected --classes at most the model's 10, got 11"),
+        (["--labels", "1", "--draft", "d.pth"], "expected --target together with --draft"),
+        (["--labels", "1", "--vae", "v.pth"], "expected --target together with --vae"),
+        (["--labels", "1", "--num-sampling-steps", "9"], "expected --target together with --num-sampling-steps"),
+        (["--labels", "1", "--target", "t.pth"], "expected --vae, which makes pictures of latents, or --latents"),
+        (["--labels", "1", "--target", "t.pth", "--latents", "--npz", "x"], "expected --vae together with --npz"),
+        (["--labels", "1", "--target", "t.pth", "--latents"], "expected a checkpoints, found none at t.pth"),
+        (["--labels", "1", "--temperature", "-1"], "temperature >= 0"),
+        (["--labels", "1", "--prefill", "1.5"], "expected ratio in [0, 1], got 1.5"),
+        (["--labels", "1", "--seed", "-1"], "seed"),
+        (["--labels", "1", "--device", "cuda:77"], "expected --device as one that torch has here, got cuda:77: "),
+        (["--labels", "1", "--grid", "no/such/x.png"], "expected a folder for x.png"),
+        (["--labels", "1", "--grid", "out/000000.png"], "expected --grid as another file than those of the run"),
+        (["--labels", "1", "--grid", "x", "--npz", "./x"], "expected --grid as another file than --npz"),
+        (["--labels", "1", "--out", "x.png"], "expected --out as a folder, got x.png"),
+    ],
+)
+def test_wrong_input_is_one_line_and_leaves_nothing(options, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["generate", "--out", "out", *options]) == 2
+    assert message in one_line(capsys)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("labels", ["1,x", "", "1,,2"])
+def test_labels_are_numbers(labels, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["generate", f"--labels={labels}", "--out", "out"])
+    assert stopped.value.code == 2
+    assert f"expected numbers with commas between them, got {labels}" in capsys.readouterr().err
+
+
+def test_models_that_do_not_fit(tmp_path, checkpoints, capsys, monkeypatch):
+    save_file(small_mar(patch_size=1, img_size=3, vae_embed_dim=4).state_dict(), tmp_path / "draft.safetensors")
+    command = ["generate", *checkpoints, "--labels", "1", "--out", str(tmp_path / "out")]
+    assert main([*command, "--latents", "--draft", str(tmp_path / "draft.safetensors")]) == 2
+    assert "expected draft and target with the same seq_len, got 9 and 16" in one_line(capsys)
+    monkeypatch.setattr(Vae, "channels", 16)
+    assert main([*command, "--vae", str(tmp_path / "vae.safetensors")]) == 2
+    assert one_line(capsys) == "expected a VAE of 4 channels, got one of 16"
+    closed = ["--residual", "closed_form", "--draft", str(tmp_path / "target.safetensors"), "--latents"]
+    assert main([*command, *closed]) == 2
+    assert "expected heads with a fixed variance" in one_line(capsys)
+    assert not (tmp_path / "out").exists()
+    assert main([*command, *closed, "--target-sigma", "--steps", "2", "--num-sampling-steps", "3"]) == 0
+    settings = run_of(tmp_path / "out")["settings"]
+    assert (settings["residual"], settings["target_sigma"]) == ("closed_form", True)
+
+
+def test_too_little_space(tmp_path, quick, capsys, monkeypatch):
+    monkeypatch.setattr("cspd.generate.folder.shutil.disk_usage", lambda path: SimpleNamespace(free=3_000_000))
+    command = ["generate", "--num-images", "1000", "--out", str(tmp_path / "out")]
+    assert main([*command, "--npz", str(tmp_path / "all.npz")]) == 2
+    assert one_line(capsys) == f"expected 8.9 MB of free space at {tmp_path}, found 3.0 MB"
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("below", [False, True])
+def test_a_file_in_the_place_of_the_folder(below, tmp_path, quick, capsys):
+    (tmp_path / "file").write_bytes(b"mine")
+    assert main([*TEN, str(tmp_path / "file" / "out" if below else tmp_path / "file")]) == 2
+    assert one_line(capsys) == f"expected --out as a folder, found a file at {tmp_path / 'file'}"
+    assert not quick.runs
+    assert (tmp_path / "file").read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_folder_that_may_not_be_written(there, tmp_path, quick, capsys, monkeypatch):
+    if there:
+        (tmp_path / "out").mkdir()
+    monkeypatch.setattr("cspd.generate.folder.os.access", lambda path, mode: False)
+    assert main([*TEN, str(tmp_path / "out")]) == 2
+    named = tmp_path / "out" if there else tmp_path
+    assert one_line(capsys) == f"expected --out as a folder that may be written, found one that may not at {named}"

@@ -1,0 +1,261 @@
+"""`cspd generate` stopped and started again: it makes what is missing, and nothing else."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from runs import GOES_ON, TEN, Runner, contents, one_line, run_of
+
+from cspd.cli import INTERRUPTED, main
+from cspd.generate import models
+from cspd.generate.models import Models
+
+
+def test_only_what_is_missing_or_broken_is_made_again(tmp_path, quick, capsys):
+    assert main([*TEN, str(tmp_path)]) == 0
+    before, latents = contents(tmp_path), contents(tmp_path, "safetensors")
+    (tmp_path / "000005.png").unlink()
+    (tmp_path / "000002.png").write_bytes(before["000002.png"][:-7])  # cut by a crash
+    (tmp_path / "000003.png").write_bytes(b"")
+    changed = bytearray(before["000000.png"])
+    changed[60] ^= 1
+    (tmp_path / "000000.png").write_bytes(changed)
+    (tmp_path / "000006.safetensors").write_bytes(latents["000006.safetensors"][:-1])
+    (tmp_path / ".cspd-0123456789abcdef").write_bytes(b"left by a process that was killed")
+    kept = {name: (tmp_path / name).stat().st_mtime_ns for name in ("000001.png", "000004.png", "000006.png")}
+    quick.runs.clear()
+    assert main([*TEN, str(tmp_path)]) == 0
+    assert [first for _, first, _ in quick.runs] == [0, 4]
+    assert contents(tmp_path) == before
+    assert contents(tmp_path, "safetensors") == latents
+    assert {name: (tmp_path / name).stat().st_mtime_ns for name in kept} == kept
+    assert not list(tmp_path.glob(".*"))
+    run = run_of(tmp_path)
+    assert [start["missing"] for start in run["starts"]] == [10, 5]
+    assert run["statistics"] == dict(
+        batches=3,
+        acceptance=0.5,
+        raw_acceptance=0.25,
+        fallback=0.0,
+        drafted=36,
+        prefilled=12,
+        target_calls=9,
+        draft_calls=6,
+    )
+
+
+def test_what_does_not_change_images_may_change(tmp_path, quick, monkeypatch):
+    assert main(["generate", "--num-images", "6", "--batch-size", "4", "--out", str(tmp_path)]) == 0
+    before = contents(tmp_path)
+    command = ["generate", "--num-images", "6", "--batch-size", "4", "--out", str(tmp_path)]
+    monkeypatch.setattr(Models, "__init__", lambda *_: pytest.fail("there is nothing to make"))
+    assert main([*command, "--grid", str(tmp_path / "grid.png"), "--npz", str(tmp_path / "all.npz")]) == 0
+    assert (tmp_path / "grid.png").exists()
+    monkeypatch.undo()
+    monkeypatch.setattr(models, "SpecDecodeRunner", Runner)
+    assert main([*command, "--classes", "10", "--latents"]) == 0  # all ten were meant
+    assert contents(tmp_path) == before
+    assert len(contents(tmp_path, "safetensors")) == 6
+
+
+def test_a_run_keeps_its_number_of_threads(tmp_path, checkpoints, quick, monkeypatch):
+    """With another one, images made on a CPU are rounded otherwise."""
+    seen, run = [], Runner.run
+    monkeypatch.setattr(Runner, "run", lambda *a, **o: seen.append(torch.get_num_threads()) or run(*a, **o))
+    command = ["generate", *checkpoints, "--latents", "--labels", "1", "--out", str(tmp_path / "out")]
+    before = torch.get_num_threads()
+    assert main([*command, "--threads", str(before + 1)]) == 0
+    (tmp_path / "out" / "000000.safetensors").unlink()
+    assert main(command) == 0
+    assert seen == [before + 1] * 2
+    assert torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize(
+    ("options", "difference"),
+    [
+        (["--seed", "1"], "--seed was 0, is 1"),
+        (["--batch-size", "5"], "--batch-size was 4, is 5"),
+        (["--cfg", "3", "--steps", "2"], "--steps was 16, is 2; --cfg was 1.0, is 3.0"),
+        (["--parallel-tol", "off"], "--parallel-tol was auto, is none"),
+        (["--threads", "2"], "--threads was 1, is 2"),
+        (["--classes", "5"], "--classes was 10, is 5"),
+    ],
+)
+def test_a_changed_setting_is_refused(options, difference, tmp_path, quick, capsys):
+    assert main([*TEN, str(tmp_path)]) == 0
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    quick.runs.clear()
+    capsys.readouterr()
+    assert main([*TEN, str(tmp_path), *options]) == 2
+    assert f"got others: {difference}. Give another --out, or these settings again" in one_line(capsys)
+    assert not quick.runs
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_checkpoints_are_known_by_their_contents(tmp_path, checkpoints, quick, capsys, monkeypatch):
+    command = ["generate", *checkpoints, "--latents", "--labels", "1", "--out", str(tmp_path / "out")]
+    path = tmp_path / "target.safetensors"
+    assert main(command) == 0
+    os.utime(path, (1, 1))
+    assert main(command) == 0
+    moved = path.rename(tmp_path / "moved.safetensors")
+    assert main([*command[:2], str(moved), *command[3:]]) == 0
+    data = bytearray(moved.read_bytes())
+    data[-1] ^= 1
+    moved.write_bytes(data)
+    capsys.readouterr()
+    assert main([*command[:2], str(moved), *command[3:]]) == 2
+    assert f"--target was {path} (sha256 " in one_line(capsys)
+
+
+def test_a_folder_of_others_is_left_alone(tmp_path, quick, capsys):
+    (tmp_path / "000000.png").write_bytes(b"somebody's")
+    assert main([*TEN, str(tmp_path)]) == 2
+    assert one_line(capsys).endswith(f"found images in {tmp_path} without run.json")
+    (tmp_path / "run.json").write_text("{")
+    assert main([*TEN, str(tmp_path)]) == 2
+    assert one_line(capsys) == f"expected what an earlier run wrote in {tmp_path / 'run.json'}, could not read it"
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_two_runs_in_one_folder(tmp_path, quick, capsys):
+    pytest.importorskip("fcntl")
+    make = Runner.run
+
+    def meanwhile(self, *arguments, **options):
+        if not Runner.runs:
+            Runner.runs.append((0, 0, []))
+            assert main([*TEN, str(tmp_path)]) == 2
+        return make(self, *arguments, **options)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Runner, "run", meanwhile)
+        assert main([*TEN, str(tmp_path)]) == 0
+    assert one_line(capsys) == f"expected one run at a time in {tmp_path}, another one is at work there"
+    assert main([*TEN, str(tmp_path)]) == 0
+
+
+def test_other_versions_are_told(tmp_path, quick, caplog):
+    assert main([*TEN, str(tmp_path)]) == 0
+    run = run_of(tmp_path)
+    run["starts"][-1]["versions"]["torch"] = "1.0"
+    (tmp_path / "run.json").write_text(json.dumps(run))
+    (tmp_path / "000001.png").unlink()
+    with caplog.at_level(logging.WARNING, "cspd"):
+        assert main([*TEN, str(tmp_path)]) == 0
+    assert "may differ from a run in one go by rounding: torch was 1.0, is " in caplog.text
+
+
+# --- stopped in the middle ---
+
+
+def test_an_interrupt_leaves_a_run_that_goes_on(tmp_path, quick, capsys, monkeypatch):
+    assert main([*TEN, str(tmp_path / "whole")]) == 0
+    make = Models.make
+
+    def interrupted(self, number, pixels):
+        if number == 2:
+            raise KeyboardInterrupt
+        return make(self, number, pixels)
+
+    monkeypatch.setattr(Models, "make", interrupted)
+    out = tmp_path / "out"
+    assert main([*TEN, str(out)]) == INTERRUPTED == 130
+    assert one_line(capsys) == f"interrupted; {GOES_ON}"
+    assert len(contents(out)) == 8  # what was made is written
+    monkeypatch.undo()
+    monkeypatch.setattr(models, "SpecDecodeRunner", Runner)
+    assert main([*TEN, str(out)]) == 0
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+@pytest.mark.gpu
+def test_a_run_on_a_gpu_goes_on_with_the_same_bytes(tmp_path):
+    command = ["generate", "--num-images", "7", "--batch-size", "3", "--steps", "8", "--gamma", "2", "--device", "cuda"]
+    assert main([*command, "--out", str(tmp_path)]) == 0
+    before, run = contents(tmp_path), run_of(tmp_path)
+    assert (run["settings"]["device"], run["settings"]["dtype"], run["settings"]["threads"]) == (
+        "cuda",
+        "bfloat16",
+        None,
+    )
+    for number in (1, 6):
+        (tmp_path / f"00000{number}.png").unlink()
+    assert main([*command, "--out", str(tmp_path)]) == 0
+    assert contents(tmp_path) == before
+
+
+def test_a_full_disk_leaves_a_run_that_goes_on(tmp_path, quick, capsys, monkeypatch):
+    assert main([*TEN, str(tmp_path / "whole")]) == 0
+    out, synced, sync = tmp_path / "out", [], os.fsync
+
+    def full(descriptor):
+        synced.append(descriptor)
+        if len(synced) > 12:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        sync(descriptor)
+
+    monkeypatch.setattr("cspd.files.os.fsync", full)
+    assert main([*TEN, str(out)]) == 2
+    line = one_line(capsys)
+    assert line.endswith(f"could not write the file (No space left on device); {GOES_ON}")
+    assert line.startswith(f"{out}/0")
+    assert not list(out.glob(".*"))
+    monkeypatch.setattr("cspd.files.os.fsync", sync)
+    there = contents(out)
+    assert 0 < len(there) < 10
+    assert main([*TEN, str(out)]) == 0
+    assert contents(out) == contents(tmp_path / "whole")
+    assert contents(out, "safetensors") == contents(tmp_path / "whole", "safetensors")
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 64 kB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = shutil.which("mount")
+    if not mount or subprocess.run([mount, "-t", "tmpfs", "-o", "size=64k", "tmpfs", folder], check=False).returncode:
+        pytest.skip("nothing may be mounted here")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_a_small_disk(small_disk, tmp_path, quick, capsys, monkeypatch):
+    assert main([*TEN, str(tmp_path / "whole")]) == 0
+    out = small_disk / "out"
+    assert main([*TEN, str(out)]) == 2
+    assert one_line(capsys).startswith("expected 0.4 MB of free space at ")
+    assert not out.exists()
+    monkeypatch.setattr("cspd.generate.run.check_space", lambda needs: None)
+    assert main([*TEN, str(out)]) == 2
+    line = one_line(capsys)
+    assert line.endswith(f"could not write the file (No space left on device); {GOES_ON}")
+    subprocess.run(["mount", "-o", "remount,size=1m", small_disk], check=True)
+    assert main([*TEN, str(out)]) == 0
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_a_signal_ends_the_process_with_one_line(tmp_path):
+    code = (
+        "import os, signal, sys, time\n"
+        "import cspd.generate.models as models\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)  # shells have what runs behind ignore it\n"
+        "def make(self, *_):\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    time.sleep(600)  # it may come a moment later\n"
+        "models.Models.make = make\n"
+        "from cspd.cli import main\n"
+        f"sys.exit(main(['generate', '--labels', '1', '--out', {str(tmp_path)!r}]))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (130, f"cspd generate: interrupted; {GOES_ON}\n")

@@ -1,0 +1,118 @@
+"""`cspd generate` in several processes: byte-equal files, whoever makes them and whatever happens meanwhile."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from processes import run_ranks
+
+from cspd.cli import main
+
+if not torch.distributed.is_available():
+    pytest.skip("torch without torch.distributed", allow_module_level=True)
+
+COUNT = 10
+DIGITS = ["generate", "--num-images", str(COUNT), "--steps", "4", "--gamma", "2", "--seed", "5"]
+NAMES = [f"{number:06d}.png" for number in range(COUNT)]
+
+
+def contents(folder):
+    """The images' bytes."""
+    return {path.name: path.read_bytes() for path in folder.glob("*.png")}
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """The images of one process, undisturbed: folders by batch size."""
+    folders = {size: tmp_path_factory.mktemp("alone") / str(size) for size in (1, 7)}
+    for size, folder in folders.items():
+        assert main([*DIGITS, "--batch-size", str(size), "--out", str(folder)]) == 0
+        assert sorted(contents(folder)) == NAMES
+    return folders
+
+
+@pytest.mark.parametrize("size", [1, 7])
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_any_number_of_processes_gives_the_same_bytes(ranks, size, alone, tmp_path):
+    out = tmp_path / "out"
+    extra = ["--npz", str(out / "all.npz"), "--grid", str(tmp_path / "grid.png")]
+    assert run_ranks(ranks, [*DIGITS, "--batch-size", str(size), "--out", str(out), *extra]) == [(0, "")] * ranks
+    assert contents(out) == contents(alone[size])
+    run = json.loads((out / "run.json").read_text())
+    assert run["statistics"]["batches"] == -(-COUNT // size)
+    assert run["starts"][0]["ranks"] == ranks
+    assert sorted(path.name for path in out.iterdir()) == sorted([*NAMES, "all.npz", "batches.jsonl", "run.json"])
+    with np.load(out / "all.npz") as arrays:
+        assert arrays["arr_0"].shape == (COUNT, 8, 8, 3)
+
+
+def test_between_batch_sizes_images_agree_up_to_rounding(alone):
+    one, seven = ([np.asarray(Image.open(alone[size] / name)).astype(int) for name in NAMES] for size in (1, 7))
+    apart = np.abs(np.stack(one) - np.stack(seven))
+    assert apart.max() <= 1  # grey level
+    assert (apart > 0).sum() <= apart.size // 100  # today none of the 1920
+
+
+@pytest.mark.parametrize(("ranks", "size", "died"), [(3, 1, {1: 2}), (2, 7, {0: 1})])
+def test_a_killed_rank_is_made_up_for_by_a_second_run(ranks, size, died, alone, tmp_path):
+    command = [*DIGITS, "--batch-size", str(size), "--out", str(tmp_path)]
+    ended = run_ranks(ranks, command, die=died)
+    lines = [line for _, error in ended for line in error.splitlines()]
+    assert [code for code, _ in ended] == [-9 if rank in died else 2 for rank in range(ranks)]
+    assert [line for line in lines if line.startswith("cspd")] == [  # torch's own words on connections aside
+        "cspd generate: a process of this run ended before its work was done; what was written stays, the same command "
+        "makes the rest"
+    ]
+    there = contents(tmp_path)
+    assert 0 < len(there) < COUNT
+    assert there.items() <= contents(alone[size]).items()
+    before = {name: (tmp_path / name).stat().st_mtime_ns for name in there}
+    assert main(command) == 0
+    assert contents(tmp_path) == contents(alone[size])
+    assert {name: (tmp_path / name).stat().st_mtime_ns for name in there} == before  # only what was missing
+    starts = json.loads((tmp_path / "run.json").read_text())["starts"]
+    assert [(start["missing"], start["ranks"]) for start in starts] == [(COUNT, ranks), (COUNT - len(there), 1)]
+
+
+def test_one_ranks_failure_ends_all_with_its_error(alone, tmp_path):
+    command = [*DIGITS, "--batch-size", "1", "--out", str(tmp_path / "out")]
+    ended = run_ranks(2, command, most_bytes={1: 600})  # enough for an image, not for the notes of two batches
+    assert [code for code, _ in ended] == [2, 2]
+    (line,) = [line for _, error in ended for line in error.splitlines() if line.startswith("cspd")]
+    assert line == (
+        f"cspd generate: rank 1: {tmp_path}/out/batches-1.jsonl: could not write the file (File too large); what was "
+        "written stays, the same command makes the rest"
+    )
+    assert 0 < len(contents(tmp_path / "out")) < COUNT
+    assert main(command) == 0
+    assert contents(tmp_path / "out") == contents(alone[1])
+
+
+def test_wrong_input_is_told_once(tmp_path):
+    out = tmp_path / "out"
+    ended = run_ranks(2, ["generate", "--labels", "3,12", "--out", str(out)])
+    assert ended == [(2, "cspd generate: expected labels in 0..9, got 12\n"), (2, "")]
+    assert not out.exists()
+
+
+def test_torchrun(alone, tmp_path):
+    out = tmp_path / "out"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "cspd"]
+    done = subprocess.run(
+        [*torchrun, *DIGITS, "--batch-size", "7", "--out", str(out)],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"{out}: {COUNT} images, {COUNT} made now")
+    assert contents(out) == contents(alone[7])
