@@ -1,8 +1,9 @@
 """The steps of a run as CUDA graphs: the transformer, its head and what is written, in one launch.
 
 How many tokens are known is a value on the device, so a graph serves all steps that draw as many tokens and whose known
-tokens fit the same room, a multiple of 32. The first such step is launched kernel by kernel, the second is captured,
-the others are replayed. All graphs of a device share one pool of memory (:mod:`cspd_kernels.graphs`).
+tokens fit the same room, a multiple of 32. It is captured at the first of them, after a launch kernel by kernel that
+compiles and loads what there is to. What counts is always the graph's, so that the bits of an image do not depend on
+what was made before it. All graphs of a device share one pool of memory (:mod:`cspd_kernels.graphs`).
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ class Steps:
         if callable(self.state.relaxation):
             launch()
         else:
-            self._run(("target", counts, room), launch)
+            self._run(("target", counts, room), launch, sum(counts))
 
     def draft(self, i: int) -> None:
         """The i-th step, by the draft."""
@@ -82,7 +83,7 @@ class Steps:
             self.drawn.add_(sum(counts))
             return []
 
-        self._run(("draft", counts, room), launch)
+        self._run(("draft", counts, room), launch, sum(counts))
 
     def window(self, first: int, stop: int, phase: Phase = untimed) -> Judged:
         """The steps first..stop-1 by the draft, judged by the target."""
@@ -107,14 +108,22 @@ class Steps:
         known = length - steps[0].before
         return tuple(step.before - step.after for step in steps), min(length, -(-known // ROOM) * ROOM)
 
-    def _run(self, key: Hashable, launch: Callable[[], list[torch.Tensor]]) -> list[torch.Tensor]:
-        """What a launch returns, copied out of the graphs' memory, where the next one writes."""
+    def _run(self, key: Hashable, launch: Callable[[], list[torch.Tensor]], draws: int = 0) -> list[torch.Tensor]:
+        """What a launch returns, copied out of the graphs' memory, where the next one writes.
+
+        ``draws``: tokens of an image by which the launch moves on. Launched again, it draws the same ones again: it
+        reads those alone that were drawn before.
+        """
         plan = self.plans.get(key, lambda: ([], []), self.state.tokens.device)
 
         def keep() -> None:
             plan.value[:] = launch()
 
         with plan.in_turn():
+            if plan.graph.uses == 0:
+                launch()
+                self.drawn.sub_(draws)
+                plan.graph.uses = 1
             plan.graph.run(keep, lambda: warm_up(self.state))
             return [value.clone() for value in plan.value]
 
