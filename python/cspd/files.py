@@ -69,7 +69,24 @@ def writing(path: Path) -> Iterator[BinaryIO]:
     except OSError as error:
         if error.errno is None or error.filename not in (None, str(target), str(beside)):  # the caller's own
             raise
-        raise OSError(error.errno, f"could not write the file ({error.strerror})", str(path)) from error
+        raise _could_not(error, path) from error
+
+
+def append_line(path: Path, text: str) -> None:
+    """Add a line to a file of notes, which is made where there is none.
+
+    Raises:
+        OSError: it could not be written, or not whole.
+    """
+    try:
+        with path.open("a") as file:
+            file.write(f"{text}\n")
+    except OSError as error:
+        raise _could_not(error, path) from error
+
+
+def _could_not(error: OSError, path: Path) -> OSError:
+    return OSError(error.errno, f"could not write the file ({error.strerror})", str(path))
 
 
 def _target(path: Path) -> Path:
