@@ -171,7 +171,7 @@ def test_a_whole_png():
         (["--labels", "1", "--num-sampling-steps", "9"], "expected --target together with --num-sampling-steps"),
         (["--labels", "1", "--target", "t.pth"], "expected --vae, which makes pictures of latents, or --latents"),
         (["--labels", "1", "--target", "t.pth", "--latents", "--npz", "x"], "expected --vae together with --npz"),
-        (["--labels", "1", "--target", "t.pth", "--latents"], "expected a checkpoints, found none at t.pth"),
+        (["--labels", "1", "--target", "t.pth", "--latents"], "expected a checkpoint, found none at t.pth"),
         (["--labels", "1", "--temperature", "-1"], "temperature >= 0"),
         (["--labels", "1", "--prefill", "1.5"], "expected ratio in [0, 1], got 1.5"),
         (["--labels", "1", "--seed", "-1"], "seed"),
