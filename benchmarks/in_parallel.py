@@ -16,6 +16,7 @@ import torch
 
 from cspd_kernels import DiffusionHead, denoise
 from cspd_kernels.backends import why_unavailable
+from cspd_kernels.crossover import PERSISTENT, prefers_persistent
 from cspd_kernels.ops.denoise import parallel_chain, reference, torch_backend, torch_parallel
 from cspd_kernels.ops.denoise.parallel import ROUNDING
 from cspd_kernels.testing import random_inputs, relative_error
@@ -24,8 +25,9 @@ from common import measure, spread
 from report import Report, Row
 
 SWEEPS = 10
+SLOW = 27  # what the slowest of 48 tokens took under guidance 3 with bfloat16 operands (docs/parallel.md)
 GUIDANCE = 3.0
-MODELS = ("MAR-B", "MAR-L", "MAR-H")
+MODELS = ("MAR-B", "MAR-H", "MAR-L")  # in this order: a run that is cut short has its ends
 CASES = {
     "cpu": [("MAR-B", 1, False), ("MAR-B", 1, True), ("MAR-B", 8, False)],
     "cuda": [(model, n, guided) for model in MODELS for n in (1, 8, 64) for guided in (False, True)],
@@ -50,8 +52,8 @@ def _as_they_are(head, cond, x, *_):
     return x, x, x, x[:, 0]
 
 
-def _sweeps(head: DiffusionHead, *inputs, **options):
-    with only_sweeps(SWEEPS):
+def _sweeps(head: DiffusionHead, *inputs, count: int = SWEEPS, **options):
+    with only_sweeps(count):
         return denoise(head, *inputs, **options, parallel_tol=1e-30)
 
 
@@ -66,7 +68,8 @@ def parallel_rows(
     device,
     report: Report,
 ) -> None:
-    """One row a backend: a fixed number of sweeps beside its sequential chain, as the automatic choice has it."""
+    """A row a backend: a fixed number of sweeps beside its chain step by step, which is named as the automatic choice
+    has it. Under guidance one more, of as many sweeps as a slow token needs there."""
     size = f"{model} N={n} T={head.num_steps}{' guided' if guided else ''}"
     scale = GUIDANCE if guided else 1.0
     inputs = [random_inputs(head, n, seed, guided) for seed in range(2)]
@@ -75,18 +78,20 @@ def parallel_rows(
     for backend in backends:
         if device.type == "cuda" and why_unavailable(backend):
             continue
-        contenders = {
-            "sequential": partial(denoise, head, cfg_scale=scale, backend=backend, parallel_tol=None),
-            "sweeps": partial(_sweeps, head.to(head.dtype), cfg_scale=scale, backend=backend),
+        persistent = backend == "cuda" and prefers_persistent(head, n, guided)
+        steps = f"{PERSISTENT if persistent else backend} {name}"
+        counts = (SWEEPS, SLOW) if guided and backend != "torch" else (SWEEPS,)
+        contenders = {steps: partial(denoise, head, cfg_scale=scale, backend=backend, parallel_tol=None)} | {
+            f"{backend} {count} sweeps {name}": partial(
+                _sweeps, head.to(head.dtype), cfg_scale=scale, backend=backend, count=count
+            )
+            for count in counts
         }
         with report.trying("denoise", size, f"{backend} parallel {name}"):
             seconds = measure(contenders, inputs, runs, device)
             out = denoise(head, *inputs[0], cfg_scale=scale, backend=backend, parallel_tol=ROUNDING[head.dtype])
-            error = relative_error(out.sample, exact)
-            report.add(
-                Row(
-                    "denoise in parallel", size, f"{backend} {SWEEPS} sweeps {name}", f"{backend} sequential {name}",
-                    *spread(seconds["sweeps"]), *spread(seconds["sequential"]), runs, error, bound,
-                    f"of max, float64, settled after {int(out.sweeps.max())} sweeps",
-                )
-            )  # fmt: skip
+            error, settled = relative_error(out.sample, exact), f"settled after {int(out.sweeps.max())} sweeps"
+            for contender in [contender for contender in contenders if contender != steps]:
+                timed = (*spread(seconds[contender]), *spread(seconds[steps]))
+                accuracy = f"of max, float64, {settled}"
+                report.add(Row("denoise in parallel", size, contender, steps, *timed, runs, error, bound, accuracy))

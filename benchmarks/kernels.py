@@ -37,8 +37,13 @@ CASES = {
     "cpu": [("MAR-B", 2), ("MAR-B", 8), ("MAR-B", 64)],
     "cuda": [("MAR-B", 2), ("MAR-B", 8), ("MAR-B", 64), ("MAR-L", 2), ("MAR-H", 2), ("MAR-H", 512)],
 }
+MORE = {  # sizes beside the simplest of the baselines
+    "cpu": [],
+    "cuda": [("MAR-B", 16), ("MAR-H", 64), ("MAR-H", 8), ("MAR-H", 16), ("MAR-B", 1), ("MAR-B", 4), ("MAR-H", 1)],
+}
+SIMPLE = ("eager float32", "library products alone bfloat16")
 STEPS, CHANNELS = 100, 16
-SECTIONS = ("denoise", "parallel", "block", "judging")
+SECTIONS = ("denoise", "sizes", "parallel", "block", "judging")
 
 
 def why_not_measured(op: str, backend: str, device: torch.device) -> str | None:
@@ -57,13 +62,23 @@ def serving(op: str, device: torch.device) -> list[str]:
     return [name for name in BACKENDS if why_not_measured(op, name, device) is None]
 
 
-def denoise_rows(model: str, rows: int, backends: list[str], runs: int, device: torch.device, report: Report) -> None:
-    """The whole chain, 100 steps; errors against float64 on the same operands."""
+def denoise_rows(
+    model: str,
+    rows: int,
+    backends: list[str],
+    runs: int,
+    device: torch.device,
+    report: Report,
+    against: tuple[str, ...] | None = None,
+) -> None:
+    """The whole chain, 100 steps; errors against float64 on the same operands. ``against``: of the baselines, these."""
     diffloss = _diffloss(model, device)
     heads = {dtype: DiffusionHead.from_module(diffloss, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)}
     inputs = [random_inputs(heads[torch.float32], rows, seed) for seed in range(2)]
     size, functions, fair = f"{model} N={rows} T={STEPS}", {}, {}
     for name, (make, dtypes) in _baselines(diffloss, heads[torch.bfloat16], rows, inputs[0], device).items():
+        if against is not None and name not in against:
+            continue
         with report.trying("denoise", size, name):
             functions[name], fair[name] = make(), dtypes
     contenders = _contenders(size, heads, rows, backends, device, report)
@@ -178,7 +193,13 @@ def main() -> None:
     threads = "" if device.type == "cuda" else f", {torch.get_num_threads()} threads"
     print(f"device: {torch.cuda.get_device_name() if device.type == 'cuda' else 'cpu'}{threads}")
     report = Report(args.json)
-    sections = {"denoise": whole_chains, "parallel": in_sweeps, "block": one_block, "judging": judging}
+    sections = {
+        "denoise": whole_chains,
+        "sizes": more_sizes,
+        "parallel": in_sweeps,
+        "block": one_block,
+        "judging": judging,
+    }
     for name in (args.only,) if args.only else SECTIONS:
         sections[name](args.quick, device, report)
     report.finish()
@@ -189,6 +210,14 @@ def whole_chains(quick: bool, device: torch.device, report: Report) -> None:
     for model, n in CASES[device.type][: 1 if quick else None]:
         with report.trying("denoise", f"{model} N={n}"):
             denoise_rows(model, n, serving("denoise", device), 3 if quick else 7 if n == 64 else 15, device, report)
+
+
+def more_sizes(quick: bool, device: torch.device, report: Report) -> None:
+    """The chain of the kernels step by step, at sizes between those beside all baselines."""
+    for model, n in MORE[device.type][: 1 if quick else None]:
+        backends = [name for name in serving("denoise", device) if name != "torch" or device.type == "cpu"]
+        with report.trying("denoise", f"{model} N={n}"):
+            denoise_rows(model, n, backends, 3 if quick else 7, device, report, SIMPLE)
 
 
 def judging(quick: bool, device: torch.device, report: Report) -> None:

@@ -134,6 +134,25 @@ def verdicts(rows: list[dict]) -> str:
     return table(["`accept_reject`, ms", "looped torch", *map("".join, contenders)], lines)
 
 
+def sweeps(rows: list[dict]) -> str:
+    """Milliseconds of the chains step by step and in so many sweeps, by backend; the fastest in bold."""
+    found: dict[str, dict[tuple[str, str], float]] = {}
+    for row in rows:
+        backend, count, _ = row["backend"].split(maxsplit=2)
+        times = found.setdefault(row["size"].replace(" T=100", ""), {})
+        times[backend, "steps"] = row["baseline_seconds"]
+        if row["ratio"] is not None:
+            times[backend, f"{count} sweeps"] = row["seconds"]
+    columns = [(backend, way) for backend in ("triton", "cuda") for way in ("steps", "10 sweeps", "27 sweeps")]
+    lines = []
+    for size, times in found.items():
+        shown = {column: milliseconds(times[column]) if column in times else NONE for column in columns}
+        fastest = min((column for column in columns if column in times), key=times.get, default=None)
+        cells = [f"**{shown[column]}**" if column == fastest else shown[column] for column in columns]
+        lines.append([size, *cells])
+    return table(["ms", *map(", ".join, columns)], lines)
+
+
 def images(rows: list[dict]) -> str:
     lines = []
     for row in rows:
@@ -215,10 +234,11 @@ def whole_images(device: str) -> str:
 def tables() -> dict[str, str]:
     """What stands between ``<!-- NAME -->`` and ``<!-- /NAME -->``."""
     parts = (chains, spreads, ratios, verdicts)
-    gpu = load("kernels-h100.json")
+    gpu, swept = load("kernels-h100.json"), load("in-parallel-h100.json")
     return {
         "KERNELS": on_the_cpu(load("kernels-cpu.json")["rows"], "op, size", "error"),
         "KERNELS-H100": f"{origin(gpu)}\n\n" + "\n".join(part(gpu["rows"]) for part in parts),
+        "SWEEPS-H100": f"{origin(swept)}\n\n" + sweeps(swept["rows"]),
         "END": whole_images("cpu"),
         "END-H100": whole_images("h100"),
     }

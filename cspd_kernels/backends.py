@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 
 from . import crossover, cuda_support
-from .crossover import PERSISTENT, PERSISTENT_VARIABLE, ranked
+from .crossover import PARALLEL, PERSISTENT, PERSISTENT_VARIABLE, ranked
 
 BACKENDS = ("torch", "triton", "cuda")
 ENVIRONMENT_VARIABLE = "CSPD_BACKEND"
@@ -114,13 +114,17 @@ _remembered: dict[tuple, Callable] = {}
 def remembered(op: str, backend: str | None, x: torch.Tensor) -> Callable:
     """:func:`implementation` for tokens x (N, C), looked up for a shape, device and environment that it was chosen for
     before: choosing takes as long as a launch."""
-    return _remember(x.shape, op, backend, x.device, x, x.shape[0])
+    return _remember((op, x.shape), backend, x.device, lambda: implementation(op, backend, x.device, x, x.shape[0]))
 
 
 def remembered_chain(backend: str | None, head, tokens: int, guided: bool, parallel: bool = False) -> Callable:
     """The same for ``denoise`` with so many tokens of a head."""
-    key = (head.handle, tokens, guided, parallel)
-    return _remember(key, "denoise", backend, head.device, head, tokens, guided, parallel)
+    return _remember(
+        (head.handle, tokens, guided, parallel),
+        backend,
+        head.device,
+        lambda: implementation("denoise", backend, head.device, head, tokens, guided, parallel),
+    )
 
 
 def prefers_parallel(backend: str | None, head, tokens: int, guided: bool) -> bool:
@@ -130,18 +134,23 @@ def prefers_parallel(backend: str | None, head, tokens: int, guided: bool) -> bo
         return crossover.prefers_parallel(head, tokens, guided, backend)
     if head.device.type != "cuda":
         return crossover.prefers_parallel(head, tokens, guided, "torch")
-    first = ranked("denoise", head.device, head, tokens, guided, None)[0]  # most are not: nothing more is asked
-    return first.endswith(crossover.PARALLEL) and first == choice("denoise", head.device, head, tokens, guided, None)[0]
+
+    def look() -> bool:
+        call = "denoise", head.device, head, tokens, guided, None
+        return ranked(*call)[0].endswith(PARALLEL) and choice(*call)[0].endswith(PARALLEL)
+
+    return _remember((head.handle, tokens, guided), None, head.device, look)
 
 
-def _remember(key: tuple, op: str, backend: str | None, device: torch.device, *call) -> Callable:
+def _remember(key: tuple, backend: str | None, device: torch.device, choose: Callable):
+    """What ``choose()`` returned for a key, a device and an environment."""
     if device.type != "cuda" or not (backend is None or isinstance(backend, str)):
-        return implementation(op, backend, device, *call)
-    key = (key, op, backend, device, *map(os.environ.get, _LOOKED_AT.get(backend, _EVERYTHING)))
+        return choose()
+    key = (key, backend, device, *map(os.environ.get, _LOOKED_AT.get(backend, _EVERYTHING)))
     if (chosen := _remembered.get(key)) is None:
         if len(_remembered) >= _MOST_REMEMBERED:
             _remembered.clear()
-        chosen = _remembered[key] = implementation(op, backend, device, *call)
+        chosen = _remembered[key] = choose()
     return chosen
 
 

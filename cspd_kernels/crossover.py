@@ -3,7 +3,10 @@
 A size is what an op's time depends on: of ``denoise`` the head's width and depth, the bytes of an operand and the rows
 that are computed; of the others the tokens. What was not measured takes its nearest measured neighbour. The names are
 "triton", "cuda" and "torch"; for ``denoise`` also "cuda persistent", where the persistent kernel covers the size, and
-each backend's "... parallel": sweeps over all steps to the arithmetic's own rounding.
+"... parallel" and "... parallel guided": sweeps over all steps to the arithmetic's own rounding.
+
+Sweeps are taken only on the device that they were measured on, and only where the nearest size that has both was faster
+in sweeps. Those of the torch backend are not in the table: the host waits after each of them.
 """
 
 from __future__ import annotations
@@ -17,7 +20,8 @@ import torch
 PERSISTENT_VARIABLE = "CSPD_PERSISTENT_MAX_TOKENS"
 PERSISTENT_LIMIT = 16  # rows; beyond it the layered kernels fill the device
 PERSISTENT = "cuda persistent"
-PARALLEL = "parallel"  # second word of a name
+PARALLEL, GUIDED = "parallel", "parallel guided"  # behind a backend's name
+STEPS = 100  # of the chains in the table
 DEFAULT = ("triton", "cuda", "torch")  # where nothing was measured, and after what was
 
 Size = tuple[int, ...]
@@ -27,41 +31,107 @@ _OTHER_TYPE = 100.0  # the weight of another operand type in a distance: float32
 
 # Compute capability -> op -> size -> what was measured there. tests/kernels/test_crossover.py compares it with the
 # result files. To fill in a device: `python benchmarks/kernels.py --json FILE` on it. "... parallel" are rows of
-# "denoise in parallel", with as many sweeps as trained heads need (docs/parallel.md).
+# "denoise in parallel", with as many sweeps as trained heads need (docs/parallel.md): 10, and of the slowest of several
+# tokens under guidance 27.
 FASTEST: dict[tuple[int, int], dict[str, dict[Size, Times]]] = {
-    # H100 80GB HBM3, commit b589fd5: benchmarks/results/kernels-h100.json and denoise-h100.json. Chains of 100 steps
-    # with a cold L2; verdicts of 16 channels, accept_reject by rejection and with its host time. The kernels have
-    # changed since: Triton's float32 times beyond 4 rows are of products of its own, which are now the library's.
+    # H100 80GB HBM3, commit 3093537: kernels-h100.json, denoise-h100.json and in-parallel-h100.json in
+    # benchmarks/results. Chains of 100 steps with a cold L2; verdicts of 16 channels, accept_reject by rejection and
+    # with its host time.
     (9, 0): {
         "denoise": {
-            (1024, 6, 2, 2): {PERSISTENT: 2.95, "triton": 5.78, "cuda": 8.39, "torch": 78.6},
-            (1024, 6, 2, 8): {PERSISTENT: 6.48, "cuda": 8.71, "triton": 8.77, "torch": 92.3},
-            (1024, 6, 2, 16): {"cuda": 9.07, "triton": 9.21, PERSISTENT: 11.2, "torch": 138},
-            (1024, 6, 2, 64): {"cuda": 9.99, "triton": 13.4, "torch": 130},
-            (1280, 8, 2, 2): {PERSISTENT: 7.05, "triton": 12.0, "cuda": 13.9, "torch": 144},
-            (1536, 12, 2, 2): {PERSISTENT: 11.6, "triton": 17.7, "cuda": 20.8, "torch": 149},
-            (1536, 12, 2, 64): {"cuda": 23.9, "triton": 30.3, "torch": 186},
-            (1536, 12, 2, 512): {"cuda": 48.9, "triton": 81.4, "torch": 172},
-            (1024, 6, 4, 2): {PERSISTENT: 5.05, "triton": 7.71, "cuda": 12.1, "torch": 68.3},
-            (1024, 6, 4, 8): {PERSISTENT: 9.79, "cuda": 16.8, "triton": 31.8, "torch": 82.5},
-            (1024, 6, 4, 16): {PERSISTENT: 16.7, "cuda": 25.4, "triton": 33.3, "torch": 86.6},
-            (1024, 6, 4, 64): {"cuda": 28.3, "triton": 65.8, "torch": 127},
-            (1280, 8, 4, 2): {PERSISTENT: 10.0, "triton": 15.1, "cuda": 18.9, "torch": 111},
-            (1536, 12, 4, 2): {PERSISTENT: 17.4, "triton": 23.8, "cuda": 31.1, "torch": 129},
-            (1536, 12, 4, 64): {"cuda": 91.0, "torch": 178, "triton": 211},
-            (1536, 12, 4, 512): {"cuda": 449, "torch": 495, "triton": 1095},
+            (1024, 6, 2, 1): {
+                "triton": 2.88, PERSISTENT: 2.98, "cuda": 4.26, "torch": 136,
+                "triton parallel": 1.41, "cuda parallel": 1.43,
+            },
+            (1024, 6, 2, 2): {
+                PERSISTENT: 3.05, "triton": 3.29, "cuda": 4.34, "torch": 83,
+                "triton parallel": 1.94, "cuda parallel": 1.99,
+                "triton parallel guided": 1.94, "cuda parallel guided": 1.99,
+            },
+            (1024, 6, 2, 4): {PERSISTENT: 3.19, "cuda": 4.59, "triton": 4.9},
+            (1024, 6, 2, 8): {
+                PERSISTENT: 4.08, "cuda": 4.54, "triton": 5.63, "torch": 84.8,
+                "cuda parallel": 2.51, "triton parallel": 2.99,
+            },
+            (1024, 6, 2, 16): {
+                "cuda": 4.75, "triton": 5.33, PERSISTENT: 6.6, "torch": 102,
+                "triton parallel": 3.25, "cuda parallel": 4.08,
+                "triton parallel guided": 7.64, "cuda parallel guided": 9.89,
+            },
+            (1024, 6, 2, 64): {
+                "cuda": 6.28, "triton": 6.44, "torch": 86.4,
+                "triton parallel": 11.2, "cuda parallel": 13,
+            },
+            (1024, 6, 2, 128): {
+                "triton": 9.49, "cuda": 9.63, "torch": 149,
+                "triton parallel": 19.3, "cuda parallel": 25.2,
+                "triton parallel guided": 49.3, "cuda parallel guided": 64.6,
+            },
+            (1280, 8, 2, 1): {
+                "triton": 5.2, PERSISTENT: 6, "torch": 103,
+                "cuda parallel": 2.03, "triton parallel": 2.21,
+            },
+            (1280, 8, 2, 2): {
+                PERSISTENT: 6.03, "triton": 6.62, "cuda": 7.18, "torch": 102,
+                "triton parallel": 2.72, "cuda parallel": 2.78,
+                "triton parallel guided": 2.72, "cuda parallel guided": 2.78,
+            },
+            (1280, 8, 2, 8): {
+                "triton": 8.91, PERSISTENT: 8.95, "torch": 114,
+                "triton parallel": 3.75, "cuda parallel": 3.77,
+            },
+            (1536, 12, 2, 1): {
+                "triton": 8.09, PERSISTENT: 9.6, "torch": 171,
+                "cuda parallel": 3.59, "triton parallel": 3.64,
+            },
+            (1536, 12, 2, 2): {
+                PERSISTENT: 9.93, "triton": 10.1, "cuda": 11.7, "torch": 150,
+                "cuda parallel": 4.33, "triton parallel": 4.58,
+                "cuda parallel guided": 4.33, "triton parallel guided": 4.58,
+            },
+            (1536, 12, 2, 8): {
+                "cuda": 11.6, PERSISTENT: 13.4, "triton": 16.6, "torch": 135,
+                "triton parallel": 6.46, "cuda parallel": 7.77,
+            },
+            (1536, 12, 2, 16): {
+                "cuda": 11.7, "triton": 14.7, PERSISTENT: 20, "torch": 150,
+                "triton parallel": 10, "cuda parallel": 12.1,
+                "triton parallel guided": 25.6, "cuda parallel guided": 31.2,
+            },
+            (1536, 12, 2, 64): {
+                "cuda": 17.8, "triton": 22.8, "torch": 165,
+                "triton parallel": 37.2, "cuda parallel": 47.6,
+            },
+            (1536, 12, 2, 128): {
+                "triton": 23.6, "cuda": 31.6, "torch": 169,
+                "triton parallel": 71.7, "cuda parallel": 95.2,
+                "triton parallel guided": 187, "cuda parallel guided": 248,
+            },
+            (1536, 12, 2, 512): {"cuda": 44.5, "triton": 51.7, "torch": 196},
+            (1024, 6, 4, 1): {"triton": 4.13, PERSISTENT: 4.8, "cuda": 9.01},
+            (1024, 6, 4, 2): {"triton": 4.45, PERSISTENT: 4.94, "cuda": 12.6, "torch": 70.2},
+            (1024, 6, 4, 4): {"triton": 5.53, PERSISTENT: 6.42, "cuda": 13.2},
+            (1024, 6, 4, 8): {PERSISTENT: 9.35, "triton": 15.2, "cuda": 15.7, "torch": 70.1},
+            (1024, 6, 4, 16): {PERSISTENT: 15.8, "triton": 24.6, "cuda": 25.1},
+            (1024, 6, 4, 64): {"triton": 26.9, "cuda": 27.3, "torch": 86.9},
+            (1280, 8, 4, 2): {"triton": 8.83, PERSISTENT: 9.74, "cuda": 18.9, "torch": 86.6},
+            (1536, 12, 4, 2): {"triton": 15.7, PERSISTENT: 17.3, "cuda": 32, "torch": 126},
+            (1536, 12, 4, 8): {PERSISTENT: 28.3, "triton": 51.7, "cuda": 52.4},
+            (1536, 12, 4, 16): {PERSISTENT: 47.7, "triton": 65, "cuda": 65.8},
+            (1536, 12, 4, 64): {"triton": 80.8, "cuda": 81.8},
+            (1536, 12, 4, 512): {"triton": 409, "cuda": 409, "torch": 496},
         },
         "log_density_ratio": {
-            (64,): {"cuda": 0.0208, "triton": 0.0229, "torch": 0.0805},
-            (1024,): {"cuda": 0.00989, "triton": 0.0103, "torch": 0.0724},
-            (8192,): {"cuda": 0.0122, "triton": 0.0124, "torch": 0.0838},
-            (131072,): {"cuda": 0.0241, "triton": 0.0247, "torch": 0.255},
+            (64,): {"triton": 0.0087, "cuda": 0.0089, "torch": 0.0692},
+            (1024,): {"triton": 0.00861, "cuda": 0.00864, "torch": 0.0712},
+            (8192,): {"triton": 0.0096, "cuda": 0.00973, "torch": 0.082},
+            (131072,): {"cuda": 0.022, "triton": 0.0224, "torch": 0.254},
         },
         "accept_reject": {
-            (64,): {"cuda": 0.141, "triton": 0.269, "torch": 5.21},
-            (1024,): {"cuda": 0.150, "triton": 0.278, "torch": 5.66},
-            (8192,): {"cuda": 0.183, "triton": 0.350, "torch": 8.04},
-            (131072,): {"cuda": 0.272, "triton": 0.468, "torch": 91.0},
+            (64,): {"cuda": 0.0909, "triton": 0.149, "torch": 5.35},
+            (1024,): {"cuda": 0.0955, "triton": 0.159, "torch": 5.35},
+            (8192,): {"cuda": 0.0972, "triton": 0.167, "torch": 7.42},
+            (131072,): {"cuda": 0.228, "triton": 0.335, "torch": 92.4},
         },
     },
 }  # fmt: skip
@@ -85,12 +155,25 @@ def size_of(op: str, subject, tokens: int, guided: bool = False) -> Size:
     return subject.width, subject.depth, subject.dtype.itemsize, bucket(tokens) * (2 if guided else 1)
 
 
-def nearest(op: str, capability: tuple[int, int], size: Size) -> tuple[tuple[int, int], Size, Times] | None:
+def nearest(
+    op: str, capability: tuple[int, int], size: Size, way: str = ""
+) -> tuple[tuple[int, int], Size, Times] | None:
     """(capability, size, milliseconds) of the measurement nearest to a size; None where the op was never measured.
 
     Among devices the nearest capability, then among sizes the least sum of |log ratio|: twice the rows are as far as
-    twice the width.
+    twice the width. Of two that are as near it is the smaller one.
+
+    Args:
+        way: of ``denoise``: ``PARALLEL`` or ``GUIDED``, of sizes with such sweeps. Then it must be the device's own
+            capability and the operands' own size, and of two that are as near it is the larger one.
     """
+    if way:
+        table = FASTEST.get(capability, {}).get(op, {})
+        table = {key: times for key, times in table.items() if key[_OPERAND] == size[_OPERAND] and _has(times, way)}
+        if not table:
+            return None
+        found = min(table, key=lambda key: (_distance(op, key, size), [-x for x in key]))
+        return capability, found, table[found]
     measured = [key for key, ops in FASTEST.items() if op in ops]
     if not measured:
         return None
@@ -100,15 +183,33 @@ def nearest(op: str, capability: tuple[int, int], size: Size) -> tuple[tuple[int
     return at, found, table[found]
 
 
+def way_of(name: str) -> str:
+    """``PARALLEL`` or ``GUIDED`` of sweeps, "" of a chain step by step."""
+    return name.partition(" ")[2] if PARALLEL in name else ""
+
+
+def _has(times: Times, way: str) -> bool:
+    return any(way_of(name) == way for name in times)
+
+
 def _distance(op: str, a: Size, b: Size) -> float:
     weights = [_OTHER_TYPE if op == "denoise" and i == _OPERAND else 1.0 for i in range(len(a))]
     return sum(w * abs(math.log(max(x, 1) / max(y, 1))) for w, x, y in zip(weights, a, b, strict=True))
 
 
 @functools.lru_cache(maxsize=4096)
-def _measured_order(op: str, capability: tuple[int, int], size: Size) -> tuple[str, ...]:
-    found = nearest(op, capability, size)
-    return () if found is None else tuple(sorted(found[2], key=found[2].get))
+def _measured_order(op: str, capability: tuple[int, int], size: Size, way: str = "", steps: int = STEPS):
+    """Names, the fastest first: step by step, or with a ``way`` of sweeps these among them, as backend + "parallel".
+
+    A chain of fewer steps than the table's takes less time step by step, its sweeps at most as much.
+    """
+    found = nearest(op, capability, size, way)
+    if found is None:
+        return ()
+    times = {name: time * min(1.0, steps / STEPS) for name, time in found[2].items() if not way_of(name)}
+    if way:
+        times |= {f"{name.split()[0]} {PARALLEL}": time for name, time in found[2].items() if way_of(name) == way}
+    return tuple(sorted(times, key=times.get))
 
 
 def ranked(
@@ -134,13 +235,13 @@ def ranked(
         return DEFAULT
     size, order = size_of(op, subject, tokens, guided), ()
     if device.type == "cuda":
-        order = _measured_order(op, _capability(device), size)
+        swept = (GUIDED if guided else PARALLEL, subject.num_steps) if op == "denoise" and parallel is not False else ()
+        order = _measured_order(op, _capability(device), size, *swept)
+        order = order or _measured_order(op, _capability(device), size)
     if op == "denoise" and parallel:
         order = tuple(name for name in order if name.endswith(PARALLEL))
         return tuple(dict.fromkeys((*order, *(f"{name} {PARALLEL}" for name in DEFAULT))))
     if op == "denoise":
-        if parallel is not None:
-            order = tuple(name for name in order if not name.endswith(PARALLEL))
         limit = persistent_limit()
         fits = size[_ROWS] <= PERSISTENT_LIMIT  # the nearest measured size may have fewer rows
         if limit is not None or not fits:

@@ -92,6 +92,7 @@ class _Head:
     dtype: object
     device: object
     channels: int = 16
+    num_steps: int = 100
     blocks: tuple = ()
 
 
@@ -116,14 +117,19 @@ def _explained(head: _Head, tokens: int, guided: bool) -> str:
     import torch
 
     from .backends import ENVIRONMENT_VARIABLE, choice
-    from .crossover import nearest, size_of
+    from .crossover import GUIDED, PARALLEL, nearest, size_of
+    from .ops.denoise.parallel import switched_off
 
     if forced := os.environ.get(ENVIRONMENT_VARIABLE):
         return f"{forced}: {ENVIRONMENT_VARIABLE} is set"
-    name, refusals = choice("denoise", head.device, head, tokens, guided)
+    way = "" if switched_off() else GUIDED if guided else PARALLEL
+    name, refusals = choice("denoise", head.device, head, tokens, guided, None if way else False)
+    if way and not name.endswith(PARALLEL):
+        way = ""
+        name, refusals = choice("denoise", head.device, head, tokens, guided)
     capability, size = torch.cuda.get_device_capability(head.device), size_of("denoise", head, tokens, guided)
     text = name
-    if found := nearest("denoise", capability, size):
+    if found := nearest("denoise", capability, size, way):
         at, measured, times = found
         listed = ", ".join(f"{n} {times[n]:g}" for n in sorted(times, key=times.get))
         where = "measured" if (at, measured) == (capability, size) else "not measured; nearest"

@@ -47,6 +47,15 @@ def test_a_contender_that_fails_is_told_in_its_place_and_the_others_go_on(small,
     assert [row["op"] for row in written["rows"]] == ["denoise"] * 4 + ["log_density_ratio"] * 2 + ["accept_reject"] * 2
 
 
+def test_more_sizes_are_beside_the_simplest_baselines(small, monkeypatch, tmp_path):
+    monkeypatch.setitem(small.kernels.MORE, "cpu", [("small", 5)])
+    run_main(small.kernels, monkeypatch, "--only", "sizes", "--json", tmp_path / "r.json")
+    rows = json.loads((tmp_path / "r.json").read_text())["rows"]
+    assert [(row["size"], row["backend"], row["baseline"]) for row in rows] == [
+        ("small N=5 T=4", f"torch {dtype}", "eager float32") for dtype in ("float32", "bfloat16")
+    ]
+
+
 def test_a_baseline_that_fails_loses_its_rows_alone(small, monkeypatch, tmp_path):
     eager = small.kernels.eager_denoise
 

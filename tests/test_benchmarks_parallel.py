@@ -23,8 +23,21 @@ def test_a_fixed_number_of_sweeps_is_timed_beside_the_steps(benchmarks, monkeypa
     run_main(kernels, monkeypatch, "--only", "parallel", "--json", tmp_path / "r.json")
     rows = json.loads((tmp_path / "r.json").read_text())["rows"]
     assert [row["backend"] for row in rows] == ["torch 10 sweeps float32", "torch 10 sweeps bfloat16"]
+    assert [row["baseline"] for row in rows] == ["torch float32", "torch bfloat16"]
     assert {row["size"] for row in rows} == {"small N=2 T=30 guided"}
     assert all(row["error"] <= row["bound"] and "settled after" in row["accuracy"] for row in rows)
+
+
+def test_kernels_have_a_row_for_a_slow_token_under_guidance(benchmarks, monkeypatch, device_of):
+    module = benchmarks.kernels.in_parallel
+    device, report = device_of("cuda"), benchmarks.report.Report()
+    torch.manual_seed(0)
+    head = DiffusionHead.from_module(randomize_(DiffLoss(5, 24, 1, 16, "3"), seed=1).eval().to(device))
+    for guided in (False, True):
+        module.parallel_rows("small", 2, guided, head, 1e-5, ["cuda"], 1, device, report)
+    assert [row.backend for row in report.rows] == ["cuda 10 sweeps float32"] * 2 + ["cuda 27 sweeps float32"]
+    assert {row.baseline for row in report.rows} <= {"cuda float32", "cuda persistent float32"}
+    assert all(row.correct for row in report.rows)
 
 
 def test_only_sweeps_are_made_where_they_are_timed(benchmarks, monkeypatch):
@@ -33,8 +46,10 @@ def test_only_sweeps_are_made_where_they_are_timed(benchmarks, monkeypatch):
     head, calls = DiffusionHead.from_module(randomize_(DiffLoss(5, 24, 2, 32, "30"), seed=1).eval()), []
     monkeypatch.setattr(torch_parallel, "network", lambda *arguments: calls.append(1) or network(*arguments))
     inputs = random_inputs(head, 3, 0)
-    module._sweeps(head, *inputs, backend="torch")
-    assert len(calls) == module.SWEEPS
+    for count in (module.SWEEPS, 3):
+        calls.clear()
+        module._sweeps(head, *inputs, count=count, backend="torch")
+        assert len(calls) == count
     assert torch.equal(denoise(head, *inputs).mean, denoise(head, *inputs, parallel_tol=None).mean)  # as before
 
 

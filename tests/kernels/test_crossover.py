@@ -12,6 +12,8 @@ from cspd_kernels.backends import BACKENDS
 from cspd_kernels.crossover import (
     DEFAULT,
     FASTEST,
+    GUIDED,
+    PARALLEL,
     PERSISTENT,
     PERSISTENT_LIMIT,
     bucket,
@@ -20,6 +22,7 @@ from cspd_kernels.crossover import (
     prefers_persistent,
     ranked,
     size_of,
+    way_of,
 )
 from cspd_kernels.ops.denoise import automatic_tolerance
 
@@ -28,8 +31,9 @@ HOPPER = (9, 0)
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 
 
-def head(width=1024, depth=6, dtype=torch.bfloat16, device=CUDA):
-    return SimpleNamespace(width=width, depth=depth, dtype=dtype, device=device)
+def head(width=1024, depth=6, dtype=torch.bfloat16, device=CUDA, steps=100):
+    handle = width, depth, dtype, device, steps
+    return SimpleNamespace(width=width, depth=depth, dtype=dtype, device=device, num_steps=steps, handle=handle)
 
 
 @pytest.fixture
@@ -55,13 +59,24 @@ def table(monkeypatch):
     crossover._measured_order.cache_clear()
 
 
+@pytest.fixture
+def serving(monkeypatch):
+    """Every backend could serve on every device, but for those that a test names in it."""
+    refused = {}
+    monkeypatch.setattr(backends, "_remembered", {})
+    monkeypatch.setattr(backends, "_why_not", lambda op, backend, *_: refused.get(backend))
+    monkeypatch.setattr(backends, "_load", lambda *_: lambda *_: None)
+    return refused
+
+
 def test_the_table_is_well_formed():
     for ops in FASTEST.values():
         for op, sizes in ops.items():
             for size, times in sizes.items():
                 assert len(size) == len(size_of(op, head(), 1))
                 for name, milliseconds in times.items():
-                    assert name.removesuffix(" parallel") in (*BACKENDS, PERSISTENT)
+                    assert name.removesuffix(f" {way_of(name)}") in (*BACKENDS, PERSISTENT)
+                    assert way_of(name) in ("", PARALLEL, GUIDED)
                     assert milliseconds > 0
                 if PERSISTENT in times:
                     assert op == "denoise"
@@ -71,24 +86,31 @@ def test_the_table_is_well_formed():
 def measured_rows():
     """(op, size, name, milliseconds) of the result files of 9.0."""
     heads = {"MAR-B": (1024, 6), "MAR-L": (1280, 8), "MAR-H": (1536, 12)}
-    for file in ("kernels-h100.json", "denoise-h100.json"):
+    for file in ("kernels-h100.json", "denoise-h100.json", "in-parallel-h100.json"):
         for row in json.loads((RESULTS / file).read_text())["rows"]:
-            words, (name, *kind) = row["size"].split(), row["backend"].split()
-            number = int(next(word for word in words if word.startswith("N=")).removeprefix("N="))
-            size = (number,)
-            if row["op"] == "denoise":
-                name = " ".join([name, *kind[:-1]])
-                size = (*heads[words[0]], 4 if kind[-1] == "float32" else 2, number)
-            elif kind not in ([], ["rejection"]):
-                continue
-            yield row["op"], size, name, 1e3 * row["seconds"]
+            words, (backend, *kind) = row["size"].split(), row["backend"].split()
+            number = int(next(word for word in words if word[1] == "=")[2:])
+            if row["op"].startswith("denoise"):
+                guided = words[-1] == "guided"
+                rows = 2 * number if guided else number
+                size = (*heads[words[0]], 4 if kind[-1] == "float32" else 2, rows)
+                if row["op"] == "denoise":
+                    yield "denoise", size, " ".join([backend, *kind[:-1]]), 1e3 * row["seconds"]
+                    continue
+                yield "denoise", size, " ".join(row["baseline"].split()[:-1]), 1e3 * row["baseline_seconds"]
+                if backend != "torch" and kind[0] == "10":
+                    yield "denoise", size, f"{backend} {PARALLEL}", 1e3 * row["seconds"]
+                # One token is as the others in the middle; of several the call waits for the slowest.
+                if backend != "torch" and guided and kind[0] == ("10" if number == 1 else "27"):
+                    yield "denoise", size, f"{backend} {GUIDED}", 1e3 * row["seconds"]
+            elif row["op"] != "one block" and kind in ([], ["rejection"]):
+                yield row["op"], (number,), backend, 1e3 * row["seconds"]
 
 
 def test_the_table_holds_what_the_result_files_hold():
     files = {}
     for op, size, name, milliseconds in measured_rows():
-        if name in (*BACKENDS, PERSISTENT):
-            files.setdefault((op, size), {}).setdefault(name, []).append(milliseconds)
+        files.setdefault((op, size), {}).setdefault(name, []).append(milliseconds)
     table = {(op, size): times for op, sizes in FASTEST[HOPPER].items() for size, times in sizes.items()}
     assert set(table) == set(files)
     for key, times in table.items():
@@ -101,12 +123,12 @@ def test_the_table_holds_what_the_result_files_hold():
     ("size", "expected"),
     [
         ((1024, 6, 2, 2), (1024, 6, 2, 2)),
-        ((1024, 6, 2, 1), (1024, 6, 2, 2)),
-        ((1024, 6, 2, 4), (1024, 6, 2, 2)),  # as far as from 8: the smaller
-        ((1024, 6, 2, 32), (1024, 6, 2, 16)),
+        ((1100, 6, 2, 1), (1024, 6, 2, 1)),
+        ((1024, 6, 4, 32), (1024, 6, 4, 16)),  # as far as from 64: the smaller
+        ((1024, 6, 2, 3), (1024, 6, 2, 4)),
         ((1024, 6, 2, 4096), (1536, 12, 2, 512)),
         ((1280, 8, 2, 64), (1024, 6, 2, 64)),
-        ((1280, 8, 2, 8), (1024, 6, 2, 8)),
+        ((1280, 8, 4, 8), (1024, 6, 4, 8)),
         ((1024, 6, 4, 1024), (1536, 12, 4, 512)),  # float32 says nothing about half precision, nor the reverse
     ],
 )
@@ -144,15 +166,16 @@ def test_what_was_not_measured_has_the_default_order(card, table):
 @pytest.mark.parametrize(
     ("model", "expected"),
     [
-        ((1024, 6), {1: PERSISTENT, 2: PERSISTENT, 8: PERSISTENT, 9: "cuda", 16: "cuda", 64: "cuda", 512: "cuda"}),
-        ((1280, 8), {1: PERSISTENT, 8: PERSISTENT, 64: "cuda", 512: "cuda"}),
-        ((1536, 12), {1: PERSISTENT, 4: PERSISTENT, 64: "cuda", 512: "cuda"}),
+        ((1024, 6), {1: "triton", 2: PERSISTENT, 8: PERSISTENT, 9: "cuda", 16: "cuda", 64: "cuda", 512: "cuda"}),
+        ((1280, 8), {1: "triton", 2: PERSISTENT, 64: "cuda", 512: "cuda"}),
+        ((1536, 12), {1: "triton", 2: PERSISTENT, 8: "cuda", 64: "cuda", 128: "triton", 512: "cuda"}),
     ],
 )
 def test_the_released_heads_on_an_h100(card, model, expected):
     assert {n: ranked("denoise", CUDA, head(*model), n)[0] for n in expected} == expected
-    taken = {n: prefers_persistent(head(*model), n, guided=False) for n in expected}
-    assert taken == {n: name == PERSISTENT for n, name in expected.items()}
+    taken = {n: prefers_persistent(head(*model), n, guided=False) for n in expected if n > 1}
+    assert taken == {n: name == PERSISTENT for n, name in expected.items() if n > 1}
+    assert prefers_persistent(head(*model), 1, guided=False)  # the fastest of its backend's
 
 
 def test_guidance_doubles_the_rows(card):
@@ -219,9 +242,12 @@ def test_the_capability_is_that_of_the_device(monkeypatch):
 # --- in parallel over the steps ---
 
 
-def test_sweeps_are_taken_where_they_were_measured_to_be_the_fastest(card, table):
+def test_sweeps_are_taken_where_they_were_measured_to_be_the_fastest(card, table, serving):
     table(denoise={
-        (1024, 6, 2, 2): {"cuda parallel": 1.0, PERSISTENT: 3.0, "triton parallel": 4.0, "triton": 6.0, "cuda": 8.0},
+        (1024, 6, 2, 2): {
+            "cuda parallel": 1.0, PERSISTENT: 3.0, "triton parallel": 4.0, "triton": 6.0, "cuda": 8.0,
+            "cuda parallel guided": 2.0,
+        },
         (1024, 6, 2, 64): {"cuda": 10.0, "triton": 13.0, "triton parallel": 14.0, "cuda parallel": 20.0},
     })  # fmt: skip
     assert ranked("denoise", CUDA, head(), 2, parallel=None)[:2] == ("cuda parallel", PERSISTENT)
@@ -240,20 +266,76 @@ def test_sweeps_are_taken_where_they_were_measured_to_be_the_fastest(card, table
     assert prefers_parallel(head(), 1, True, "cuda")  # two rows
 
 
-def test_nothing_was_measured_in_parallel_yet():
-    """Until a device has been measured "auto" is the sequential chain everywhere; the README says so."""
-    names = {name for ops in FASTEST.values() for times in ops["denoise"].values() for name in times}
-    assert not [name for name in names if name.endswith("parallel")]
+@pytest.mark.parametrize(
+    ("model", "alone", "guided"),
+    [
+        ((1024, 6), {1: True, 4: True, 8: True, 16: True, 17: False, 64: False}, {1: True, 2: True, 4: False}),
+        ((1280, 8), {1: True, 2: True, 8: True, 16: True, 64: False}, {1: True, 8: False}),
+        ((1536, 12), {1: True, 2: True, 8: True, 16: True, 64: False, 512: False}, {1: True, 2: True, 8: False}),
+    ],
+)  # fmt: skip
+def test_where_the_released_heads_are_made_in_sweeps_on_an_h100(card, serving, model, alone, guided):
+    for numbers, guidance in ((alone, False), (guided, True)):
+        assert {n: backends.prefers_parallel(None, head(*model), n, guidance) for n in numbers} == numbers
+        for backend in ("triton", "cuda"):
+            assert prefers_parallel(head(*model), 1, guidance, backend)
+            assert not prefers_parallel(head(*model), 64, guidance, backend)
+        assert not prefers_parallel(head(*model), 1, guidance, "torch")  # its host waits
+    assert prefers_parallel(head(*model, dtype=torch.float16), 1, False, "cuda")
+    assert not backends.prefers_parallel(None, head(*model, dtype=torch.float32), 1, False)  # nobody measured it
+
+
+def test_sweeps_are_not_taken_on_another_device(card, serving):
+    assert backends.prefers_parallel(None, head(), 1, False)
+    backends._remembered.clear()
+    for capability in ((8, 0), (10, 0)):
+        card(capability)
+        assert not prefers_parallel(head(), 1, False, "cuda")
+        assert ranked("denoise", CUDA, head(), 1, parallel=True)[0].endswith(PARALLEL)  # if asked for
     assert not prefers_parallel(head(device=CPU), 1, False, "torch")
 
 
-def test_the_switch_of_sweeps(card, table, monkeypatch):
-    table(denoise={(1024, 6, 2, 2): {"cuda parallel": 1.0, "cuda": 8.0}})
-    monkeypatch.setattr(backends, "choice", lambda *_: ("cuda parallel", {}))
-    assert automatic_tolerance(head(), 1, True, None) == 1e-3
-    assert automatic_tolerance(head(dtype=torch.float32), 1, True, None) == 1e-6
+def test_few_steps_are_made_one_by_one(card, table):
+    """Sweeps take no less time for them, and steps do."""
+    table(denoise={(1024, 6, 2, 2): {"cuda parallel": 3.0, "cuda": 8.0}})
+    taken = {steps: prefers_parallel(head(steps=steps), 2, False, "cuda") for steps in (1, 37, 38, 100, 1000)}
+    assert taken == {1: False, 37: False, 38: True, 100: True, 1000: True}
+
+
+def test_guided_calls_are_made_in_as_many_sweeps_as_they_need(card, table):
+    table(denoise={(1024, 6, 2, 2): {"cuda parallel": 3.0, "cuda": 8.0, "cuda parallel guided": 9.0}})
+    assert [prefers_parallel(head(), 1, guided, "cuda") for guided in (False, True)] == [True, False]
+    table(denoise={(1024, 6, 2, 2): {"cuda parallel": 3.0, "cuda": 8.0}})
+    assert not prefers_parallel(head(), 1, True, "cuda")  # not measured
+
+
+def test_between_two_sizes_sweeps_are_as_at_the_larger_one(card, table):
+    table(denoise={
+        (1024, 6, 2, 16): {"cuda parallel": 3.0, "cuda": 8.0},
+        (1024, 6, 2, 32): {"cuda": 8.0},  # says nothing of sweeps
+        (1024, 6, 2, 64): {"cuda parallel": 9.0, "cuda": 8.0},
+    })  # fmt: skip
+    assert [prefers_parallel(head(), n, False, "cuda") for n in (16, 32, 64)] == [True, False, False]
+
+
+def test_sweeps_of_what_does_not_serve_are_no_reason(card, table, serving):
+    table(denoise={(1024, 6, 2, 2): {"cuda parallel": 1.0, PERSISTENT: 2.0, "triton": 3.0, "triton parallel": 4.0}})
+    assert backends.prefers_parallel(None, head(), 2, False)
+    backends._remembered.clear()
+    serving["cuda"] = "nobody built it"
+    assert not backends.prefers_parallel(None, head(), 2, False)
+    backends._remembered.clear()
+    table(denoise={(1024, 6, 2, 2): {"cuda parallel": 1.0, PERSISTENT: 2.0, "triton": 3.0, "triton parallel": 2.0}})
+    assert backends.prefers_parallel(None, head(), 2, False)
+
+
+def test_the_switch_of_sweeps(card, table, serving, monkeypatch):
+    times = {"cuda parallel": 1.0, "cuda": 8.0}
+    table(denoise={(1024, 6, 2, 2): times, (1024, 6, 4, 2): times})
+    assert automatic_tolerance(head(), 2, False, None) == 1e-3
+    assert automatic_tolerance(head(dtype=torch.float32), 2, False, None) == 1e-6
     monkeypatch.setenv("CSPD_PARALLEL", "0")
-    assert automatic_tolerance(head(), 1, True, None) is None
+    assert automatic_tolerance(head(), 2, False, None) is None
     monkeypatch.setenv("CSPD_PARALLEL", "off")
     with pytest.raises(ValueError, match="expected CSPD_PARALLEL as 0"):
         automatic_tolerance(head(), 1, True, None)

@@ -135,20 +135,23 @@ def hopper(monkeypatch):
     return refused
 
 
-def test_what_would_be_chosen_and_why(hopper):
+def test_what_would_be_chosen_and_why(hopper, monkeypatch):
     chosen = info.collect()["chosen"]
     assert len(chosen) == 24
-    one = "(measured: width 1024, depth 6, 8 rows on 9.0, milliseconds: cuda persistent 6.48, cuda 8.71, triton 8.77, "
-    assert chosen["cuda:0 MAR-B bfloat16, 8 tokens"] == f"cuda persistent {one}torch 92.3)"
-    assert chosen["cuda:0 MAR-B bfloat16, 1 tokens"].startswith("cuda persistent (not measured; nearest: width 1024, ")
+    one = "(measured: width 1024, depth 6, 8 rows on 9.0, milliseconds: cuda parallel 2.51, triton parallel 2.99, "
+    assert chosen["cuda:0 MAR-B bfloat16, 8 tokens"].startswith(f"cuda parallel {one}cuda persistent 4.08, cuda 4.54, ")
     assert chosen["cuda:0 MAR-B bfloat16, 8 tokens, guided"].startswith("cuda (measured: width 1024, depth 6, 16 rows ")
+    assert chosen["cuda:0 MAR-B bfloat16, 512 tokens"].startswith("cuda (not measured; nearest: width 1536, depth 12, ")
     assert [chosen[f"cuda:0 MAR-H bfloat16, {n} tokens"].split(" (")[0] for n in (1, 64, 512)] == [
-        "cuda persistent", "cuda", "cuda",
+        "cuda parallel", "cuda", "cuda",
     ]  # fmt: skip
     assert "cuda:0 MAR-L bfloat16, 512 tokens" in info.render(as_json=False)
+    monkeypatch.setenv("CSPD_PARALLEL", "0")
+    assert info.collect()["chosen"]["cuda:0 MAR-B bfloat16, 8 tokens"].startswith("cuda persistent (measured: ")
 
 
-def test_what_does_not_serve_is_told_with_the_choice(hopper):
+def test_what_does_not_serve_is_told_with_the_choice(hopper, monkeypatch):
+    monkeypatch.setenv("CSPD_PARALLEL", "0")
     hopper["cuda persistent"] = "it is too long"
     chosen = info.collect()["chosen"]["cuda:0 MAR-B bfloat16, 8 tokens"]
     assert chosen.startswith("cuda (measured: ")
@@ -157,6 +160,8 @@ def test_what_does_not_serve_is_told_with_the_choice(hopper):
     chosen = info.collect()["chosen"]["cuda:0 MAR-B bfloat16, 8 tokens"]
     assert chosen.startswith("triton (measured: ")
     assert chosen.endswith("; not cuda: nobody built it")
+    monkeypatch.delenv("CSPD_PARALLEL")
+    assert info.collect()["chosen"]["cuda:0 MAR-B bfloat16, 8 tokens"].startswith("triton parallel (measured: ")
 
 
 def test_a_choice_of_the_user_is_told(hopper, monkeypatch):
