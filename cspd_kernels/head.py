@@ -75,6 +75,8 @@ class DiffusionHead:
         norm_eps: the epsilon of every LayerNorm.
         handle: the int that stands for this head, and for no other, in the arguments of an op.
         copies: (packed, weight of the module) of everything that had to be converted or copied.
+        shared: what backends make of the weights; one dict for heads that differ in the schedule alone.
+        watched: whether what they made follows the weights' values.
     """
 
     schedule: Schedule
@@ -91,10 +93,13 @@ class DiffusionHead:
     final_weight: torch.Tensor  # (2C, W): eps, v; (C, W) with a fixed variance
     final_bias: torch.Tensor
 
-    copies = ()  # no field: of the head that was packed from a module, not of what is made from it
+    # No fields: of the head that was packed from a module, not of what is made from it.
+    copies = ()
+    watched = True
 
     def __post_init__(self):
         object.__setattr__(self, "handle", next(_handles))
+        object.__setattr__(self, "shared", {})
         _heads[self.handle] = self
 
     def __reduce__(self):
@@ -248,7 +253,10 @@ class DiffusionHead:
     def with_schedule(self, net: nn.Module, schedule: Schedule) -> DiffusionHead:
         """The same weights under another schedule; ``net`` is the network that this head was packed from."""
         embedding = time_embedding(net.time_embed, schedule, self.device, self.time_embedding.dtype)
-        return replace(self, schedule=schedule, time_embedding=embedding)
+        head = replace(self, schedule=schedule, time_embedding=embedding)
+        object.__setattr__(head, "shared", self.shared)
+        object.__setattr__(head, "watched", self.watched)
+        return head
 
 
 def _check_dtype(dtype: torch.dtype) -> None:

@@ -209,6 +209,7 @@ class _Form:
     def __init__(self, net: nn.Module, schedule: Schedule, dtype: torch.dtype, live: bool):
         self.net = net
         self.first = DiffusionHead.from_network(net, schedule, dtype=dtype)
+        object.__setattr__(self.first, "watched", live)
         self.heads = OrderedDict([(schedule, self.first)])
         self.live = LiveWeights(net, self.first) if live else None
         self.made: torch.cuda.Event | None = None

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from .parallel import Parallel
-from .torch_network import modulations, network
+from .torch_network import layers_of, modulations, network
 from .torch_parallel import in_parallel
 from .workspace import in_blocks_of_rows
 
@@ -43,16 +43,16 @@ def denoise(
 def _sequential(head, cond, x, noise, temperature, cfg_scale, steps_at_once):
     """cond [G, N, Z] with G = 2 under guidance, x [N, C] -> the fields of Denoised."""
     schedule, channels = head.schedule, head.channels
-    path_log_std = x.new_zeros(x.shape[0])
+    layers, path_log_std = layers_of(head), x.new_zeros(x.shape[0])
     y = F.linear(cond.to(head.dtype), head.cond_weight, head.cond_bias).to(x.dtype)  # [G, N, W]
     mean = log_std = x
     for stop in range(schedule.num_steps, 0, -steps_at_once):
         start = max(0, stop - steps_at_once)
-        block_mods, final_mods = modulations(head, y, start, stop)
+        block_mods, final_mods = modulations(head, layers, y, start, stop)
         noises = noise[start:stop] if isinstance(noise, torch.Tensor) else noise.steps(start, stop, channels)
         for i in reversed(range(start, stop)):
             k = i - start
-            out = network(head, x, [m[:, k] for m in block_mods], final_mods[:, k])
+            out = network(head, layers, x, [m[:, k] for m in block_mods], final_mods[:, k])
             eps = out[0][:, :channels]
             if cfg_scale is not None:
                 eps = out[1] + cfg_scale * (eps - out[1])

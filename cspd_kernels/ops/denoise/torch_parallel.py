@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from ...schedule import Schedule
 from .parallel import Parallel
 from .reference import most_sweeps
-from .torch_network import modulations, network
+from .torch_network import layers_of, modulations, network
 
 
 def in_parallel(
@@ -69,12 +69,12 @@ class _Sweeps:
     """The tokens that have not settled: [steps, tokens, channels], index 0 the last step taken."""
 
     def __init__(self, head, cond, x_T, noise, temperature, cfg_scale, parallel):  # noqa: N803
-        self.head, self.tolerance, self.steps = head, parallel.tolerance, head.num_steps
+        self.head, self.layers, self.tolerance, self.steps = head, layers_of(head), parallel.tolerance, head.num_steps
         self.index = torch.arange(len(x_T), device=x_T.device)
         self.temperature, self.scale = temperature, cfg_scale
         self.recip, self.recipm1, self.coef1, self.coef2, self.upper, self.lower = _tables(head, x_T)
         y = F.linear(cond.to(head.dtype), head.cond_weight, head.cond_bias).to(x_T.dtype)  # [G, N, W]
-        self.block_mods, self.final_mods = modulations(head, y, 0, self.steps)
+        self.block_mods, self.final_mods = modulations(head, self.layers, y, 0, self.steps)
         z = noise if isinstance(noise, torch.Tensor) else noise.steps(0, self.steps, head.channels).to(x_T.dtype)
         self.noise = temperature * z
         self.noise[0] = 0
@@ -91,7 +91,7 @@ class _Sweeps:
         """(tokens,) which of them have settled."""
         n, guided = self.open, self.scale is not None
         x = self.x[:n]
-        out = network(self.head, x, [mods[:, :n] for mods in self.block_mods], self.final_mods[:, :n])
+        out = network(self.head, self.layers, x, [mods[:, :n] for mods in self.block_mods], self.final_mods[:, :n])
         eps = torch.stack([out[0][..., : self.head.channels], *out[1:]])  # [G, n, N, C]
         if self.head.learned_variance:
             f = (out[0][..., self.head.channels :] + 1) / 2

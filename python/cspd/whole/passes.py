@@ -13,8 +13,9 @@ import torch.nn.functional as F
 
 from cspd_kernels.head import without_autocast
 from cspd_kernels.ops.add_norm import add_norm
+from cspd_kernels.products import packs
 
-from .weights import Block, Linear, Weights
+from .weights import Block, Weights
 
 
 @torch.no_grad()
@@ -48,7 +49,7 @@ def _encode(w: Weights, tokens, known, embedding, count, backend) -> torch.Tenso
     """(R, buffer + K, E) in the operands' type."""
     batch, room = known.shape
     halves = len(embedding) // batch
-    x = _linear(_rows(tokens, known).to(w.dtype), w.z_proj).to(w.stream)  # (B, K, E)
+    x = w.z_proj(_rows(tokens, known).to(w.dtype)).to(w.stream)  # (B, K, E)
     x = x + w.encoder_position[w.buffer + known]
     buffer = embedding.to(w.stream)[:, None] + w.encoder_position[: w.buffer]
     stream = torch.cat([buffer, x.repeat(halves, 1, 1)], dim=1)
@@ -68,7 +69,7 @@ def _encode(w: Weights, tokens, known, embedding, count, backend) -> torch.Tenso
 
 def _decode(w: Weights, encoded, rank, where, count, backend) -> torch.Tensor:
     """(R, n, Z)."""
-    x, halves = _linear(encoded, w.decoder_embed), len(encoded) // len(where)  # (R, buffer + K, D)
+    x, halves = w.decoder_embed(encoded), len(encoded) // len(where)  # (R, buffer + K, D)
     room = x.shape[1] - w.buffer
     # Of each position its known token's row, else the mask token's, which is put behind them.
     x = torch.cat([x, w.mask_token.expand(len(x), -1, -1)], dim=1)
@@ -86,34 +87,36 @@ def _block(b: Block, stream, delta, mask, dtype, backend) -> torch.Tensor:
     """Adds ``delta`` and the attention's branch to the stream; the MLP's branch comes back, not added yet."""
     rows, length, width = stream.shape
     x = add_norm(stream, delta, *b.norm1, dtype, backend=backend)
-    q, k, v = _linear(x, b.qkv).view(rows, length, 3, b.heads, -1).permute(2, 0, 3, 1, 4)
-    x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).reshape(rows, length, width)
-    return _mlp(b, stream, _linear(x, b.proj), dtype, backend)
+    q, k, v = b.qkv(x).view(rows, length, 3, b.heads, -1).permute(2, 0, 3, 1, 4)
+    return _mlp(b, stream, b.proj(_attention(q, k, v, mask)), dtype, backend)
 
 
 def _last_block(b: Block, stream, delta, where, dtype, backend) -> tuple[torch.Tensor, torch.Tensor]:
     """As :func:`_block` at some positions (R, n) alone, of which the stream (R, n, D) comes back, too."""
     rows, length, width = stream.shape
     x = add_norm(stream, delta, *b.norm1, dtype, backend=backend)
-    k, v = _linear(x, _part(b.qkv, width, 3 * width)).view(rows, length, 2, b.heads, -1).permute(2, 0, 3, 1, 4)
-    q = _linear(_rows(x, where), _part(b.qkv, 0, width)).view(rows, where.shape[1], b.heads, -1).transpose(1, 2)
-    x = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(rows, -1, width)
+    k, v = b.qkv.part(width, 3 * width)(x).view(rows, length, 2, b.heads, -1).permute(2, 0, 3, 1, 4)
+    q = b.qkv.part(0, width)(_rows(x, where)).view(rows, where.shape[1], b.heads, -1).transpose(1, 2)
     stream = _rows(stream, where)
-    return stream, _mlp(b, stream, _linear(x, b.proj), dtype, backend)
+    return stream, _mlp(b, stream, b.proj(_attention(q, k, v, None)), dtype, backend)
 
 
-def _part(layer: Linear, first: int, stop: int) -> Linear:
-    """Some of the outputs."""
-    return Linear(layer.weight[first:stop], None if layer.bias is None else layer.bias[first:stop])
+def _attention(q, k, v, mask) -> torch.Tensor:
+    """(R, H, S, E / H) -> (R, S, E)."""
+    rows, heads, length, width = q.shape
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and mask is None and packs(q.dtype):
+        # Products of a CPU's bfloat16 units, which PyTorch's fused attention does not use there.
+        q, k, v = (x.reshape(rows * heads, -1, width) for x in (q, k, v))
+        scores = torch.baddbmm(q.new_empty(()), q, k.transpose(1, 2), beta=0, alpha=width**-0.5)
+        x = torch.bmm(scores.softmax(-1), v).view(rows, heads, length, width)
+    else:
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    return x.transpose(1, 2).reshape(rows, length, -1)
 
 
 def _mlp(b: Block, stream, delta, dtype, backend) -> torch.Tensor:
     x = add_norm(stream, delta, *b.norm2, dtype, backend=backend)
-    return _linear(F.gelu(_linear(x, b.fc1)), b.fc2)
-
-
-def _linear(x: torch.Tensor, layer: Linear) -> torch.Tensor:
-    return F.linear(x, layer.weight, layer.bias)
+    return b.fc2(b.fc1(x, "gelu"))
 
 
 def _rows(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:

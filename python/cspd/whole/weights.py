@@ -9,15 +9,9 @@ import torch.nn as nn
 
 from cspd_kernels.head import stream_dtype
 from cspd_kernels.live import copier
+from cspd_kernels.products import Product
 
 from ..transformer import PARTS
-
-
-class Linear(NamedTuple):
-    """``x weight^T + bias``."""
-
-    weight: torch.Tensor
-    bias: torch.Tensor | None
 
 
 class Norm(NamedTuple):
@@ -32,11 +26,11 @@ class Block(NamedTuple):
     """A pre-norm transformer block: attention, then an MLP with an exact GELU, each with a residual."""
 
     norm1: Norm
-    qkv: Linear
-    proj: Linear
+    qkv: Product
+    proj: Product
     norm2: Norm
-    fc1: Linear
-    fc2: Linear
+    fc1: Product
+    fc2: Product
     heads: int
 
 
@@ -45,7 +39,7 @@ class Weights:
 
     Operands of the matrix products are of ``dtype``; what touches the residual stream is of the stream's type (float32,
     float64 for float64), as under autocast. What needs no conversion is shared with the model; the rest is copied here,
-    and :meth:`refresh` copies again what may have changed.
+    and :meth:`refresh` copies again what may have changed. On a CPU the products pack their own weights.
 
     Raises:
         ValueError: the model is not built of such parts; the message says where.
@@ -59,6 +53,7 @@ class Weights:
         self.device = model.mask_token.device
         self._copies: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._sources: list[torch.Tensor] = []
+        self._products: list[Product] = []
         self.buffer, self.length = int(model.buffer_size), model.diffusion_pos_embed_learned.shape[1]
         with torch.inference_mode(False), torch.no_grad():
             self.z_proj, self.z_norm = self._linear(model.z_proj), self._norm(model.z_proj_ln)
@@ -78,7 +73,8 @@ class Weights:
     @property
     def bytes(self) -> int:
         """Of the copies."""
-        return sum(packed.numel() * packed.element_size() for packed, _ in self._copies)
+        copies = sum(packed.numel() * packed.element_size() for packed, _ in self._copies)
+        return copies + sum(product.bytes for product in self._products)
 
     def is_current(self, model: nn.Module) -> bool:
         """Whether the model's weights still lie where they lay, in their types and shapes."""
@@ -88,22 +84,32 @@ class Weights:
         """Bring the copies up to date; the host does not wait for a device."""
         if self._copy is not None:
             self._copy()
+        if self.device.type == "cpu":
+            for product in self._products:
+                product.look()
 
     def _take(self, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        if weight.is_meta:
-            raise ValueError("its weights are on the meta device: offloaded, or not loaded yet")
-        source = weight.detach()
+        source = self._source(weight)
         packed = source.to(dtype).contiguous()
-        self._sources.append(source)
         if packed.data_ptr() != source.data_ptr():
             self._copies.append((packed, source))
         return packed
 
-    def _linear(self, layer) -> Linear:
+    def _source(self, weight: torch.Tensor) -> torch.Tensor:
+        if weight.is_meta:
+            raise ValueError("its weights are on the meta device: offloaded, or not loaded yet")
+        self._sources.append(weight.detach())
+        return self._sources[-1]
+
+    def _linear(self, layer) -> Product:
         if type(layer) is not nn.Linear:
             raise ValueError(f"a layer is a {type(layer).__name__}, not a Linear")
-        bias = None if layer.bias is None else self._take(layer.bias, self.dtype)
-        return Linear(self._take(layer.weight, self.dtype), bias)
+        weight, bias = (
+            None if v is None else self._source(v) if self.device.type == "cpu" else self._take(v, self.dtype)
+            for v in (layer.weight, layer.bias)
+        )
+        self._products.append(Product(weight, bias, self.dtype))
+        return self._products[-1]
 
     def _norm(self, layer) -> Norm:
         if type(layer) is not nn.LayerNorm or layer.weight is None or layer.bias is None:
