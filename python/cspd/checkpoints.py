@@ -248,8 +248,9 @@ def _find(
     try:
         patch, stride = _told(weights, patch_size, vae_stride)
         config = mar_config(weights.tensors, num_heads, patch, stride)
+        told_all = patch_size is None and vae_stride is None and patch is not None and stride is not None
         size = weights.facts.get("img_size", config["img_size"])
-        if None is patch_size is vae_stride and None not in (patch, stride) and size != config["img_size"]:
+        if told_all and size != config["img_size"]:
             raise ValueError(
                 f"its tokens are those of img_size={config['img_size']} with patch_size={patch} and "
                 f"vae_stride={stride}, but {weights.told_by} says {size}: give patch_size and vae_stride"

@@ -76,7 +76,7 @@ class Vae:
         channels, stride = (getattr(model, name, None) for name in ("vae_embed_dim", "vae_stride"))
         if channels not in (None, self.channels):
             raise ValueError(
-                f"expected a VAE of {channels} channels, as the model draws latents of so many (its patch size is "
+                f"expected a VAE of {channels} channels, those of the model's latents (its patch size is "
                 f"{getattr(model, 'patch_size', 1)}), got one of {self.channels}: {self.loaded}"
             )
         if stride not in (None, 1, self.stride):  # 1: of a model that was made in places of its latents
