@@ -1,7 +1,7 @@
 """Matrix products with a layer's weight; on a CPU by oneDNN, with the weight packed once for it.
 
-In float32 ``F.linear`` is MKL's there, which reads a plain weight at every call. oneDNN's own product of a weight in its
-blocked layout is up to twice as fast, and a row's bits hardly ever depend on how many rows there are. PyTorch has it as
+In float32 ``F.linear`` is MKL's there, which reads a plain weight at every call. oneDNN's own product of a weight in
+its blocked layout is up to twice as fast, and a row's bits hardly ever depend on how many rows there are. PyTorch has it as
 two operators of its compiler, private ones: they are tried on small operands before the first use of a type, and where
 they are missing or wrong ``F.linear`` serves, as it does on devices and in other types.
 """
@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from .backends import log_once
 from .live import fingerprint, same
 
-# Elements of the smallest weight that is packed: a call of oneDNN's costs 10 us, one of MKL's next to nothing, and in the
-# half types F.linear is oneDNN's, too.
+# Elements of the smallest weight that is packed: a call of oneDNN's costs 10 us, one of MKL's next to nothing, and in
+# the half types F.linear is oneDNN's, too.
 _SMALLEST = {torch.float32: 1 << 17, torch.bfloat16: 1 << 12, torch.float16: 1 << 12}
 _NARROWEST = 64  # of both sides
 _ROWS = 32  # a hint for the layout, which serves any number of rows
