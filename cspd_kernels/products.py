@@ -1,9 +1,9 @@
 """Matrix products with a layer's weight; on a CPU by oneDNN, with the weight packed once for it.
 
-In float32 ``F.linear`` is MKL's there, which reads a plain weight at every call. oneDNN's own product of a weight in its
-blocked layout is up to twice as fast, and a row's bits hardly ever depend on how many rows there are. PyTorch has it as
-two operators of its compiler, private ones: they are tried on small operands before the first use of a type, and where
-they are missing or wrong ``F.linear`` serves, as it does on devices and in other types.
+In float32 ``F.linear`` is MKL's there, which reads a plain weight at every call. oneDNN's own product of a weight in
+its blocked layout is up to twice as fast, and a row's bits hardly ever depend on how many rows there are. PyTorch has
+it as two operators of its compiler, private ones: they are tried on small operands before the first use of a type, and
+where they are missing or wrong ``F.linear`` serves, as it does on devices and in other types.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from .backends import log_once
 from .live import fingerprint, same
 
-# Elements of the smallest weight that is packed: a call of oneDNN's costs 10 us, one of MKL's next to nothing, and in the
-# half types F.linear is oneDNN's, too.
+# Elements of the smallest weight that is packed: a call of oneDNN's costs 10 us, one of MKL's next to nothing, and in
+# the half types F.linear is oneDNN's, too.
 _SMALLEST = {torch.float32: 1 << 17, torch.bfloat16: 1 << 12, torch.float16: 1 << 12}
 _NARROWEST = 64  # of both sides
 _ROWS = 32  # a hint for the layout, which serves any number of rows
@@ -52,7 +52,7 @@ class Product:
         if self._packed is None and self._plain is None:
             self._make()
         if self._packed is not None:
-            return torch.ops.mkldnn._linear_pointwise.default(x, self._packed, self._bias, *_FUSED[activation])
+            return _operators()._linear_pointwise(x, self._packed, self._bias, *_FUSED[activation])
         y = F.linear(x, self._plain, self._bias)
         if activation == "silu":
             return F.silu(y, inplace=True)
@@ -95,7 +95,7 @@ class Product:
             bias = None if self.bias is None else self.bias.detach().to(self.dtype).contiguous()
             packed = None
             if self._can_pack():
-                packed = torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS)
+                packed = _operators()._reorder_linear_weight(weight, _ROWS)
                 weight = None
             self._prints = [(v, p) for v, p in before if not (_shared(v, weight) or _shared(v, bias))]
             self._packed, self._plain, self._bias = packed, weight, bias
@@ -115,10 +115,14 @@ def packs(dtype: torch.dtype) -> bool:
     return reason is None
 
 
+def _operators():
+    return torch.ops.mkldnn
+
+
 @functools.cache
 def _why_not_packed(dtype: torch.dtype) -> str | None:
     """None where the operators compute what ``F.linear`` does."""
-    operators = torch.ops.mkldnn
+    operators = _operators()
     names = ("_reorder_linear_weight", "_linear_pointwise")
     if missing := [name for name in names if not hasattr(operators, name)]:
         return f"this PyTorch lacks mkldnn.{missing[0]}"
