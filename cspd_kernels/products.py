@@ -52,7 +52,7 @@ class Product:
         if self._packed is None and self._plain is None:
             self._make()
         if self._packed is not None:
-            return torch.ops.mkldnn._linear_pointwise.default(x, self._packed, self._bias, *_FUSED[activation])
+            return _operators()._linear_pointwise(x, self._packed, self._bias, *_FUSED[activation])
         y = F.linear(x, self._plain, self._bias)
         if activation == "silu":
             return F.silu(y, inplace=True)
@@ -95,7 +95,7 @@ class Product:
             bias = None if self.bias is None else self.bias.detach().to(self.dtype).contiguous()
             packed = None
             if self._can_pack():
-                packed = torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS)
+                packed = _operators()._reorder_linear_weight(weight, _ROWS)
                 weight = None
             self._prints = [(v, p) for v, p in before if not (_shared(v, weight) or _shared(v, bias))]
             self._packed, self._plain, self._bias = packed, weight, bias
@@ -115,10 +115,14 @@ def packs(dtype: torch.dtype) -> bool:
     return reason is None
 
 
+def _operators():
+    return torch.ops.mkldnn
+
+
 @functools.cache
 def _why_not_packed(dtype: torch.dtype) -> str | None:
     """None where the operators compute what ``F.linear`` does."""
-    operators = torch.ops.mkldnn
+    operators = _operators()
     names = ("_reorder_linear_weight", "_linear_pointwise")
     if missing := [name for name in names if not hasattr(operators, name)]:
         return f"this PyTorch lacks mkldnn.{missing[0]}"

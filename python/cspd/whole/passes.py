@@ -85,7 +85,7 @@ def _decode(w: Weights, encoded, rank, where, count, backend) -> torch.Tensor:
 
 def _block(b: Block, stream, delta, mask, dtype, backend) -> torch.Tensor:
     """Adds ``delta`` and the attention's branch to the stream; the MLP's branch comes back, not added yet."""
-    rows, length, _ = stream.shape
+    rows, length = stream.shape[:2]
     x = add_norm(stream, delta, *b.norm1, dtype, backend=backend)
     q, k, v = b.qkv(x).view(rows, length, 3, b.heads, -1).permute(2, 0, 3, 1, 4)
     return _mlp(b, stream, b.proj(_attention(q, k, v, mask)), dtype, backend)
