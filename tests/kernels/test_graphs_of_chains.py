@@ -6,6 +6,7 @@ import weakref
 import pytest
 import torch
 from chains import assert_agrees, kernels_of, workspace_of
+from seeds import seed_tensor
 
 from cspd_kernels import PhiloxNoise, denoise, graphs
 from cspd_kernels.graphs import why_not_here
@@ -47,7 +48,8 @@ def call(backend):
 
     def call(head, rows, seed=0, *, guided=False, noise="stored", backend=backend, **options):
         cond, x, stored = random_inputs(head, rows, seed, guided)
-        noise = stored if noise == "stored" else PhiloxNoise(seed, torch.arange(rows) + seed)
+        if not isinstance(noise, PhiloxNoise):
+            noise = stored if noise == "stored" else PhiloxNoise(seed, torch.arange(rows) + seed)
         assert_agrees(head, cond, x, noise, cfg_scale=2.0 + seed if guided else 1.0, backend=backend, **options)
 
     return call
@@ -70,6 +72,14 @@ def test_calls_of_one_bucket_share_a_graph_and_each_gets_its_own_inputs(
         call(head, rows, seed, guided=True, noise=noise, temperature=0.5 + seed)
     assert len(plans(head)) == 1
     assert [line for line in device.told() if "main: " in line] == ["main: chain"] + ["main: chain replayed"] * 3
+
+
+def test_seeds_as_numbers_and_as_tensors_share_a_graph(call, plans, make_head, device):
+    """A number is not filled in again where the buffer holds it, which a tensor may have changed in between."""
+    head = make_head()
+    for seed in (5, seed_tensor(2**64 - 1), 5, seed_tensor(7)):
+        call(head, 1, noise=PhiloxNoise(seed, torch.arange(1)))
+    assert len(plans(head)) == 1
 
 
 def test_every_kind_of_call_has_a_plan_of_its_own(backend, call, plans, make_head, device, monkeypatch):

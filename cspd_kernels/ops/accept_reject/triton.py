@@ -104,10 +104,10 @@ def accept_reject(x, draft, target, seed, rows, relaxation, sigma, max_tries, re
             "PER_TOKEN": isinstance(relaxation, torch.Tensor), "RELEASED": sigma == "released",
             "CLOSED_FORM": residual == "closed_form",
         }  # fmt: skip
-        numbers = (n, _signed(seed), _signed(seed >> 32), max_tries)
+        numbers = (*(seeds or (None,)), n, _signed(seed), _signed(seed >> 32), max_tries)
         with on(device):
             launch(
-                _accept_reject_kernel, -(-n // rows_at_once), (*tensors, *others, *(seeds or (None,)), *numbers, *strides), constants,
+                _accept_reject_kernel, -(-n // rows_at_once), (*tensors, *others, *numbers, *strides), constants,
                 OPTIONS, key,
             )  # fmt: skip
     return token, accepted, tries, log_ratio

@@ -181,10 +181,8 @@ def run(
         parallel_tol = automatic_tolerance(head, len(x_T), guided, backend)
     function = remembered_chain(backend, head, len(x_T), guided, parallel_tol is not None)
     stream = stream_dtype(head.dtype)
-    if noise is None:
-        noise = PhiloxNoise(seed % 2**64 if seeds is None else seeds, rows)
-    else:
-        noise = noise.to(stream)
+    seed = seed % 2**64 if seeds is None else seeds
+    noise = PhiloxNoise(seed, rows) if noise is None else noise.to(stream)
     if not guided:
         cfg_scale = None
     elif isinstance(cfg_scale, torch.Tensor):
