@@ -3,6 +3,10 @@
 A number is a pure function of (seed; row, index, channel): nothing is stored, draft and target
 share noise by sharing addresses, and a token's noise does not depend on its batch.
 
+A seed is an int in [0, 2^64), or a tensor of one int64 element on the rows' device: its 64 bits, so
+that a seed from 2^63 on is the negative number seed - 2^64. The host never reads a tensor. A CUDA graph
+that was captured with one is replayed with what it holds then.
+
 Layout of one Philox call, four 32-bit words in and out::
 
     key     = (seed low 32, seed high 32)
@@ -34,8 +38,8 @@ def philox_4x32(key: tuple, counter: tuple[torch.Tensor, ...]) -> tuple[torch.Te
     """Philox 4x32-10 in int64 arithmetic: four counter words -> four random words, all in [0, 2^32).
 
     Args:
-        key: two 32-bit words, ints or int64 tensors.
-        counter: four int64 tensors that broadcast together, or ints (at least one tensor).
+        key: two 32-bit words, ints or int64 tensors. counter: four int64 tensors that broadcast together
+            and with the key, or ints (at least one tensor).
     """
     k0, k1 = key
     c0, c1, c2, c3 = counter
@@ -49,6 +53,8 @@ def philox_4x32(key: tuple, counter: tuple[torch.Tensor, ...]) -> tuple[torch.Te
 
 def words(seed: int | torch.Tensor, rows: torch.Tensor, index, group, stream: int) -> tuple[torch.Tensor, ...]:
     """The four words at an address; ``rows``, ``index`` and ``group`` broadcast."""
+    if isinstance(seed, torch.Tensor):
+        seed = seed.reshape(())  # no axis of the result
     key = (seed & _MASK, (seed >> 32) & _MASK)
     # Ints stay ints: turning one into a tensor on a device would wait for it.
     return philox_4x32(key, (rows & _MASK, (rows >> 32) & _MASK, index, group | (stream << 24)))
@@ -58,12 +64,12 @@ def _uniform(words: torch.Tensor) -> torch.Tensor:
     return words.float() * 2.0**-32 + 2.0**-33
 
 
-def uniforms(seed: int, rows: torch.Tensor, index) -> torch.Tensor:
+def uniforms(seed: int | torch.Tensor, rows: torch.Tensor, index) -> torch.Tensor:
     """Uniforms in (0, 1], float32, of the tries ``index`` of accept_reject; ``rows`` and ``index`` broadcast."""
     return _uniform(words(seed, rows, index, 0, STREAM_UNIFORM)[0])
 
 
-def normals(seed: int, rows: torch.Tensor, index, channels: int, stream: int) -> torch.Tensor:
+def normals(seed: int | torch.Tensor, rows: torch.Tensor, index, channels: int, stream: int) -> torch.Tensor:
     """Standard normals, float32, of shape broadcast(rows, index) + (channels,)."""
     group = torch.arange((channels + 3) // 4, device=rows.device)
     if isinstance(index, torch.Tensor):
@@ -77,21 +83,29 @@ def normals(seed: int, rows: torch.Tensor, index, channels: int, stream: int) ->
     return torch.stack(pairs, dim=-1).flatten(-2)[..., :channels]
 
 
-def check_seed(seed) -> int:
-    """A seed as an int in [0, 2^64), or one clear error."""
+def check_seed(seed, device: torch.device | None = None) -> int | torch.Tensor:
+    """A seed as an int in [0, 2^64) or, where its ``device`` is named, a tensor there; or one clear error.
+
+    A tensor's value is not looked at: any 64 bits are a seed.
+    """
+    if device is not None and isinstance(seed, torch.Tensor):
+        if seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != device:
+            raise ValueError(f"expected a seed tensor to be of one int64 element on {device}, got {_described(seed)}")
+        return seed
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**64:
-        raise ValueError(f"expected seed to be an int in [0, 2**64), got {seed!r}")
+        or_tensor = "" if device is None else " or a tensor of one int64 element"
+        got = _described(seed) if isinstance(seed, torch.Tensor) else repr(seed)
+        raise ValueError(f"expected seed to be an int in [0, 2**64){or_tensor}, got {got}")
     return seed
 
 
-def check_seed_or_tensor(seed, device: torch.device) -> int | torch.Tensor:
-    """A seed as an int, or as (1,) int64 on a device, which holds its 64 bits; or one clear error. No value is read."""
-    if not isinstance(seed, torch.Tensor):
-        return check_seed(seed)
-    if seed.dtype != torch.int64 or seed.shape != (1,) or seed.device != device:
-        got = f"{seed.dtype} {tuple(seed.shape)} on {seed.device}"
-        raise ValueError(f"expected seed to be an int, or an int64 tensor of shape (1,) on {device}, got {got}")
-    return seed
+def signed_seed(seed: int) -> int:
+    """The int64 with a seed's 64 bits."""
+    return seed - 2**64 if seed >= 2**63 else seed
+
+
+def _described(tensor: torch.Tensor) -> str:
+    return f"{tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
 
 
 def check_rows(rows, device=None) -> torch.Tensor:
@@ -108,21 +122,22 @@ class PhiloxNoise:
     """The noise of N denoising chains, addressed rather than stored.
 
     Args:
-        seed: int in [0, 2^64), or (1,) int64 on the rows' device that holds its 64 bits: a CUDA graph that was captured
-            with it draws, replayed, from what it holds then.
+        seed: int in [0, 2^64); or a tensor of one int64 element on the device of ``rows``, its 64 bits. It is kept, not
+            copied, and the host never reads it: a CUDA graph is replayed with what it holds then.
         rows: (N,) int64, the address of each chain; equal addresses give equal noise.
         channels: C; may be left to :meth:`x_T` or to :func:`cspd_kernels.denoise`, which know it.
     """
 
     def __init__(self, seed: int | torch.Tensor, rows: torch.Tensor, channels: int | None = None):
         self.rows = check_rows(rows)
-        self.seed = check_seed_or_tensor(seed, rows.device)
+        self.seed = check_seed(seed, rows.device)
         self.channels = channels
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __repr__(self) -> str:
+        # Printing a tensor's value would wait for the device.
         seed = f"<on {self.seed.device}>" if isinstance(self.seed, torch.Tensor) else self.seed
         return f"PhiloxNoise(seed={seed}, rows=<{len(self)} on {self.rows.device}>, channels={self.channels})"
 

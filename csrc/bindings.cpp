@@ -51,10 +51,10 @@ void log_density_ratio(Address x, Address mean_q, Address log_q, Address path_q,
 void accept_reject(Address x, Address mean_q, Address log_q, Address path_q, Address mean_p, Address log_p,
                    Address path_p, Address relaxations, float relaxation, Address sample, Address rows, Address token,
                    Address accepted, Address tries, Address log_ratio, std::int64_t n, int channels, std::uint64_t seed,
-                   int max_tries, bool released, bool closed_form, int multiprocessors, Address stream) {
+                   Address seeds, int max_tries, bool released, bool closed_form, int multiprocessors, Address stream) {
   const cspd::Judged judged = {
       x, {mean_q, log_q, path_q}, {mean_p, log_p, path_p}, relaxations, relaxation, n, channels, released};
-  const cspd::Redraw redraw = {sample, rows, seed, max_tries, token, accepted, tries, log_ratio};
+  const cspd::Redraw redraw = {sample, rows, seed, max_tries, token, accepted, tries, log_ratio, seeds};
   check(cspd::accept_reject(judged, redraw, closed_form, multiprocessors, stream), "accept_reject");
 }
 

@@ -67,7 +67,9 @@ def calls():
                         for sigma in ("paper", "released") if channels == 16 else ("paper",):
                             yield lambda: density_ratio.log_density_ratio(x, draft, target, relaxation, sigma)  # noqa: B023
                     address = torch.arange(rows)
-                    for seed, most in ((0, 1), (2**64 - 1, 100)) if channels == 16 else ():
+                    at = torch.zeros(3, dtype=torch.int64)
+                    seeds = ((0, 1), (2**64 - 1, 100), (at[:1], 1), (at[2:], 100), (at[1:2], 1))
+                    for seed, most in seeds if channels == 16 else ():
                         yield lambda: accept_reject.accept_reject(
                             x, draft, target, seed, address, 1.0, "paper", most, "rejection"  # noqa: B023
                         )  # fmt: skip
@@ -100,7 +102,7 @@ def main() -> None:
         module.launch = recorded
     for call in calls():
         call()
-    assert len(specialisations) == 14
+    assert len(specialisations) == 16, len(specialisations)
     for module in (density_ratio, accept_reject):
         module.launch = launch
 

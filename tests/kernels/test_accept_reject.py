@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
+from seeds import BAD_SEED_TENSORS, SEEDS, seed_tensor
 
 from cspd_kernels import Denoised, accept_reject, log_density_ratio
 from cspd_kernels.noise import STREAM_PROPOSAL, normals
@@ -276,8 +277,32 @@ def test_path_term_enters_acceptance_and_redraw():
 @pytest.mark.parametrize("seed", [-1, 2**64, True, 0.5, None])
 def test_seed_is_checked(seed):
     x, draft, target = random_chains(4, 3, 0)
-    with pytest.raises(ValueError, match=r"seed to be an int in \[0, 2\*\*64\), got "):
+    with pytest.raises(ValueError, match=r"seed to be an int in \[0, 2\*\*64\) or a tensor of one int64 element, got "):
         accept_reject(x, draft, target, seed=seed)
+
+
+@pytest.mark.parametrize(("seed", "got"), BAD_SEED_TENSORS)
+def test_seed_tensor_is_checked(seed, got):
+    x, draft, target = random_chains(4, 3, 0)
+    with pytest.raises(ValueError, match=f"seed tensor to be of one int64 element on cpu, got {got}"):
+        accept_reject(x, draft, target, seed=seed)
+
+
+@pytest.mark.parametrize("residual", ["rejection", "closed_form"])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_seed_tensor_gives_the_bits_of_the_number(seed, residual):
+    x, draft, target = random_chains(60, 5, 1)
+    target = target._replace(log_std=draft.log_std.clone())
+    one = (x, draft, target)
+    number = accept_reject(*one, seed=seed, residual=residual)
+    assert 0 < number.accepted.sum() < 60
+    assert_same(accept_reject(*one, seed=seed_tensor(seed), residual=residual), number)
+    options = (torch.arange(60), 1.0, "paper", 9, residual)
+    for module in (reference, torch_backend):
+        number, tensor = (module.accept_reject(*one, s, *options) for s in (seed, seed_tensor(seed)))
+        assert all(map(torch.equal, tensor, number))
+    every = torch_backend.accept_reject(*one, seed_tensor(seed), *options, compact=False)
+    assert all(map(torch.equal, every, torch_backend.accept_reject(*one, seed, *options, compact=False)))
 
 
 @pytest.mark.parametrize(

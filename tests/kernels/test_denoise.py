@@ -6,6 +6,7 @@ import weakref
 import pytest
 import torch
 import torch.nn as nn
+from seeds import SEEDS, seed_tensor
 
 from cspd_kernels import DiffusionHead, PhiloxNoise, denoise
 from cspd_kernels.head import stream_dtype
@@ -186,6 +187,17 @@ def test_philox_noise_equals_the_tensor_of_its_steps(head, cfg_scale, workspace)
     assert_close(denoise(head, cond, x, addressed, **options), denoise(head, cond, x, stored, **options), 1e-7)
     definition = reference.denoise(head, cond, x, noise, 1.0, None if cfg_scale == 1 else cfg_scale)
     assert_close(denoise(head, cond, x, noise, **options), definition, 1e-5)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("options", [{}, {"workspace_bytes": 1}, {"parallel_tol": 1e-6}])
+def test_a_seed_tensor_gives_the_bits_of_the_number(head, seed, options):
+    cond, x, _ = random_inputs(head, 7, 7)
+    number, tensor = (PhiloxNoise(s, torch.arange(7) * 2**31) for s in (seed, seed_tensor(seed)))
+    expected = denoise(head, cond, x, number, **options)
+    assert all(map(torch.equal, denoise(head, cond, x, tensor, **options), expected))
+    definition = (reference.denoise(head, cond, x, noise, 1.0, None) for noise in (tensor, number))
+    assert all(map(torch.equal, *definition))
 
 
 @pytest.mark.parametrize("cfg_scale", [1.0, 2.0, "tensor"])

@@ -51,6 +51,10 @@ BAD = {
     "noise device": (
         lambda a: {"noise": PhiloxNoise(0, torch.arange(4, device="meta"))}, ValueError, "4 rows on cpu, got 4 on meta",
     ),
+    "noise seed": (
+        lambda a: {"noise": PhiloxNoise(torch.zeros(2, dtype=torch.int64), torch.arange(4))}, ValueError,
+        "a seed tensor to be of one int64 element on cpu, got torch.int64",
+    ),
     "temperature negative": (lambda a: {"temperature": -0.1}, ValueError, "finite temperature >= 0, got -0.1"),
     "temperature NaN": (lambda a: {"temperature": NAN}, ValueError, "finite temperature >= 0, got nan"),
     "temperature infinite": (lambda a: {"temperature": INF}, ValueError, "finite temperature >= 0, got inf"),

@@ -12,6 +12,7 @@ from chains import (
     run_chain,
     workspace_of,
 )  # fmt: skip
+from seeds import seed_tensor
 
 from cspd_kernels import DiffusionHead, PhiloxNoise, denoise
 from cspd_kernels.ops.denoise.chain import Tables
@@ -94,6 +95,25 @@ def test_addressed_noise(backend, make_head, shape, guided):
         denoise(head, cond, x, PhiloxNoise(held, noise.rows), **options), denoise(head, cond, x, noise, **options)
     ):
         assert torch.equal(got, expected)
+
+
+def test_a_seed_tensor_gives_the_bits_of_the_number(backend, make_head, shape):
+    head, seed = make_head(), 2**64 - 1
+    cond, x, _ = random_inputs(head, 2, 2)
+    expected, got = (
+        denoise(head, cond, x, addressed(head, 2, s), backend=backend) for s in (seed, seed_tensor(seed, head.device))
+    )
+    assert all(map(torch.equal, got, expected))
+
+
+def test_sweeps_with_a_seed_tensor(backend, make_head):
+    head, seed = make_head(), 2**63 + 5
+    cond, x, _ = random_inputs(head, 1, 2)
+    expected, got = (
+        denoise(head, cond, x, addressed(head, 1, s), parallel_tol=1e-4, backend=backend)
+        for s in (seed, seed_tensor(seed, head.device))
+    )
+    assert all(map(torch.equal, got, expected))
 
 
 @pytest.mark.parametrize(

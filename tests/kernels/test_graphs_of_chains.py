@@ -6,6 +6,7 @@ import weakref
 import pytest
 import torch
 from chains import BOUNDS, assert_agrees, assert_close, definition, kernels_of, workspace_of
+from seeds import seed_tensor
 
 from cspd_kernels import PhiloxNoise, denoise, graphs
 from cspd_kernels.graphs import why_not_here
@@ -51,7 +52,8 @@ def call(backend):
 
     def call(head, rows, seed=0, *, guided=False, noise="stored", backend=backend, **options):
         cond, x, stored = random_inputs(head, rows, seed, guided)
-        noise = stored if noise == "stored" else PhiloxNoise(seed, torch.arange(rows) + seed)
+        if not isinstance(noise, PhiloxNoise):
+            noise = stored if noise == "stored" else PhiloxNoise(seed, torch.arange(rows) + seed)
         assert_agrees(head, cond, x, noise, cfg_scale=2.0 + seed if guided else 1.0, backend=backend, **options)
 
     return call
@@ -90,6 +92,14 @@ def test_calls_in_parallel_share_a_graph_likewise(backend, plans, make_head, dev
     assert {value.data_ptr() for value in (network.h, network.eps, state.before, state.sweeps)} <= counted
     shared = plan.value.memory.data_ptr()
     assert not any(shared <= at < shared + plan.value.memory_bytes for at in counted)
+
+
+def test_seeds_as_numbers_and_as_tensors_share_a_graph(call, plans, make_head, device):
+    """A number is not filled in again where the buffer holds it, which a tensor may have changed in between."""
+    head = make_head()
+    for seed in (5, seed_tensor(2**64 - 1), 5, seed_tensor(7)):
+        call(head, 1, noise=PhiloxNoise(seed, torch.arange(1)))
+    assert len(plans(head)) == 1
 
 
 def test_every_kind_of_call_has_a_plan_of_its_own(backend, call, plans, make_head, device, monkeypatch):

@@ -21,7 +21,7 @@ from cspd_kernels.testing import random_inputs, relative_error
 
 OP = torch.ops.cspd_kernels.denoise.default
 PYTORCH = tuple(map(int, torch.__version__.split(".")[:2]))
-KINDS = ["stored", "addressed", "guided", "guided per token", "strided"]
+KINDS = ["stored", "addressed", "seed on the device", "guided", "guided per token", "strided"]
 
 
 @pytest.fixture(autouse=True)
@@ -39,6 +39,8 @@ def arguments(head, kind, rows=5, seed=0):
     cond, x, noise = random_inputs(head, rows, seed, guided=kind.startswith("guided"))
     if kind == "addressed":
         noise = PhiloxNoise(2**64 - 1, torch.arange(rows) * 2**31)
+    if kind == "seed on the device":
+        noise = PhiloxNoise(torch.tensor([-1]), torch.arange(rows) * 2**31)
     if kind == "strided":
         cond, x, noise = (v.transpose(0, -1).contiguous().transpose(0, -1) for v in (cond, x, noise))
     scale = {"guided": 2.5, "guided per token": torch.linspace(0.5, 3, rows)}.get(kind, 1.0)
@@ -49,7 +51,8 @@ def op_arguments(head, cond, x, noise, scale):
     addressed = isinstance(noise, PhiloxNoise)
     stored, rows = (None, noise.rows) if addressed else (noise, None)
     scale = torch.tensor(scale) if isinstance(scale, float) else scale
-    return head.handle, cond, x, stored, rows, -1 if addressed else 0, 0.9, scale, None, WORKSPACE_BYTES
+    call = head.handle, cond, x, stored, rows, -1 if addressed else 0, 0.9, scale, None, WORKSPACE_BYTES
+    return (*call, None, None, noise.seed) if addressed and torch.is_tensor(noise.seed) else call
 
 
 def middle(head):
@@ -85,7 +88,8 @@ def test_fake_results_look_like_the_real_ones(make_diffloss, dtype, kind, rows):
     real = denoise(head, cond, x, noise, cfg_scale=scale)
     with FakeTensorMode() as mode:
         if isinstance(noise, PhiloxNoise):
-            noise = PhiloxNoise(noise.seed, mode.from_tensor(noise.rows))
+            seed = mode.from_tensor(noise.seed) if torch.is_tensor(noise.seed) else noise.seed
+            noise = PhiloxNoise(seed, mode.from_tensor(noise.rows))
         cond, x, noise, scale = (mode.from_tensor(v) if torch.is_tensor(v) else v for v in (cond, x, noise, scale))
         fake = denoise(head, cond, x, noise, cfg_scale=scale)
     assert fake.sample is fake.mean
@@ -105,14 +109,18 @@ def test_traced_symbolically_it_is_one_node_for_any_number_of_rows(head, kind):
     scale = arguments(head, kind)[3]
 
     def function(cond, x, noise, scale_or_rows):
-        addressed = kind == "addressed"
-        noise = PhiloxNoise(2**63 + 7, scale_or_rows) if addressed else noise
+        if kind == "addressed":
+            noise = PhiloxNoise(2**63 + 7, scale_or_rows)
+        elif kind == "seed on the device":
+            noise = PhiloxNoise(noise, scale_or_rows)
         return tuple(denoise(head, cond, x, noise, cfg_scale=scale_or_rows if torch.is_tensor(scale) else scale))
 
     def inputs(rows):
         cond, x, noise, scale = arguments(head, kind, rows)
         if kind == "addressed":
             return cond, x, x, torch.arange(rows)
+        if kind == "seed on the device":
+            return cond, x, noise.seed, noise.rows
         return cond, x, noise, scale if torch.is_tensor(scale) else x
 
     # Equal sizes become one symbol: 8 and 16 are not those of anything else here.
@@ -162,6 +170,20 @@ def test_other_numbers_of_rows_seeds_and_scales_do_not_compile_again(head, backe
             torch._dynamo.reset()  # its compiler cannot make such an int variable
         inputs = cond, x, seed, 1.0, torch.arange(6)
         assert_close(compiled(*inputs), function(*inputs))
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_another_value_of_a_seed_tensor_does_not_compile_again(head, backend):
+    counter = CompileCounterWithBackend(backend)
+    function = middle(head)
+    compiled = torch.compile(function, backend=counter, fullgraph=True)
+    cond, x, _ = random_inputs(head, 4, 0)
+    seed = torch.tensor([7])
+    for value in (7, 2**62, -1):
+        seed.fill_(value)
+        expected = function(cond, x, value % 2**64, 1.0, torch.arange(4))
+        assert_close(compiled(cond, x, seed, 1.0, torch.arange(4)), expected)
+    assert counter.frame_count == 1
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])

@@ -6,9 +6,19 @@ import random
 import pytest
 import torch
 from scipy import stats
+from seeds import BAD_SEED_TENSORS, SEEDS, seed_tensor
 
 from cspd_kernels import PhiloxNoise
-from cspd_kernels.noise import STREAM_PROPOSAL, STREAM_STEP, STREAM_X_T, normals, philox_4x32, uniforms, words
+from cspd_kernels.noise import (
+    STREAM_PROPOSAL,
+    STREAM_STEP,
+    STREAM_X_T,
+    check_seed,
+    normals,
+    philox_4x32,
+    uniforms,
+    words,
+)
 
 P = 1e-4  # a correct generator fails a test of fixed seed below this with this probability
 
@@ -145,32 +155,48 @@ def test_extreme_seeds(seed):
     assert x.unique().numel() == 12
 
 
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
+def test_a_tensor_holds_the_64_bits_of_a_seed(seed, shape):
+    rows = torch.arange(5) * 2**33
+    number, tensor = PhiloxNoise(seed, rows, 6), PhiloxNoise(seed_tensor(seed).view(shape), rows, 6)
+    for draw in (PhiloxNoise.x_T, lambda noise: noise.step(3), lambda noise: noise.steps(0, 4)):
+        assert torch.equal(draw(tensor), draw(number))
+        assert torch.equal(draw(tensor[1:3]), draw(number[1:3]))
+    for index in (2, torch.arange(5)):
+        assert torch.equal(uniforms(seed_tensor(seed).view(shape), rows, index), uniforms(seed, rows, index))
+
+
+def test_a_seed_tensor_is_kept_and_read_when_numbers_are_drawn():
+    seed, rows = torch.tensor([3]), torch.arange(4)
+    noise, part = PhiloxNoise(seed, rows, 5), PhiloxNoise(seed, rows, 5)[:2]
+    seed.fill_(8)
+    assert torch.equal(noise.x_T(), PhiloxNoise(8, rows, 5).x_T())
+    assert torch.equal(part.x_T(), PhiloxNoise(8, rows, 5).x_T()[:2])
+
+
+def test_a_seed_tensor_is_not_printed():
+    """Its value would have to be waited for; here there is none."""
+    noise = PhiloxNoise(torch.empty(1, dtype=torch.int64, device="meta"), torch.arange(3, device="meta"))
+    assert repr(noise) == "PhiloxNoise(seed=<on meta>, rows=<3 on meta>, channels=None)"
+    assert noise.x_T(7).shape == (3, 7)
+
+
 @pytest.mark.parametrize("seed", [-1, 2**64, True, 1.0, "0", None])
 def test_seed_is_checked(seed):
-    with pytest.raises(ValueError, match=r"seed to be an int in \[0, 2\*\*64\), got "):
+    with pytest.raises(ValueError, match=r"seed to be an int in \[0, 2\*\*64\) or a tensor of one int64 element, got "):
         PhiloxNoise(seed, torch.arange(2))
 
 
-@pytest.mark.parametrize(
-    "seed", [torch.tensor(1), torch.tensor([1.0]), torch.tensor([1, 2]), torch.ones(1, device="meta")]
-)
-def test_a_seed_that_is_a_tensor_is_checked(seed):
-    with pytest.raises(
-        ValueError, match=r"expected seed to be an int, or an int64 tensor of shape \(1,\) on cpu, got "
-    ):
+@pytest.mark.parametrize(("seed", "got"), BAD_SEED_TENSORS)
+def test_seed_tensor_is_checked(seed, got):
+    with pytest.raises(ValueError, match=f"seed tensor to be of one int64 element on cpu, got {got}"):
         PhiloxNoise(seed, torch.arange(2))
 
 
-@pytest.mark.parametrize("seed", [0, 3, 2**32 + 1, 2**63, 2**64 - 1])
-def test_a_seed_that_is_a_tensor_is_the_same_seed(seed):
-    rows = torch.tensor([0, 5, 2**40])
-    held = torch.tensor([seed - 2**64 if seed >= 2**63 else seed])
-    one, other = PhiloxNoise(seed, rows), PhiloxNoise(held, rows)
-    for draw in (lambda n: n.x_T(7), lambda n: n.step(3, 7), lambda n: n.steps(0, 4, 7), lambda n: n[1:].x_T(5)):
-        assert torch.equal(draw(one), draw(other))
-    assert repr(other) == "PhiloxNoise(seed=<on cpu>, rows=<3 on cpu>, channels=7)"
-    held.fill_(17)
-    assert torch.equal(other.x_T(4), PhiloxNoise(17, rows).x_T(4))
+def test_where_no_tensor_is_served_the_error_names_none():
+    with pytest.raises(ValueError, match=r"an int in \[0, 2\*\*64\), got torch.int64 \(1,\) on meta"):
+        check_seed(torch.empty(1, dtype=torch.int64, device="meta"))
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from seeds import SEEDS, seed_tensor
 from verdicts import (
     CHANNELS,
     DTYPES,
@@ -32,7 +33,6 @@ from cspd_kernels.testing import random_chains
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # of the interpreter's numpy
 
 RESIDUALS = ["rejection", "closed_form"]
-SEEDS = [0, 2**31, 2**32 - 1, 2**63 + 5, 2**64 - 1]
 FAR_ROWS = [0, 1, 2**31, 2**32 - 1, 2**32, 2**33 + 1, 2**62 + 7, 2**63 - 1]
 
 
@@ -127,6 +127,17 @@ def test_any_seed_and_any_address(backend, kernel_device, seed):
         chains = on(kernel_device, *judged_chains(8, 5, 11, residual == "closed_form"))
         verdict = check_verdict(backend, *chains, seed=seed, rows=rows, residual=residual)
         assert 0 < verdict.accepted.sum() < 8
+        tensor = seed_tensor(seed, kernel_device)
+        equal(accept_reject(*chains, seed=tensor, rows=rows, residual=residual, backend=backend), verdict)
+
+
+def test_a_seed_tensor_may_lie_anywhere(backend, kernel_device):
+    """At an address that 16 does not divide, and of no or two axes."""
+    chains = on(kernel_device, *judged_chains(8, 5, 11))
+    expected = accept_reject(*chains, seed=2**63 + 5, backend=backend)
+    for seed in torch.cat([seed_tensor(2**63 + 5, kernel_device)] * 3).split(1):
+        for shape in ((), (1,), (1, 1)):
+            equal(accept_reject(*chains, seed=seed.view(shape), backend=backend), expected)
 
 
 def test_rows_default_to_their_numbers(backend, kernel_device):

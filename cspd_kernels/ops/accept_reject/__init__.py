@@ -31,7 +31,7 @@ def accept_reject(
     draft: Denoised,
     target: Denoised,
     *,
-    seed: int,
+    seed: int | torch.Tensor,
     rows: torch.Tensor | None = None,
     relaxation: float | torch.Tensor = 1.0,
     sigma: str = "paper",
@@ -65,7 +65,8 @@ def accept_reject(
     Args:
         x, draft, target, relaxation, sigma, backend: as in :func:`cspd_kernels.log_density_ratio`;
             target.sample (N, C) too.
-        seed: int in [0, 2^64). rows: (N,) int64 addresses, default 0..N-1.
+        seed: int in [0, 2^64); or a tensor of one int64 element on the device of x, its 64 bits, which the host never
+            reads: a CUDA graph is replayed with what it holds then. rows: (N,) int64 addresses, default 0..N-1.
         max_tries: >= 0; the closed form takes one of them.
         residual: "rejection" or "closed_form", as above.
         target_sigma: for the closed form, redraw with the target's sigma in the draft's place, too. Without it the
@@ -83,8 +84,8 @@ def accept_reject(
     arXiv 2606.13426 and 2501.05370 for equal covariances (docs/method.md derives the closed form).
     """
     relaxation = check("accept_reject", x, draft, target, relaxation, sigma)
-    check_seed(seed)
     n, device = x.shape[0], x.device
+    check_seed(seed, device)
     if rows is None:
         rows = torch.arange(n, device=device)
     check_rows(rows, device)

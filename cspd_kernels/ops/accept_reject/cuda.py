@@ -26,10 +26,11 @@ def accept_reject(x, draft, target, seed, rows, relaxation, sigma, max_tries, re
         with on(device):
             tensors, relaxation = operands(x, draft, target, relaxation)
             sample, rows = plain(target.sample), rows.contiguous()
+            seed, seeds = (0, seed.data_ptr()) if isinstance(seed, torch.Tensor) else (seed, 0)
             extension().accept_reject(
                 *pointers(tensors), relaxation, sample.data_ptr(), rows.data_ptr(), token.data_ptr(),
                 accepted.data_ptr(), tries.data_ptr(), log_ratio.data_ptr(), n, channels, seed,
-                max_tries, sigma == "released", residual == "closed_form",
+                seeds, max_tries, sigma == "released", residual == "closed_form",
                 multiprocessors(device), launch_stream(device),
             )  # fmt: skip
     return token, accepted, tries, log_ratio

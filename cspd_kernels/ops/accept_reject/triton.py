@@ -19,14 +19,19 @@ OPTIONS = {"enable_fp_fusion": False, "num_warps": 1}
 @triton.jit(do_not_specialize=["N", "seed_low", "seed_high", "max_tries"])
 def _accept_reject_kernel(
     x, mean_q, log_q, path_q, mean_p, log_p, path_p, relaxation, sample, rows,
-    token, accepted, tries, log_ratio, N, seed_low, seed_high, max_tries,
+    token, accepted, tries, log_ratio, seeds, N, seed_low, seed_high, max_tries,
     x_row, x_channel, mean_q_row, mean_q_channel, log_q_row, log_q_channel, mean_p_row, mean_p_channel,
     log_p_row, log_p_channel, path_q_row, path_p_row, relaxation_row, sample_row, sample_channel, rows_row,
     C: tl.constexpr, BG: tl.constexpr, R: tl.constexpr, K: tl.constexpr,
     PER_TOKEN: tl.constexpr, RELEASED: tl.constexpr, CLOSED_FORM: tl.constexpr,
 ):  # fmt: skip
-    """One warp: judges R rows together, then redraws the rejected ones one after another, K tries at a time."""
+    """One warp: judges R rows together, then redraws the rejected ones one after another, K tries at a time.
+
+    The seed is the one at ``seeds`` or, where that is None, the two words.
+    """
     seed = (seed_high.to(tl.uint32).to(tl.uint64) << 32) | seed_low.to(tl.uint32).to(tl.uint64)
+    if seeds is not None:
+        seed = tl.load(seeds).to(tl.uint64)
     start = tl.program_id(0).to(tl.int64) * R
     row = start + tl.arange(0, R)
     inside = row < N
@@ -85,10 +90,11 @@ def accept_reject(x, draft, target, seed, rows, relaxation, sigma, max_tries, re
     if n:
         sample = target.sample
         others = (sample, rows, token, accepted, tries, log_ratio)
-        tensors, strides, key = operands(x, draft, target, relaxation, *others)
+        seeds, seed = ((seed,), 0) if isinstance(seed, torch.Tensor) else ((), seed)
+        tensors, strides, key = operands(x, draft, target, relaxation, *others, *seeds)
         if sample.is_contiguous() and rows.is_contiguous():
             strides = (*strides, None, None, None)
-            key = (key, sample.dtype) if key else None
+            key = (key, sample.dtype, len(seeds)) if key else None
         else:
             strides, key = (*strides, *sample.stride(), rows.stride(0)), None
         groups = 1 << max(-(-channels // 4) - 1, 0).bit_length()  # of four channels
@@ -98,7 +104,7 @@ def accept_reject(x, draft, target, seed, rows, relaxation, sigma, max_tries, re
             "PER_TOKEN": isinstance(relaxation, torch.Tensor), "RELEASED": sigma == "released",
             "CLOSED_FORM": residual == "closed_form",
         }  # fmt: skip
-        numbers = (n, _signed(seed), _signed(seed >> 32), max_tries)
+        numbers = (*(seeds or (None,)), n, _signed(seed), _signed(seed >> 32), max_tries)
         with on(device):
             launch(
                 _accept_reject_kernel, -(-n // rows_at_once), (*tensors, *others, *numbers, *strides), constants,

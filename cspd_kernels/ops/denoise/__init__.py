@@ -11,7 +11,7 @@ import torch
 
 from ...backends import prefers_parallel, remembered_chain
 from ...head import DiffusionHead, stream_dtype, without_autocast
-from ...noise import PhiloxNoise
+from ...noise import PhiloxNoise, signed_seed
 from .finite import check_result, late_overflows
 from .parallel import AUTO, ROUNDING, Parallel, check_tolerance, switched_off
 
@@ -37,7 +37,7 @@ _library = torch.library.Library("cspd_kernels", "FRAGMENT")
 _library.define(
     f"{_name}(int head, Tensor cond, Tensor x_T, Tensor? noise, Tensor? rows, SymInt seed, float temperature, "
     "Tensor? cfg_scale, str? backend, int workspace_bytes, float? parallel_tol=None, Tensor? guess=None, "
-    "Tensor? seed_on_device=None) -> "
+    "Tensor? seeds=None) -> "
     "(Tensor mean, Tensor log_std, Tensor path_log_std, Tensor sweeps, Tensor trajectory)",
     tags=_TAGS,
 )
@@ -99,7 +99,8 @@ def denoise(
     on the CPU; on other devices they are not looked for (that would synchronise) and spoil only
     their own row. ``torch.compile`` sees one operator (``fullgraph`` too); it compiles the caller
     again for another head, temperature or parallel_tol, not for another seed, scale or N. A CUDA graph of the
-    caller's that holds the call needs the head as long as it is replayed.
+    caller's that holds the call needs the head as long as it is replayed. A replay reads the tensors on the device
+    anew, a seed and a cfg_scale too; numbers, and a cfg_scale on the CPU, stay those of the capture.
 
     Args:
         head: the packed network; its dtype is the GEMM operand type.
@@ -138,20 +139,20 @@ def denoise(
     _check_parallel(head, x_T, parallel_tol, guess)
     # The ints of an op are signed, of 64 bits.
     workspace_bytes = min(workspace_bytes, 2**63 - 1)
-    stored, rows, seed, seed_on_device = noise, None, 0, None
+    stored, rows, seed, seeds = noise, None, 0, None
     if isinstance(noise, PhiloxNoise):
         stored, rows = None, noise.rows
         if isinstance(noise.seed, torch.Tensor):
-            seed_on_device = noise.seed
+            seeds = noise.seed
         else:
-            seed = noise.seed - 2**64 if noise.seed >= 2**63 else noise.seed
+            seed = signed_seed(noise.seed)
     if not isinstance(cfg_scale, torch.Tensor):
         # A product, as torch.compile would compile the caller again for every new float that enters otherwise.
         cfg_scale = None if cfg_scale == 1.0 else torch.ones((), dtype=torch.float64, device="cpu") * float(cfg_scale)
     tolerance = -1.0 if isinstance(parallel_tol, str) else parallel_tol
     mean, log_std, path_log_std, *more = _operator(
         head.handle, cond, x_T, stored, rows, seed, float(temperature), cfg_scale, backend, workspace_bytes,
-        tolerance, guess, seed_on_device,
+        tolerance, guess, seeds,
     )  # fmt: skip
     # Two fields, one tensor: an op must not return it twice.
     if tolerance is None or tolerance < 0:
@@ -161,13 +162,13 @@ def denoise(
 
 def run(
     head, cond, x_T, noise, rows, seed, temperature, cfg_scale, backend, workspace_bytes,  # noqa: N803
-    parallel_tol=None, guess=None, seed_on_device=None,
+    parallel_tol=None, guess=None, seeds=None,
 ):  # fmt: skip
     """The op: everything that looks at values or at this machine, which a compiler must not see, then a backend.
 
-    Noise is ``noise`` (T, N, C) or, where that is None, addressed by ``rows`` and the seed modulo 2**64,
-    or what a tensor holds. Guidance is
-    on exactly when cond has 2N rows. ``parallel_tol`` is -1 for "auto".
+    Noise is ``noise`` (T, N, C) or, where that is None, addressed by ``rows`` and the seed: ``seeds``, a tensor of one
+    element, or, where that is None, ``seed`` modulo 2**64. Guidance is on exactly when cond has 2N rows.
+    ``parallel_tol`` is -1 for "auto".
     """
     head = DiffusionHead.of_handle(head)
     if cfg_scale is not None and cfg_scale.numel() == 1 and cfg_scale.device.type == "cpu":
@@ -180,10 +181,8 @@ def run(
         parallel_tol = automatic_tolerance(head, len(x_T), guided, backend)
     function = remembered_chain(backend, head, len(x_T), guided, parallel_tol is not None)
     stream = stream_dtype(head.dtype)
-    if noise is None:
-        noise = PhiloxNoise(seed % 2**64 if seed_on_device is None else seed_on_device, rows)
-    else:
-        noise = noise.to(stream)
+    seed = seed % 2**64 if seeds is None else seeds
+    noise = PhiloxNoise(seed, rows) if noise is None else noise.to(stream)
     if not guided:
         cfg_scale = None
     elif isinstance(cfg_scale, torch.Tensor):

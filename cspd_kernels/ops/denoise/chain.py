@@ -9,7 +9,7 @@ import torch
 from ...crossover import PERSISTENT_VARIABLE
 from ...head import DiffusionHead
 from ...late import LateReport
-from ...noise import PhiloxNoise
+from ...noise import PhiloxNoise, signed_seed
 
 
 class Tables:
@@ -156,10 +156,10 @@ class Chain:
         if self.philox:
             self.addresses[:n].copy_(noise.rows)
             if isinstance(noise.seed, torch.Tensor):
-                self.seed.copy_(noise.seed)
+                self.seed.copy_(noise.seed.reshape(1))
                 self._filled.pop("seed", None)
             else:
-                self._fill("seed", noise.seed - (1 << 64) if noise.seed >= 1 << 63 else noise.seed)
+                self._fill("seed", signed_seed(noise.seed))
         elif self.static:
             self.noise[:, :n].copy_(noise)
         else:

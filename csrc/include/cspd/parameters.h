@@ -30,11 +30,12 @@ struct Redraw {
   const std::int64_t* rows;  // [N] addresses of the random numbers
   std::uint64_t seed;
   int max_tries;
-  float* token;             // [N, C]
-  bool* accepted;           // [N]
-  std::int32_t* tries;      // [N]
-  float* log_ratio;         // [N]
-  int tokens_per_warp = 0;  // chosen at the launch
+  float* token;                         // [N, C]
+  bool* accepted;                       // [N]
+  std::int32_t* tries;                  // [N]
+  float* log_ratio;                     // [N]
+  const std::int64_t* seeds = nullptr;  // [1], read by the kernel in place of ``seed``; or null
+  int tokens_per_warp = 0;              // chosen at the launch
 };
 
 // Calls of PyTorch's normal_() one after the other, each on ``numel`` values of its own.

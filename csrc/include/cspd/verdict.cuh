@@ -232,6 +232,7 @@ __global__ void __launch_bounds__(kVerdictThreads, 3) accept_reject_kernel(Judge
   const std::int64_t warps = static_cast<std::int64_t>(blockIdx.x) * (kVerdictThreads / kWarp) + warp();
   const std::int64_t start = warps * redraw.tokens_per_warp;
   if (start >= judged.tokens) return;
+  if (redraw.seeds) redraw.seed = static_cast<std::uint64_t>(*redraw.seeds);
   const int slot = lane() / Lanes;
   const std::int64_t token = start + slot;
   const bool mine = slot < redraw.tokens_per_warp && token < judged.tokens;
