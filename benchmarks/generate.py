@@ -82,6 +82,9 @@ class Bench:
             contenders += self.made(case, "patched", lambda: images.patched(model))
         if "whole" in self.only and images.has_whole():
             contenders += self.made(case, "whole", lambda: images.whole(model))
+            if self.device.type == "cuda" and case.batch == 1:  # where "auto" may choose sweeps over all steps
+                name = "whole, step by step"
+                contenders += self.made(case, name, lambda: images.whole(model, name, parallel_tol=None))
         if "compile" in self.only and compile_too:
             contenders += self.made(case, "torch.compile", lambda: images.compiled(model, case.dtype))
         every, first, errors = {}, {}, {}

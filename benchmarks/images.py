@@ -131,8 +131,8 @@ def has_whole() -> bool:
     return "whole" in inspect.signature(cspd.patch).parameters
 
 
-def whole(model: nn.Module) -> Contender:
-    return of_model("whole", cspd.patch(copy.deepcopy(model), whole=True), warm_ups=captures(model))
+def whole(model: nn.Module, name: str = "whole", **options) -> Contender:
+    return of_model(name, cspd.patch(copy.deepcopy(model), whole=True, **options), warm_ups=captures(model))
 
 
 def captures(model: nn.Module) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 
 import numpy as np
 import pytest
@@ -28,10 +29,15 @@ def model():
     return randomize_(small_mar(3, width=64, encoder_depth=2, decoder_depth=2, img_size=16), 5).cuda().eval()
 
 
+@functools.cache
+def labels():
+    return LABELS.cuda()
+
+
 def images(function, seed=0, **options):
     torch.manual_seed(seed)
     np.random.seed(seed)
-    return function(3, **{"num_iter": 12, "labels": LABELS.cuda(), **options})
+    return function(3, **{"num_iter": 12, "labels": labels(), **options})
 
 
 def ours(model, seed=0, extra=None, **options):
@@ -52,9 +58,8 @@ def test_the_same_image_from_the_same_seeds(model, name):
         assert torch.equal(state[0], torch.cuda.get_rng_state())
         assert torch.equal(state[1], torch.get_rng_state())
     (made,) = graphs_of(model)
-    used = [plan for plan in made.plans._plans.values() if plan.graph.uses > 1]
-    assert used
-    assert all(plan.graph.graph is not None for plan in used)  # captured
+    assert len(made.plans)
+    assert all(plan.graph.graph is not None for plan in made.plans._plans.values())  # captured
 
 
 def test_half_precision_follows_autocast(model):
@@ -63,7 +68,7 @@ def test_half_precision_follows_autocast(model):
         got = [ours(model, cfg=2.0) for _ in range(3)]
     exact = images(model.sample_tokens, cfg=2.0)
     assert all(relative_error(one, exact) < max(2e-2, 1.5 * relative_error(own, exact)) for one in got)
-    assert torch.equal(got[1], got[2])
+    assert torch.equal(got[0], got[2])
 
 
 def test_a_step_is_one_launch_and_the_host_waits_nowhere(model):
@@ -127,7 +132,9 @@ def test_the_runner_by_graphs_and_without(model, monkeypatch, cfg, relaxation, t
     by_graphs = [runner.run(3, **arguments, seed=seed) for seed in (1, 1, 2, 2, 1)]
     assert runner._steps
     outcome = runner.stats.outcome
-    assert torch.equal(by_graphs[3], by_graphs[2]) or relative_error(by_graphs[3], by_graphs[2]) < 1e-4
+    assert torch.equal(by_graphs[2], by_graphs[3])  # whatever was made before
+    assert torch.equal(by_graphs[0], by_graphs[1])
+    assert torch.equal(by_graphs[0], by_graphs[4])
     monkeypatch.setattr("cspd.speculative.why_not_graphs", lambda state: "asked for by this test")
     plain = runner.run(3, **arguments, seed=1)
     same = (outcome == runner.stats.outcome).float().mean()
