@@ -58,6 +58,14 @@ class Product:
             return F.silu(y, inplace=True)
         return y if activation is None else F.gelu(y)
 
+    def plain(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Weight and bias of the type, not packed: for whoever multiplies otherwise, on a device."""
+        if self._plain is None and self._packed is None:
+            self._make()
+        if self._plain is None:
+            raise RuntimeError("expected a weight that is not packed, as on a device, got one packed for oneDNN")
+        return self._plain, self._bias
+
     def part(self, first: int, stop: int) -> Product:
         """The product with some rows of the weight."""
         if (first, stop) not in self._parts:

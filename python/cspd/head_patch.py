@@ -38,6 +38,7 @@ class Options:
     weights: str = "live"
     parallel_tol: float | str | None = AUTO
     whole: bool = False
+    compile: bool = False
 
     def check(self) -> None:
         if self.noise not in _NOISES:
@@ -46,6 +47,8 @@ class Options:
             raise ValueError(f"patch expected weights one of {_WEIGHTS}, got {self.weights!r}")
         if self.dtype is not None and self.dtype not in OPERAND_DTYPES:
             raise ValueError(f"patch expected dtype None or one of {OPERAND_DTYPES}, got {self.dtype!r}")
+        if self.compile and not self.whole:
+            raise ValueError("patch expected compile=True together with whole=True: heads have kernels of their own")
         check_tolerance("patch", self.parallel_tol)
         implementation("denoise", self.backend)
 
@@ -116,7 +119,7 @@ class HeadPatch:
         """
         if self.sampler is None or self.sampler.model is not model:
             o = self.options
-            self.sampler = Sampler(model, SampleOptions(o.dtype, o.backend, o.noise, o.parallel_tol))
+            self.sampler = Sampler(model, SampleOptions(o.dtype, o.backend, o.noise, o.parallel_tol, o.compile))
         return self.sampler
 
     def _compare(self, found: FoundHead) -> None:

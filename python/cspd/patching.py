@@ -28,6 +28,7 @@ def patch(
     weights: str = "live",
     parallel_tol: float | str | None = "auto",
     whole: bool = False,
+    compile: bool = False,
 ) -> nn.Module:
     """Make every diffusion head of a model sample through :func:`cspd_kernels.denoise`.
 
@@ -68,6 +69,7 @@ def patch(
             same images from the same seeds, and on a GPU one launch a step. Its loop and its transformer are compared
             with the model's own first; where they differ, in training mode and with hooks, its own method runs with
             the patched head, and the log tells why. ``dtype`` is then also that of the transformer's products.
+        compile: with ``whole``, the transformer's blocks under ``torch.compile``, on a GPU.
 
     Returns:
         The same model.
@@ -76,7 +78,7 @@ def patch(
         TypeError, ValueError: nothing to patch, or a head that samples differently; nothing was changed.
         RuntimeError: the backend cannot serve.
     """
-    options = Options(backend, dtype, noise, weights, parallel_tol, whole)
+    options = Options(backend, dtype, noise, weights, parallel_tol, whole, compile)
     options.check()
     with LOCK:
         patches = _prepare(model, options)

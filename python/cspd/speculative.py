@@ -44,12 +44,16 @@ class SpecDecodeRunner:
     Noise is addressed by (seed; image, position, step, channel): it takes no memory, and an image
     does not depend on its batch, up to rounding.
 
-    On a device the host waits nowhere between a run's first kernel and its result, with models in
-    eval mode whose transformers compute what :func:`cspd.transformer.conditions` does: those of
-    ``cspd.models.MAR``, LTH14/mar and MarkXCloud/CSpD. That is compared here, once, with the weights
-    that the models have. Others run their own methods, which wait at every pass; the log says why.
-    Exceptions: the first run, which compiles; a draft-length policy; CUDA graphs of the heads that
-    outgrow their memory; sweeps (``parallel_tol``) of the torch backend.
+    The transformers run over packed weights (:mod:`cspd.whole`), and on a GPU every step of the draft
+    and every look of the target is one CUDA graph, its head included; batches that keep the device busy
+    by themselves run kernel by kernel. So it is with models in eval mode whose transformers compute what
+    those of ``cspd.models.MAR``, LTH14/mar and MarkXCloud/CSpD do. That is compared here, and again when
+    a model's code has changed. Models with hooks or other layers run their own blocks; others run their
+    own methods, which wait for the device at every pass; the log says why.
+
+    On a device the host waits nowhere between a run's first kernel and its result. Exceptions: those own
+    methods; the first run of a size, which compiles and captures; a draft-length policy; CUDA graphs of
+    the heads that outgrow their memory; sweeps (``parallel_tol``) of the torch backend.
 
     Args:
         draft_model, target_model: MAR objects (``cspd.models.MAR``, LTH14/mar, MarkXCloud/CSpD) with
@@ -59,7 +63,9 @@ class SpecDecodeRunner:
             :class:`cspd.Window` that gives one per token (:class:`cspd.SimilarityRelaxation`).
         ratio: fraction of the steps that is pre-filled, 0..1; a fraction of a step counts whole.
         sigma: ``"paper"`` or ``"released"``, see :func:`cspd_kernels.log_density_ratio`.
-        backend, dtype: as in :func:`cspd.patch`.
+        backend: as in :func:`cspd.patch`.
+        dtype: type of the matrix products' operands in transformers and heads, as autocast has it; None
+            follows autocast, else the weights' type. The residual streams stay float32.
         max_tries: redraws per rejected token before it takes the target's own aligned sample.
         residual, target_sigma: how a rejected token is redrawn, see :func:`cspd_kernels.accept_reject`.
             ``"closed_form"`` is for heads with a fixed variance; learned ones need ``target_sigma``.

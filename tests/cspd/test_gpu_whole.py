@@ -71,6 +71,12 @@ def test_half_precision_follows_autocast(model):
     assert torch.equal(got[0], got[2])
 
 
+def test_compiled_blocks(model):
+    expected = images(model.sample_tokens, cfg=2.0)
+    for _ in range(2):
+        assert relative_error(ours(model, cfg=2.0, extra={"compile": True}), expected) < 1e-4
+
+
 def test_a_step_is_one_launch_and_the_host_waits_nowhere(model):
     for _ in range(3):
         ours(model, cfg=2.0)

@@ -19,9 +19,10 @@ import cspd
 from cspd.diffusions import NotServedError
 from cspd.models import MAR
 from cspd.transformer import conditions_by_masks
-from cspd.whole import compare, passes, sampler
+from cspd.whole import compare, compiled, passes, sampler
 from cspd.whole.sampler import SampleOptions, Sampler
 from cspd.whole.weights import Weights
+from cspd_kernels import products
 from cspd_kernels.testing import randomize_, relative_error
 
 CALLS = {
@@ -120,6 +121,26 @@ def test_conditions_are_the_models_own(count, bias):
             actual = passes.conditions(weights, padded, taken, rank, where, embedding, at)
             assert actual.dtype == weights.stream
             assert relative_error(actual, expected) < bound
+
+
+@pytest.mark.parametrize(("masked", "first"), [(False, True), (True, False)])
+def test_a_compiled_block_is_the_block(monkeypatch, masked, first):
+    monkeypatch.setattr(products, "packs", lambda dtype: False)  # as on a device
+    monkeypatch.setattr(compiled, "_compiled", lambda: compiled.block)
+    block = Weights(small_mar(width=64), torch.float32).encoder[0]
+    stream, mask = torch.randn(2, 9, 64), torch.zeros(1, 1, 1, 9).masked_fill(torch.arange(9) > 6, -torch.inf)
+    delta = None if first else torch.randn(2, 9, 64)
+    arguments = (delta, mask if masked else None, torch.float32, "torch")
+    expected = passes.run_block(block, stream.clone(), *arguments)
+    for got, wanted in zip(compiled.run_block(block, stream, *arguments), expected, strict=True):
+        assert relative_error(got, wanted) < 1e-5
+
+
+def test_compiling_is_for_gpus():
+    with pytest.raises(ValueError, match="expected compile=True with a model on a GPU, got one on cpu"):
+        ours(model(), options={"compile": True})
+    with pytest.raises(ValueError, match="expected compile=True together with whole=True"):
+        cspd.patch(model(), compile=True)
 
 
 def test_noise_is_drawn_in_parts_where_it_is_large(monkeypatch):

@@ -30,8 +30,8 @@ class ChosenTransformer:
         model: a MAR object. name: what it is called in the log.
     """
 
-    def __init__(self, model: nn.Module, name: str, backend: str | None):
-        self._model, self.name, self.backend = weakref.ref(model), name, backend
+    def __init__(self, model: nn.Module, name: str, backend: str | None, compile: bool = False):
+        self._model, self.name, self.backend, self._compile = weakref.ref(model), name, backend, compile
         self.seen: tuple | None = None  # of the model, when it was compared
         self._reasons: tuple[str | None, str | None] = (None, None)  # why not by weights, why not by tables
         self._packed: dict[torch.dtype, ByWeights] = {}
@@ -65,7 +65,13 @@ class ChosenTransformer:
         if packed is None and len(self._packed) >= _MOST_TYPES:
             del self._packed[next(iter(self._packed))]
         weights = Weights(self.model, operands)
-        packed = self._packed[operands] = ByWeights(weights, norm_backend(self.backend, weights.device))
+        if self._compile and weights.device.type != "cuda":
+            raise ValueError(
+                f"expected compile=True with a model on a GPU, got one on {weights.device}, where its products are "
+                "packed for the CPU: leave it out"
+            )
+        backend = norm_backend(self.backend, weights.device)
+        packed = self._packed[operands] = ByWeights(weights, backend, self._compile)
         return packed
 
     @property

@@ -8,6 +8,8 @@ CUDA graph serves many steps.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 
@@ -28,6 +30,7 @@ def conditions(
     embedding: torch.Tensor,
     count: torch.Tensor | None = None,
     backend: str | None = None,
+    run: Callable | None = None,
 ) -> torch.Tensor:
     """The conditions z (R, n, Z) of the positions ``where``, in the stream's type.
 
@@ -38,14 +41,15 @@ def conditions(
         embedding: (R, E) class embeddings, R = B or, with rows of no class behind them, 2 B.
         count: (1,) int64 on the device: how many of ``known`` are really known; the rest is computed and not looked
             at. None: all of them.
-        backend: of ``add_norm``.
+        backend: of ``add_norm``. run: in place of :func:`run_block`.
     """
     with without_autocast(weights.device):
-        encoded = _encode(weights, tokens, known, embedding, count, backend)
-        return _decode(weights, encoded, rank, where, known.shape[1] if count is None else count, backend)
+        run = run_block if run is None else run
+        encoded = _encode(weights, tokens, known, embedding, count, backend, run)
+        return _decode(weights, encoded, rank, where, known.shape[1] if count is None else count, backend, run)
 
 
-def _encode(w: Weights, tokens, known, embedding, count, backend) -> torch.Tensor:
+def _encode(w: Weights, tokens, known, embedding, count, backend, run) -> torch.Tensor:
     """(R, buffer + K, E) in the operands' type."""
     batch, room = known.shape
     halves = len(embedding) // batch
@@ -63,11 +67,11 @@ def _encode(w: Weights, tokens, known, embedding, count, backend) -> torch.Tenso
         mask = mask.masked_fill(place >= count, -torch.inf)[None, None, None]
     delta = None
     for block in w.encoder:
-        delta = _block(block, stream, delta, mask, w.dtype, backend)
+        stream, delta = run(block, stream, delta, mask, w.dtype, backend)
     return add_norm(stream, delta, *w.encoder_norm, w.dtype, backend=backend)
 
 
-def _decode(w: Weights, encoded, rank, where, count, backend) -> torch.Tensor:
+def _decode(w: Weights, encoded, rank, where, count, backend, run) -> torch.Tensor:
     """(R, n, Z)."""
     x, halves = w.decoder_embed(encoded), len(encoded) // len(where)  # (R, buffer + K, D)
     room = x.shape[1] - w.buffer
@@ -78,21 +82,21 @@ def _decode(w: Weights, encoded, rank, where, count, backend) -> torch.Tensor:
     stream = _rows(x, torch.cat([buffer, source], dim=1)) + w.decoder_position
     where, delta = where.repeat(halves, 1), None
     for block in w.decoder[:-1]:
-        delta = _block(block, stream, delta, None, w.dtype, backend)
+        stream, delta = run(block, stream, delta, None, w.dtype, backend)
     stream, delta = _last_block(w.decoder[-1], stream, delta, w.buffer + where, w.dtype, backend)
     return add_norm(stream, delta, *w.decoder_norm, w.stream, backend=backend) + w.position[where]
 
 
-def _block(b: Block, stream, delta, mask, dtype, backend) -> torch.Tensor:
-    """Adds ``delta`` and the attention's branch to the stream; the MLP's branch comes back, not added yet."""
+def run_block(b: Block, stream, delta, mask, dtype, backend) -> tuple[torch.Tensor, torch.Tensor]:
+    """The stream (R, S, E), in place, with ``delta`` and the attention's branch; the MLP's branch, not added yet."""
     rows, length = stream.shape[:2]
     x = add_norm(stream, delta, *b.norm1, dtype, backend=backend)
     q, k, v = b.qkv(x).view(rows, length, 3, b.heads, -1).permute(2, 0, 3, 1, 4)
-    return _mlp(b, stream, b.proj(_attention(q, k, v, mask)), dtype, backend)
+    return stream, _mlp(b, stream, b.proj(_attention(q, k, v, mask)), dtype, backend)
 
 
 def _last_block(b: Block, stream, delta, where, dtype, backend) -> tuple[torch.Tensor, torch.Tensor]:
-    """As :func:`_block` at some positions (R, n) alone, of which the stream (R, n, D) comes back, too."""
+    """As :func:`run_block` at some positions (R, n) alone, of which the stream (R, n, D) comes back, too."""
     rows, length, width = stream.shape
     x = add_norm(stream, delta, *b.norm1, dtype, backend=backend)
     k, v = b.qkv.part(width, 3 * width)(x).view(rows, length, 2, b.heads, -1).permute(2, 0, 3, 1, 4)

@@ -10,7 +10,7 @@ from cspd_kernels.head import call_dtype
 
 from .. import transformer
 from ..order import Pass
-from . import passes
+from . import compiled, passes
 from .weights import Weights
 
 
@@ -19,13 +19,22 @@ class ByWeights:
 
     waits = False
 
-    def __init__(self, weights: Weights, backend: str):
+    def __init__(self, weights: Weights, backend: str, compile: bool = False):
         self.weights, self.backend = weights, backend
+        self.run = compiled.run_block if compile else passes.run_block
 
     def conditions(self, tokens: torch.Tensor, plan: Pass, embedding: torch.Tensor) -> torch.Tensor:
         """tokens (B, L, C), embedding (R, E) -> z (R, n, Z) of the positions that the pass draws."""
         return passes.conditions(
-            self.weights, tokens, plan.known, plan.rank, plan.where, embedding, plan.count, self.backend
+            self.weights,
+            tokens,
+            plan.known,
+            plan.rank,
+            plan.where,
+            embedding,
+            plan.count,
+            self.backend,
+            self.run,
         )
 
 
