@@ -118,7 +118,7 @@ __global__ void __launch_bounds__(kVerdictThreads) log_density_ratio_kernel(Judg
   if (lane() % Lanes == 0 && token < judged.tokens) out[token] = ratio;
 }
 
-// The seed, read where it is needed: kept, it would take two registers of the widest kernel, which has none left.
+// The seed. The closed form reads it anew: its widest kernel has no registers left to keep it.
 __device__ __forceinline__ std::uint64_t seed_of(const Redraw& redraw) {
   return redraw.seeds ? static_cast<std::uint64_t>(*redraw.seeds) : redraw.seed;
 }
@@ -142,10 +142,9 @@ __device__ __forceinline__ Channels<Quads> proposal_normals(std::uint64_t seed, 
 //
 // Returns the first try that is kept, which has stored its token, or 0. All lanes of the warp work on one token.
 template <int Lanes, int Quads>
-__device__ __forceinline__ int by_rejection(const Judged& judged, const Redraw& redraw, std::int64_t token,
-                                            const Models<Quads>& models) {
+__device__ __forceinline__ int by_rejection(const Judged& judged, const Redraw& redraw, std::uint64_t seed,
+                                            std::int64_t token, const Models<Quads>& models) {
   const std::int64_t row = redraw.rows[token];
-  const std::uint64_t seed = seed_of(redraw);
   constexpr int kAtOnce = kWarp / Lanes;
   for (int first = 1; first <= redraw.max_tries; first += kAtOnce) {
     const int index = first + lane() / Lanes;
@@ -248,7 +247,8 @@ __global__ void __launch_bounds__(kVerdictThreads, 3) accept_reject_kernel(Judge
     const auto models = load_models<Lanes, Quads>(judged, known);
     ratio = log_ratio_of<Lanes, Quads>(x, models, relaxation_of(judged, known), judged.channels);
   }
-  const bool keep = logf(uniform_at(seed_of(redraw), redraw.rows[known], 0)) <= ratio;
+  const std::uint64_t seed = seed_of(redraw);
+  const bool keep = logf(uniform_at(seed, redraw.rows[known], 0)) <= ratio;
   const bool speaks = mine && lane() % Lanes == 0;
   if (speaks) {
     redraw.log_ratio[token] = ratio;
@@ -263,7 +263,7 @@ __global__ void __launch_bounds__(kVerdictThreads, 3) accept_reject_kernel(Judge
     if constexpr (ClosedForm) {
       kept = in_closed_form<Lanes, Quads>(judged, redraw, at, models);
     } else {
-      kept = by_rejection<Lanes, Quads>(judged, redraw, at, models);
+      kept = by_rejection<Lanes, Quads>(judged, redraw, seed, at, models);
     }
     if (kept == 0 && lane() < Lanes) {
       const auto drawn = load_row<Lanes, Quads>(redraw.sample + at * judged.channels, judged);
