@@ -6,6 +6,7 @@ import pytest
 import torch
 from chains import assert_agrees, assert_close, definition, kernels_of
 from dispatch_modes import no_wait_for_cuda
+from seeds import seed_tensor
 from small_models import sample, small_mar
 
 import cspd
@@ -58,12 +59,14 @@ def test_ops_and_patched_heads_do_not_wait_for_the_host(make_diffloss, backend):
     x, draft, target = x.cuda(), on_gpu(draft), on_gpu(target)
     inputs, guided = random_inputs(head, 8, 0), random_inputs(head, 8, 0, guided=True)
     noise = PhiloxNoise(0, torch.arange(8, device="cuda"))
+    on_device = PhiloxNoise(seed_tensor(2**64 - 1, "cuda"), noise.rows)
     scale = torch.linspace(1, 3, 8, device="cuda")
     rows = torch.arange(64, device="cuda")
 
     def everything():
         denoise(head, *inputs, backend=backend)
         denoise(head, inputs[0], noise.x_T(head.channels), noise, backend=backend)
+        denoise(head, inputs[0], on_device.x_T(head.channels), on_device, backend=backend)
         denoise(head, *guided, cfg_scale=2.0, backend=backend)
         denoise(head, *guided, cfg_scale=scale, temperature=0.5, backend=backend)
         module.sample(inputs[0])
@@ -397,6 +400,37 @@ def test_inside_a_graph_of_the_caller(small, monkeypatch, backend, rows, persist
         graph.replay()
         assert_close(out, definition(small, *inputs), 1e-5)
         assert_agrees(small, *inputs, backend=backend)  # calls in between do not disturb it
+
+
+@pytest.mark.parametrize(("backend", "persistent"), [("torch", "0"), *PERSISTENT_OR_NOT])
+@pytest.mark.parametrize("rows", [1, 5, 100])
+def test_a_graph_of_the_caller_reads_seed_and_scale_at_every_replay(small, monkeypatch, backend, rows, persistent):
+    monkeypatch.setenv("CSPD_PERSISTENT_MAX_TOKENS", persistent)
+    cond = random_inputs(small, rows, 0, guided=True)[0]
+    addresses, scale = torch.arange(rows, device="cuda") * 2**33, torch.linspace(1.5, 3, rows, device="cuda")
+    seed = seed_tensor(3, "cuda")
+
+    def call(seed):
+        noise = PhiloxNoise(seed, addresses)
+        x = noise.x_T(small.channels)
+        return x, denoise(small, cond, x, noise, temperature=0.9, cfg_scale=scale, backend=backend)
+
+    call(seed)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        x, out = call(seed)
+    before = None
+    for number in (5, 2**63 + 5, 2**64 - 1):
+        seed.copy_(seed_tensor(number))
+        for step in (0.0, 0.5):  # with the scale of before, then with another
+            scale.add_(step)
+            graph.replay()
+            expected_x, expected = call(number)
+            assert torch.equal(x, expected_x)
+            assert_close(out, expected, 1e-5)
+            assert before is None or relative_error(out.sample, before) > 1e-3
+            before = out.sample.clone()
 
 
 def test_an_image_is_reproducible_bit_by_bit(backend):

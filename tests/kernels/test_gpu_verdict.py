@@ -4,6 +4,7 @@ What other tests check with the fixture ``kernel_device`` runs on the GPU as wel
 layouts, seeds, tries, comparisons within rounding, extreme inputs, walls around the outputs.
 """
 
+import itertools
 from functools import partial
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from dispatch_modes import no_wait_for_cuda
 from modified import CASES, P, acceptance_rate, assert_modified, components, pair
 from scipy import stats
+from seeds import SEEDS, seed_tensor
 from verdicts import (
     CHANNELS,
     DTYPES,
@@ -208,9 +210,9 @@ def test_one_launch(backend, rows, per_token):
     options = {"relaxation": relaxation, "backend": backend}
     (name,) = launched(lambda: log_density_ratio(x, draft, target, **options))
     assert "log_density_ratio_kernel" in name
-    options |= {"seed": 1, "rows": address}
-    for residual in RESIDUALS:
-        (name,) = launched(lambda: accept_reject(x, draft, target, residual=residual, **options))  # noqa: B023
+    options["rows"] = address
+    for residual, seed in itertools.product(RESIDUALS, (1, seed_tensor(1, DEVICE))):
+        (name,) = launched(lambda: accept_reject(x, draft, target, seed=seed, residual=residual, **options))  # noqa: B023
         assert "accept_reject_kernel" in name
 
 
@@ -218,13 +220,14 @@ def test_one_launch(backend, rows, per_token):
 @pytest.mark.parametrize("residual", RESIDUALS)
 def test_no_wait_for_the_host(backend, residual):
     x, draft, target = chains_of(100, 16, 8, residual)
-    rows, relaxation = addresses(100), torch.ones(100, device=DEVICE)
+    rows, relaxation, on_device = addresses(100), torch.ones(100, device=DEVICE), seed_tensor(7, DEVICE)
 
     def everything():
         for value in (2.0, relaxation):
             log_density_ratio(x, draft, target, relaxation=value, backend=backend)
             options = {"residual": residual, "target_sigma": residual == "closed_form", "backend": backend}
-            accept_reject(x, draft, target, seed=2**64 - 1, rows=rows, relaxation=value, **options)
+            for seed in (2**64 - 1, on_device):
+                accept_reject(x, draft, target, seed=seed, rows=rows, relaxation=value, **options)
 
     everything()  # compiles
     with no_wait_for_cuda():
@@ -267,6 +270,23 @@ def test_inside_a_graph_of_the_caller(backend, residual, rows):
         again_ratio, again = both()
         assert torch.equal(ratio, again_ratio)
         equal(verdict, again)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton", "cuda"])
+@pytest.mark.parametrize("residual", RESIDUALS)
+def test_a_graph_of_the_caller_is_replayed_with_another_seed(backend, residual):
+    chains, seed = chains_of(203, 16, 9, residual), seed_tensor(5, DEVICE)
+    options = {"rows": addresses(203), "residual": residual, "max_tries": 9, "backend": backend}
+    first = accept_reject(*chains, seed=seed, **options)  # compiles
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        verdict = accept_reject(*chains, seed=seed, **options)
+    for number in (5, *SEEDS):
+        seed.copy_(seed_tensor(number))
+        graph.replay()
+        equal(verdict, accept_reject(*chains, seed=number, **options))
+        assert torch.equal(verdict.token, first.token) == (number == 5)
 
 
 @pytest.mark.parametrize("residual", RESIDUALS)

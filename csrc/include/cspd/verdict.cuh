@@ -118,15 +118,20 @@ __global__ void __launch_bounds__(kVerdictThreads) log_density_ratio_kernel(Judg
   if (lane() % Lanes == 0 && token < judged.tokens) out[token] = ratio;
 }
 
+// The seed. The closed form reads it anew: its widest kernel has no registers left to keep it.
+__device__ __forceinline__ std::uint64_t seed_of(const Redraw& redraw) {
+  return redraw.seeds ? static_cast<std::uint64_t>(*redraw.seeds) : redraw.seed;
+}
+
 // The normals of try ``index``, 0 beyond the last channel.
 template <int Lanes, int Quads>
-__device__ __forceinline__ Channels<Quads> proposal_normals(const Redraw& redraw, std::int64_t row, int index,
+__device__ __forceinline__ Channels<Quads> proposal_normals(std::uint64_t seed, std::int64_t row, int index,
                                                             int channels) {
   Channels<Quads> normals;
 #pragma unroll
   for (int quad = 0; quad < Quads; ++quad) {
     const int first = first_channel<Lanes>(quad);
-    const Normals four = normals_at(redraw.seed, row, index, first / 4, kStreamProposal);
+    const Normals four = normals_at(seed, row, index, first / 4, kStreamProposal);
 #pragma unroll
     for (int i = 0; i < 4; ++i) normals.v[quad][i] = first + i < channels ? four.v[i] : 0.0f;
   }
@@ -137,13 +142,13 @@ __device__ __forceinline__ Channels<Quads> proposal_normals(const Redraw& redraw
 //
 // Returns the first try that is kept, which has stored its token, or 0. All lanes of the warp work on one token.
 template <int Lanes, int Quads>
-__device__ __forceinline__ int by_rejection(const Judged& judged, const Redraw& redraw, std::int64_t token,
-                                            const Models<Quads>& models) {
+__device__ __forceinline__ int by_rejection(const Judged& judged, const Redraw& redraw, std::uint64_t seed,
+                                            std::int64_t token, const Models<Quads>& models) {
   const std::int64_t row = redraw.rows[token];
   constexpr int kAtOnce = kWarp / Lanes;
   for (int first = 1; first <= redraw.max_tries; first += kAtOnce) {
     const int index = first + lane() / Lanes;
-    auto y = proposal_normals<Lanes, Quads>(redraw, row, index, judged.channels);
+    auto y = proposal_normals<Lanes, Quads>(seed, row, index, judged.channels);
 #pragma unroll
     for (int quad = 0; quad < Quads; ++quad) {
 #pragma unroll
@@ -152,7 +157,7 @@ __device__ __forceinline__ int by_rejection(const Judged& judged, const Redraw& 
       }
     }
     const float ratio = log_ratio_of<Lanes, Quads>(y, models, 1.0f, judged.channels);
-    const bool kept = index <= redraw.max_tries && uniform_at(redraw.seed, row, index) <= -expm1f(-ratio);
+    const bool kept = index <= redraw.max_tries && uniform_at(seed, row, index) <= -expm1f(-ratio);
     const unsigned votes = ballot(kept);
     if (votes != 0) {
       const int winner = lowest_bit(votes) / Lanes;
@@ -182,7 +187,7 @@ template <int Lanes, int Quads>
 __device__ __forceinline__ int in_closed_form(const Judged& judged, const Redraw& redraw, std::int64_t token,
                                               const Models<Quads>& models) {
   const std::int64_t row = redraw.rows[token];
-  auto n = proposal_normals<Lanes, Quads>(redraw, row, 1, judged.channels);
+  auto n = proposal_normals<Lanes, Quads>(seed_of(redraw), row, 1, judged.channels);
   double d[Quads][4], square = 0.0;
 #pragma unroll
   for (int quad = 0; quad < Quads; ++quad) {
@@ -200,7 +205,7 @@ __device__ __forceinline__ int in_closed_form(const Judged& judged, const Redraw
   // At temperature 0 d is not finite.
   const bool exists = t_0 <= kFarthest && distance < static_cast<double>(INFINITY) && redraw.max_tries > 0;
   const Residual residual(fmax(distance, kShortest), t_0);
-  const double t = invert(residual, t_0, static_cast<double>(uniform_at(redraw.seed, row, 1)));
+  const double t = invert(residual, t_0, static_cast<double>(uniform_at(seed_of(redraw), row, 1)));
   const double inverse = 1.0 / fmax(distance, 1e-200);
   float across = 0.0f;
 #pragma unroll
@@ -232,7 +237,6 @@ __global__ void __launch_bounds__(kVerdictThreads, 3) accept_reject_kernel(Judge
   const std::int64_t warps = static_cast<std::int64_t>(blockIdx.x) * (kVerdictThreads / kWarp) + warp();
   const std::int64_t start = warps * redraw.tokens_per_warp;
   if (start >= judged.tokens) return;
-  if (redraw.seeds) redraw.seed = static_cast<std::uint64_t>(*redraw.seeds);
   const int slot = lane() / Lanes;
   const std::int64_t token = start + slot;
   const bool mine = slot < redraw.tokens_per_warp && token < judged.tokens;
@@ -243,7 +247,8 @@ __global__ void __launch_bounds__(kVerdictThreads, 3) accept_reject_kernel(Judge
     const auto models = load_models<Lanes, Quads>(judged, known);
     ratio = log_ratio_of<Lanes, Quads>(x, models, relaxation_of(judged, known), judged.channels);
   }
-  const bool keep = logf(uniform_at(redraw.seed, redraw.rows[known], 0)) <= ratio;
+  const std::uint64_t seed = seed_of(redraw);
+  const bool keep = logf(uniform_at(seed, redraw.rows[known], 0)) <= ratio;
   const bool speaks = mine && lane() % Lanes == 0;
   if (speaks) {
     redraw.log_ratio[token] = ratio;
@@ -258,7 +263,7 @@ __global__ void __launch_bounds__(kVerdictThreads, 3) accept_reject_kernel(Judge
     if constexpr (ClosedForm) {
       kept = in_closed_form<Lanes, Quads>(judged, redraw, at, models);
     } else {
-      kept = by_rejection<Lanes, Quads>(judged, redraw, at, models);
+      kept = by_rejection<Lanes, Quads>(judged, redraw, seed, at, models);
     }
     if (kept == 0 && lane() < Lanes) {
       const auto drawn = load_row<Lanes, Quads>(redraw.sample + at * judged.channels, judged);
