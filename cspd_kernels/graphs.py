@@ -136,6 +136,24 @@ class _Turn:
         self.done = torch.cuda.Event()
         self.stream: torch.cuda.Stream | None = None
 
+    @contextlib.contextmanager
+    def taken(self):
+        """The current stream waits for the last one that ran a plan of this device; the host does not."""
+        with self.lock:
+            stream = torch.cuda.current_stream()
+            if self.stream is not None and self.stream != stream:
+                stream.wait_event(self.done)
+            self.stream = stream
+            try:
+                yield
+            finally:
+                self.done.record(stream)
+
+
+def in_turn(device: torch.device) -> contextlib.AbstractContextManager:
+    """For work with buffers that plans of a device read: it waits for the last of them, and the next one for it."""
+    return _turn(device).taken() if device.type == "cuda" else contextlib.nullcontext()
+
 
 @one_a_device
 def _turn(device: torch.device) -> _Turn:
@@ -160,16 +178,9 @@ class Plan:
     @contextlib.contextmanager
     def in_turn(self):
         """The current stream waits for the last one that ran a plan of this device; the host does not."""
-        turn = self.turn
-        with turn.lock:
-            stream = torch.cuda.current_stream()
-            if turn.stream is not None and turn.stream != stream:
-                stream.wait_event(turn.done)
-            turn.stream, self.used = stream, True
-            try:
-                yield
-            finally:
-                turn.done.record(stream)
+        with self.turn.taken():
+            self.used = True
+            yield
 
     def close(self) -> None:
         """Wait until the device no longer uses the buffers or the graph."""

@@ -182,8 +182,7 @@ class SpecDecodeRunner:
             return self._run(PlainSteps(state), num_draft, progress)
         state.noise.seed_on_device()
         steps = self._graphs(state)
-        with steps.lock:
-            steps.load(state)
+        with steps.of(state):
             images = self._run(steps, num_draft, progress).clone()
             self._recorder.outcome = self._recorder.outcome.clone()  # the next run writes there
         return images

@@ -147,17 +147,20 @@ class Sampler:
             if graphs and isinstance(state.noise, PhiloxSource):
                 state.noise.seed_on_device()
             steps = self._graphs(state) if graphs else PlainSteps(state)
-            state = steps.state
-            wide = torch.promote_types(torch.float32, model.diffloss.net.input_proj.weight.dtype)
-            with tqdm(total=len(state.plan.steps), disable=not progress) as bar:
-                for first, chunk in _chunks(state):
-                    if isinstance(state.noise, TableSource):
-                        state.noise.fill(chunk, self.length, wide)
-                    for i in range(first, first + len(chunk)):
-                        steps.target(i)
-                        bar.update()
-            images = model.unpatchify(state.tokens)
-            return images.clone() if graphs else images
+            with steps.of(state):
+                self._draw(steps, model.diffloss.net.input_proj.weight.dtype, progress)
+                images = model.unpatchify(steps.state.tokens)
+                return images.clone() if graphs else images
+
+    def _draw(self, steps: Steps | PlainSteps, weights: torch.dtype, progress: bool) -> None:
+        state = steps.state
+        with tqdm(total=len(state.plan.steps), disable=not progress) as bar:
+            for first, chunk in _chunks(state):
+                if isinstance(state.noise, TableSource):
+                    state.noise.fill(chunk, self.length, torch.promote_types(torch.float32, weights))
+                for i in range(first, first + len(chunk)):
+                    steps.target(i)
+                    bar.update()
 
     @property
     def model(self) -> nn.Module | None:
@@ -240,9 +243,7 @@ class Sampler:
             if len(self._steps) > _MOST_STEPS:
                 self._steps.popitem(last=False)
         self._steps.move_to_end(key)
-        steps = self._steps[key]
-        steps.load(state)
-        return steps
+        return self._steps[key]
 
 
 def _most(batch: int, head: DiffusionHead) -> int:

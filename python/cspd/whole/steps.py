@@ -8,13 +8,14 @@ what was made before it. All graphs of a device share one pool of memory (:mod:`
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 
 import torch
 
 from cspd_kernels import Denoised
-from cspd_kernels.graphs import PlanCache, why_not_here
+from cspd_kernels.graphs import PlanCache, in_turn, why_not_here
 
 from ..window import Drawn, Judged, Phase, RunState, draft, judge, look, prefill, run_window, untimed
 from .transformers import ByWeights
@@ -51,8 +52,14 @@ class Steps:
         self.drawn = torch.zeros(1, dtype=torch.int64, device=state.tokens.device)
         self.plans = PlanCache(1 << 62, _MOST_GRAPHS)
 
-    def load(self, state: RunState) -> None:
-        """Take the values of another run."""
+    @contextlib.contextmanager
+    def of(self, state: RunState) -> Iterator[Steps]:
+        """For the length of another run with this one's buffers: one run at a time, whatever its thread and stream."""
+        with self.lock, in_turn(state.tokens.device):
+            self._load(state)
+            yield self
+
+    def _load(self, state: RunState) -> None:
         self.drawn.zero_()
         self.state.previous_target_z = None
         if state is not self.state:
@@ -133,6 +140,11 @@ class PlainSteps:
 
     def __init__(self, state: RunState):
         self.state = state
+
+    @contextlib.contextmanager
+    def of(self, state: RunState) -> Iterator[PlainSteps]:
+        """As of :class:`Steps`, of the run that they were made for."""
+        yield self
 
     def target(self, i: int) -> None:
         """As of :class:`Steps`."""
