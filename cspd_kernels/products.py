@@ -9,6 +9,7 @@ where they are missing or wrong ``F.linear`` serves, as it does on devices and i
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +26,15 @@ _FUSED = {None: ("none", [], ""), "gelu": ("gelu", [], "none"), "silu": ("swish"
 _PROOF_BOUND = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}  # of the largest value
 
 
+class _Made(NamedTuple):
+    """What was made of a weight and a bias."""
+
+    packed: torch.Tensor | None  # for oneDNN
+    plain: torch.Tensor | None  # for F.linear: the weight itself where it is of the type
+    bias: torch.Tensor | None
+    prints: list[tuple[torch.Tensor, tuple]]  # of what is not shared, as it was
+
+
 class Product:
     """``activation(x weight^T + bias)`` with operands of one type, of a weight that may change and be of another.
 
@@ -38,10 +48,7 @@ class Product:
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype | None = None):
         self.weight, self.bias, self.dtype = weight, bias, weight.dtype if dtype is None else dtype
-        self._packed = None  # for oneDNN
-        self._plain: torch.Tensor | None = None  # for F.linear: the weight itself where it is of the type
-        self._bias: torch.Tensor | None = None
-        self._prints: list[tuple[torch.Tensor, tuple]] = []  # of what is not shared, as it was
+        self._made: _Made | None = None
         self._parts: dict[tuple[int, int], Product] = {}
 
     def __reduce__(self):
@@ -49,11 +56,10 @@ class Product:
 
     def __call__(self, x: torch.Tensor, activation: str | None = None) -> torch.Tensor:
         """x (..., K) of the type -> (..., N). ``activation``: None, "gelu" (exact) or "silu"."""
-        if self._packed is None and self._plain is None:
-            self._make()
-        if self._packed is not None:
-            return _operators()._linear_pointwise(x, self._packed, self._bias, *_FUSED[activation])
-        y = F.linear(x, self._plain, self._bias)
+        made = self._made or self._make()
+        if made.packed is not None:
+            return _operators()._linear_pointwise(x, made.packed, made.bias, *_FUSED[activation])
+        y = F.linear(x, made.plain, made.bias)
         if activation == "silu":
             return F.silu(y, inplace=True)
         return y if activation is None else F.gelu(y)
@@ -75,18 +81,25 @@ class Product:
 
     def look(self) -> None:
         """Follow the weight's values. On a CPU: a device's are not looked at."""
-        for part in self._parts.values():
+        for part in list(self._parts.values()):
             part.look()
-        if self._packed is None and self._plain is None:
+        made = self._made
+        if made is None:
             return
-        changed = any(not same(fingerprint(source), before) for source, before in self._prints)
-        if changed or (self._packed is not None) != self._can_pack():
+        changed = any(not same(fingerprint(source), before) for source, before in made.prints)
+        if changed or self.is_packed != self._can_pack():
             self._make()
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether the last call was oneDNN's."""
+        return self._made is not None and self._made.packed is not None
 
     @property
     def bytes(self) -> int:
         """Of what was made and is not shared with the weight."""
-        made = sum(source.numel() for source, _ in self._prints) * self.dtype.itemsize
+        prints = [] if self._made is None else self._made.prints
+        made = sum(source.numel() for source, _ in prints) * self.dtype.itemsize
         return made + sum(part.bytes for part in self._parts.values())
 
     def _can_pack(self) -> bool:
@@ -96,7 +109,7 @@ class Product:
         return weight.numel() >= _SMALLEST[self.dtype]
 
     @torch.no_grad()
-    def _make(self) -> None:
+    def _make(self) -> _Made:
         with torch.inference_mode(False):
             before = [(v, fingerprint(v)) for v in (self.weight, self.bias) if v is not None and v.device.type == "cpu"]
             weight = self.weight.detach().to(self.dtype).contiguous()
@@ -105,8 +118,9 @@ class Product:
             if self._can_pack():
                 packed = _operators()._reorder_linear_weight(weight, _ROWS)
                 weight = None
-            self._prints = [(v, p) for v, p in before if not (_shared(v, weight) or _shared(v, bias))]
-            self._packed, self._plain, self._bias = packed, weight, bias
+            prints = [(v, p) for v, p in before if not (_shared(v, weight) or _shared(v, bias))]
+        self._made = _Made(packed, weight, bias, prints)  # at once: another thread may be about to multiply
+        return self._made
 
 
 def _shared(source: torch.Tensor, made: torch.Tensor | None) -> bool:

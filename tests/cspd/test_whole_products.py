@@ -49,7 +49,7 @@ def test_conditions_equal_the_models_own(known, dtype):
     weights = Weights(model, dtype)
     actual, expected = both(model, weights, known)
     assert relative_error(actual, expected) <= BOUND[dtype]
-    assert (weights.encoder[0].fc1._packed is not None) == packs(dtype)
+    assert weights.encoder[0].fc1.is_packed == packs(dtype)
 
 
 @pytest.mark.parametrize("dtype", BOUND)

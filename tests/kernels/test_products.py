@@ -68,7 +68,7 @@ def test_equals_the_definition_in_float64(outputs, inputs, with_bias, activation
     wide = random(9, 2 * inputs, seed=4).to(dtype)
     for x in (wide[:, ::2], random(inputs, 9, seed=5).to(dtype).t(), wide[:, 1 : inputs + 1]):
         assert relative_error(product(x, activation), exact(x, weight, bias, activation)) <= TOLERANCE[dtype]
-    assert (product._packed is not None) == (packs(dtype) and min(outputs, inputs) >= 64)
+    assert product.is_packed == (packs(dtype) and min(outputs, inputs) >= 64)
 
 
 def test_a_weight_that_is_not_contiguous_and_of_another_type():
@@ -115,11 +115,11 @@ def test_what_has_not_changed_is_not_packed_again():
     needs_packing(torch.float32)
     product = Product(random(80, 96), None)
     product.look()
-    assert product._packed is None
+    assert not product.is_packed
     product(random(1, 96))
-    packed = product._packed
+    made = product._made
     product.look()
-    assert product._packed is packed
+    assert product._made is made
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -127,7 +127,7 @@ def test_copies_and_pickles_make_their_own(dtype):
     product, x = Product(random(80, 96), random(80), dtype), random(3, 96).to(dtype)
     expected = product(x)
     for twin in (copy.copy(product), copy.deepcopy(product), pickle.loads(pickle.dumps(product))):
-        assert twin._packed is None
+        assert not twin.is_packed
         assert torch.equal(twin(x), expected)
 
 
@@ -136,7 +136,7 @@ def test_holds_no_plain_copy_beside_the_packed_one():
     product = Product(random(80, 96), random(80), torch.bfloat16)
     assert product.bytes == 0
     product(random(1, 96).bfloat16())
-    assert product._plain is None
+    assert product._made.plain is None
     assert product.bytes == (80 * 96 + 80) * 2
     plain = Product(random(80, 96), random(80), torch.float64)
     plain(random(1, 96).double())
@@ -161,7 +161,7 @@ def test_f_linear_serves_where_it_cannot_be_packed(missing, monkeypatch, again, 
     product, x = Product(random(80, 96), random(80)), random(3, 96)
     with caplog.at_level(logging.INFO, "cspd_kernels"):
         assert torch.equal(product(x), F.linear(x, product.weight, product.bias))
-        assert product._packed is None
+        assert not product.is_packed
         assert product.bytes == 0
         product.look()
     assert len([r for r in caplog.records if "F.linear" in r.message]) == 1
@@ -174,12 +174,12 @@ def test_follows_the_switch_of_mkldnn():
     torch._C._set_mkldnn_enabled(False)
     try:
         product.look()
-        assert product._packed is None
+        assert not product.is_packed
         assert torch.equal(product(x), F.linear(x, product.weight))
     finally:
         torch._C._set_mkldnn_enabled(True)
     product.look()
-    assert product._packed is not None
+    assert product.is_packed
 
 
 def test_the_proof_leaves_the_generators_and_modes_alone(again):
@@ -205,7 +205,7 @@ def test_the_chain_equals_its_definition(make_diffloss, guided, parallel_tol):
     for a, b in zip(actual, expected):
         assert relative_error(a, b) <= 1e-5
     if packs(torch.float32):
-        assert head.shared["layers"].final_mod._packed is not None
+        assert head.shared["layers"].final_mod.is_packed
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
