@@ -100,7 +100,10 @@ def start(app, host: str, port: int) -> str:
             max_file_size="1kb",  # nobody uploads
         )
     except OSError as error:
-        raise OSError(f"cannot serve at {host}, port {port}: choose others with --host and --port ({error})") from None
+        raise OSError(
+            f"cannot serve at {host}, port {port}: the port is taken, or the address is not this machine's; "
+            "choose others with --host and --port"
+        ) from error
     return address
 
 
