@@ -94,7 +94,7 @@ def load_studio(args):
             dtype = torch.bfloat16
         vae = load_vae(args.vae, device=device, dtype=torch.bfloat16 if dtype is torch.bfloat16 else torch.float32)
         vae.check(target)
-        most, images, name = 256, 4, f"{args.target.name} with {args.draft.name} on {device}"
+        most, images, name = 256, 4, f"{_name(target, args.target)}, with {_name(draft, args.draft)}, on {device}"
     most = min(args.max_steps or most, target.seq_len)
     return Studio(
         target,
@@ -102,8 +102,13 @@ def load_studio(args):
         vae,
         limits=Limits(steps=most, gamma=min(64, most), images=args.max_images or images),
         steps=min(most, 16 if digits else 64),
-        classes=target.num_classes,
+        classes=min(target.num_classes, draft.num_classes),
         name=name,
         inner_temperature=args.relaxation,
         dtype=dtype,
     )
+
+
+def _name(model, path: Path) -> str:
+    """What the model says was loaded; else its file's name."""
+    return getattr(model, "loaded", None) or path.name

@@ -17,7 +17,8 @@ _CSS = """
 .cspd-made figcaption { font-weight: 600; margin-bottom: 6px; }
 .cspd-row { display: grid; grid-template-columns: repeat(auto-fill, minmax(96px, 1fr)); gap: 8px; }
 .cspd-made:not(.cspd-many) .cspd-row { grid-template-columns: 1fr; }
-.cspd-made img { width: 100%; image-rendering: pixelated; border-radius: 6px; display: block; }
+.cspd-made img { width: 100%; border-radius: 6px; display: block; }
+.cspd-made img.cspd-pixels { image-rendering: pixelated; }
 .cspd-legend { list-style: none; padding: 0; margin: 16px 0 8px; display: flex; flex-wrap: wrap; gap: 6px 22px; }
 .cspd-legend li { margin: 0 !important; display: flex; align-items: center; gap: 8px; }
 .cspd-legend span { width: 14px; height: 14px; border-radius: 3px; display: inline-block; }

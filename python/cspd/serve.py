@@ -156,11 +156,10 @@ def render(made: Made) -> str:
     rows = (("Speculative", made.speculative), ("Acceptance map", maps), ("The target alone", made.alone))
     figures = "".join(
         f"<figure><figcaption>{name}</figcaption><div class='cspd-row'>"
-        + "".join(f"<img alt='{html.escape(name, quote=True)}, image {i + 1}' src='{_data_uri(image)}'>"
-                  for i, image in enumerate(images))
+        + "".join(_img(f"{name}, image {i + 1}", image) for i, image in enumerate(images))
         + "</div></figure>"
         for name, images in rows
-    )  # fmt: skip
+    )
     counts = torch.bincount(made.outcome.flatten().long(), minlength=len(OUTCOMES)).tolist()
     legend = "".join(
         f"<li><span style='background:rgb{colour}'></span>{NAMES[name]}: {count}</li>"
@@ -176,6 +175,12 @@ def render(made: Made) -> str:
     )
     many = " cspd-many" if len(maps) > 1 else ""
     return f"<div class='cspd-made{many}'>{figures}</div><ul class='cspd-legend'>{legend}</ul><p>{text}</p>"
+
+
+def _img(name: str, image: torch.Tensor) -> str:
+    # Digits and maps are made larger with their edges kept, photographs are not.
+    kind = " class='cspd-pixels'" if len(image) <= 64 else ""
+    return f"<img{kind} alt='{html.escape(name, quote=True)}' src='{_data_uri(image)}'>"
 
 
 def _data_uri(image: torch.Tensor) -> str:
