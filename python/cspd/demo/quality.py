@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from safetensors.numpy import load_file
 
+from ..frechet import frechet_distance as gaussian_distance
 from .pair import DATA
 
 
@@ -52,9 +53,4 @@ def frechet_distance(images) -> float:
     """
     mean, covariance = statistics(images)
     real_mean, real_covariance = reference_statistics()
-    # The trace of a matrix square root is the sum of the roots of the eigenvalues. The symmetric
-    # product has the eigenvalues of S1 S2; rounding makes some of the zeros slightly negative.
-    values, vectors = np.linalg.eigh(real_covariance)
-    root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
-    cross = np.sqrt(np.linalg.eigvalsh(root @ covariance @ root).clip(0)).sum()
-    return float(((mean - real_mean) ** 2).sum() + np.trace(covariance) + np.trace(real_covariance) - 2 * cross)
+    return gaussian_distance(mean, covariance, real_mean, real_covariance)
