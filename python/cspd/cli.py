@@ -8,10 +8,10 @@ import os
 import sys
 from pathlib import Path
 
-from . import cli_convert, cli_generate
+from . import cli_convert, cli_eval, cli_generate, cli_serve
 from .cli_support import one_line, positive
 
-COMMANDS = (cli_generate, cli_convert)  # those with a module of their own
+COMMANDS = (cli_generate, cli_serve, cli_convert, cli_eval)  # those with a module of their own
 INTERRUPTED = 130  # what shells report of a command that Ctrl-C has ended
 
 
