@@ -71,7 +71,7 @@ def test_a_killed_rank_is_made_up_for_by_a_second_run(ranks, size, died, alone, 
         "makes the rest"
     ]
     there = contents(tmp_path)
-    assert 0 < len(there) < COUNT
+    assert len(there) < COUNT  # and perhaps none: who is killed may have been the first to have one
     assert there.items() <= contents(alone[size]).items()
     before = {name: (tmp_path / name).stat().st_mtime_ns for name in there}
     assert main(command) == 0
