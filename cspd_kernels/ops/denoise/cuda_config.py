@@ -1,7 +1,8 @@
 """Whose products the layered CUDA chain takes: the library's, or the extension's own, and those in which tiles.
 
-Estimates, not measured. On an H100 in bfloat16 (commit b589fd5) the library takes 3.6 us for a product of MAR-B's width
-at 2 rows and 4.3 at 64, of MAR-H's 6.0 at 64 and 7.1 at 512, and two kernels more come with every pair of products. The
+Estimates: whole chains were measured with them, no tile beside another. On an H100 in bfloat16 (commit b589fd5) the
+library takes 3.6 us for a product of MAR-B's width at 2 rows and 4.3 at 64, of MAR-H's 6.0 at 64 and 7.1 at 512, and
+two kernels more come with every pair of products. The
 own ones do without one of them, start before the kernel before them has ended, and have 96 KiB of operands on their
 way at a time. Every tile reads (rows + columns) * width * 2 bytes of operands through the second-level cache, of which
 all together get about 5.5 TB/s and one multiprocessor about 50 bytes a cycle: the longer of the two is in the table.
