@@ -116,6 +116,9 @@ class CudaGraph:
                 self.graph = self._capture(launch, warm_up)
             except Exception as error:  # noqa: BLE001  (of a driver or a compiler; plain launches serve)
                 log_once(f"kernels are launched one by one, their CUDA graph could not be captured: {error}")
+            except BaseException:  # interrupted: the next use captures
+                self.uses = 1
+                raise
         if self.graph is not None:
             self.graph.replay()
         else:

@@ -66,11 +66,10 @@ class Product:
 
     def plain(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Weight and bias of the type, not packed: for whoever multiplies otherwise, on a device."""
-        if self._plain is None and self._packed is None:
-            self._make()
-        if self._plain is None:
+        made = self._made or self._make()
+        if made.plain is None:
             raise RuntimeError("expected a weight that is not packed, as on a device, got one packed for oneDNN")
-        return self._plain, self._bias
+        return made.plain, made.bias
 
     def part(self, first: int, stop: int) -> Product:
         """The product with some rows of the weight."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import weakref
 from dataclasses import dataclass, replace
 
 import torch
@@ -68,7 +69,7 @@ class HeadPatch:
         self.written = written(found.net)  # the code and the settings that the verdicts are about
         self.told: list[str] = []
         self.hooks: list[LoopHook | StandIn] = []
-        self.model = model  # whose sample_tokens is taken over, too
+        self._model = None if model is None else weakref.ref(model)  # whose sample_tokens is taken over, too
         self.sampler: Sampler | None = None
 
     @property
@@ -80,7 +81,7 @@ class HeadPatch:
         return self.found.net
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "verdicts": {}, "draws": {}, "written": None, "sampler": None}
+        return {**self.__dict__, "verdicts": {}, "draws": {}, "written": None, "sampler": None, "_model": None}
 
     def __deepcopy__(self, memo: dict) -> HeadPatch:
         twin = memo[id(self)] = self.__class__.__new__(self.__class__)
@@ -105,11 +106,12 @@ class HeadPatch:
             self._compare(found)
         except DiffersError as error:
             raise ValueError(f"{self.name} samples differently and is left unpatched: {error}") from None
-        if self.model is not None and not training(self.model):
+        model = self._model and self._model()
+        if model is not None and not training(model):
             try:
-                self.sampler_of(self.model).check()
+                self.sampler_of(model).check()
             except NotServedError as error:
-                self.tell_of_model(f"{error}")
+                self.tell_of_model(model, f"{error}")
 
     def sampler_of(self, model: nn.Module) -> Sampler:
         """Of whole images, where that was asked for.
@@ -119,7 +121,11 @@ class HeadPatch:
         """
         if self.sampler is None or self.sampler.model is not model:
             o = self.options
-            self.sampler = Sampler(model, SampleOptions(o.dtype, o.backend, o.noise, o.parallel_tol, o.compile))
+            options = SampleOptions(o.dtype, o.backend, o.noise, o.parallel_tol, o.compile)
+            try:
+                self.sampler = Sampler(model, options, self.cache)
+            except TypeError as error:
+                raise NotServedError(f"{error}") from None
         return self.sampler
 
     def _compare(self, found: FoundHead) -> None:
@@ -172,8 +178,9 @@ class HeadPatch:
         self._hook(WatchedMoves, self.net)
         if callable(getattr(module, "sample", None)):
             self._hook(WatchedSample, module)
-        if self.model is not None:
-            self._hook(WholeSampling, self.model)
+        model = self._model and self._model()
+        if model is not None and WholeSampling.of(model) is None:
+            WholeSampling(model).install()
         self.take_over(self.found.diffusions)
 
     def take_over(self, diffusions: dict[str, object]) -> None:
@@ -215,7 +222,9 @@ class HeadPatch:
             self.net.__dict__.pop(PATCHES, None)
         self._release([*self.hooks])
         self.cache.clear()
-        self.sampler = None
+        self.sampler, model = None, self._model and self._model()
+        if model is not None:
+            leave_whole(model)
 
     def take(self, call: Call, hook: LoopHook) -> torch.Tensor:
         """Serve a call of a hooked loop.
@@ -271,11 +280,11 @@ class HeadPatch:
         inner = None if net is None else unwrapped(net)[0]
         return None if inner is self.net else "its network is another one now, or wrapped by another kind: patch again"
 
-    def tell_of_model(self, reason: str) -> None:
+    def tell_of_model(self, model: nn.Module, reason: str) -> None:
         """Log once why the model's own ``sample_tokens`` runs, with the patched head."""
         if (line := f"sample_tokens: {reason}") not in self.told:
             self.told.append(line)
-            kind = type(self.model).__name__
+            kind = type(model).__name__
             _logger.warning("cspd.patch: sample_tokens of %s runs its own code, its head is patched: %s", kind, reason)
 
     def tell(self, reason: str) -> None:
@@ -283,6 +292,15 @@ class HeadPatch:
         if reason not in self.told:
             self.told.append(reason)
             _logger.warning("cspd.patch: %s runs its own code, unaccelerated: %s", self.name, reason)
+
+
+def leave_whole(model: nn.Module) -> None:
+    """Give a model its own ``sample_tokens`` back where no patch of its head wants it any more."""
+    stands = WholeSampling.of(model)
+    net = getattr(getattr(model, "diffloss", None), "net", None)
+    left = [] if net is None else unwrapped(net)[0].__dict__.get(PATCHES, ())
+    if stands is not None and not any(patch.options.whole for patch in left):
+        stands.remove()
 
 
 def _check_values(found: FoundHead, dtype: torch.dtype | None) -> None:

@@ -11,10 +11,10 @@ import torch.nn as nn
 
 from .description import describe_head
 from .diffusions import diffusions_of
-from .head_patch import HeadPatch, Options
+from .head_patch import HeadPatch, Options, leave_whole
 from .heads import FoundHead, find_heads
 from .loop import LOCK, PATCHES, LoopHook
-from .standins import WatchedMoves, WatchedSample, WholeSampling
+from .standins import WatchedMoves, WatchedSample
 
 _logger = logging.getLogger("cspd")
 
@@ -50,7 +50,7 @@ def patch(
     GPU the host waits nowhere that the replaced code does not; a temperature there is read. Weights are
     looked at at every call, so that they are never stale. ``torch.compile`` of a model around it breaks
     its graph at the loop. A CUDA graph of the caller's needs one call before it, and the patch as long as
-    it is replayed. Shallow copies (``copy.copy``) of a patched head or diffusion object go on calling the
+    it is replayed. Shallow copies (``copy.copy``) of a patched head, diffusion object or model go on calling the
     original one: unpatch first.
 
     Args:
@@ -93,6 +93,8 @@ def unpatch(model: nn.Module) -> nn.Module:
     """Undo :func:`patch`; a model that is not patched is left as it is. Returns the model."""
     with LOCK:
         _remove(_patches_in(model))
+        for module in model.modules():  # copies of patches do not know the models that they are copied with
+            leave_whole(module)
     return model
 
 
@@ -154,7 +156,7 @@ def _patches_in(model: nn.Module) -> list[HeadPatch]:
     """All patches of a model's heads, also of networks that the model no longer holds."""
     modules = dict.fromkeys(model.modules())
     hooks = [LoopHook.of(diffusion) for diffusion in diffusions_of(model).values()]
-    hooks += [kind.of(module) for module in modules for kind in (WatchedSample, WatchedMoves, WholeSampling)]
+    hooks += [kind.of(module) for module in modules for kind in (WatchedSample, WatchedMoves)]
     users = [p for hook in hooks if hook is not None for p in hook.users if p.found.module in modules]
     return list(dict.fromkeys([*(p for module in modules for p in module.__dict__.get(PATCHES, ())), *users]))
 

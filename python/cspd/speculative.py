@@ -22,7 +22,7 @@ from .policies import Window, draft_length
 from .stats import PREFILLED, Recorder, RunStats
 from .whole.chosen import ChosenTransformer, training
 from .whole.noise import PhiloxSource
-from .whole.steps import PlainSteps, Steps, signature, why_not_graphs
+from .whole.steps import PlainSteps, Steps, keep_current, signature, why_not_graphs
 from .window import Judged, Model, RunState, class_embedding
 
 _MOST_STEPS = 4  # sizes of runs whose graphs are kept
@@ -138,6 +138,7 @@ class SpecDecodeRunner:
             raise RuntimeError("no statistics yet: call run() first")
         return self._stats
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def run(
         self,
@@ -179,15 +180,17 @@ class SpecDecodeRunner:
         )
         self._stats, self._recorder = None, None
         if why_not_graphs(state) is not None:
-            return self._run(PlainSteps(state), num_draft, progress)
+            images, self._recorder = self._run(PlainSteps(state), num_draft, progress)
+            return images
         state.noise.seed_on_device()
         steps = self._graphs(state)
         with steps.of(state):
-            images = self._run(steps, num_draft, progress).clone()
-            self._recorder.outcome = self._recorder.outcome.clone()  # the next run writes there
+            images, recorder = self._run(steps, num_draft, progress)
+            images, recorder.outcome = images.clone(), recorder.outcome.clone()  # the next run writes there
+        self._recorder = recorder
         return images
 
-    def _run(self, steps: Steps | PlainSteps, num_draft, progress: bool) -> torch.Tensor:
+    def _run(self, steps: Steps | PlainSteps, num_draft, progress: bool) -> tuple[torch.Tensor, Recorder]:
         state, judged = steps.state, []
         plan, stop, recorder = state.plan, len(state.plan.steps), Recorder(state.outcome)
         with tqdm(total=stop, disable=not progress) as bar:
@@ -209,8 +212,7 @@ class SpecDecodeRunner:
                 recorder.window(judged[-1][1].sums, judged[-1][1].log_ratio.numel(), last - first)
         images = self.target_model.unpatchify(state.tokens)
         recorder.stop()
-        self._recorder = recorder
-        return images
+        return images, recorder
 
     def _graphs(self, state: RunState) -> Steps:
         """The graphs for runs like this one."""
@@ -218,11 +220,12 @@ class SpecDecodeRunner:
         with self._lock:
             if key not in self._steps:
                 self._steps[key] = Steps(state)
-                while len(self._steps) > _MOST_STEPS:
-                    self._steps.popitem(last=False)
             self._steps.move_to_end(key)
+            current = [packed for transformer in self._transformers.values() for packed in transformer.packed()]
+            keep_current(self._steps, current, _MOST_STEPS)
             return self._steps[key]
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def begin(
         self,
@@ -245,7 +248,7 @@ class SpecDecodeRunner:
         draft, target = self.draft_model, self.target_model
         check_run(draft, target, bsz, labels, temperature, cfg, seed, first_image, orders)
         steps = plan_steps(self.seq_len, num_iter, cfg, cfg_schedule)
-        device, guided = target.fake_latent.device, cfg != 1.0
+        device, guided = target.fake_latent.device, bool(cfg != 1.0)
         seed = int(torch.randint(2**63 - 1, (), device="cpu")) if seed is None else seed
         # What may wait for the device, and what comes from the host, goes before the first kernel.
         transformers = {role: transformer.get(self.dtype) for role, transformer in self._transformers.items()}

@@ -17,6 +17,7 @@ import torch.nn as nn
 from cspd_kernels.backends import untraced
 
 from .diffusions import LOOPS, NotServedError, diffusions_of
+from .heads import unwrapped
 from .loop import LOCK, NO_LOOP, LoopHook, loops_entered, patch_of
 
 ARGUMENTS = ("bsz", "num_iter", "cfg", "cfg_schedule", "labels", "temperature", "progress")  # of MAR's sample_tokens
@@ -137,7 +138,10 @@ class WatchedMoves(StandIn):
 
 
 class WholeSampling(StandIn):
-    """A model's ``sample_tokens``, by the whole sampler of the patch in charge of its head."""
+    """A model's ``sample_tokens``, by the whole sampler of the patch in charge of its head.
+
+    It holds no patch, and no patch holds it: a copy of the head alone must not carry the model.
+    """
 
     names = ("sample_tokens",)
 
@@ -149,17 +153,32 @@ class WholeSampling(StandIn):
     @untraced
     def run(self, *args, **kwargs):
         original = self.original("sample_tokens")
-        patch = next((p for user in self.present() if (p := patch_of(user.net)) is not None), None)
-        if patch is None:
+        net = getattr(getattr(self.module, "diffloss", None), "net", None)
+        patch = None if net is None else patch_of(unwrapped(net)[0])
+        if patch is None or not patch.options.whole:
             return original(*args, **kwargs)
         try:
-            sampler = patch.sampler_of(self.module)
-            if "sample_tokens" in self.replaced:
-                raise NotServedError("it had been replaced on the instance")
-            arguments = inspect.signature(original).bind(*args, **kwargs).arguments
-            if more := [name for name in arguments if name not in ARGUMENTS]:
-                raise NotServedError(f"its sample_tokens is called with {', '.join(more)}")
-            return sampler.sample(**arguments)
+            sampler, arguments = patch.sampler_of(self.module), self._arguments(original, args, kwargs)
+            sampler.check()
+            try:
+                sampler.check_call(**arguments)
+            except (TypeError, ValueError) as error:  # its own code may know better
+                raise NotServedError(f"{error}") from None
         except NotServedError as error:
-            patch.tell_of_model(f"{error}")
+            patch.tell_of_model(self.module, f"{error}")
             return original(*args, **kwargs)
+        return sampler.sample(**arguments)
+
+    def _arguments(self, original: Callable, args: tuple, kwargs: dict) -> dict:
+        """Of a call, with the method's own defaults.
+
+        Raises:
+            NotServedError: there are others than MAR's.
+        """
+        if "sample_tokens" in self.replaced:
+            raise NotServedError("it had been replaced on the instance")
+        bound = inspect.signature(original).bind(*args, **kwargs)
+        if more := [name for name in bound.arguments if name not in ARGUMENTS]:
+            raise NotServedError(f"it is called with {', '.join(more)}")
+        bound.apply_defaults()
+        return {name: value for name, value in bound.arguments.items() if name in ARGUMENTS}

@@ -15,6 +15,8 @@ from collections.abc import Callable
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from cspd_kernels.head import without_autocast
+
 PARTS = (
     "z_proj", "z_proj_ln", "encoder_pos_embed_learned", "encoder_blocks", "encoder_norm", "decoder_embed", "mask_token",
     "decoder_pos_embed_learned", "decoder_blocks", "decoder_norm", "diffusion_pos_embed_learned", "buffer_size",
@@ -120,12 +122,32 @@ def why_not(model, compute: Callable) -> str | None:
     model's own methods do, else what is different.
 
     Compared on random tokens with none, some and nearly all of them known, with the weights that the model has
-    now. The model must be in eval mode. Torch's random number generators are as before afterwards.
+    now, without the caller's autocast. A model whose weights are of a half type runs under autocast of that type.
+    It must be in eval mode. Torch's random number generators are as before afterwards.
     """
     weight = model.fake_latent
-    device, length = weight.device, model.seq_len
-    if device.type == "meta":
+    if weight.device.type == "meta":
         return "its weights are on the meta device"
+    half = weight.dtype in (torch.bfloat16, torch.float16)
+    cast = torch.autocast(weight.device.type, weight.dtype) if half else without_autocast(weight.device)
+    with torch.inference_mode(False), torch.no_grad(), cast:
+        return _difference(model, compute)
+
+
+def bound(weight: torch.Tensor) -> float:
+    """Of a difference that is rounding, relative to the largest value; TF32 products round to three digits."""
+    if weight.dtype not in (torch.float32, torch.float64):
+        return 2e-2
+    try:
+        tf32 = weight.is_cuda and torch.get_float32_matmul_precision() != "highest"
+    except RuntimeError:  # set by an interface that the old one does not know
+        tf32 = True
+    return 1e-3 if tf32 else 1e-5
+
+
+def _difference(model, compute: Callable) -> str | None:
+    weight = model.fake_latent
+    device, length = weight.device, model.seq_len
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape):
@@ -146,8 +168,7 @@ def why_not(model, compute: Callable) -> str | None:
             if actual.shape != expected.shape:
                 return f"its conditions are of shape {tuple(expected.shape)}, not {tuple(actual.shape)}"
             difference, scale = float((actual - expected).abs().max()), float(expected.abs().max())
-            # float32 is wide enough for TF32 matrix products.
-            if not difference <= (1e-3 if weight.dtype in (torch.float32, torch.float64) else 2e-2) * scale:
+            if not difference <= bound(weight) * scale:
                 return f"with {count} tokens known its conditions differ by {difference / scale:.2g} of the largest"
     return None
 

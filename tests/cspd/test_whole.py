@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import gc
 import logging
 import pickle
@@ -116,7 +115,7 @@ def test_conditions_are_the_models_own(count, bias):
         for room in (None, 16):  # exactly the known ones, and with others behind them
             padded = tokens.clone()
             if room is not None:
-                padded.scatter_(1, order[:, count:, None].expand(-1, -1, 4), 1e3)  # which nobody must look at
+                padded.scatter_(1, order[:, count:, None].expand(-1, -1, 4), torch.nan)  # which nobody must look at
             taken, at = (known, None) if room is None else (order, torch.tensor([count]))
             actual = passes.conditions(weights, padded, taken, rank, where, embedding, at)
             assert actual.dtype == weights.stream
@@ -192,15 +191,161 @@ def test_a_model_of_another_class_is_compared_and_served(monkeypatch):
     assert len(asked) == len(compare._CASES)  # once
 
 
-def test_another_loop_is_refused_and_nothing_drawn():
-    for kind, match in ((Colder, "asks its head for something else"), (OtherOrder, "images differ by")):
-        mar = model(kind)
-        mar.__class__ = type("Fork", (kind,), {"sample_tokens": functools.partialmethod(kind.sample_tokens)})
+class DrawsMore(MAR):
+    def sample_tokens(self, bsz, *args, **kwargs):
+        torch.rand(bsz)
+        return super().sample_tokens(bsz, *args, **kwargs)
+
+
+class AtLeastOne(MAR):
+    def sample_tokens(self, bsz, num_iter=64, cfg=1.0, *args, **kwargs):
+        return super().sample_tokens(bsz, num_iter, max(1.0, cfg), *args, **kwargs)
+
+
+class Later(MAR):
+    """A fork with a parameter that says nothing yet."""
+
+    def forward_mae_encoder(self, x, mask, class_embedding):
+        return super().forward_mae_encoder(x, mask, class_embedding) + self.more
+
+
+FORKS = {
+    Colder: "asks its head for something else",
+    OtherOrder: "images differ by",
+    DrawsMore: "draws other random numbers",
+    AtLeastOne: "asks its head for something else",
+}
+
+
+@pytest.mark.parametrize("kind", FORKS)
+def test_another_loop_is_refused_and_nothing_drawn(kind):
+    mar = model(kind)
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    with pytest.raises(NotServedError, match=FORKS[kind]):
+        cspd.sample_tokens(mar, 2)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_parameters_that_nobody_reads_yet_are_refused():
+    mar = model(Later)
+    mar.more = torch.nn.Parameter(torch.zeros(1))
+    with pytest.raises(NotServedError, match="it has more parameters: more"):
+        cspd.sample_tokens(mar, 2)
+
+
+def replace_head(mar):
+    own = mar.diffloss.sample
+    mar.diffloss.sample = lambda *args, **kwargs: own(*args, **kwargs) * 1.5
+
+
+CHANGES = {
+    "its orders": lambda mar: setattr(mar, "sample_orders", lambda bsz: type(mar).sample_orders(mar, bsz).flip(1)),
+    "its head's sample": replace_head,
+    "a norm's epsilon": lambda mar: setattr(mar.encoder_blocks[0].norm1, "eps", 0.5),
+    "the last norm's epsilon": lambda mar: setattr(mar.decoder_norm, "eps", 0.5),
+    "a part of a block": lambda mar: setattr(mar.encoder_blocks[1].mlp, "drop", torch.nn.Tanh().eval()),
+    "heads of attention": lambda mar: setattr(mar.encoder_blocks[0].attn, "num_heads", 4),
+}
+
+
+@pytest.mark.parametrize("graphs", [False, True], ids=["plain", "graphs"])
+@pytest.mark.parametrize("what", CHANGES)
+def test_what_changes_later_is_seen(monkeypatch, what, graphs):
+    """The model's own image, by its own method or by ours, as soon as it draws another one."""
+    if graphs:
+        fake_graphs.use(monkeypatch)
+    mar = cspd.patch(model(), whole=True)
+    before = [sample(mar, cfg=2.0) for _ in range(2)][1]
+    CHANGES[what](mar)
+    after = [sample(mar, cfg=2.0) for _ in range(2)]
+    expected = sample(cspd.unpatch(mar), cfg=2.0)
+    assert relative_error(expected, before) > 1e-4
+    assert all(relative_error(image, expected) < 1e-5 for image in after)
+
+
+def test_a_forks_own_defaults_are_taken():
+    class Fork(MAR):
+        def sample_tokens(
+            self, bsz, num_iter=5, cfg=2.0, cfg_schedule="constant", labels=None, temperature=0.9, progress=False
+        ):
+            return super().sample_tokens(bsz, num_iter, cfg, cfg_schedule, labels, temperature, progress)
+
+    mar = model(Fork)
+
+    def image(mar):
         torch.manual_seed(0)
-        before = torch.get_rng_state()
-        with pytest.raises(NotServedError, match=match):
-            cspd.sample_tokens(mar, 2)
-        assert torch.equal(before, torch.get_rng_state())
+        np.random.seed(0)
+        return mar.sample_tokens(2)
+
+    expected = image(mar)
+    assert relative_error(image(cspd.patch(mar, whole=True)), expected) < 1e-5
+
+
+def test_a_replaced_method_is_not_taken_for_the_models():
+    mar = model()
+    mar.sample_tokens = lambda *args, **kwargs: "mine"
+    with pytest.raises(NotServedError, match="has been replaced on the instance"):
+        cspd.sample_tokens(mar, 2)
+    with pytest.raises(TypeError, match=r"pass the model inside, model._orig_mod"):
+        cspd.sample_tokens(torch.compile(model()), 2)
+
+
+def test_a_first_call_under_autocast_is_compared_without_it():
+    mar = model(Released)
+    with torch.autocast("cpu", torch.bfloat16):
+        first = ours(mar, cfg=2.0)
+    assert torch.equal(first, ours(mar, cfg=2.0, options={"dtype": torch.bfloat16}))
+    assert relative_error(ours(mar), sample(mar)) < 1e-5
+
+
+@pytest.mark.parametrize("graphs", [False, True], ids=["plain", "graphs"])
+def test_inference_mode_and_then_none(monkeypatch, graphs):
+    if graphs:
+        fake_graphs.use(monkeypatch)
+    mar, images = model(), []
+    runner = cspd.SpecDecodeRunner(mar, mar, ratio=0.3)
+    for mode in (True, False, True, False):
+        with torch.inference_mode(mode):
+            images.append((ours(mar, cfg=2.0), runner.run(2, 6, 2, seed=0)))
+    assert all(torch.equal(a, b) for pair in images[1:] for a, b in zip(pair, images[0]))
+    mar.class_emb.weight.requires_grad_(True)
+    assert not sample(cspd.patch(mar, whole=True)).requires_grad
+
+
+def test_another_schedule_is_left_to_the_models_own_method(caplog):
+    mar = cspd.patch(model(), whole=True)
+    with caplog.at_level(logging.WARNING, "cspd"), pytest.raises(ValueError, match="expected cfg_schedule"):
+        mar.sample_tokens(2, 3, cfg=2.0, cfg_schedule="cosine")
+    assert "sample_tokens of MAR runs its own code" in caplog.text
+
+
+def test_a_copy_of_the_head_carries_no_model():
+    mar = cspd.patch(model(), whole=True)
+    sample(mar)
+    bare = len(pickle.dumps(cspd.unpatch(copy.deepcopy(mar)).diffloss))
+    assert len(pickle.dumps(copy.deepcopy(mar.diffloss))) < 1.2 * bare
+    ours(mar)
+    gone = weakref.ref(mar)
+    del mar
+    gc.collect()
+    assert gone() is None
+
+
+@pytest.mark.parametrize("graphs", [False, True], ids=["plain", "graphs"])
+def test_runs_of_one_runner_with_other_numbers_of_steps(monkeypatch, graphs):
+    if graphs:
+        fake_graphs.use(monkeypatch)
+    draft, target = model(schedule="linear"), model(schedule="linear")
+    randomize_(target, 8)
+    runner = cspd.SpecDecodeRunner(draft, target, ratio=0.2)
+    for steps, ratio in ((1, 0.2), (12, 0.2), (24, 0.2), (6, 0.2), (12, 0.6), (12, 1.0), (12, 0.2)):
+        runner.ratio = ratio
+        image, stats = runner.run(2, steps, 3, seed=0), runner.stats
+        fresh = cspd.SpecDecodeRunner(draft, target, ratio=ratio)
+        assert relative_error(fresh.run(2, steps, 3, seed=0), image) < 1e-5
+        assert stats.prefilled == fresh.stats.prefilled
+        assert torch.equal(stats.outcome, fresh.stats.outcome)
 
 
 def around(*layers):

@@ -12,14 +12,18 @@ from torch.nn.modules import module as torch_module
 
 from cspd_kernels.ops.add_norm import norm_backend
 
-from ..models import vit
+from ..loop import LoopHook
+from ..models import MAR, vit
 from ..source import written
-from ..transformer import follows_masks, own_methods, why_not, why_not_by_tables
+from ..standins import StandIn
+from ..transformer import own_methods, why_not, why_not_by_tables
 from . import passes
 from .transformers import ByMasks, ByTables, ByWeights, operand_dtype
 from .weights import Weights
 
 _logger = logging.getLogger("cspd")
+_OURS = {vit.Block, vit.Attention, vit.Mlp, nn.Linear, nn.LayerNorm, nn.Dropout, nn.Embedding, nn.ModuleList}
+_PLAIN = {int, float, bool, str, tuple, type(None)}
 _MOST_TYPES = 2  # operand types whose weights are kept
 
 
@@ -48,8 +52,15 @@ class ChosenTransformer:
             del self._packed[dtype]
         return bool(gone)
 
-    def get(self, dtype: torch.dtype | None = None) -> ByWeights | ByTables | ByMasks:
-        """As the model is now, weights included. The host does not wait, unless its code has changed."""
+    def packed(self) -> list[ByWeights]:
+        """Whose weights are kept."""
+        return list(self._packed.values())
+
+    def get(self, dtype: torch.dtype | None = None, refresh: bool = True) -> ByWeights | ByTables | ByMasks:
+        """As the model is now. The host does not wait, unless the model's code has changed.
+
+        ``refresh``: whether weights that were changed in place are to be followed.
+        """
         if training(self.model):
             _logger.warning("%s is in training mode: dropout and label dropping are on; call .eval() first", self.name)
             return ByMasks(self.model, dtype)
@@ -60,7 +71,8 @@ class ChosenTransformer:
         operands = operand_dtype(self.model, dtype)
         packed = self._packed.get(operands)
         if packed is not None and packed.weights.is_current(self.model):
-            packed.weights.refresh()
+            if refresh:
+                packed.weights.refresh()
             return packed
         if packed is None and len(self._packed) >= _MOST_TYPES:
             del self._packed[next(iter(self._packed))]
@@ -81,10 +93,7 @@ class ChosenTransformer:
 
     def compare(self) -> None:
         """Compare with the model's own methods, in eval mode, unless nothing but values has changed since."""
-        seen = (own_methods(self.model),)
-        if isinstance(self.model, nn.Module):
-            names = [name for name, _ in self.model.named_parameters()]
-            seen = (*seen, written(self.model), names, watched(self.model))
+        seen = (own_methods(self.model), *(looks(self.model) if isinstance(self.model, nn.Module) else ()))
         if seen == self.seen:
             return
         self._packed.clear()
@@ -113,6 +122,26 @@ def training(model: nn.Module) -> bool:
     return model.training or any(module.training for module in _transformer(model))
 
 
+def looks(model: nn.Module) -> tuple:
+    """Whatever else than weights a model's results may depend on: code, settings, parts, hooks, replaced methods."""
+    settings = [
+        [(name, value) for name, value in m.__dict__.items() if type(value) in _PLAIN and name != "training"]
+        for m in model.modules()
+    ]
+    names = [name for name, _ in model.named_parameters()]
+    return written(model), settings, names, watched(model), replaced(model)
+
+
+def replaced(model: nn.Module) -> list[tuple]:
+    """Functions that stand on instances of modules, but for this package's own."""
+    return [
+        (path, name, value)
+        for path, module in model.named_modules()
+        for name, value in module.__dict__.items()
+        if callable(value) and not isinstance(getattr(value, "__self__", None), (StandIn, LoopHook))
+    ]
+
+
 def watched(model: nn.Module) -> bool:
     """Whether somebody looks at, or replaces, what modules compute."""
     hooks = (torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks)
@@ -138,7 +167,7 @@ def why_not_by_weights(model: nn.Module, backend: str | None = None) -> str | No
         packed = Weights(model, model.mask_token.dtype)
     except ValueError as error:
         return str(error)
-    if follows_masks(model) and all(_is_ours(block) for block in (*model.encoder_blocks, *model.decoder_blocks)):
+    if is_ours(model):
         return None
     adds = norm_backend(backend, packed.device)
 
@@ -149,5 +178,12 @@ def why_not_by_weights(model: nn.Module, backend: str | None = None) -> str | No
     return why_not(model, compute)
 
 
-def _is_ours(block: nn.Module) -> bool:
-    return type(block) is vit.Block and type(block.attn) is vit.Attention and type(block.mlp) is vit.Mlp
+def is_ours(model: nn.Module) -> bool:
+    """Whether a model is this package's, to its last module, with no method replaced: nothing to compare."""
+    methods = (name for path, name, _ in replaced(model) if hasattr(type(model.get_submodule(path)), name))
+    return (
+        type(model) is MAR
+        and all(type(module) in _OURS for module in _transformer(model))
+        and all(type(block) is vit.Block for block in (*model.encoder_blocks, *model.decoder_blocks))
+        and not any(methods)
+    )

@@ -15,7 +15,6 @@ import torch.nn.functional as F
 
 from cspd_kernels.head import without_autocast
 from cspd_kernels.ops.add_norm import add_norm
-from cspd_kernels.products import packs
 
 from .weights import Block, Weights
 
@@ -53,7 +52,10 @@ def _encode(w: Weights, tokens, known, embedding, count, backend, run) -> torch.
     """(R, buffer + K, E) in the operands' type."""
     batch, room = known.shape
     halves = len(embedding) // batch
-    x = w.z_proj(_rows(tokens, known).to(w.dtype)).to(w.stream)  # (B, K, E)
+    tokens = _rows(tokens, known)  # (B, K, C)
+    if count is not None:  # whatever lies behind: a key that is not there must be finite all the same
+        tokens = tokens.masked_fill((torch.arange(room, device=known.device) >= count)[:, None], 0.0)
+    x = w.z_proj(tokens.to(w.dtype)).to(w.stream)  # (B, K, E)
     x = x + w.encoder_position[w.buffer + known]
     buffer = embedding.to(w.stream)[:, None] + w.encoder_position[: w.buffer]
     stream = torch.cat([buffer, x.repeat(halves, 1, 1)], dim=1)
@@ -107,15 +109,8 @@ def _last_block(b: Block, stream, delta, where, dtype, backend) -> tuple[torch.T
 
 def _attention(q, k, v, mask) -> torch.Tensor:
     """(R, H, S, E / H) -> (R, S, E)."""
-    rows, heads, length, width = q.shape
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and mask is None and packs(q.dtype):
-        # Products of a CPU's bfloat16 units, which PyTorch's fused attention does not use there.
-        q, k, v = (x.reshape(rows * heads, -1, width) for x in (q, k, v))
-        scores = torch.baddbmm(q.new_empty(()), q, k.transpose(1, 2), beta=0, alpha=width**-0.5)
-        x = torch.bmm(scores.softmax(-1), v).view(rows, heads, length, width)
-    else:
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    return x.transpose(1, 2).reshape(rows, length, -1)
+    x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+    return x.reshape(*x.shape[:2], -1)
 
 
 def _mlp(b: Block, stream, delta, dtype, backend) -> torch.Tensor:

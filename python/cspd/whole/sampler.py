@@ -22,11 +22,12 @@ from ..checks import check_run
 from ..diffusions import NotServedError, Tables
 from ..heads import HeadCache, unwrapped
 from ..order import Plan, Step, by_token, plan_steps, to_device
+from ..standins import WholeSampling
 from ..window import Model, RunState, class_embedding
 from .chosen import ChosenTransformer, training
-from .compare import where_it_starts, why_not_its_loop
+from .compare import own, where_it_starts, why_not_its_loop
 from .noise import PhiloxSource, TableSource
-from .steps import PlainSteps, Steps, signature, why_not_graphs
+from .steps import PlainSteps, Steps, keep_current, signature, why_not_graphs
 
 _NOISES = ("upstream", "philox")
 _TABLE_BYTES = 256 << 20  # of noise that is drawn before the steps that need it
@@ -52,12 +53,22 @@ class SampleOptions:
         implementation("denoise", self.backend)
 
 
-_samplers: weakref.WeakKeyDictionary[nn.Module, dict[SampleOptions, Sampler]] = weakref.WeakKeyDictionary()
+_SAMPLERS = "_cspd_samplers"  # attribute of a model: its samplers, which so end with it
+_MOST_SAMPLERS = 4
 _lock = threading.Lock()
 
 
+class _Samplers(OrderedDict):
+    """By options. Copies and pickles of the model make their own."""
+
+    def __deepcopy__(self, memo) -> _Samplers:
+        return _Samplers()
+
+    def __reduce__(self):
+        return _Samplers, ()
+
+
 @untraced
-@torch.no_grad()
 def sample_tokens(
     model: nn.Module,
     bsz: int,
@@ -77,8 +88,8 @@ def sample_tokens(
     """Generate images with a MAR model: the same as ``model.sample_tokens`` draws from the same seeds, up to rounding.
 
     The transformer runs over packed weights, its last layer for the positions of the step alone; on a GPU a step is one
-    CUDA graph, head included, and the host waits nowhere. What the graphs need is made in the first two calls of a size
-    (batch, steps, guidance on or off), so those are slower.
+    CUDA graph, head included, and the host waits nowhere. The graphs are made in the first call of a kind (batch,
+    guidance on or off, temperature), and whenever a later one has steps that draw more tokens than any before.
 
     Args:
         model: ``cspd.models.MAR``, or a MAR of LTH14/mar or a fork whose loop and transformer compute the same: both
@@ -102,9 +113,14 @@ def sample_tokens(
     options = SampleOptions(dtype, backend, noise, parallel_tol, compile)
     options.check()
     with _lock:
-        own = _samplers.setdefault(model, {})
-        if options not in own:
-            own[options] = Sampler(model, options)
+        own = vars(model).get(_SAMPLERS) if isinstance(model, nn.Module) else None
+        if own is None or options not in own or own[options].model is not model:
+            made = Sampler(model, options)
+            own = model.__dict__.setdefault(_SAMPLERS, _Samplers())
+            own[options] = made
+            while len(own) > _MOST_SAMPLERS:
+                own.popitem(last=False)
+        own.move_to_end(options)
         sampler = own[options]
     return sampler.sample(bsz, num_iter, cfg, cfg_schedule, labels, temperature, progress)
 
@@ -112,45 +128,58 @@ def sample_tokens(
 class Sampler:
     """Whole images of one model. It does not keep the model alive.
 
+    Args:
+        cache: of the model's head, where somebody has one.
+
     Raises:
         TypeError: the object is no MAR model.
     """
 
-    def __init__(self, model: nn.Module, options: SampleOptions):
+    def __init__(self, model: nn.Module, options: SampleOptions, cache: HeadCache | None = None):
         needed = ("seq_len", "token_embed_dim", "diffloss", "fake_latent", "class_emb", "unpatchify", "sample_tokens")
         missing = [name for name in needed if not hasattr(model, name)]
-        if not isinstance(model, nn.Module) or missing:
+        if not isinstance(model, nn.Module) or hasattr(model, "_orig_mod") or missing:
             lacks = ", ".join(missing) or "modules"
+            if hasattr(model, "_orig_mod"):
+                lacks += ": pass the model inside, model._orig_mod"
             raise TypeError(f"sample_tokens expected a MAR model, got {type(model).__name__} without {lacks}")
         self._model, self.options = weakref.ref(model), options
         self._transformer = ChosenTransformer(model, type(model).__name__, options.backend, options.compile)
         self._loop: tuple[object, str | None] = (None, None)  # what was compared, and why it differs
-        self._cache: HeadCache | None = None
+        self._cache = cache
         self._tables: Tables | None = None
         self._head_seen: tuple | None = None
         self._first_on = "cpu"
         self._steps: OrderedDict[tuple, Steps] = OrderedDict()
         self._lock = threading.RLock()
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def sample(self, bsz, num_iter=64, cfg=1.0, cfg_schedule="linear", labels=None, temperature=1.0, progress=False):
         """As :func:`sample_tokens`.
 
         Raises:
-            NotServedError: nothing was drawn.
+            ValueError: an argument out of range. NotServedError: the model is something else. Nothing was drawn.
         """
         with self._lock:
             model = self._model()
             self.check()
-            check_run(model, model, bsz, labels, temperature, cfg, None, 0, None)
+            self.check_call(bsz, num_iter, cfg, cfg_schedule, labels, temperature)
             state = self._begin(model, bsz, num_iter, cfg, cfg_schedule, labels, temperature)
             graphs = why_not_graphs(state) is None
             if graphs and isinstance(state.noise, PhiloxSource):
                 state.noise.seed_on_device()
             steps = self._graphs(state) if graphs else PlainSteps(state)
             with steps.of(state):
-                self._draw(steps, model.diffloss.net.input_proj.weight.dtype, progress)
+                self._draw(steps, self._cache.net.input_proj.weight.dtype, progress)
                 images = model.unpatchify(steps.state.tokens)
                 return images.clone() if graphs else images
+
+    def check_call(self, bsz, num_iter, cfg, cfg_schedule, labels, temperature, progress=False) -> None:
+        """Raise on an argument out of range."""
+        model = self._model()
+        check_run(model, model, bsz, labels, temperature, cfg, None, 0, None)
+        plan_steps(1, num_iter, cfg, cfg_schedule)
 
     def _draw(self, steps: Steps | PlainSteps, weights: torch.dtype, progress: bool) -> None:
         state = steps.state
@@ -184,14 +213,19 @@ class Sampler:
             NotServedError: it is something else.
         """
         model = self._model()
+        stands = vars(model).get("sample_tokens")
+        if stands is not None and not isinstance(getattr(stands, "__self__", None), WholeSampling):
+            raise NotServedError("its sample_tokens has been replaced on the instance")
         if training(model):
             raise NotServedError("the model is in training mode: call .eval() first")
         self._transformer.compare()
         if reason := self._transformer.why_not_by_weights:
             raise NotServedError(reason)
-        seen = (self._transformer.seen, type(model).sample_tokens)
+        seen = (self._transformer.seen, type(model).sample_tokens)  # what stands on instances is in the first
         if self._loop[0] != seen:
-            plain = ChosenTransformer(model, type(model).__name__, self.options.backend)
+            plain = self._transformer
+            if self.options.compile:  # compared as it is
+                plain = ChosenTransformer(model, type(model).__name__, self.options.backend)
             self._loop = (seen, why_not_its_loop(model, plain.get(model.mask_token.dtype)))
         if self._loop[1] is not None:
             raise NotServedError(self._loop[1])
@@ -203,18 +237,24 @@ class Sampler:
             self._cache = HeadCache(net)
         if self._tables is None or self._tables.diffusion is not diffusion:
             self._tables = Tables(diffusion)
-        seen = (self._cache.look().written, type(model.diffloss).sample, diffusion)
+        seen = (
+            self._transformer.seen,
+            self._cache.look().written,
+            type(model.diffloss).sample,
+            diffusion,
+            own(diffusion),
+        )
         if self._head_seen != seen:
-            self._first_on = where_it_starts(model.diffloss, self._head(net.input_proj.weight.dtype))
+            self._first_on = where_it_starts(model.diffloss, net, self._head(net.input_proj.weight.dtype))
             self._head_seen = seen
 
     def _head(self, dtype: torch.dtype | None) -> DiffusionHead:
         return self._cache.get(self._tables.schedule(), dtype)
 
     def _begin(self, model, bsz, num_iter, cfg, cfg_schedule, labels, temperature) -> RunState:
-        steps, guided = plan_steps(self.length, num_iter, cfg, cfg_schedule), cfg != 1.0
+        steps, guided = plan_steps(self.length, num_iter, cfg, cfg_schedule), bool(cfg != 1.0)
         device, head, options = model.fake_latent.device, self._head(self.options.dtype), self.options
-        transformer = self._transformer.get(options.dtype)
+        transformer = self._transformer.get(options.dtype, refresh=self._cache.weights == "live")
         labels = None if labels is None else to_device(labels, device)
         orders = np.tile(np.arange(self.length), (bsz, 1))
         for order in orders:  # from numpy's global generator, as the released code draws them
@@ -240,9 +280,8 @@ class Sampler:
         key = signature(state)
         if key not in self._steps:
             self._steps[key] = Steps(state)
-            if len(self._steps) > _MOST_STEPS:
-                self._steps.popitem(last=False)
         self._steps.move_to_end(key)
+        keep_current(self._steps, self._transformer.packed(), _MOST_STEPS)
         return self._steps[key]
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 
 import torch
@@ -65,7 +66,9 @@ class Steps:
         if state is not self.state:
             for mine, new in zip(tensors(self.state), tensors(state), strict=True):
                 mine.copy_(new)
+            # What of it is the host's; graphs hold nothing of that.
             self.state.plan.steps, self.state.noise.seed = state.plan.steps, state.noise.seed
+            self.state.prefilled = state.prefilled
 
     def target(self, i: int) -> None:
         """The i-th step, by the target alone."""
@@ -135,6 +138,16 @@ class Steps:
             return [value.clone() for value in plan.value]
 
 
+def keep_current(kept: OrderedDict[tuple, Steps], transformers: list[ByWeights], most: int) -> None:
+    """Let go of steps whose models have moved on, and of the least recently used beyond ``most``."""
+    for key, steps in list(kept.items()):
+        models = [model for model in (steps.state.draft, steps.state.target) if model is not None]
+        if not all(any(model.transformer is current for current in transformers) for model in models):
+            del kept[key]
+    while len(kept) > most:
+        kept.popitem(last=False)
+
+
 class PlainSteps:
     """The same, launched kernel by kernel with exact sizes: for a CPU, large batches, and models with own blocks."""
 
@@ -180,4 +193,5 @@ def signature(state: RunState) -> tuple:
     shapes = tuple((tuple(value.shape), value.dtype) for value in tensors(state))
     relaxation = None if isinstance(state.relaxation, torch.Tensor) else state.relaxation
     options = (state.temperature, state.backend, state.parallel_tol, relaxation, tuple(sorted(state.rule.items())))
-    return models, shapes, state.noise.kind, options, state.plan.guided
+    drafted = state.drafted and (state.drafted.trajectory is not None, state.drafted.z is not None)
+    return models, shapes, state.noise.kind, options, drafted, state.plan.guided

@@ -6,12 +6,14 @@ import contextlib
 
 import torch
 
-from cspd_kernels.head import call_dtype
+from cspd_kernels.head import call_dtype, without_autocast
 
 from .. import transformer
 from ..order import Pass
 from . import compiled, passes
 from .weights import Weights
+
+_HALF = (torch.bfloat16, torch.float16)
 
 
 class ByWeights:
@@ -76,7 +78,7 @@ def operand_dtype(model, dtype: torch.dtype | None) -> torch.dtype:
 
 
 def _autocast(device: torch.device, dtype: torch.dtype | None) -> contextlib.AbstractContextManager:
-    """A half type that was asked for, as autocast has it; None: whatever the caller has."""
-    if dtype not in (torch.bfloat16, torch.float16):
+    """Autocast to a half type that was asked for, none for another type; None: whatever the caller has."""
+    if dtype is None:
         return contextlib.nullcontext()
-    return torch.autocast(device.type, dtype)
+    return torch.autocast(device.type, dtype) if dtype in _HALF else without_autocast(device)

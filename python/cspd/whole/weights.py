@@ -67,6 +67,11 @@ class Weights:
             self.position = self._take(model.diffusion_pos_embed_learned, self.stream)[0]  # (L, D)
         if not self.encoder or not self.decoder:
             raise ValueError("it has no blocks")
+        read = {source.data_ptr() for source in self._sources}
+        others = {id(p) for name in ("class_emb", "diffloss") for p in getattr(model, name).parameters()}
+        others.add(id(model.fake_latent))
+        if more := [n for n, p in model.named_parameters() if id(p) not in others and p.data_ptr() not in read]:
+            raise ValueError(f"it has more parameters: {', '.join(more)}")
         self._layout = _layout(model)
         self._copy = copier(self._copies, self.device) if self._copies else None
 
@@ -134,8 +139,6 @@ class Weights:
 
 def _layout(model: nn.Module) -> list[tuple]:
     """Where a model's weights lie, but for its head's."""
-    return [
-        (weight.data_ptr(), weight.dtype, weight.shape, weight.stride())
-        for name, weight in model.named_parameters()
-        if not name.startswith("diffloss.")
-    ]
+    weights = [weight for name, weight in model.named_parameters() if not name.startswith("diffloss.")]
+    weights += [getattr(model, name) for name in PARTS if isinstance(getattr(model, name), torch.Tensor)]
+    return [(weight.data_ptr(), weight.dtype, weight.shape, weight.stride()) for weight in weights]
