@@ -45,7 +45,7 @@ def ours(model, seed=0, extra=None, **options):
 
 
 def graphs_of(model):
-    return [s for one in sampler._samplers[model].values() for s in one._steps.values()]
+    return [s for one in vars(model)[sampler._SAMPLERS].values() for s in one._steps.values()]
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -1,7 +1,7 @@
 """Masked autoregressive image model (MAR), state-dict compatible with LTH14/mar.
 
 Li et al. 2024, "Autoregressive Image Generation without Vector Quantization", arXiv 2406.11838.
-``MAR.sample_tokens`` is the eager baseline of the end-to-end benchmarks: it draws the same random
+``MAR.sample_tokens`` is the eager baseline of the benchmark of whole images: it draws the same random
 numbers in the same order as the released code, on any device.
 """
 
