@@ -72,28 +72,24 @@ class Steps:
 
     def target(self, i: int) -> None:
         """The i-th step, by the target alone."""
-        counts, room = self._shape(i, i + 1)
-
-        def launch() -> list[torch.Tensor]:
-            prefill(self.state, self.state.plan.moving(self.drawn, counts, room))
-            self.drawn.add_(sum(counts))
-            return []
-
-        if callable(self.state.relaxation):
-            launch()
-        else:
-            self._run(("target", counts, room), launch, sum(counts))
+        self._step("target", prefill, i, plainly=callable(self.state.relaxation))
 
     def draft(self, i: int) -> None:
         """The i-th step, by the draft."""
+        self._step("draft", draft, i)
+
+    def _step(self, name: str, draw: Callable, i: int, plainly: bool = False) -> None:
         counts, room = self._shape(i, i + 1)
 
         def launch() -> list[torch.Tensor]:
-            draft(self.state, self.state.plan.moving(self.drawn, counts, room))
+            draw(self.state, self.state.plan.moving(self.drawn, counts, room))
             self.drawn.add_(sum(counts))
             return []
 
-        self._run(("draft", counts, room), launch, sum(counts))
+        if plainly:
+            launch()
+        else:
+            self._run((name, counts, room), launch, sum(counts))
 
     def window(self, first: int, stop: int, phase: Phase = untimed) -> Judged:
         """The steps first..stop-1 by the draft, judged by the target."""
