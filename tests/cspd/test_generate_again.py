@@ -144,6 +144,27 @@ def test_two_runs_in_one_folder(tmp_path, quick, capsys):
     assert main([*TEN, str(tmp_path)]) == 0
 
 
+def test_another_run_begins_while_this_one_loads(tmp_path, quick, capsys, monkeypatch):
+    """The folder does not exist when both look, so neither can hold its lock."""
+    out, load = tmp_path / "out", Models.__init__
+
+    def late(self, *arguments):
+        load(self, *arguments)
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(Models, "__init__", load)
+            assert main([*TEN, str(out)]) == 0
+
+    monkeypatch.setattr(Models, "__init__", late)
+    assert main([*TEN, str(out), "--seed", "1"]) == 2
+    assert one_line(capsys) == f"expected a new folder for --out, another run has begun in {out} meanwhile"
+    monkeypatch.setattr(Models, "__init__", load)
+    before = contents(out)
+    shutil.rmtree(out)
+    assert main([*TEN, str(out)]) == 0
+    assert contents(out) == before
+    assert run_of(out)["settings"]["seed"] == 0
+
+
 def test_other_versions_are_told(tmp_path, quick, caplog):
     assert main([*TEN, str(tmp_path)]) == 0
     run = run_of(tmp_path)
