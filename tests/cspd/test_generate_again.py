@@ -117,6 +117,50 @@ def test_checkpoints_are_known_by_their_contents(tmp_path, checkpoints, quick, c
     assert f"--target was {path} (sha256 " in one_line(capsys)
 
 
+def test_what_a_file_beside_the_weights_tells_may_not_change(tmp_path, checkpoints, quick, capsys, monkeypatch):
+    hub = tmp_path / "hub"
+    hub.mkdir()
+    (tmp_path / "target.safetensors").rename(hub / "model.safetensors")
+    facts = {"patch_size": 1, "vae_stride": 2}
+    (hub / "config.json").write_text(json.dumps(facts))
+    command = ["generate", "--target", str(hub), "--latents", "--labels", "1,2", "--out", str(tmp_path / "out")]
+    assert main(command) == 0
+    settings = run_of(tmp_path / "out")["settings"]
+    assert (settings["patch_size"], settings["vae_stride"]) == (1, 2)
+    assert main([*command, "--patch-size", "1", "--vae-stride", "2"]) == 0  # told otherwise, but the same
+    (tmp_path / "out" / "000001.safetensors").unlink()
+    (hub / "config.json").write_text(json.dumps(facts | {"patch_size": 2}))
+    capsys.readouterr()
+    assert main(command) == 2
+    assert ", with a config.json " in one_line(capsys)
+    monkeypatch.setattr("cspd.generate.settings.config_beside", lambda path: None)
+    monkeypatch.setattr("cspd.generate.settings._content", lambda value: None if isinstance(value, dict) else value)
+    capsys.readouterr()
+    assert main(command) == 2  # whoever tells it: it is seen when the models are loaded
+    assert "got others: --patch-size was 1, is 2; the latent size was [4, 4, 4], is [1, 8, 8]. Give" in one_line(capsys)
+
+
+def test_a_checkpoint_is_the_file_that_is_read(tmp_path, checkpoints, quick, capsys):
+    """A folder and the file in it are the same; what else lies there plays no part."""
+    hub = tmp_path / "hub"
+    hub.mkdir()
+    path = (tmp_path / "target.safetensors").rename(hub / "model.safetensors")
+    command = ["generate", "--latents", "--patch-size", "1", "--labels", "1", "--out", str(tmp_path / "out")]
+    assert main([*command, "--target", str(hub)]) == 0
+    (hub / "README.md").write_text("new")
+    assert main([*command, "--target", str(hub)]) == 0
+    assert main([*command, "--target", str(path)]) == 0
+    # Another file of the same size and time, as `cp -p` or another snapshot brings.
+    state, data = path.stat(), bytearray(path.read_bytes())
+    data[-1] ^= 1
+    (hub / "new").write_bytes(data)
+    os.utime(hub / "new", ns=(state.st_atime_ns, state.st_mtime_ns))
+    (hub / "new").replace(path)
+    capsys.readouterr()
+    assert main([*command, "--target", str(hub)]) == 2
+    assert "got others: --target was " in one_line(capsys)
+
+
 def test_a_folder_of_others_is_left_alone(tmp_path, quick, capsys):
     (tmp_path / "000000.png").write_bytes(b"somebody's")
     assert main([*TEN, str(tmp_path)]) == 2

@@ -117,17 +117,27 @@ def _look(args, device: torch.device, folder: RunFolder) -> tuple[Settings, Miss
     settings = resolve(args, device, folder.known.get("settings", {}))
     if not folder.known:
         return settings, None
-    if texts := differences(folder.known["settings"], settings.to_dict()):
-        raise ValueError(
-            f"expected the settings of the run in {folder.path}, got others: {'; '.join(texts)}. Give another --out, "
-            "or these settings again"
-        )
+    _check_settings(folder, settings)
     images, latents = _wanted(args)
     count = settings.num_images
     return settings, Missing(
         folder.missing_images(count, folder.known["image_size"]) if images else [],
         folder.missing_latents(count, folder.known["latent_size"]) if latents else [],
     )
+
+
+def _check_settings(folder: RunFolder, settings: Settings, models: Models | None = None) -> None:
+    """Raise where a run would go on with other settings, or with models of other sizes, than it began with."""
+    texts = differences(folder.known["settings"], settings.to_dict())
+    for name in ("latent_size", "image_size") if models else ():
+        was, now = (side and list(side) for side in (folder.known[name], getattr(models, name)))
+        if was != now:
+            texts.append(f"the {name.replace('_', ' ')} was {was}, is {now}")
+    if texts:
+        raise ValueError(
+            f"expected the settings of the run in {folder.path}, got others: {'; '.join(texts)}. Give another --out, "
+            "or these settings again"
+        )
 
 
 def _check_extra(args, folder: RunFolder, name: str, path) -> None:
@@ -146,7 +156,9 @@ def _check_extra(args, folder: RunFolder, name: str, path) -> None:
 
 
 def _begin(args, folder: RunFolder, settings: Settings, models: Models | None, missing: Missing, start: dict) -> None:
-    """The last check, of the space; then the folder, and in it what is to be made."""
+    """The last checks, of what the models tell and of the space; then the folder, and in it what is to be made."""
+    if folder.known and models is not None:
+        _check_settings(folder, settings, models)
     run = folder.known or {
         "settings": settings.to_dict(),
         "image_size": models.image_size,
