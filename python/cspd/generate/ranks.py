@@ -15,8 +15,13 @@ import torch.distributed as dist
 from ..cli_support import one_line
 
 T = TypeVar("T")
-_FAILED, _DONE = "cspd/failed", "cspd/done"
+_FAILED, _DONE = "failed", "done"
 _PATIENCE = timedelta(days=1)  # ranks wait for the slowest one; one that is gone is noticed at once
+
+
+def _attempt() -> str:
+    """What keeps this start's notes from those of the one before, which failed: torchrun may keep its store."""
+    return f"cspd/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
 
 
 class LostError(RuntimeError):
@@ -71,7 +76,8 @@ class Ranks:
         if self.size > 1:
             try:
                 # The store is torchrun's, or rank 0's.
-                self._store, _, _ = next(dist.rendezvous("env://", self.rank, self.size))
+                store, _, _ = next(dist.rendezvous("env://", self.rank, self.size))
+                self._store = dist.PrefixStore(_attempt(), store)
                 dist.init_process_group(
                     "gloo", store=self._store, rank=self.rank, world_size=self.size, timeout=_PATIENCE
                 )
