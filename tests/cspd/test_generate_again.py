@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import logging
 import os
@@ -257,6 +258,29 @@ def test_a_run_on_a_gpu_goes_on_with_the_same_bytes(tmp_path):
         (tmp_path / f"00000{number}.png").unlink()
     assert main([*command, "--out", str(tmp_path)]) == 0
     assert contents(tmp_path) == before
+
+
+class Gone(io.StringIO):
+    """Nobody reads it any more, as behind `| head`."""
+
+    def write(self, text):
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+
+
+def test_the_work_goes_on_where_nobody_reads_how_it_stands(tmp_path, checkpoints, quick, capsys, monkeypatch):
+    command = ["generate", *checkpoints, "--latents", "--labels", "1,2", "--batch-size", "1", "--out", str(tmp_path)]
+    with monkeypatch.context() as patched:
+        patched.setattr(sys, "stdout", Gone())
+        assert main(command) == 0
+    assert len(contents(tmp_path, "safetensors")) == 2
+    assert run_of(tmp_path)["statistics"]["batches"] == 2
+    assert capsys.readouterr().err == ""
+
+
+def test_a_pipe_that_nobody_reads_is_no_failure_to_tell(tmp_path, quick, capsys, monkeypatch):
+    monkeypatch.setattr(Models, "make", lambda *_: Gone().write(""))
+    assert main([*TEN, str(tmp_path)]) == 2
+    assert capsys.readouterr().err == ""
 
 
 def test_a_full_disk_leaves_a_run_that_goes_on(tmp_path, quick, capsys, monkeypatch):

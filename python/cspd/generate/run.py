@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from cspd_kernels import __version__
 
-from ..cli_support import one_line
+from ..cli_support import one_line, say
 from ..files import check_output, write_file
 from .folder import RunFolder, check_space
 from .images import grid, read_png
@@ -167,9 +167,6 @@ def _begin(args, folder: RunFolder, settings: Settings, models: Models | None, m
         "starts": [],
     }
     check_space(_needs(args, folder, settings, missing, run))
-    if models is not None:
-        for role, text in models.loaded.items():
-            print(f"{role}: {text}")
     if run["starts"] and missing.numbers:
         _warn_of_changes(run["starts"][-1], start)
     run["starts"].append(start)
@@ -177,6 +174,8 @@ def _begin(args, folder: RunFolder, settings: Settings, models: Models | None, m
     folder.merge_records()
     folder.known = run
     folder.write_run(run)
+    for role, text in models.loaded.items() if models else ():
+        say(f"{role}: {text}")
 
 
 def _needs(args, folder: RunFolder, settings: Settings, missing: Missing, run: dict) -> Iterator[tuple]:
@@ -224,6 +223,8 @@ def _going_on() -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"interrupted; {_GOES_ON}") from None
+    except BrokenPipeError:  # nobody reads on: the command's own matter
+        raise
     except (OSError, ValueError, RuntimeError) as error:
         text = one_line(error)
         raise RuntimeError(text if _GOES_ON in text else f"{text}; {_GOES_ON}") from error
@@ -268,7 +269,7 @@ def _finish(args, folder: RunFolder, settings: Settings) -> None:
         write_npz(args.npz, _read(paths), labels, (*run["image_size"], 3))
     run["starts"][-1]["seconds"]["collect"] = time.perf_counter() - start
     folder.write_run(run)
-    print(_summary(settings, folder, run))
+    say(_summary(settings, folder, run))
 
 
 def _read(paths: list) -> Iterator[np.ndarray]:
