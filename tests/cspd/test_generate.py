@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import logging
 import zipfile
 from types import SimpleNamespace
 
@@ -18,6 +19,8 @@ from small_models import small_mar
 from cspd.cli import main
 from cspd.generate import images
 from cspd.generate.npz import write_npz
+from cspd.generate.run import _load
+from cspd.generate.settings import fingerprint
 
 # --- what is written ---
 
@@ -65,6 +68,35 @@ def test_balanced_classes_in_whole_batches(tmp_path, quick):
     command = ["generate", "--num-images", "5", "--classes", "3", "--batch-size", "4", "--out", str(tmp_path / "few")]
     assert main(command) == 0
     assert [labels for _, _, labels in quick.runs] == [[0, 1, 2, 0], [1, 2, 0, 1]]
+
+
+def test_padding_is_told(tmp_path, quick, caplog):
+    with caplog.at_level(logging.WARNING, "cspd"):
+        assert main(["generate", "--labels", "1,2", "--batch-size", "2", "--out", str(tmp_path / "even")]) == 0
+        assert not caplog.messages
+        assert main(["generate", "--labels", "1,2", "--batch-size", "5", "--out", str(tmp_path / "padded")]) == 0
+    assert caplog.messages == [
+        "--batch-size 5 is more than the images: that many are computed, padding included, and 2 kept"
+    ]
+
+
+def test_other_machines_have_the_same_checkpoints(tmp_path, checkpoints, quick, monkeypatch):
+    """Rank 0 says what it has seen; the first rank of every machine compares."""
+    path = tmp_path / "target.safetensors"
+    args = SimpleNamespace(target=path, draft=None, vae=None)
+    seen = {"target": fingerprint("target", path), "draft": None, "vae": None}
+    settings = SimpleNamespace(to_dict=lambda: seen)
+    monkeypatch.setattr("cspd.generate.run.Models", lambda *_: "loaded")
+    assert _load(args, settings, None, SimpleNamespace(rank=8, local=0)) == "loaded"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(
+        ValueError, match="expected the checkpoints of rank 0 on this machine too, got others: --target"
+    ):
+        _load(args, settings, None, SimpleNamespace(rank=8, local=0))
+    for rank, local in ((0, 0), (9, 1)):
+        assert _load(args, settings, None, SimpleNamespace(rank=rank, local=local)) == "loaded"
 
 
 def test_latents_from_checkpoints(tmp_path, checkpoints, capsys):
@@ -172,6 +204,8 @@ def test_a_whole_png():
         (["--labels", "1", "--target", "t.pth"], "expected --vae, which makes pictures of latents, or --latents"),
         (["--labels", "1", "--target", "t.pth", "--latents", "--npz", "x"], "expected --vae together with --npz"),
         (["--labels", "1", "--target", "t.pth", "--latents"], "expected a checkpoint, found none at t.pth"),
+        (["--labels", "1", "--batch-size", "65537"], "expected --batch-size at most 65536, got 65537"),
+        (["--labels", "1", "--threads", "100000"], "expected --threads at most "),
         (["--labels", "1", "--temperature", "-1"], "temperature >= 0"),
         (["--labels", "1", "--prefill", "1.5"], "expected ratio in [0, 1], got 1.5"),
         (["--labels", "1", "--seed", "-1"], "seed"),

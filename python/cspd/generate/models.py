@@ -30,7 +30,8 @@ class Models:
     """The models of a run.
 
     Attributes:
-        settings: as given, the number of classes, the patch size and the stride filled in. classes: how many the models have.
+        settings: as given, the number of classes, the patch size and the stride filled in.
+        classes: how many the models have.
         latent_size: (c, h, w). image_size: (height, width), or None without a VAE.
         loaded: what was loaded, for people.
 

@@ -100,7 +100,11 @@ class Ranks:
         if not self._first_to_fail():
             raise SystemExit(130 if isinstance(error, KeyboardInterrupt) else 2) from error
         lost = isinstance(error, LostError) or isinstance(error.__cause__, LostError)
-        if isinstance(error, (OSError, ValueError, RuntimeError)) and not lost:
+        if (
+            isinstance(error, (OSError, ValueError, RuntimeError))
+            and not lost
+            and not isinstance(error, BrokenPipeError)
+        ):
             raise RuntimeError(f"rank {self.rank}: {one_line(error)}") from error
 
     def _first_to_fail(self) -> bool:

@@ -28,7 +28,7 @@ from .images import grid, read_png
 from .models import Models, merge_statistics
 from .npz import write_npz
 from .ranks import Ranks
-from .settings import Settings, check_options, differences, resolve
+from .settings import Settings, check_options, checkpoints, differences, resolve
 
 _logger = logging.getLogger("cspd")
 _GOES_ON = "what was written stays, the same command makes the rest"
@@ -64,7 +64,7 @@ def generate(args) -> None:
         stack.enter_context(_threads(settings.threads))
         models = None
         if missing is None or missing.numbers:
-            models = ranks.together(lambda: Models(args, settings, device))
+            models = ranks.together(lambda: _load(args, settings, device, ranks))
             settings = models.settings
             if missing is None:
                 missing = Missing(*(list(range(settings.num_images)) * wanted for wanted in _wanted(args)))
@@ -74,7 +74,7 @@ def generate(args) -> None:
             "missing": len(missing.numbers),
             "ranks": ranks.size,
             "options": {name: path and str(path) for name, path in options.items()} | {"latents": args.latents},
-            **_circumstances(device),
+            **_circumstances(device, settings),
             "seconds": {"look": looked - began, "load": time.perf_counter() - looked},
         }
         ranks.lead(lambda: _begin(args, folder, settings, models, missing, start))
@@ -100,6 +100,17 @@ def _prepare(args, ranks: Ranks) -> torch.device:
     """What costs nothing to find out."""
     check_options(args)
     return ranks.device("cpu" if args.target is None and args.device == "auto" else args.device)
+
+
+def _load(args, settings: Settings, device: torch.device, ranks: Ranks) -> Models:
+    """The models, of the files that rank 0 has seen: on another machine the same path may hold another one."""
+    if ranks.rank > 0 and ranks.local == 0:
+        known = settings.to_dict()
+        here = checkpoints(args, known)
+        here = {name: value for name, value in here.items() if value}  # the digits pair is in the package
+        if texts := differences({name: known[name] for name in here}, here):
+            raise ValueError(f"expected the checkpoints of rank 0 on this machine too, got others: {'; '.join(texts)}")
+    return Models(args, settings, device)
 
 
 def _wanted(args) -> tuple[bool, bool]:
@@ -169,6 +180,12 @@ def _begin(args, folder: RunFolder, settings: Settings, models: Models | None, m
     check_space(_needs(args, folder, settings, missing, run))
     if run["starts"] and missing.numbers:
         _warn_of_changes(run["starts"][-1], start)
+    if missing.numbers and settings.batch_size > settings.num_images:
+        _logger.warning(
+            "--batch-size %d is more than the images: that many are computed, padding included, and %d kept",
+            settings.batch_size,
+            settings.num_images,
+        )
     run["starts"].append(start)
     folder.create()
     folder.merge_records()
@@ -191,10 +208,10 @@ def _needs(args, folder: RunFolder, settings: Settings, missing: Missing, run: d
         yield args.npz.parent, settings.num_images * (height * width * 3 + 8) + block
 
 
-def _circumstances(device: torch.device) -> dict:
+def _circumstances(device: torch.device, settings: Settings) -> dict:
     """What images should not depend on, but may up to rounding."""
     versions = {"cspd": __version__, "python": platform.python_version()}
-    for package in ("torch", "triton", "numpy", "pillow", "safetensors"):
+    for package in ("torch", "triton", "numpy", "pillow", "safetensors", *(["diffusers"] if settings.vae else [])):
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)
     cuda = device.type == "cuda"

@@ -13,6 +13,7 @@ from ..weight_files import MAR_FILE, VAE_FILE, config_beside, find_file
 
 DIGITS = "digits"
 _CHECKPOINTS = {"target": MAR_FILE, "draft": MAR_FILE, "vae": VAE_FILE}
+_MOST_IMAGES = 65_536  # of a batch: more is a slip
 
 
 @dataclass(frozen=True)
@@ -134,6 +135,9 @@ def check_options(args) -> None:
         raise ValueError("expected --labels or --num-images, one of them")
     if args.classes is not None and args.num_images is None:
         raise ValueError("expected --num-images together with --classes: with --labels every image has its own class")
+    for name, most in (("batch_size", _MOST_IMAGES), ("threads", max(64, 8 * (os.cpu_count() or 1)))):
+        if (getattr(args, name) or 0) > most:
+            raise ValueError(f"expected --{name.replace('_', '-')} at most {most}, got {getattr(args, name)}")
     if args.target is None:
         for name in ("draft", "vae", "num_sampling_steps", "patch_size", "vae_stride"):
             if getattr(args, name) is not None:
