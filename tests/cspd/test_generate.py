@@ -185,6 +185,30 @@ def test_a_whole_png():
         assert not images.is_whole_png(data[:end], 5, 7)
     for at in range(len(data)):
         assert not images.is_whole_png(data[:at] + bytes([data[at] ^ 16]) + data[at + 1 :], 5, 7)
+    assert not images.is_whole_png(data[:33] + data[-12:], 5, 7)  # no pixels
+
+
+def test_a_link_to_an_image_is_that_image(tmp_path, quick, capsys):
+    assert main([*TEN, str(tmp_path / "out")]) == 0
+    (tmp_path / "link.png").symlink_to(tmp_path / "out" / "000003.png")
+    assert main([*TEN, str(tmp_path / "out"), "--grid", str(tmp_path / "link.png")]) == 2
+    assert "expected --grid as another file than those of the run" in one_line(capsys)
+
+
+def test_a_link_that_leads_nowhere_is_no_folder(tmp_path, quick, capsys):
+    (tmp_path / "out").symlink_to(tmp_path / "nothing")
+    assert main([*TEN, str(tmp_path / "out")]) == 2
+    assert one_line(capsys) == f"expected --out as a folder, found a link that leads nowhere at {tmp_path / 'out'}"
+
+
+def test_what_has_no_part_without_a_draft(tmp_path, checkpoints, quick, caplog):
+    command = ["generate", *checkpoints, "--latents", "--labels", "1", "--out", str(tmp_path / "out")]
+    assert main(command) == 0
+    assert not caplog.messages
+    assert main([*command, "--gamma", "3", "--prefill", "0.5", "--relaxation", "1"]) == 0
+    assert caplog.messages == [
+        "without --draft nothing is drafted, and these play no part: --gamma, --prefill, --relaxation"
+    ]
 
 
 # --- refused before any work ---
@@ -207,7 +231,10 @@ def test_a_whole_png():
         (["--labels", "1", "--batch-size", "65537"], "expected --batch-size at most 65536, got 65537"),
         (["--labels", "1", "--threads", "100000"], "expected --threads at most "),
         (["--labels", "1", "--temperature", "-1"], "temperature >= 0"),
-        (["--labels", "1", "--prefill", "1.5"], "expected ratio in [0, 1], got 1.5"),
+        (["--labels", "1", "--prefill", "1.5"], "expected --prefill in [0, 1], got 1.5"),
+        (["--labels", "1", "--relaxation", "0"], "expected --relaxation > 0, got 0.0"),
+        (["--labels", "1", "--device", "foo"], "as one that torch has here, got foo: there is no such device"),
+        (["--labels", "1", "--device", "meta"], "as one that torch has here, got meta: it computes nothing"),
         (["--labels", "1", "--seed", "-1"], "seed"),
         (["--labels", "1", "--device", "cuda:77"], "expected --device as one that torch has here, got cuda:77: "),
         (["--labels", "1", "--grid", "no/such/x.png"], "expected a folder for x.png"),

@@ -31,6 +31,7 @@ def test_only_what_is_missing_or_broken_is_made_again(tmp_path, quick, capsys):
     (tmp_path / "000000.png").write_bytes(changed)
     (tmp_path / "000006.safetensors").write_bytes(latents["000006.safetensors"][:-1])
     (tmp_path / ".cspd-0123456789abcdef").write_bytes(b"left by a process that was killed")
+    (tmp_path / ".cspd-mine").write_bytes(b"somebody's")
     kept = {name: (tmp_path / name).stat().st_mtime_ns for name in ("000001.png", "000004.png", "000006.png")}
     quick.runs.clear()
     assert main([*TEN, str(tmp_path)]) == 0
@@ -38,7 +39,7 @@ def test_only_what_is_missing_or_broken_is_made_again(tmp_path, quick, capsys):
     assert contents(tmp_path) == before
     assert contents(tmp_path, "safetensors") == latents
     assert {name: (tmp_path / name).stat().st_mtime_ns for name in kept} == kept
-    assert not list(tmp_path.glob(".*"))
+    assert [path.name for path in tmp_path.glob(".*")] == [".cspd-mine"]
     run = run_of(tmp_path)
     assert [start["missing"] for start in run["starts"]] == [10, 5]
     assert run["statistics"] == dict(

@@ -18,6 +18,7 @@ from .images import is_whole_png
 
 RUN, BATCHES = "run.json", "batches.jsonl"
 _OURS = re.compile(r"\d{6,}\.(png|safetensors)|run\.json|batches(-\d+)?\.jsonl")
+_UNFINISHED = re.compile(rf"{re.escape(BESIDE)}[0-9a-f]{{16}}")
 
 
 class RunFolder:
@@ -43,13 +44,16 @@ class RunFolder:
 
     def owns(self, path: Path) -> bool:
         """Whether a path is one of the folder's own names."""
-        return Path(os.path.realpath(path)).parent == self.path.resolve() and bool(_OURS.fullmatch(path.name))
+        real = Path(os.path.realpath(path))
+        return real.parent == self.path.resolve() and bool(_OURS.fullmatch(real.name))
 
     def check(self) -> None:
         """Raise where nothing could be written; nothing is made."""
         there = self.path
-        while not there.exists() and there != there.parent:
+        while not there.exists() and not there.is_symlink() and there != there.parent:
             there = there.parent
+        if there.is_symlink() and not there.exists():
+            raise NotADirectoryError(f"expected --out as a folder, found a link that leads nowhere at {there}")
         if not there.is_dir():
             raise NotADirectoryError(f"expected --out as a folder, found a file at {there}")
         if not os.access(there, os.W_OK | os.X_OK):
@@ -92,7 +96,8 @@ class RunFolder:
         if not self._seen and self._used():
             raise ValueError(f"expected a new folder for --out, another run has begun in {self.path} meanwhile")
         for path in self.path.glob(f"{BESIDE}*"):
-            path.unlink(missing_ok=True)
+            if _UNFINISHED.fullmatch(path.name):
+                path.unlink(missing_ok=True)
 
     def _used(self) -> bool:
         """Whether a run has left anything here."""

@@ -58,7 +58,12 @@ class Ranks:
         if name == "auto":
             name = "cuda" if torch.cuda.is_available() else "cpu"
         try:
-            device = torch.device(name)
+            try:
+                device = torch.device(name)
+            except RuntimeError:  # whose message lists all that torch has a name for
+                raise ValueError("there is no such device") from None
+            if device.type == "meta":
+                raise ValueError("it computes nothing")
             if device.type == "cuda" and self.size > 1:
                 if device.index is not None:
                     raise ValueError(f"with {self.size} processes every one takes a GPU of its own: give --device cuda")

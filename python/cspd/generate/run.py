@@ -28,9 +28,10 @@ from .images import grid, read_png
 from .models import Models, merge_statistics
 from .npz import write_npz
 from .ranks import Ranks
-from .settings import Settings, check_options, checkpoints, differences, resolve
+from .settings import Settings, check_options, checkpoints, differences, resolve, without_part
 
 _logger = logging.getLogger("cspd")
+_BETWEEN_LINES = 60.0  # seconds, where there is no terminal for a bar
 _GOES_ON = "what was written stays, the same command makes the rest"
 
 
@@ -180,6 +181,8 @@ def _begin(args, folder: RunFolder, settings: Settings, models: Models | None, m
     check_space(_needs(args, folder, settings, missing, run))
     if run["starts"] and missing.numbers:
         _warn_of_changes(run["starts"][-1], start)
+    if options := without_part(args):
+        _logger.warning("without --draft nothing is drafted, and these play no part: %s", ", ".join(options))
     if missing.numbers and settings.batch_size > settings.num_images:
         _logger.warning(
             "--batch-size %d is more than the images: that many are computed, padding included, and %d kept",
@@ -255,11 +258,18 @@ def _work(folder: RunFolder, models: Models, missing: Missing, ranks: Ranks) -> 
     images, latents = set(missing.images), set(missing.latents)
     batches = sorted({number // settings.batch_size for number in missing.numbers})[ranks.rank :: ranks.size]
     before, size = settings.num_images - len(missing.numbers), settings.batch_size
-    shown = ranks.rank == 0 and sys.stderr is not None and sys.stderr.isatty()
+    told = ranks.rank == 0 and sys.stderr is not None
+    shown = told and sys.stderr.isatty()
+    next_line = time.monotonic() + _BETWEEN_LINES
     with tqdm(total=settings.num_images, initial=before, unit="img", disable=not shown) as bar:
 
         def show() -> None:
-            bar.update(before + ranks.done() - bar.n)
+            nonlocal next_line
+            if shown:
+                bar.update(before + ranks.done() - bar.n)
+            elif told and time.monotonic() >= next_line:
+                next_line = time.monotonic() + _BETWEEN_LINES
+                say(f"{before + ranks.done()} of {settings.num_images} images", sys.stderr)
 
         with Writer(folder, settings, images, latents, ranks.rank) as writer:
             for number in batches:
@@ -307,6 +317,8 @@ def _summary(settings: Settings, folder: RunFolder, run: dict) -> str:
     if not settings.digits:
         texts.append(f"latents of shape {tuple(run['latent_size'])}")
     texts.append(f"{statistics['target_calls']} target and {statistics['draft_calls']} draft calls")
+    if lost := settings.batches - statistics["batches"]:
+        texts.append(f"not counting {lost} batch{'es' * (lost > 1)} whose process was stopped before it noted them")
     if statistics["acceptance"] is not None:
         texts.append(f"{100 * statistics['acceptance']:.1f} % of the drafted tokens kept")
     return ", ".join(texts)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from ..cli_generate import DRAFTING
 from ..weight_files import MAR_FILE, VAE_FILE, config_beside, find_file
 
 DIGITS = "digits"
@@ -108,11 +109,8 @@ def resolve(args, device: torch.device, known: dict) -> Settings:
         temperature=args.temperature,
         seed=args.seed,
         batch_size=args.batch_size or min(count, 64 if digits or device.type != "cpu" else 8),
-        gamma=args.gamma,
-        prefill=1.0 if alone else args.prefill,
-        relaxation=args.relaxation,
-        residual="rejection" if alone else args.residual,
-        target_sigma=args.target_sigma and not alone,
+        # Without a draft all steps are the target's, and what is said of drafting plays no part.
+        **(DRAFTING | {"prefill": 1.0} if alone else {name: getattr(args, name) for name in DRAFTING}),
         parallel_tol=args.parallel_tol,
     )
 
@@ -135,6 +133,10 @@ def check_options(args) -> None:
         raise ValueError("expected --labels or --num-images, one of them")
     if args.classes is not None and args.num_images is None:
         raise ValueError("expected --num-images together with --classes: with --labels every image has its own class")
+    if not 0.0 <= args.prefill <= 1.0:
+        raise ValueError(f"expected --prefill in [0, 1], got {args.prefill}")
+    if not args.relaxation > 0:
+        raise ValueError(f"expected --relaxation > 0, got {args.relaxation}")
     for name, most in (("batch_size", _MOST_IMAGES), ("threads", max(64, 8 * (os.cpu_count() or 1)))):
         if (getattr(args, name) or 0) > most:
             raise ValueError(f"expected --{name.replace('_', '-')} at most {most}, got {getattr(args, name)}")
@@ -149,6 +151,12 @@ def check_options(args) -> None:
         for name in ("grid", "npz"):
             if getattr(args, name) is not None:
                 raise ValueError(f"expected --vae together with --{name}: without it there are latents only")
+
+
+def without_part(args) -> list[str]:
+    """The options of drafting that were given although nothing is drafted."""
+    alone = args.target is not None and args.draft is None
+    return [f"--{name.replace('_', '-')}" for name in DRAFTING if alone and getattr(args, name) != DRAFTING[name]]
 
 
 def checkpoints(args, known: dict) -> dict[str, dict | None]:
