@@ -232,7 +232,7 @@ def test_what_has_no_part_without_a_draft(tmp_path, checkpoints, quick, caplog):
         (["--labels", "1", "--threads", "100000"], "expected --threads at most "),
         (["--labels", "1", "--temperature", "-1"], "temperature >= 0"),
         (["--labels", "1", "--prefill", "1.5"], "expected --prefill in [0, 1], got 1.5"),
-        (["--labels", "1", "--relaxation", "0"], "expected --relaxation > 0, got 0.0"),
+        (["--labels", "1", "--relaxation", "0"], "expected a finite --relaxation > 0, got 0.0"),
         (["--labels", "1", "--device", "foo"], "as one that torch has here, got foo: there is no such device"),
         (["--labels", "1", "--device", "meta"], "as one that torch has here, got meta: it computes nothing"),
         (["--labels", "1", "--seed", "-1"], "seed"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -135,8 +136,8 @@ def check_options(args) -> None:
         raise ValueError("expected --num-images together with --classes: with --labels every image has its own class")
     if not 0.0 <= args.prefill <= 1.0:
         raise ValueError(f"expected --prefill in [0, 1], got {args.prefill}")
-    if not args.relaxation > 0:
-        raise ValueError(f"expected --relaxation > 0, got {args.relaxation}")
+    if not 0.0 < args.relaxation < math.inf:
+        raise ValueError(f"expected a finite --relaxation > 0, got {args.relaxation}")
     for name, most in (("batch_size", _MOST_IMAGES), ("threads", max(64, 8 * (os.cpu_count() or 1)))):
         if (getattr(args, name) or 0) > most:
             raise ValueError(f"expected --{name.replace('_', '-')} at most {most}, got {getattr(args, name)}")
