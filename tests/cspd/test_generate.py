@@ -16,6 +16,7 @@ from runs import TEN, Vae, contents, one_line, run_of
 from safetensors.torch import load_file, save_file
 from small_models import small_mar
 
+from cspd import cli_support
 from cspd.cli import main
 from cspd.generate import images
 from cspd.generate.npz import write_npz
@@ -68,6 +69,12 @@ def test_balanced_classes_in_whole_batches(tmp_path, quick):
     command = ["generate", "--num-images", "5", "--classes", "3", "--batch-size", "4", "--out", str(tmp_path / "few")]
     assert main(command) == 0
     assert [labels for _, _, labels in quick.runs] == [[0, 1, 2, 0], [1, 2, 0, 1]]
+
+
+def test_a_line_per_minute_where_there_is_no_terminal(tmp_path, quick, capsys, monkeypatch):
+    monkeypatch.setattr("cspd.generate.run._BETWEEN_LINES", 0.0)
+    assert main(["generate", "--labels", "1,2,3", "--batch-size", "1", "--out", str(tmp_path)]) == 0
+    assert capsys.readouterr().err.splitlines()[-1] == "3 of 3 images"
 
 
 def test_padding_is_told(tmp_path, quick, caplog):
@@ -248,6 +255,19 @@ def test_wrong_input_is_one_line_and_leaves_nothing(options, message, capsys, tm
     assert main(["generate", "--out", "out", *options]) == 2
     assert message in one_line(capsys)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_vae_has_no_fp16(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["generate", "--labels", "1", "--out", "out", "--vae-dtype", "fp16"])
+    assert stopped.value.code == 2
+    assert "expected fp32 or bf16, got fp16" in capsys.readouterr().err
+
+
+def test_errors_have_no_bytes_for_the_terminal():
+    text = cli_support.one_line(ValueError("a\x1b[31mb\n c\udcff\u2028"))
+    assert text == r"a\x1b[31mb c\udcff"
+    assert cli_support.one_line(OSError(2, "No such file", "x\x1b")) == r"x\x1b: No such file"
 
 
 @pytest.mark.parametrize("labels", ["1,x", "", "1,,2"])
