@@ -11,6 +11,7 @@ import torch
 
 from .models import MAR
 from .weight_files import (
+    MAR_FILE,
     UNFLATTEN,
     Weights,
     check_safetensors,
@@ -244,7 +245,7 @@ def _find(
     options: dict,
 ) -> _Found:
     """Read a checkpoint and see that it fits; see :func:`load_mar`."""
-    weights = read_weights(find_file(Path(path), "class_emb.weight", "a MAR"), entry)
+    weights = read_weights(find_file(Path(path), *MAR_FILE), entry)
     try:
         patch, stride = _told(weights, patch_size, vae_stride)
         config = mar_config(weights.tensors, num_heads, patch, stride)

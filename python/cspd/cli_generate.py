@@ -10,6 +10,8 @@ from .cli_support import labels, positive, tolerance
 
 DTYPES = {"float32": "float32", "fp32": "float32", "bfloat16": "bfloat16", "bf16": "bfloat16", "float16": "float16"}
 DTYPES["fp16"] = "float16"
+# What the options of drafting are unless given.
+DRAFTING = {"gamma": 8, "prefill": 0.15, "relaxation": 42.0, "residual": "rejection", "target_sigma": False}
 
 
 def add_parser(commands) -> None:
@@ -35,7 +37,9 @@ def add_parser(commands) -> None:
         "--dtype", type=_dtype, metavar="TYPE", help="of both models' matrix products: bf16, fp16 or fp32 (default "
         "bf16 on a GPU, else fp32)"
     )  # fmt: skip
-    models.add_argument("--vae-dtype", type=_dtype, metavar="TYPE", default="float32", help="fp32 (default) or bf16")
+    models.add_argument(
+        "--vae-dtype", type=_vae_dtype, metavar="TYPE", default="float32", help="fp32 (default) or bf16"
+    )
 
     images = parser.add_argument_group("images")
     images.add_argument("--labels", type=labels, nargs="+", metavar="CLASSES", help="one class per image: 207,360,980")
@@ -53,13 +57,19 @@ def add_parser(commands) -> None:
     )  # fmt: skip
 
     drafting = parser.add_argument_group("drafting, with --draft or the digits pair")
-    drafting.add_argument("--gamma", type=positive, default=8, help="draft steps per window (default 8)")
-    drafting.add_argument("--prefill", type=float, default=0.15, help="fraction of the steps that is the target's")
-    drafting.add_argument("--relaxation", type=float, default=42.0, help="of the accept test (default 42)")
+    drafting.add_argument(
+        "--gamma", type=positive, default=DRAFTING["gamma"], help="draft steps per window (default 8)"
+    )
+    drafting.add_argument(
+        "--prefill", type=float, default=DRAFTING["prefill"], help="fraction of the steps that is the target's"
+    )
+    drafting.add_argument(
+        "--relaxation", type=float, default=DRAFTING["relaxation"], help="of the accept test (default 42)"
+    )
     drafting.add_argument(
         "--residual",
         choices=("rejection", "closed_form"),
-        default="rejection",
+        default=DRAFTING["residual"],
         help="how a rejected token is redrawn; closed_form is for heads with a fixed variance (the digits pair's)",
     )
     drafting.add_argument(
@@ -85,6 +95,12 @@ def add_parser(commands) -> None:
 def _dtype(text: str) -> str:
     if text not in DTYPES:
         raise argparse.ArgumentTypeError(f"expected bf16, fp16 or fp32, got {text}")
+    return DTYPES[text]
+
+
+def _vae_dtype(text: str) -> str:
+    if DTYPES.get(text) not in ("float32", "bfloat16"):
+        raise argparse.ArgumentTypeError(f"expected fp32 or bf16, got {text}")
     return DTYPES[text]
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import sys
+from typing import TextIO
 
 
 def positive(text: str) -> int:
@@ -33,7 +35,15 @@ def labels(text: str) -> list[int]:
 
 
 def one_line(error: BaseException) -> str:
-    """An error's message for people, in one line."""
+    """An error's message for people, in one line. What cannot be printed is escaped: names may come from a file."""
+    text = str(error)
     if isinstance(error, OSError) and error.strerror:  # without the number
-        return error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
-    return " ".join(str(error).split())
+        text = error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
+    text = " ".join(text.split())
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def say(text: str, stream: TextIO | None = None) -> None:
+    """Print how the work stands, on stdout or this stream. It goes on where nobody can read that."""
+    with contextlib.suppress(OSError, ValueError):
+        print(text, file=stream or sys.stdout, flush=True)

@@ -73,5 +73,7 @@ def why_unreadable(error: Exception) -> str:
             "save the model's state dict alone"
         )
     found = re.search(r"WeightsUnpickler error:\s*(.+)", text)
-    reason = found[1] if found else next(iter(text.splitlines()), "") or type(error).__name__
-    return f"it was not written by torch.save, or is damaged ({reason.strip()})"
+    reason = (found[1] if found else next(iter(text.splitlines()), "")).split(". This is an internal miniz")[0].strip()
+    if isinstance(error, (KeyError, EOFError)) or not reason:  # a KeyError's message is a bare number
+        reason = "no file of torch.save"
+    return f"it was not written by torch.save, or is damaged ({reason})"

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from .weight_files import (
+    VAE_FILE,
     Weights,
     check_safetensors,
     check_weights,
@@ -25,7 +26,7 @@ from .weight_files import (
 
 # By what MAR multiplies the latents of its VAE before it learns to draw them (LTH14/mar, engine_mar.py).
 SCALE = 0.2325
-_MARKER = "decoder.conv_in.weight"
+_MARKER = VAE_FILE[0]
 _GROUPS = 32  # of all its GroupNorms
 _logger = logging.getLogger("cspd")
 
@@ -164,7 +165,7 @@ def convert(path: str | Path, output: str | Path) -> str:
 
 
 def _file(path: str | Path) -> Path:
-    return find_file(Path(path), _MARKER, "a VAE")
+    return find_file(Path(path), *VAE_FILE)
 
 
 def _description(config: dict, state: dict[str, torch.Tensor]) -> str:

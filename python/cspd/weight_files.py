@@ -29,6 +29,9 @@ _PREFIX = re.compile(r"(?:(?:module|_orig_mod|_fsdp_wrapped_module|model)\.)+")
 # The names under which hub libraries write weights beside the config.json that is theirs.
 _WITH_CONFIG = ("model.safetensors", "diffusion_pytorch_model.safetensors", "pytorch_model.bin")
 _PLAIN = "state dict"
+# By what a file among others in a folder is known: the end of the name of one of its weights, and what that is.
+MAR_FILE = ("class_emb.weight", "a MAR")
+VAE_FILE = ("decoder.conv_in.weight", "a VAE")
 _logger = logging.getLogger("cspd")
 
 
@@ -115,14 +118,20 @@ def _read_pickled(path: Path) -> object:
 
 def _told(path: Path, tensors: object, source: str, facts: dict[str, int], told_by: str) -> Weights:
     """With these facts, else with those of a config.json beside the file, where hub libraries would write both."""
-    config = path.parent / "config.json"
-    if facts or path.name not in _WITH_CONFIG or not config.is_file():
+    config = config_beside(path)
+    if facts or config is None:
         return Weights(path, tensors, source, facts, told_by)
     try:
         content = json.loads(config.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"expected JSON in {config}, which stands beside {path.name}: {error}") from error
     return Weights(path, tensors, source, _facts(content), "config.json")
+
+
+def config_beside(path: Path) -> Path | None:
+    """The config.json that is asked where a file does not say itself what its weights do not show."""
+    config = path.parent / "config.json"
+    return config if path.name in _WITH_CONFIG and config.is_file() else None
 
 
 def _facts(arguments: object) -> dict[str, int]:
@@ -195,7 +204,7 @@ def find_file(path: Path, marker: str, what: str) -> Path:
         if files:
             break
     else:
-        raise ValueError(f"expected a checkpoint in the folder {path}, found no file named {', *'.join(SUFFIXES)}")
+        raise ValueError(f"expected a checkpoint in the folder {path}, found no file named *{', *'.join(SUFFIXES)}")
     if len(files) == 1:
         return files[0]
     names = ", ".join(str(file.relative_to(path)) for file in files)

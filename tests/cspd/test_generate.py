@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import logging
 import zipfile
 from types import SimpleNamespace
 
@@ -15,9 +16,12 @@ from runs import TEN, Vae, contents, one_line, run_of
 from safetensors.torch import load_file, save_file
 from small_models import small_mar
 
+from cspd import cli_support
 from cspd.cli import main
 from cspd.generate import images
 from cspd.generate.npz import write_npz
+from cspd.generate.run import _load
+from cspd.generate.settings import fingerprint
 
 # --- what is written ---
 
@@ -65,6 +69,41 @@ def test_balanced_classes_in_whole_batches(tmp_path, quick):
     command = ["generate", "--num-images", "5", "--classes", "3", "--batch-size", "4", "--out", str(tmp_path / "few")]
     assert main(command) == 0
     assert [labels for _, _, labels in quick.runs] == [[0, 1, 2, 0], [1, 2, 0, 1]]
+
+
+def test_a_line_per_minute_where_there_is_no_terminal(tmp_path, quick, capsys, monkeypatch):
+    monkeypatch.setattr("cspd.generate.run._BETWEEN_LINES", 0.0)
+    assert main(["generate", "--labels", "1,2,3", "--batch-size", "1", "--out", str(tmp_path)]) == 0
+    assert capsys.readouterr().err.splitlines()[-1] == "3 of 3 images"
+
+
+def test_padding_is_told(tmp_path, quick, caplog):
+    with caplog.at_level(logging.WARNING, "cspd"):
+        assert main(["generate", "--labels", "1,2", "--batch-size", "2", "--out", str(tmp_path / "even")]) == 0
+        assert not caplog.messages
+        assert main(["generate", "--labels", "1,2", "--batch-size", "5", "--out", str(tmp_path / "padded")]) == 0
+    assert caplog.messages == [
+        "--batch-size 5 is more than the images: that many are computed, padding included, and 2 kept"
+    ]
+
+
+def test_other_machines_have_the_same_checkpoints(tmp_path, checkpoints, quick, monkeypatch):
+    """Rank 0 says what it has seen; the first rank of every machine compares."""
+    path = tmp_path / "target.safetensors"
+    args = SimpleNamespace(target=path, draft=None, vae=None)
+    seen = {"target": fingerprint("target", path), "draft": None, "vae": None}
+    settings = SimpleNamespace(to_dict=lambda: seen)
+    monkeypatch.setattr("cspd.generate.run.Models", lambda *_: "loaded")
+    assert _load(args, settings, None, SimpleNamespace(rank=8, local=0)) == "loaded"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(
+        ValueError, match="expected the checkpoints of rank 0 on this machine too, got others: --target"
+    ):
+        _load(args, settings, None, SimpleNamespace(rank=8, local=0))
+    for rank, local in ((0, 0), (9, 1)):
+        assert _load(args, settings, None, SimpleNamespace(rank=rank, local=local)) == "loaded"
 
 
 def test_latents_from_checkpoints(tmp_path, checkpoints, capsys):
@@ -153,6 +192,30 @@ def test_a_whole_png():
         assert not images.is_whole_png(data[:end], 5, 7)
     for at in range(len(data)):
         assert not images.is_whole_png(data[:at] + bytes([data[at] ^ 16]) + data[at + 1 :], 5, 7)
+    assert not images.is_whole_png(data[:33] + data[-12:], 5, 7)  # no pixels
+
+
+def test_a_link_to_an_image_is_that_image(tmp_path, quick, capsys):
+    assert main([*TEN, str(tmp_path / "out")]) == 0
+    (tmp_path / "link.png").symlink_to(tmp_path / "out" / "000003.png")
+    assert main([*TEN, str(tmp_path / "out"), "--grid", str(tmp_path / "link.png")]) == 2
+    assert "expected --grid as another file than those of the run" in one_line(capsys)
+
+
+def test_a_link_that_leads_nowhere_is_no_folder(tmp_path, quick, capsys):
+    (tmp_path / "out").symlink_to(tmp_path / "nothing")
+    assert main([*TEN, str(tmp_path / "out")]) == 2
+    assert one_line(capsys) == f"expected --out as a folder, found a link that leads nowhere at {tmp_path / 'out'}"
+
+
+def test_what_has_no_part_without_a_draft(tmp_path, checkpoints, quick, caplog):
+    command = ["generate", *checkpoints, "--latents", "--labels", "1", "--out", str(tmp_path / "out")]
+    assert main(command) == 0
+    assert not caplog.messages
+    assert main([*command, "--gamma", "3", "--prefill", "0.5", "--relaxation", "1"]) == 0
+    assert caplog.messages == [
+        "without --draft nothing is drafted, and these play no part: --gamma, --prefill, --relaxation"
+    ]
 
 
 # --- refused before any work ---
@@ -172,8 +235,13 @@ def test_a_whole_png():
         (["--labels", "1", "--target", "t.pth"], "expected --vae, which makes pictures of latents, or --latents"),
         (["--labels", "1", "--target", "t.pth", "--latents", "--npz", "x"], "expected --vae together with --npz"),
         (["--labels", "1", "--target", "t.pth", "--latents"], "expected a checkpoint, found none at t.pth"),
+        (["--labels", "1", "--batch-size", "65537"], "expected --batch-size at most 65536, got 65537"),
+        (["--labels", "1", "--threads", "100000"], "expected --threads at most "),
         (["--labels", "1", "--temperature", "-1"], "temperature >= 0"),
-        (["--labels", "1", "--prefill", "1.5"], "expected ratio in [0, 1], got 1.5"),
+        (["--labels", "1", "--prefill", "1.5"], "expected --prefill in [0, 1], got 1.5"),
+        (["--labels", "1", "--relaxation", "0"], "expected a finite --relaxation > 0, got 0.0"),
+        (["--labels", "1", "--device", "foo"], "as one that torch has here, got foo: there is no such device"),
+        (["--labels", "1", "--device", "meta"], "as one that torch has here, got meta: it computes nothing"),
         (["--labels", "1", "--seed", "-1"], "seed"),
         (["--labels", "1", "--device", "cuda:77"], "expected --device as one that torch has here, got cuda:77: "),
         (["--labels", "1", "--grid", "no/such/x.png"], "expected a folder for x.png"),
@@ -187,6 +255,19 @@ def test_wrong_input_is_one_line_and_leaves_nothing(options, message, capsys, tm
     assert main(["generate", "--out", "out", *options]) == 2
     assert message in one_line(capsys)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_vae_has_no_fp16(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["generate", "--labels", "1", "--out", "out", "--vae-dtype", "fp16"])
+    assert stopped.value.code == 2
+    assert "expected fp32 or bf16, got fp16" in capsys.readouterr().err
+
+
+def test_errors_have_no_bytes_for_the_terminal():
+    text = cli_support.one_line(ValueError("a\x1b[31mb\n c\udcff\u2028"))
+    assert text == r"a\x1b[31mb c\udcff"
+    assert cli_support.one_line(OSError(2, "No such file", "x\x1b")) == r"x\x1b: No such file"
 
 
 @pytest.mark.parametrize("labels", ["1,x", "", "1,,2"])

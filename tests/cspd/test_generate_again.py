@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import logging
 import os
@@ -30,6 +31,7 @@ def test_only_what_is_missing_or_broken_is_made_again(tmp_path, quick, capsys):
     (tmp_path / "000000.png").write_bytes(changed)
     (tmp_path / "000006.safetensors").write_bytes(latents["000006.safetensors"][:-1])
     (tmp_path / ".cspd-0123456789abcdef").write_bytes(b"left by a process that was killed")
+    (tmp_path / ".cspd-mine").write_bytes(b"somebody's")
     kept = {name: (tmp_path / name).stat().st_mtime_ns for name in ("000001.png", "000004.png", "000006.png")}
     quick.runs.clear()
     assert main([*TEN, str(tmp_path)]) == 0
@@ -37,7 +39,7 @@ def test_only_what_is_missing_or_broken_is_made_again(tmp_path, quick, capsys):
     assert contents(tmp_path) == before
     assert contents(tmp_path, "safetensors") == latents
     assert {name: (tmp_path / name).stat().st_mtime_ns for name in kept} == kept
-    assert not list(tmp_path.glob(".*"))
+    assert [path.name for path in tmp_path.glob(".*")] == [".cspd-mine"]
     run = run_of(tmp_path)
     assert [start["missing"] for start in run["starts"]] == [10, 5]
     assert run["statistics"] == dict(
@@ -117,6 +119,50 @@ def test_checkpoints_are_known_by_their_contents(tmp_path, checkpoints, quick, c
     assert f"--target was {path} (sha256 " in one_line(capsys)
 
 
+def test_what_a_file_beside_the_weights_tells_may_not_change(tmp_path, checkpoints, quick, capsys, monkeypatch):
+    hub = tmp_path / "hub"
+    hub.mkdir()
+    (tmp_path / "target.safetensors").rename(hub / "model.safetensors")
+    facts = {"patch_size": 1, "vae_stride": 2}
+    (hub / "config.json").write_text(json.dumps(facts))
+    command = ["generate", "--target", str(hub), "--latents", "--labels", "1,2", "--out", str(tmp_path / "out")]
+    assert main(command) == 0
+    settings = run_of(tmp_path / "out")["settings"]
+    assert (settings["patch_size"], settings["vae_stride"]) == (1, 2)
+    assert main([*command, "--patch-size", "1", "--vae-stride", "2"]) == 0  # told otherwise, but the same
+    (tmp_path / "out" / "000001.safetensors").unlink()
+    (hub / "config.json").write_text(json.dumps(facts | {"patch_size": 2}))
+    capsys.readouterr()
+    assert main(command) == 2
+    assert ", with a config.json " in one_line(capsys)
+    monkeypatch.setattr("cspd.generate.settings.config_beside", lambda path: None)
+    monkeypatch.setattr("cspd.generate.settings._content", lambda value: None if isinstance(value, dict) else value)
+    capsys.readouterr()
+    assert main(command) == 2  # whoever tells it: it is seen when the models are loaded
+    assert "got others: --patch-size was 1, is 2; the latent size was [4, 4, 4], is [1, 8, 8]. Give" in one_line(capsys)
+
+
+def test_a_checkpoint_is_the_file_that_is_read(tmp_path, checkpoints, quick, capsys):
+    """A folder and the file in it are the same; what else lies there plays no part."""
+    hub = tmp_path / "hub"
+    hub.mkdir()
+    path = (tmp_path / "target.safetensors").rename(hub / "model.safetensors")
+    command = ["generate", "--latents", "--patch-size", "1", "--labels", "1", "--out", str(tmp_path / "out")]
+    assert main([*command, "--target", str(hub)]) == 0
+    (hub / "README.md").write_text("new")
+    assert main([*command, "--target", str(hub)]) == 0
+    assert main([*command, "--target", str(path)]) == 0
+    # Another file of the same size and time, as `cp -p` or another snapshot brings.
+    state, data = path.stat(), bytearray(path.read_bytes())
+    data[-1] ^= 1
+    (hub / "new").write_bytes(data)
+    os.utime(hub / "new", ns=(state.st_atime_ns, state.st_mtime_ns))
+    (hub / "new").replace(path)
+    capsys.readouterr()
+    assert main([*command, "--target", str(hub)]) == 2
+    assert "got others: --target was " in one_line(capsys)
+
+
 def test_a_folder_of_others_is_left_alone(tmp_path, quick, capsys):
     (tmp_path / "000000.png").write_bytes(b"somebody's")
     assert main([*TEN, str(tmp_path)]) == 2
@@ -142,6 +188,27 @@ def test_two_runs_in_one_folder(tmp_path, quick, capsys):
         assert main([*TEN, str(tmp_path)]) == 0
     assert one_line(capsys) == f"expected one run at a time in {tmp_path}, another one is at work there"
     assert main([*TEN, str(tmp_path)]) == 0
+
+
+def test_another_run_begins_while_this_one_loads(tmp_path, quick, capsys, monkeypatch):
+    """The folder does not exist when both look, so neither can hold its lock."""
+    out, load = tmp_path / "out", Models.__init__
+
+    def late(self, *arguments):
+        load(self, *arguments)
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(Models, "__init__", load)
+            assert main([*TEN, str(out)]) == 0
+
+    monkeypatch.setattr(Models, "__init__", late)
+    assert main([*TEN, str(out), "--seed", "1"]) == 2
+    assert one_line(capsys) == f"expected a new folder for --out, another run has begun in {out} meanwhile"
+    monkeypatch.setattr(Models, "__init__", load)
+    before = contents(out)
+    shutil.rmtree(out)
+    assert main([*TEN, str(out)]) == 0
+    assert contents(out) == before
+    assert run_of(out)["settings"]["seed"] == 0
 
 
 def test_other_versions_are_told(tmp_path, quick, caplog):
@@ -192,6 +259,29 @@ def test_a_run_on_a_gpu_goes_on_with_the_same_bytes(tmp_path):
         (tmp_path / f"00000{number}.png").unlink()
     assert main([*command, "--out", str(tmp_path)]) == 0
     assert contents(tmp_path) == before
+
+
+class Gone(io.StringIO):
+    """Nobody reads it any more, as behind `| head`."""
+
+    def write(self, text):
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+
+
+def test_the_work_goes_on_where_nobody_reads_how_it_stands(tmp_path, checkpoints, quick, capsys, monkeypatch):
+    command = ["generate", *checkpoints, "--latents", "--labels", "1,2", "--batch-size", "1", "--out", str(tmp_path)]
+    with monkeypatch.context() as patched:
+        patched.setattr(sys, "stdout", Gone())
+        assert main(command) == 0
+    assert len(contents(tmp_path, "safetensors")) == 2
+    assert run_of(tmp_path)["statistics"]["batches"] == 2
+    assert capsys.readouterr().err == ""
+
+
+def test_a_pipe_that_nobody_reads_is_no_failure_to_tell(tmp_path, quick, capsys, monkeypatch):
+    monkeypatch.setattr(Models, "make", lambda *_: Gone().write(""))
+    assert main([*TEN, str(tmp_path)]) == 2
+    assert capsys.readouterr().err == ""
 
 
 def test_a_full_disk_leaves_a_run_that_goes_on(tmp_path, quick, capsys, monkeypatch):

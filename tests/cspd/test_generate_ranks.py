@@ -14,6 +14,7 @@ from PIL import Image
 from processes import run_ranks
 
 from cspd.cli import main
+from cspd.generate.ranks import Ranks
 
 if not torch.distributed.is_available():
     pytest.skip("torch without torch.distributed", allow_module_level=True)
@@ -100,6 +101,25 @@ def test_wrong_input_is_told_once(tmp_path):
     ended = run_ranks(2, ["generate", "--labels", "3,12", "--out", str(out)])
     assert ended == [(2, "cspd generate: expected labels in 0..9, got 12\n"), (2, "")]
     assert not out.exists()
+
+
+def test_a_start_again_by_torchrun_sees_no_failure_of_the_one_before(monkeypatch):
+    """One store for all its starts, as --max-restarts has it."""
+    store, groups = torch.distributed.HashStore(), []
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("cspd.generate.ranks.dist.rendezvous", lambda *_: iter([(store, 0, 2)]))
+    monkeypatch.setattr("cspd.generate.ranks.dist.init_process_group", lambda *_, store, **__: groups.append(store))
+    monkeypatch.setattr("cspd.generate.ranks.dist.destroy_process_group", lambda: None)
+    for start in ("0", "1"):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", start)
+        with pytest.raises(RuntimeError, match="rank 0: no disk"), Ranks() as ranks:
+            ranks.check()
+            ranks.add(3)
+            assert ranks.done() == 3
+            groups[-1].set("address of rank 0", start)
+            raise OSError("no disk")
+    assert [group.get("address of rank 0") for group in groups] == [b"0", b"1"]
 
 
 def test_torchrun(alone, tmp_path):

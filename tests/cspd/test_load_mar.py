@@ -225,7 +225,7 @@ def test_a_hub_snapshot(tmp_path, model):
 
 def test_a_folder_of_several(tmp_path, model):
     with pytest.raises(
-        ValueError, match=r"expected a checkpoint in the folder .*found no file named .safetensors, \*.pth"
+        ValueError, match=r"expected a checkpoint in the folder .*found no file named \*.safetensors, \*.pth"
     ):
         load_mar(tmp_path)
     save_file({"decoder.conv_in.weight": torch.ones(1)}, tmp_path / "kl16.safetensors")

@@ -18,6 +18,7 @@ from .images import is_whole_png
 
 RUN, BATCHES = "run.json", "batches.jsonl"
 _OURS = re.compile(r"\d{6,}\.(png|safetensors)|run\.json|batches(-\d+)?\.jsonl")
+_UNFINISHED = re.compile(rf"{re.escape(BESIDE)}[0-9a-f]{{16}}")
 
 
 class RunFolder:
@@ -30,6 +31,7 @@ class RunFolder:
     def __init__(self, path: Path):
         self.path = path
         self.known: dict = {}
+        self._seen = False  # there was a folder when it was opened: nobody else has begun in it since
         self._lock: int | None = None
 
     def image(self, number: int) -> Path:
@@ -42,13 +44,16 @@ class RunFolder:
 
     def owns(self, path: Path) -> bool:
         """Whether a path is one of the folder's own names."""
-        return Path(os.path.realpath(path)).parent == self.path.resolve() and bool(_OURS.fullmatch(path.name))
+        real = Path(os.path.realpath(path))
+        return real.parent == self.path.resolve() and bool(_OURS.fullmatch(real.name))
 
     def check(self) -> None:
         """Raise where nothing could be written; nothing is made."""
         there = self.path
-        while not there.exists() and there != there.parent:
+        while not there.exists() and not there.is_symlink() and there != there.parent:
             there = there.parent
+        if there.is_symlink() and not there.exists():
+            raise NotADirectoryError(f"expected --out as a folder, found a link that leads nowhere at {there}")
         if not there.is_dir():
             raise NotADirectoryError(f"expected --out as a folder, found a file at {there}")
         if not os.access(there, os.W_OK | os.X_OK):
@@ -63,10 +68,11 @@ class RunFolder:
         if not self.path.is_dir():
             return
         self._take()
+        self._seen = True
         try:
             text = (self.path / RUN).read_text()
         except FileNotFoundError:
-            if any(_OURS.fullmatch(name) for name in os.listdir(self.path)):
+            if self._used():
                 raise ValueError(
                     f"expected a new folder for --out, or one with the {RUN} of its run, found images in {self.path} "
                     f"without {RUN}"
@@ -80,11 +86,22 @@ class RunFolder:
             raise ValueError(f"expected what an earlier run wrote in {self.path / RUN}, could not read it") from error
 
     def create(self) -> None:
-        """Make the folder, and clear away what killed processes left unfinished."""
+        """Make the folder, and clear away what killed processes left unfinished.
+
+        Raises:
+            ValueError: another run is at work there, or has begun there since the folder was opened.
+        """
         self.path.mkdir(parents=True, exist_ok=True)
         self._take()
+        if not self._seen and self._used():
+            raise ValueError(f"expected a new folder for --out, another run has begun in {self.path} meanwhile")
         for path in self.path.glob(f"{BESIDE}*"):
-            path.unlink(missing_ok=True)
+            if _UNFINISHED.fullmatch(path.name):
+                path.unlink(missing_ok=True)
+
+    def _used(self) -> bool:
+        """Whether a run has left anything here."""
+        return any(_OURS.fullmatch(name) for name in os.listdir(self.path))
 
     def _take(self) -> None:
         """Locked as long as this process lives; where the file system or the platform has no locks, it is not."""

@@ -33,15 +33,15 @@ def is_whole_png(data: bytes, height: int, width: int) -> bool:
     header = struct.pack(">IIBB", width, height, 8, 2)
     if data[:8] != _SIGNATURE or data[16:26] != header:
         return False
-    at = 8
+    at, pixels = 8, False
     while at + 12 <= len(data):
         (length,) = struct.unpack_from(">I", data, at)
         kind, end = data[at + 4 : at + 8], at + 12 + length
         if end > len(data) or data[end - 4 : end] != struct.pack(">I", zlib.crc32(data[at + 4 : end - 4])):
             return False
         if kind == b"IEND":
-            return end == len(data)
-        at = end
+            return pixels and end == len(data)
+        at, pixels = end, pixels or kind == b"IDAT"
     return False
 
 

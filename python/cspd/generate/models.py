@@ -30,7 +30,8 @@ class Models:
     """The models of a run.
 
     Attributes:
-        settings: as given, the number of classes filled in. classes: how many the models have.
+        settings: as given, the number of classes, the patch size and the stride filled in.
+        classes: how many the models have.
         latent_size: (c, h, w). image_size: (height, width), or None without a VAE.
         loaded: what was loaded, for people.
 
@@ -48,11 +49,12 @@ class Models:
         else:
             from ..checkpoints import load_mar
 
-            options = dict(num_sampling_steps=settings.num_sampling_steps, patch_size=settings.patch_size)
-            if settings.vae_stride is not None:
-                options["vae_stride"] = settings.vae_stride
+            options = dict(
+                num_sampling_steps=settings.num_sampling_steps, patch_size=args.patch_size, vae_stride=args.vae_stride
+            )
             target = load_mar(args.target, device=device, **options)
             draft = load_mar(args.draft, device=device, **options) if args.draft else None
+            settings = replace(settings, patch_size=target.patch_size, vae_stride=target.vae_stride)
         if args.vae:
             from ..vae import load_vae
 

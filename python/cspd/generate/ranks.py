@@ -15,8 +15,13 @@ import torch.distributed as dist
 from ..cli_support import one_line
 
 T = TypeVar("T")
-_FAILED, _DONE = "cspd/failed", "cspd/done"
+_FAILED, _DONE = "failed", "done"
 _PATIENCE = timedelta(days=1)  # ranks wait for the slowest one; one that is gone is noticed at once
+
+
+def _attempt() -> str:
+    """What keeps this start's notes from those of the one before, which failed: torchrun may keep its store."""
+    return f"cspd/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
 
 
 class LostError(RuntimeError):
@@ -53,7 +58,12 @@ class Ranks:
         if name == "auto":
             name = "cuda" if torch.cuda.is_available() else "cpu"
         try:
-            device = torch.device(name)
+            try:
+                device = torch.device(name)
+            except RuntimeError:  # whose message lists all that torch has a name for
+                raise ValueError("there is no such device") from None
+            if device.type == "meta":
+                raise ValueError("it computes nothing")
             if device.type == "cuda" and self.size > 1:
                 if device.index is not None:
                     raise ValueError(f"with {self.size} processes every one takes a GPU of its own: give --device cuda")
@@ -71,7 +81,8 @@ class Ranks:
         if self.size > 1:
             try:
                 # The store is torchrun's, or rank 0's.
-                self._store, _, _ = next(dist.rendezvous("env://", self.rank, self.size))
+                store, _, _ = next(dist.rendezvous("env://", self.rank, self.size))
+                self._store = dist.PrefixStore(_attempt(), store)
                 dist.init_process_group(
                     "gloo", store=self._store, rank=self.rank, world_size=self.size, timeout=_PATIENCE
                 )
@@ -94,7 +105,11 @@ class Ranks:
         if not self._first_to_fail():
             raise SystemExit(130 if isinstance(error, KeyboardInterrupt) else 2) from error
         lost = isinstance(error, LostError) or isinstance(error.__cause__, LostError)
-        if isinstance(error, (OSError, ValueError, RuntimeError)) and not lost:
+        if (
+            isinstance(error, (OSError, ValueError, RuntimeError))
+            and not lost
+            and not isinstance(error, BrokenPipeError)
+        ):
             raise RuntimeError(f"rank {self.rank}: {one_line(error)}") from error
 
     def _first_to_fail(self) -> bool:

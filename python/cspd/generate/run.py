@@ -21,16 +21,17 @@ from tqdm import tqdm
 
 from cspd_kernels import __version__
 
-from ..cli_support import one_line
+from ..cli_support import one_line, say
 from ..files import check_output, write_file
 from .folder import RunFolder, check_space
 from .images import grid, read_png
 from .models import Models, merge_statistics
 from .npz import write_npz
 from .ranks import Ranks
-from .settings import Settings, check_options, differences, resolve
+from .settings import Settings, check_options, checkpoints, differences, resolve, without_part
 
 _logger = logging.getLogger("cspd")
+_BETWEEN_LINES = 60.0  # seconds, where there is no terminal for a bar
 _GOES_ON = "what was written stays, the same command makes the rest"
 
 
@@ -64,7 +65,7 @@ def generate(args) -> None:
         stack.enter_context(_threads(settings.threads))
         models = None
         if missing is None or missing.numbers:
-            models = ranks.together(lambda: Models(args, settings, device))
+            models = ranks.together(lambda: _load(args, settings, device, ranks))
             settings = models.settings
             if missing is None:
                 missing = Missing(*(list(range(settings.num_images)) * wanted for wanted in _wanted(args)))
@@ -74,7 +75,7 @@ def generate(args) -> None:
             "missing": len(missing.numbers),
             "ranks": ranks.size,
             "options": {name: path and str(path) for name, path in options.items()} | {"latents": args.latents},
-            **_circumstances(device),
+            **_circumstances(device, settings),
             "seconds": {"look": looked - began, "load": time.perf_counter() - looked},
         }
         ranks.lead(lambda: _begin(args, folder, settings, models, missing, start))
@@ -102,6 +103,17 @@ def _prepare(args, ranks: Ranks) -> torch.device:
     return ranks.device("cpu" if args.target is None and args.device == "auto" else args.device)
 
 
+def _load(args, settings: Settings, device: torch.device, ranks: Ranks) -> Models:
+    """The models, of the files that rank 0 has seen: on another machine the same path may hold another one."""
+    if ranks.rank > 0 and ranks.local == 0:
+        known = settings.to_dict()
+        here = checkpoints(args, known)
+        here = {name: value for name, value in here.items() if value}  # the digits pair is in the package
+        if texts := differences({name: known[name] for name in here}, here):
+            raise ValueError(f"expected the checkpoints of rank 0 on this machine too, got others: {'; '.join(texts)}")
+    return Models(args, settings, device)
+
+
 def _wanted(args) -> tuple[bool, bool]:
     """Whether images and latents are written."""
     return args.target is None or args.vae is not None, args.latents
@@ -117,17 +129,27 @@ def _look(args, device: torch.device, folder: RunFolder) -> tuple[Settings, Miss
     settings = resolve(args, device, folder.known.get("settings", {}))
     if not folder.known:
         return settings, None
-    if texts := differences(folder.known["settings"], settings.to_dict()):
-        raise ValueError(
-            f"expected the settings of the run in {folder.path}, got others: {'; '.join(texts)}. Give another --out, "
-            "or these settings again"
-        )
+    _check_settings(folder, settings)
     images, latents = _wanted(args)
     count = settings.num_images
     return settings, Missing(
         folder.missing_images(count, folder.known["image_size"]) if images else [],
         folder.missing_latents(count, folder.known["latent_size"]) if latents else [],
     )
+
+
+def _check_settings(folder: RunFolder, settings: Settings, models: Models | None = None) -> None:
+    """Raise where a run would go on with other settings, or with models of other sizes, than it began with."""
+    texts = differences(folder.known["settings"], settings.to_dict())
+    for name in ("latent_size", "image_size") if models else ():
+        was, now = (side and list(side) for side in (folder.known[name], getattr(models, name)))
+        if was != now:
+            texts.append(f"the {name.replace('_', ' ')} was {was}, is {now}")
+    if texts:
+        raise ValueError(
+            f"expected the settings of the run in {folder.path}, got others: {'; '.join(texts)}. Give another --out, "
+            "or these settings again"
+        )
 
 
 def _check_extra(args, folder: RunFolder, name: str, path) -> None:
@@ -146,7 +168,9 @@ def _check_extra(args, folder: RunFolder, name: str, path) -> None:
 
 
 def _begin(args, folder: RunFolder, settings: Settings, models: Models | None, missing: Missing, start: dict) -> None:
-    """The last check, of the space; then the folder, and in it what is to be made."""
+    """The last checks, of what the models tell and of the space; then the folder, and in it what is to be made."""
+    if folder.known and models is not None:
+        _check_settings(folder, settings, models)
     run = folder.known or {
         "settings": settings.to_dict(),
         "image_size": models.image_size,
@@ -155,16 +179,23 @@ def _begin(args, folder: RunFolder, settings: Settings, models: Models | None, m
         "starts": [],
     }
     check_space(_needs(args, folder, settings, missing, run))
-    if models is not None:
-        for role, text in models.loaded.items():
-            print(f"{role}: {text}")
     if run["starts"] and missing.numbers:
         _warn_of_changes(run["starts"][-1], start)
+    if options := without_part(args):
+        _logger.warning("without --draft nothing is drafted, and these play no part: %s", ", ".join(options))
+    if missing.numbers and settings.batch_size > settings.num_images:
+        _logger.warning(
+            "--batch-size %d is more than the images: that many are computed, padding included, and %d kept",
+            settings.batch_size,
+            settings.num_images,
+        )
     run["starts"].append(start)
     folder.create()
     folder.merge_records()
     folder.known = run
     folder.write_run(run)
+    for role, text in models.loaded.items() if models else ():
+        say(f"{role}: {text}")
 
 
 def _needs(args, folder: RunFolder, settings: Settings, missing: Missing, run: dict) -> Iterator[tuple]:
@@ -180,10 +211,10 @@ def _needs(args, folder: RunFolder, settings: Settings, missing: Missing, run: d
         yield args.npz.parent, settings.num_images * (height * width * 3 + 8) + block
 
 
-def _circumstances(device: torch.device) -> dict:
+def _circumstances(device: torch.device, settings: Settings) -> dict:
     """What images should not depend on, but may up to rounding."""
     versions = {"cspd": __version__, "python": platform.python_version()}
-    for package in ("torch", "triton", "numpy", "pillow", "safetensors"):
+    for package in ("torch", "triton", "numpy", "pillow", "safetensors", *(["diffusers"] if settings.vae else [])):
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)
     cuda = device.type == "cuda"
@@ -212,6 +243,8 @@ def _going_on() -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"interrupted; {_GOES_ON}") from None
+    except BrokenPipeError:  # nobody reads on: the command's own matter
+        raise
     except (OSError, ValueError, RuntimeError) as error:
         text = one_line(error)
         raise RuntimeError(text if _GOES_ON in text else f"{text}; {_GOES_ON}") from error
@@ -225,11 +258,18 @@ def _work(folder: RunFolder, models: Models, missing: Missing, ranks: Ranks) -> 
     images, latents = set(missing.images), set(missing.latents)
     batches = sorted({number // settings.batch_size for number in missing.numbers})[ranks.rank :: ranks.size]
     before, size = settings.num_images - len(missing.numbers), settings.batch_size
-    shown = ranks.rank == 0 and sys.stderr is not None and sys.stderr.isatty()
+    told = ranks.rank == 0 and sys.stderr is not None
+    shown = told and sys.stderr.isatty()
+    next_line = time.monotonic() + _BETWEEN_LINES
     with tqdm(total=settings.num_images, initial=before, unit="img", disable=not shown) as bar:
 
         def show() -> None:
-            bar.update(before + ranks.done() - bar.n)
+            nonlocal next_line
+            if shown:
+                bar.update(before + ranks.done() - bar.n)
+            elif told and time.monotonic() >= next_line:
+                next_line = time.monotonic() + _BETWEEN_LINES
+                say(f"{before + ranks.done()} of {settings.num_images} images", sys.stderr)
 
         with Writer(folder, settings, images, latents, ranks.rank) as writer:
             for number in batches:
@@ -256,7 +296,7 @@ def _finish(args, folder: RunFolder, settings: Settings) -> None:
         write_npz(args.npz, _read(paths), labels, (*run["image_size"], 3))
     run["starts"][-1]["seconds"]["collect"] = time.perf_counter() - start
     folder.write_run(run)
-    print(_summary(settings, folder, run))
+    say(_summary(settings, folder, run))
 
 
 def _read(paths: list) -> Iterator[np.ndarray]:
@@ -277,6 +317,8 @@ def _summary(settings: Settings, folder: RunFolder, run: dict) -> str:
     if not settings.digits:
         texts.append(f"latents of shape {tuple(run['latent_size'])}")
     texts.append(f"{statistics['target_calls']} target and {statistics['draft_calls']} draft calls")
+    if lost := settings.batches - statistics["batches"]:
+        texts.append(f"not counting {lost} batch{'es' * (lost > 1)} whose process was stopped before it noted them")
     if statistics["acceptance"] is not None:
         texts.append(f"{100 * statistics['acceptance']:.1f} % of the drafted tokens kept")
     return ", ".join(texts)

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
+from ..cli_generate import DRAFTING
+from ..weight_files import MAR_FILE, VAE_FILE, config_beside, find_file
+
 DIGITS = "digits"
-_CHECKPOINTS = ("target", "draft", "vae")
+_CHECKPOINTS = {"target": MAR_FILE, "draft": MAR_FILE, "vae": VAE_FILE}
+_MOST_IMAGES = 65_536  # of a batch: more is a slip
 
 
 @dataclass(frozen=True)
 class Settings:
     """Options of ``cspd generate`` by their names, defaults filled in.
 
-    Checkpoints are dicts (path, bytes, modified, sha256), ``"digits"``, or None where there is none. ``labels`` is None
-    where ``num_images`` are balanced over ``classes``. ``threads`` is None on a GPU.
+    Checkpoints are dicts, see :func:`fingerprint`, ``"digits"``, or None where there is none. ``patch_size`` and
+    ``vae_stride`` are the target's once it is loaded, whoever tells them. ``labels`` is None where ``num_images`` are
+    balanced over ``classes``. ``threads`` is None on a GPU.
     """
 
     target: dict | str
@@ -79,8 +85,7 @@ def resolve(args, device: torch.device, known: dict) -> Settings:
     labels = None if args.labels is None else [label for part in args.labels for label in part]
     count = args.num_images if labels is None else len(labels)
     alone = not digits and args.draft is None  # nothing is drafted
-    files = {name: getattr(args, name) for name in _CHECKPOINTS}
-    of = {name: fingerprint(path, known.get(name)) if path else None for name, path in files.items()}
+    of = checkpoints(args, known)
     if digits:
         of |= {"target": DIGITS, "draft": DIGITS}
     classes = args.classes
@@ -88,8 +93,9 @@ def resolve(args, device: torch.device, known: dict) -> Settings:
         classes = known.get("classes")
     return Settings(
         **of,
-        patch_size=args.patch_size,
-        vae_stride=args.vae_stride,
+        # What the checkpoint tells is looked at when it is loaded; that it tells the same is seen then.
+        patch_size=args.patch_size or known.get("patch_size"),
+        vae_stride=args.vae_stride or known.get("vae_stride"),
         num_sampling_steps=args.num_sampling_steps or (40 if digits else 100),
         device=device.type,
         threads=_threads(args, known) if device.type == "cpu" else None,
@@ -104,11 +110,8 @@ def resolve(args, device: torch.device, known: dict) -> Settings:
         temperature=args.temperature,
         seed=args.seed,
         batch_size=args.batch_size or min(count, 64 if digits or device.type != "cpu" else 8),
-        gamma=args.gamma,
-        prefill=1.0 if alone else args.prefill,
-        relaxation=args.relaxation,
-        residual="rejection" if alone else args.residual,
-        target_sigma=args.target_sigma and not alone,
+        # Without a draft all steps are the target's, and what is said of drafting plays no part.
+        **(DRAFTING | {"prefill": 1.0} if alone else {name: getattr(args, name) for name in DRAFTING}),
         parallel_tol=args.parallel_tol,
     )
 
@@ -131,6 +134,13 @@ def check_options(args) -> None:
         raise ValueError("expected --labels or --num-images, one of them")
     if args.classes is not None and args.num_images is None:
         raise ValueError("expected --num-images together with --classes: with --labels every image has its own class")
+    if not 0.0 <= args.prefill <= 1.0:
+        raise ValueError(f"expected --prefill in [0, 1], got {args.prefill}")
+    if not 0.0 < args.relaxation < math.inf:
+        raise ValueError(f"expected a finite --relaxation > 0, got {args.relaxation}")
+    for name, most in (("batch_size", _MOST_IMAGES), ("threads", max(64, 8 * (os.cpu_count() or 1)))):
+        if (getattr(args, name) or 0) > most:
+            raise ValueError(f"expected --{name.replace('_', '-')} at most {most}, got {getattr(args, name)}")
     if args.target is None:
         for name in ("draft", "vae", "num_sampling_steps", "patch_size", "vae_stride"):
             if getattr(args, name) is not None:
@@ -144,27 +154,50 @@ def check_options(args) -> None:
                 raise ValueError(f"expected --vae together with --{name}: without it there are latents only")
 
 
-def fingerprint(path: Path, known: dict | str | None = None) -> dict:
-    """Path, size, time and SHA-256 of a checkpoint, a file or a folder of files; the last from ``known`` if it fits."""
+def without_part(args) -> list[str]:
+    """The options of drafting that were given although nothing is drafted."""
+    alone = args.target is not None and args.draft is None
+    return [f"--{name.replace('_', '-')}" for name in DRAFTING if alone and getattr(args, name) != DRAFTING[name]]
+
+
+def checkpoints(args, known: dict) -> dict[str, dict | None]:
+    """The fingerprints of target, draft and VAE by name; None where there is none."""
+    files = {name: getattr(args, name) for name in _CHECKPOINTS}
+    return {name: path and fingerprint(name, path, known.get(name)) for name, path in files.items()}
+
+
+def fingerprint(name: str, path: Path, known: dict | str | None = None) -> dict:
+    """What is known of the file that is read of a checkpoint: path, size, times, inode, and its SHA-256.
+
+    Args:
+        name: target, draft or vae.
+        known: of an earlier start. Its SHA-256 is taken where all else is the same: then nobody has written the file.
+
+    Returns:
+        Beside these ``config``, the SHA-256 of the config.json that is asked with the weights; None where none is.
+    """
     if not path.exists():
         raise FileNotFoundError(f"expected a checkpoint, found none at {path}")
-    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
-    states = [file.stat() for file in files]
+    file = find_file(path, *_CHECKPOINTS[name])
+    state = file.stat()
     found = {
-        "path": str(path.resolve()),
-        "bytes": sum(state.st_size for state in states),
-        "modified": max((state.st_mtime_ns for state in states), default=0),
+        "path": str(file.resolve()),
+        "bytes": state.st_size,
+        "modified": state.st_mtime_ns,
+        "changed": state.st_ctime_ns,
+        "inode": state.st_ino,
     }
-    if isinstance(known, dict) and all(known.get(name) == value for name, value in found.items()):
-        return found | {"sha256": known["sha256"]}
+    config = config_beside(file) if name != "vae" else None
+    same = isinstance(known, dict) and all(known.get(key) == value for key, value in found.items())
+    return found | {"sha256": known["sha256"] if same else _sha256(file), "config": config and _sha256(config)}
+
+
+def _sha256(path: Path) -> str:
     digest = hashlib.sha256()
-    for file in files:
-        if path.is_dir():
-            digest.update(f"{file.relative_to(path).as_posix()}\0{file.stat().st_size}\0".encode())
-        with file.open("rb") as opened:
-            while part := opened.read(1 << 22):
-                digest.update(part)
-    return found | {"sha256": digest.hexdigest()}
+    with path.open("rb") as file:
+        while part := file.read(1 << 22):
+            digest.update(part)
+    return digest.hexdigest()
 
 
 def differences(was: dict, now: dict) -> list[str]:
@@ -177,12 +210,13 @@ def differences(was: dict, now: dict) -> list[str]:
 
 
 def _content(value):
-    return value["sha256"] if isinstance(value, dict) else value
+    return (value["sha256"], value.get("config")) if isinstance(value, dict) else value
 
 
 def _text(value) -> str:
     if isinstance(value, dict):
-        return f"{value['path']} (sha256 {value['sha256'][:12]})"
+        config = f", with a config.json {value['config'][:12]}" if value.get("config") else ""
+        return f"{value['path']} (sha256 {value['sha256'][:12]}{config})"
     if isinstance(value, list):
         text = ",".join(map(str, value))
         return text if len(text) <= 60 else f"{text[:50]}... ({len(value)})"
