@@ -74,6 +74,6 @@ def why_unreadable(error: Exception) -> str:
         )
     found = re.search(r"WeightsUnpickler error:\s*(.+)", text)
     reason = (found[1] if found else next(iter(text.splitlines()), "")).split(". This is an internal miniz")[0].strip()
-    if isinstance(error, (KeyError, EOFError)) or not reason:  # a KeyError's message is a bare number
-        reason = "no file of torch.save"
-    return f"it was not written by torch.save, or is damaged ({reason})"
+    if isinstance(error, (KeyError, EOFError)):  # whose message is a bare number, or nothing
+        reason = ""
+    return f"it was not written by torch.save, or is damaged{reason and f' ({reason})'}"

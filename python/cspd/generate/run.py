@@ -5,24 +5,21 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import platform
 import sys
 import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timezone
-from importlib import metadata
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from cspd_kernels import __version__
-
 from ..cli_support import one_line, say
 from ..files import check_output, write_file
+from .circumstances import circumstances, warn_of_changes
 from .folder import RunFolder, check_space
 from .images import grid, read_png
 from .models import Models, merge_statistics
@@ -75,7 +72,7 @@ def generate(args) -> None:
             "missing": len(missing.numbers),
             "ranks": ranks.size,
             "options": {name: path and str(path) for name, path in options.items()} | {"latents": args.latents},
-            **_circumstances(device, settings),
+            **circumstances(device, settings),
             "seconds": {"look": looked - began, "load": time.perf_counter() - looked},
         }
         ranks.lead(lambda: _begin(args, folder, settings, models, missing, start))
@@ -180,7 +177,7 @@ def _begin(args, folder: RunFolder, settings: Settings, models: Models | None, m
     }
     check_space(_needs(args, folder, settings, missing, run))
     if run["starts"] and missing.numbers:
-        _warn_of_changes(run["starts"][-1], start)
+        warn_of_changes(run["starts"][-1], start)
     if options := without_part(args):
         _logger.warning("without --draft nothing is drafted, and these play no part: %s", ", ".join(options))
     if missing.numbers and settings.batch_size > settings.num_images:
@@ -209,31 +206,6 @@ def _needs(args, folder: RunFolder, settings: Settings, missing: Missing, run: d
         yield args.grid.parent, 64 * max(height * width * 3, block)
     if args.npz:
         yield args.npz.parent, settings.num_images * (height * width * 3 + 8) + block
-
-
-def _circumstances(device: torch.device, settings: Settings) -> dict:
-    """What images should not depend on, but may up to rounding."""
-    versions = {"cspd": __version__, "python": platform.python_version()}
-    for package in ("torch", "triton", "numpy", "pillow", "safetensors", *(["diffusers"] if settings.vae else [])):
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            versions[package] = metadata.version(package)
-    cuda = device.type == "cuda"
-    return {
-        "device": torch.cuda.get_device_name(device) if cuda else platform.processor() or platform.machine(),
-        "environment": {name: value for name, value in sorted(os.environ.items()) if name.startswith("CSPD_")},
-        "versions": versions | ({"cuda": torch.version.cuda} if cuda else {}),
-    }
-
-
-def _warn_of_changes(was: dict, now: dict) -> None:
-    def flat(start: dict) -> dict:
-        return {"device": start.get("device"), **start.get("versions", {}), **start.get("environment", {})}
-
-    before, after = flat(was), flat(now)
-    changed = [name for name in [*before, *(set(after) - set(before))] if before.get(name) != after.get(name)]
-    if changed:
-        texts = ", ".join(f"{name} was {before.get(name)}, is {after.get(name)}" for name in changed)
-        _logger.warning("the images that are made now may differ from a run in one go by rounding: %s", texts)
 
 
 @contextlib.contextmanager
