@@ -60,9 +60,10 @@ def on_the_cpu(rows: list[dict], first: str, last: str) -> str:
     """Row by row; ``last`` names what the error is."""
     lines = []
     for row in rows:
+        if row["op"] == "denoise in parallel" or row["baseline"].startswith("sum"):  # for other pages
+            continue
         name = row["backend"].removeprefix("torch").strip().replace("closed_form", "closed form")
-        if row["op"] != "sample_tokens":
-            name = f"`{row['op']}` {row['size']}{', ' if name else ''}{name}"
+        name = f"`{row['op']}` {row['size']}{', ' if name else ''}{name}"
         compared = f"{row['baseline']} {timed(row, 'baseline_')}"
         lines.append([name, timed(row), compared, f"{row['ratio']:.2f}x", f"{row['error']:.0e}"])
     return table([first, "this package", "baseline", "ratio", last], lines)
@@ -153,15 +154,6 @@ def sweeps(rows: list[dict]) -> str:
     return table(["ms", *map(", ".join, columns)], lines)
 
 
-def images(rows: list[dict]) -> str:
-    lines = []
-    for row in rows:
-        name = f"{row['size'].removeprefix('mar_base 256 tokens batch 1 ')}, {row['backend'].partition(', ')[2]}"
-        compared = f"{row['baseline']} {row['baseline_seconds']:.1f} s"
-        lines.append([name, f"{row['seconds']:.2f} s", compared, f"{row['ratio']:.1f}x"])
-    return table(["MAR-B, 256 tokens, batch 1", "this package", "baseline", "ratio"], lines)
-
-
 WAYS = ("torch.compile", "patched", "whole")  # columns of the images, beside the eager loop
 
 
@@ -221,14 +213,9 @@ def origin(result: dict) -> str:
 
 
 def whole_images(device: str) -> str:
-    """By ``generate.py``; until it has run there, by what was before it."""
-    if (RESULTS / f"generate-{device}.json").exists():
-        result = load(f"generate-{device}.json")
-        return f"{origin(result)}\n\n{generated(result['rows'])}"
-    result = load(f"end-to-end-{device}.json")
-    if device == "cpu":
-        return on_the_cpu(result["rows"], "", "difference")
-    return f"{origin(result)}\n\n{images(result['rows'])}"
+    """By ``generate.py``."""
+    result = load(f"generate-{device}.json")
+    return f"{origin(result)}\n\n{generated(result['rows'])}"
 
 
 def tables() -> dict[str, str]:
