@@ -6,7 +6,6 @@ numbers are the ones that papers compare. torchvision's Inception is another net
 
 from __future__ import annotations
 
-import hashlib
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
+from .files import sha256
 from .frechet import frechet_distance
 
 FEATURES = 2048
@@ -130,7 +130,7 @@ def evaluate(
         "inception_score_std": score["inception_score_std"],
         "num_images": len(found),
         "weights": str(weights),
-        "weights_sha256": _sha256(weights),
+        "weights_sha256": sha256(weights),
     }
 
 
@@ -180,14 +180,6 @@ def is_release(weights: str, sha256: str) -> bool | None:
 
 def _first(error: Exception) -> str:
     return " ".join(str(error).split())[:200]
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _open_npz(path: Path, what: str):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import os
 import secrets
 from collections.abc import Iterator
@@ -87,6 +88,15 @@ def append_line(path: Path, text: str) -> None:
 
 def _could_not(error: OSError, path: Path) -> OSError:
     return OSError(error.errno, f"could not write the file ({error.strerror})", str(path))
+
+
+def sha256(path: Path) -> str:
+    """Of a file's contents, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while part := file.read(1 << 22):
+            digest.update(part)
+    return digest.hexdigest()
 
 
 def _target(path: Path) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 from dataclasses import asdict, dataclass
@@ -11,6 +10,7 @@ from pathlib import Path
 import torch
 
 from ..cli_generate import DRAFTING
+from ..files import sha256
 from ..weight_files import MAR_FILE, VAE_FILE, config_beside, find_file
 
 DIGITS = "digits"
@@ -189,15 +189,7 @@ def fingerprint(name: str, path: Path, known: dict | str | None = None) -> dict:
     }
     config = config_beside(file) if name != "vae" else None
     same = isinstance(known, dict) and all(known.get(key) == value for key, value in found.items())
-    return found | {"sha256": known["sha256"] if same else _sha256(file), "config": config and _sha256(config)}
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while part := file.read(1 << 22):
-            digest.update(part)
-    return digest.hexdigest()
+    return found | {"sha256": known["sha256"] if same else sha256(file), "config": config and sha256(config)}
 
 
 def differences(was: dict, now: dict) -> list[str]:
