@@ -264,7 +264,7 @@ def test_what_changes_later_is_seen(monkeypatch, what, graphs):
     assert all(relative_error(image, expected) < 1e-5 for image in after)
 
 
-def test_a_forks_own_defaults_are_taken():
+def test_a_forks_own_defaults_are_taken(monkeypatch):
     class Fork(MAR):
         def sample_tokens(
             self, bsz, num_iter=5, cfg=2.0, cfg_schedule="constant", labels=None, temperature=0.9, progress=False
@@ -278,8 +278,10 @@ def test_a_forks_own_defaults_are_taken():
         np.random.seed(0)
         return mar.sample_tokens(2)
 
-    expected = image(mar)
+    expected, served, own = image(mar), [], Sampler.sample
+    monkeypatch.setattr(Sampler, "sample", lambda self, **given: served.append(given) or own(self, **given))
     assert relative_error(image(cspd.patch(mar, whole=True)), expected) < 1e-5
+    assert [given["num_iter"] for given in served] == [5]  # not by its own method
 
 
 def test_a_replaced_method_is_not_taken_for_the_models():
