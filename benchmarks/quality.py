@@ -1,188 +1,155 @@
-"""Quality against cost on the digits pair: ``python benchmarks/quality.py [--images 2048] [--json FILE] [--docs DIR]``.
+"""Quality against cost: ``python benchmarks/quality.py [--pair digits] [--images 2048] [--seeds 0 1] [--json FILE]``.
 
-Speculative decoding at every relaxation, gamma and way to redraw, beside the target alone with fewer steps, which
-is its honest alternative, and beside the draft alone. ``--docs`` draws quality.png and writes quality.md's table.
+Every way to speculate on a trained pair, beside the honest alternative, the target alone with fewer steps. ``--docs DIR
+FILE ...`` draws quality.png and writes quality.md's tables from results that were measured before.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
-import itertools
-from collections.abc import Iterator
+import json
 from pathlib import Path
 
+import numpy as np
 import torch
 
-import cspd
-from cspd.demo.pair import load_pair
-from cspd.demo.quality import frechet_distance
-from cspd.demo.run import BATCH, STEPS, generate
-
+from cspd import SpecDecodeRunner
+from quality_docs import check_docs, write_docs
+from quality_equal import with_ratios
+from quality_pairs import PAIRS, Pair, load
+from quality_settings import Setting, settings
 from report import write_results
 
-RELAXATIONS, GAMMAS, RESIDUALS = (1, 3, 10, 42), (2, 4, 8, 16), ("rejection", "closed_form")
-PLAIN_STEPS = (16, 8, 4, 2)
-SIMILARITY = cspd.SimilarityRelaxation(least=1.0, most=42.0)
-POLICIES = (
-    ("relaxation by similarity, gamma 8", 8, {"inner_temperature": SIMILARITY}),
-    ("relaxation 10, adaptive gamma", cspd.AdaptiveDraft(bound=0.8, most=16), {"inner_temperature": 10.0}),
-    ("relaxation 42, adaptive gamma", cspd.AdaptiveDraft(bound=0.97, most=16), {"inner_temperature": 42.0}),
-)
-START, END = "<!-- TABLE -->\n", "<!-- /TABLE -->"
 
+class Measured:
+    """What was made and measured of one setting, batch by batch."""
 
-def plan(target, draft, relaxations, gammas, residuals) -> list[tuple]:
-    """(kind, name, model that is not the target, steps, gamma, options of the runner) of every row."""
-    rows = [("target", f"target, {n} steps", target, n, None, {}) for n in PLAIN_STEPS]
-    rows += [("draft", f"draft, {STEPS} steps", draft, STEPS, None, {})]
-    rows += [
-        (residual, f"relaxation {r}, gamma {g}", draft, STEPS, g, {"inner_temperature": float(r), "residual": residual})
-        for residual in residuals
-        for r in relaxations
-        for g in gammas
-    ]
-    return rows + [("policy", name, draft, STEPS, gamma, options) for name, gamma, options in POLICIES]
-
-
-def measure(
-    images: int, seed: int, relaxations=RELAXATIONS, gammas=GAMMAS, residuals=RESIDUALS, echo=print
-) -> list[dict]:
-    """One row of figures for each of :func:`plan`; calls are those of one batch."""
-    target, draft = load_pair()
-    labels = torch.arange(images) % 10
-    batches = -(-images // BATCH)
-    generate(draft, target, labels[:BATCH], STEPS, 4, seed)  # the first row pays no start-up
-    results = []
-    echo(_line(dict.fromkeys(COLUMNS), header=True))
-    for kind, name, model, steps, gamma, options in plan(target, draft, relaxations, gammas, residuals):
-        made, figures, outcome = generate(
-            draft, model if gamma is None else target, labels, steps, gamma, seed, **options
+    def __init__(self, pair: Pair, setting: Setting):
+        self.pair, self.setting = pair, setting
+        models = {"target": pair.target, "draft": pair.draft, "one_step": pair.one_step}
+        drafts, alone = models[setting.draft], setting.gamma is None
+        self.runner = SpecDecodeRunner(
+            drafts,
+            drafts if alone else pair.target,
+            **({"prefill": 1.0, **_alone(setting)} if alone else setting.options),
         )
-        if kind == "draft":
-            figures["target_calls"], figures["draft_calls"] = 0, figures["target_calls"]
-        row = {"kind": kind, "name": name, "steps": steps}
-        row |= {"gamma": gamma if gamma is None or isinstance(gamma, int) else repr(gamma)}
-        row |= {"relaxation": options.get("inner_temperature"), **figures}
-        row |= {calls: figures[calls] / batches for calls in ("target_calls", "draft_calls")}
-        row |= {"frechet_distance": frechet_distance(made), "fell_back": float((outcome == 3).float().mean())}
-        if callable(row["relaxation"]):
-            row["relaxation"] = repr(row["relaxation"])
-        results.append(row)
-        echo(_line(row))
-    return results
+        self.images: dict[int, list[torch.Tensor]] = {}
+        self.stats = []
+
+    def run(self, labels: torch.Tensor, seed: int, first: int) -> None:
+        """One batch, kept."""
+        made = self.draw(labels, seed, first)
+        self.images.setdefault(seed, []).append(made)
+        self.stats.append(self.runner.stats)
+
+    def draw(self, labels: torch.Tensor, seed: int, first: int) -> torch.Tensor:
+        gamma = 1 if self.setting.gamma is None else self.setting.gamma
+        return self.runner.run(
+            len(labels), self.setting.steps, gamma, labels=labels, cfg=self.pair.cfg, seed=seed, first_image=first
+        )
+
+    def row(self) -> dict:
+        """Medians over the batches, and the quality figure of every seed."""
+        seconds = [s.seconds["total"] for s in self.stats]
+        figures = [self.pair.figure(torch.cat(images)) for images in self.images.values()]
+        row = self.setting.describe() | {
+            "seconds": float(np.median(seconds)),
+            "seconds_p20": float(np.quantile(seconds, 0.2)),
+            "seconds_p80": float(np.quantile(seconds, 0.8)),
+            "figure": float(np.mean(figures)),
+            "figures": figures,
+        }
+        for name in ("target_calls", "draft_calls", "target_rows"):
+            row[name] = float(np.mean([getattr(s, name) for s in self.stats]))
+        if self.setting.kind != "target" and self.setting.gamma is None:  # alone, a draft stands in the target's place
+            row["target_calls"], row["draft_calls"], row["target_rows"] = 0.0, row["target_calls"], 0.0
+        drafted = sum(s.drafted for s in self.stats)
+        for name in ("acceptance", "raw_acceptance", "fallback"):
+            known = [(getattr(s, name), s.drafted) for s in self.stats if s.drafted]
+            row[name] = sum(value * n for value, n in known) / drafted if drafted else None
+        return row
+
+
+def _alone(setting: Setting) -> dict:
+    """A one-step draft's tokens have a width, which the last step's noise gives them."""
+    return {"criterion": "last_step"} if setting.kind == "one step" else {}
+
+
+def measure(pair: Pair, images: int, seeds: list[int], chosen: list[Setting], echo=print, keep=None) -> list[dict]:
+    """A row for every setting. They take turns batch by batch, so that drift of the machine hits all alike.
+
+    Args:
+        keep: told of the rows so far after every turn.
+    """
+    made = [Measured(pair, setting) for setting in chosen]
+    labels = pair.labels(images)
+    for one in made:
+        one.draw(labels[: min(8, images)], seeds[0], 0)  # no row pays for start-up
+    rows: list[dict] = []
+    for seed in seeds:
+        for first in range(0, images, pair.batch):
+            for one in made:
+                one.run(labels[first : first + pair.batch], seed, first)
+            echo(f"seed {seed}: {min(first + pair.batch, images)} of {images} images")
+            done = first + pair.batch >= images
+            if done:  # figures are of all images of a seed
+                rows = with_ratios([one.row() for one in made])
+                if keep is not None:
+                    keep(rows)
+    return rows
 
 
 COLUMNS = {
-    "kind": "", "name": "", "seconds": ".1f", "target_calls": ".1f", "draft_calls": ".1f", "raw_acceptance": ".1%",
-    "acceptance": ".1%", "frechet_distance": ".3f",
+    "name": "", "seconds": ".2f", "target_calls": ".1f", "target_rows": ".1f", "draft_calls": ".1f",
+    "raw_acceptance": ".1%", "acceptance": ".1%", "figure": ".3f", "seconds_ratio": ".2f", "calls_ratio": ".2f",
 }  # fmt: skip
 
 
-def _cells(row: dict) -> list[str]:
-    return ["-" if row[c] is None else format(row[c], form) for c, form in COLUMNS.items()]
-
-
-def _line(row: dict, header: bool = False) -> str:
-    cells = [c.replace("_", " ") for c in COLUMNS] if header else _cells(row)
-    return "  ".join(cell.ljust(36 if i == 1 else 16) for i, cell in enumerate(cells)).rstrip()
-
-
-def markdown(rows: list[dict]) -> str:
-    """The table of docs/quality.md."""
-    lines = ["| redraw | | seconds | target calls | draft calls | raw acceptance | acceptance | Frechet distance |"]
-    lines.append("|---" * len(COLUMNS) + "|")
-    for row in rows:
-        kind, *cells = _cells(row)
-        redraw = {"target": "", "draft": "", "policy": "rejection", "closed_form": "closed form"}.get(kind, kind)
-        lines.append("| " + " | ".join([redraw, *(c.replace("%", " %") for c in cells)]) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def plot(rows: list[dict], path: Path) -> None:
-    """Frechet distance against target calls and against seconds: the target alone, and a line for every relaxation."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, panels = plt.subplots(1, 2, figsize=(11, 4.6), dpi=110, sharey=True)
-    for axes, cost in zip(panels, ("target_calls", "seconds")):
-        for kept, style in _lines(rows, plt.cm.viridis):
-            axes.plot([r[cost] for r in kept], [r["frechet_distance"] for r in kept], **style)
-        axes.grid(alpha=0.3)
-    panels[0].set_xscale("symlog", base=2, linthresh=2)
-    panels[0].set_xticks([0, 2, 4, 8, 16], ["0", "2", "4", "8", "16"])
-    panels[0].set_xlabel("target calls (the draft's are not counted)")
-    panels[1].set_xlabel("seconds, all models")
-    panels[0].set_ylabel("Frechet distance to the real digits")
-    # Two steps of the target alone are far off; they must not flatten the rest.
-    shown = [r["frechet_distance"] for r in rows if r["kind"] != "target" or r["steps"] > PLAIN_STEPS[-1]]
-    panels[0].set_ylim(min(shown) - 0.02, max(shown) + 0.06)
-    figure.suptitle("Digits pair: lower and further left is better; gamma grows from right to left along each line")
-    panels[1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    figure.savefig(path, bbox_inches="tight")
-    plt.close(figure)
-    print(f"wrote {path}")
-
-
-def _lines(rows: list[dict], colour_map) -> Iterator[tuple[list[dict], dict]]:
-    """The rows of every line of the plot, and how it is drawn."""
-    alone = [r for r in rows if r["kind"] == "target"]
-    yield alone, dict(color="k", marker="o", label="target alone, 16 / 8 / 4 / 2 steps")
-    relaxations = sorted({r["relaxation"] for r in rows if r["kind"] in RESIDUALS})
-    for kind, line, marker in (("rejection", "-", "s"), ("closed_form", "--", "^")):
-        for i, relaxation in enumerate(relaxations):
-            kept = [r for r in rows if (r["kind"], r["relaxation"]) == (kind, relaxation)]
-            style = dict(color=colour_map(0.85 * i / max(1, len(relaxations) - 1)), linestyle=line, marker=marker)
-            label = f"relaxation {relaxation:g}, {kind.replace('_', ' ')}"
-            yield kept, style | dict(markersize=5, linewidth=1, label=label)
-    for row, marker in zip((r for r in rows if r["kind"] == "policy"), itertools.cycle("DPX*")):
-        yield [row], dict(color="tab:red", marker=marker, markersize=8, linestyle="", label=row["name"])
-    draft = [r for r in rows if r["kind"] == "draft"]
-    yield draft, dict(color="grey", marker="v", markersize=8, linestyle="", label="draft alone, 16 steps")
-
-
-def check_docs(folder: Path) -> None:
-    """Raise, before the long measuring, where the results could not be written."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise SystemExit("--docs draws with matplotlib: pip install matplotlib, or the extra `dev`")
-    page = folder / "quality.md"
-    if not page.is_file() or page.read_text().count(START) != 1 or page.read_text().count(END) != 1:
-        raise SystemExit(f"expected {page} to exist and to hold the marks {START.strip()} and {END} once each")
-
-
-def write_docs(folder: Path, rows: list[dict]) -> None:
-    """The plot, and the table in its place in quality.md."""
-    plot(rows, folder / "quality.png")
-    page = folder / "quality.md"
-    before, _, rest = page.read_text().partition(START)
-    page.write_text(before + START + markdown(rows) + END + rest.partition(END)[2])
-    print(f"wrote {page}")
+def line(row: dict) -> str:
+    """Of the printed table."""
+    cells = ["-" if row[c] is None else format(row[c], form) for c, form in COLUMNS.items()]
+    return "  ".join(cell.ljust(50 if i == 0 else 15) for i, cell in enumerate(cells)).rstrip()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--images", type=int, default=2048, help="per row (default 2048)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--quick", action="store_true", help="two relaxations and gammas: a check, not a measurement")
+    parser.add_argument("--pair", choices=sorted(PAIRS), default="digits")
+    parser.add_argument("--images", type=int, default=2048, help="per setting and seed (default 2048)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--only", metavar="TEXT", help="settings whose name holds this, and the target alone")
+    parser.add_argument("--quick", action="store_true", help="a few settings: a check, not a measurement")
     parser.add_argument("--json", type=Path, metavar="FILE")
-    parser.add_argument("--docs", type=Path, metavar="DIR", help="where quality.png and the table of quality.md go")
+    parser.add_argument("--docs", nargs="+", metavar=("DIR", "FILE"), help="write DIR/quality.md and .png from results")
     args = parser.parse_args()
+    if args.docs:
+        folder, *files = map(Path, args.docs)
+        check_docs(folder, files)
+        return write_docs(folder, [json.loads(file.read_text()) for file in files])
     if args.images < 2:
         parser.error(f"expected --images >= 2 (a distance needs a covariance), got {args.images}")
-    if args.docs:
-        check_docs(args.docs)
     if args.json and not args.json.resolve().parent.is_dir():
         parser.error(f"expected a folder for {args.json} to exist, found none")
-    print(f"{args.images} images, seed {args.seed}, {torch.get_num_threads()} CPU threads, batches of {BATCH}")
-    rows = measure(args.images, args.seed, *([(1, 42), (2, 4, 8)] if args.quick else [RELAXATIONS, GAMMAS]))
-    extra = {"images": args.images, "seed": args.seed, "threads": torch.get_num_threads()}
+    pair = load(args.pair)
+    chosen = [
+        setting
+        for setting in settings(pair.steps, pair.fewer, pair.one_step is not None)
+        if (setting.quick or not args.quick) and (not args.only or args.only in setting.name or setting.kind == "target")
+    ]
+    torch.set_num_threads(1)  # tensors are small; two runs beside each other do not slow each other
+    print(f"{pair.name}: {args.images} images a seed, seeds {args.seeds}, one CPU thread, batches of {pair.batch}")
+    extra = {"pair": pair.name, "images": args.images, "seeds": args.seeds, "threads": 1, "batch": pair.batch}
+    extra |= {"figure": pair.figure_name, "plain_steps": [pair.steps, *pair.fewer]}
+
+    def keep(rows: list[dict]) -> None:
+        if args.json:
+            write_results(args.json, rows, **extra)
+
+    rows = measure(pair, args.images, args.seeds, chosen, keep=keep)
+    print("  ".join(name.replace("_", " ").ljust(50 if i == 0 else 15) for i, name in enumerate(COLUMNS)))
+    for row in rows:
+        print(line(row))
     if args.json:
-        write_results(args.json, rows, **extra)
         print(f"wrote {args.json}")
-    if args.docs:
-        write_docs(args.docs, rows)
 
 
 if __name__ == "__main__":
