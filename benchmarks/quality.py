@@ -25,9 +25,9 @@ RELAXATIONS, GAMMAS, RESIDUALS = (1, 3, 10, 42), (2, 4, 8, 16), ("rejection", "c
 PLAIN_STEPS = (16, 8, 4, 2)
 SIMILARITY = cspd.SimilarityRelaxation(least=1.0, most=42.0)
 POLICIES = (
-    ("relaxation by similarity, gamma 8", 8, {"inner_temperature": SIMILARITY}),
-    ("relaxation 10, adaptive gamma", cspd.AdaptiveDraft(bound=0.8, most=16), {"inner_temperature": 10.0}),
-    ("relaxation 42, adaptive gamma", cspd.AdaptiveDraft(bound=0.97, most=16), {"inner_temperature": 42.0}),
+    ("relaxation by similarity, gamma 8", 8, {"relaxation": SIMILARITY}),
+    ("relaxation 10, adaptive gamma", cspd.AdaptiveDraft(bound=0.8, most=16), {"relaxation": 10.0}),
+    ("relaxation 42, adaptive gamma", cspd.AdaptiveDraft(bound=0.97, most=16), {"relaxation": 42.0}),
 )
 START, END = "<!-- TABLE -->\n", "<!-- /TABLE -->"
 
@@ -37,7 +37,7 @@ def plan(target, draft, relaxations, gammas, residuals) -> list[tuple]:
     rows = [("target", f"target, {n} steps", target, n, None, {}) for n in PLAIN_STEPS]
     rows += [("draft", f"draft, {STEPS} steps", draft, STEPS, None, {})]
     rows += [
-        (residual, f"relaxation {r}, gamma {g}", draft, STEPS, g, {"inner_temperature": float(r), "residual": residual})
+        (residual, f"relaxation {r}, gamma {g}", draft, STEPS, g, {"relaxation": float(r), "residual": residual})
         for residual in residuals
         for r in relaxations
         for g in gammas
@@ -63,7 +63,7 @@ def measure(
             figures["target_calls"], figures["draft_calls"] = 0, figures["target_calls"]
         row = {"kind": kind, "name": name, "steps": steps}
         row |= {"gamma": gamma if gamma is None or isinstance(gamma, int) else repr(gamma)}
-        row |= {"relaxation": options.get("inner_temperature"), **figures}
+        row |= {"relaxation": options.get("relaxation"), **figures}
         row |= {calls: figures[calls] / batches for calls in ("target_calls", "draft_calls")}
         row |= {"frechet_distance": frechet_distance(made), "fell_back": float((outcome == 3).float().mean())}
         if callable(row["relaxation"]):
