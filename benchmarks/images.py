@@ -152,7 +152,7 @@ def run_by(name: str, runner: cspd.SpecDecodeRunner, gamma: int = 1) -> Contende
 
 def alone(target: nn.Module, dtype: torch.dtype) -> Contender:
     """The target without a draft, by the runner: what speculation is measured against."""
-    return run_by("target alone", cspd.SpecDecodeRunner(target, target, ratio=1.0, dtype=dtype))
+    return run_by("target alone", cspd.SpecDecodeRunner(target, target, prefill=1.0, dtype=dtype))
 
 
 def speculative(draft: nn.Module, target: nn.Module, dtype: torch.dtype, gamma: int) -> tuple[Contender, object]:

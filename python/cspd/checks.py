@@ -93,28 +93,24 @@ def check_sampling(role: str, diffloss) -> None:
         raise ValueError(f"expected {name} to sample as MAR does, with nothing before or after the loop: {reason}")
 
 
-def check_options(seq_len: int, inner_temperature, ratio, sigma, max_tries) -> None:
+def check_options(seq_len: int, relaxation, prefill, sigma, max_tries) -> None:
     """Raise on an option of the runner that is out of range."""
-    if not isinstance(ratio, Real) or not 0.0 <= ratio <= 1.0:
-        raise ValueError(f"expected ratio in [0, 1], got {ratio!r}")
+    if not isinstance(prefill, Real) or not 0.0 <= prefill <= 1.0:
+        raise ValueError(f"expected prefill in [0, 1], got {prefill!r}")
     if sigma not in SIGMAS:
         raise ValueError(f"expected sigma one of {SIGMAS}, got {sigma!r}")
-    if isinstance(inner_temperature, torch.Tensor):
-        if (
-            inner_temperature.shape != (seq_len,)
-            or not ((inner_temperature > 0) & torch.isfinite(inner_temperature)).all()
-        ):
+    if isinstance(relaxation, torch.Tensor):
+        if relaxation.shape != (seq_len,) or not ((relaxation > 0) & torch.isfinite(relaxation)).all():
             raise ValueError(
-                f"expected inner_temperature finite and > 0, one number or ({seq_len},), "
-                f"got shape {tuple(inner_temperature.shape)}"
+                f"expected relaxation finite and > 0, one number or ({seq_len},), got shape {tuple(relaxation.shape)}"
             )
-    elif isinstance(inner_temperature, Real):
-        if not 0 < inner_temperature < math.inf:
-            raise ValueError(f"expected a finite inner_temperature > 0, got {inner_temperature!r}")
-    elif not callable(inner_temperature):
+    elif isinstance(relaxation, Real):
+        if not 0 < relaxation < math.inf:
+            raise ValueError(f"expected a finite relaxation > 0, got {relaxation!r}")
+    elif not callable(relaxation):
         raise TypeError(
-            "expected inner_temperature as a number, a tensor or a policy (a function of a cspd.Window), got "
-            f"{type(inner_temperature).__name__}"
+            "expected relaxation as a number, a tensor or a policy (a function of a cspd.Window), got "
+            f"{type(relaxation).__name__}"
         )
     if isinstance(max_tries, bool) or not isinstance(max_tries, int) or max_tries < 0:
         raise ValueError(f"expected max_tries as an int >= 0, got {max_tries!r}")
@@ -139,11 +135,11 @@ def _learned_variance(diffloss) -> bool:
     return diffloss.net.final_layer.linear.out_features == 2 * diffloss.in_channels
 
 
-def check_num_draft(num_draft) -> None:
-    """Raise where ``num_draft`` is neither a number of steps nor a policy."""
-    number = isinstance(num_draft, Integral) and not isinstance(num_draft, bool)
-    if not callable(num_draft) and not (number and num_draft >= 1):
-        raise ValueError(f"expected num_draft >= 1, an int or a function of the windows so far, got {num_draft!r}")
+def check_gamma(gamma) -> None:
+    """Raise where ``gamma`` is neither a number of steps nor a policy."""
+    number = isinstance(gamma, Integral) and not isinstance(gamma, bool)
+    if not callable(gamma) and not (number and gamma >= 1):
+        raise ValueError(f"expected gamma >= 1, an int or a function of the windows so far, got {gamma!r}")
 
 
 def check_run(draft, target, bsz, labels, temperature, cfg, seed, first_image, orders) -> None:

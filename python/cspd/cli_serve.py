@@ -104,7 +104,7 @@ def load_studio(args):
         steps=min(most, 16 if digits else 64),
         classes=min(target.num_classes, draft.num_classes),
         name=name,
-        inner_temperature=args.relaxation,
+        relaxation=args.relaxation,
         dtype=dtype,
     )
 

@@ -15,18 +15,18 @@ import torch
 from cspd_kernels.noise import STREAM_ORDER, words
 
 
-def mask_lengths(seq_len: int, num_iter: int) -> list[int]:
+def mask_lengths(seq_len: int, steps: int) -> list[int]:
     """How many tokens are still masked before step 0, after step 0, ..., after the last step.
 
     After step k of K, ``floor(L cos(pi/2 (k+1)/K))`` tokens stay masked, at least one fewer than
     before and at least one, until the last step draws all that remain (MaskGIT, arXiv 2202.04200;
     MAR). Length K + 1, from L down to 0; equal neighbours mean a step with nothing to draw.
     """
-    if num_iter < 1:
-        raise ValueError(f"expected num_iter >= 1, got {num_iter}")
+    if steps < 1:
+        raise ValueError(f"expected steps >= 1 (num_iter of MAR's sample_tokens), got {steps}")
     lengths = [seq_len]
-    for step in range(num_iter - 1):
-        cosine = math.floor(seq_len * math.cos(math.pi / 2.0 * (step + 1) / num_iter))
+    for step in range(steps - 1):
+        cosine = math.floor(seq_len * math.cos(math.pi / 2.0 * (step + 1) / steps))
         lengths.append(max(1, min(lengths[-1] - 1, cosine)))
     return [*lengths, 0]
 
@@ -50,9 +50,9 @@ class Step:
     cfg: float
 
 
-def plan_steps(seq_len: int, num_iter: int, cfg: float, cfg_schedule: str) -> list[Step]:
+def plan_steps(seq_len: int, steps: int, cfg: float, cfg_schedule: str) -> list[Step]:
     """The steps that draw at least one token, in order."""
-    lengths = mask_lengths(seq_len, num_iter)
+    lengths = mask_lengths(seq_len, steps)
     return [
         # The last step counts as leaving one token, as in MAR's loop.
         Step(k, before, after, guidance_scale(cfg, cfg_schedule, max(after, 1), seq_len))

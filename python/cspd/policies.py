@@ -10,7 +10,7 @@ manner of entropy-informed speculation (Drift-AR, arXiv 2603.28049), takes three
 
     cspd.SpecDecodeRunner(draft, target, by_entropy)
 
-A draft-length policy is a function of the acceptance of the windows so far that gives the number of steps of the
+A gamma policy is a function of the acceptance of the windows so far that gives the number of steps of the
 next one; see :class:`AdaptiveDraft`.
 """
 
@@ -69,7 +69,7 @@ def relaxation_of(policy, window: Window) -> torch.Tensor:
         else:
             got = type(value).__name__
         raise ValueError(
-            f"expected the inner_temperature policy to return one number > 0 per token, a floating tensor "
+            f"expected the relaxation policy to return one number > 0 per token, a floating tensor "
             f"{tuple(like.shape)} on {like.device}, got {got}"
         )
     return value.flatten()
@@ -134,7 +134,7 @@ class AdaptiveDraft:
     runs, and a seed gives the same images again.
 
     In the manner of acceptance- and entropy-informed draft lengths (Drift-AR, arXiv 2603.28049). For
-    ``SpecDecodeRunner.run(num_draft=...)``, which then reads the acceptance of every window from the device: one
+    ``SpecDecodeRunner.run(gamma=...)``, which then reads the acceptance of every window from the device: one
     wait a window, which a fixed number does not have.
 
     Args:
@@ -174,8 +174,8 @@ class AdaptiveDraft:
 
 
 def draft_length(policy, windows: list[list[float]]) -> int:
-    """What a draft-length policy gives, or one clear error."""
+    """What a gamma policy gives, or one clear error."""
     steps = policy(windows)
     if isinstance(steps, bool) or not isinstance(steps, Integral) or steps < 1:
-        raise ValueError(f"expected the num_draft policy to return an int >= 1, got {steps!r}")
+        raise ValueError(f"expected the gamma policy to return an int >= 1, got {steps!r}")
     return steps

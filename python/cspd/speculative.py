@@ -14,11 +14,12 @@ from cspd_kernels import DiffusionHead
 from cspd_kernels.backends import implementation
 from cspd_kernels.ops.denoise.parallel import AUTO, check_tolerance
 
-from .checks import check_models, check_num_draft, check_options, check_residual, check_run
+from .checks import check_gamma, check_models, check_options, check_residual, check_run
 from .diffusions import Tables
 from .heads import HeadCache, unwrapped
 from .order import Plan, by_token, plan_steps, random_orders, to_device
 from .policies import Window, draft_length
+from .released_names import released_attribute, released_names
 from .stats import PREFILLED, Recorder, RunStats
 from .whole.chosen import ChosenTransformer, training
 from .whole.noise import PhiloxSource
@@ -31,14 +32,14 @@ _MOST_STEPS = 4  # sizes of runs whose graphs are kept
 class SpecDecodeRunner:
     """Generate images with a draft and a target MAR model.
 
-    The first ``ratio`` of the autoregressive steps are the target's (pre-filling). Then the draft
-    draws ``num_draft`` steps at a time; the target computes the conditions of all their positions in
+    The first of the autoregressive steps, the fraction ``prefill``, are the target's (pre-filling). Then the draft
+    draws ``gamma`` steps, a window; the target computes the conditions of all their positions in
     one pass over the tokens known before the window, denoises them from the draft's x_T and noise
     (trajectory alignment), and each token is accepted or redrawn on its own
     (:func:`cspd_kernels.accept_reject`); all positions of the window are kept.
 
     Approximate by construction: the test compares two trajectories that meet in the token, windows
-    are judged against the context before them, and ``inner_temperature`` above 1 relaxes the test.
+    are judged against the context before them, and a ``relaxation`` above 1 relaxes the test.
     Compare with the target alone at fewer steps.
 
     Noise is addressed by (seed; image, position, step, channel): it takes no memory, and an image
@@ -52,16 +53,17 @@ class SpecDecodeRunner:
     own methods, which wait for the device at every pass; the log says why.
 
     On a device the host waits nowhere between a run's first kernel and its result. Exceptions: those own
-    methods; the first run of a size, which compiles and captures; a draft-length policy; CUDA graphs of
+    methods; the first run of a size, which compiles and captures; a gamma policy; CUDA graphs of
     the heads that outgrow their memory; sweeps (``parallel_tol``) of the torch backend.
 
     Args:
         draft_model, target_model: MAR objects (``cspd.models.MAR``, LTH14/mar, MarkXCloud/CSpD) with
             the same sequence, token width and number of denoising steps, on one device.
-        inner_temperature: relaxation > 0 of the accept test; 1 is the paper's formula, 42 the
-            released default. A number; (L,) with one per position; or a policy, a function of a
-            :class:`cspd.Window` that gives one per token (:class:`cspd.SimilarityRelaxation`).
-        ratio: fraction of the steps that is pre-filled, 0..1; a fraction of a step counts whole.
+        relaxation: > 0, of the accept test; 1 is the paper's formula, 42 the released default. A number;
+            (L,) with one per position; or a policy, a function of a :class:`cspd.Window` that gives one per
+            token (:class:`cspd.SimilarityRelaxation`). ``inner_temperature`` in the released code.
+        prefill: fraction of the steps that is pre-filled, 0..1; a fraction of a step counts whole. ``ratio`` in
+            the released code, whose names are accepted as keywords here and in :meth:`run`.
         sigma: ``"paper"`` or ``"released"``, see :func:`cspd_kernels.log_density_ratio`.
         backend: as in :func:`cspd.patch`.
         dtype: type of the matrix products' operands in transformers and heads, as autocast has it; None
@@ -79,12 +81,13 @@ class SpecDecodeRunner:
     Source: arXiv 2411.11925; MarkXCloud/CSpD ``spec_decode/spec_decode_runner.py``.
     """
 
+    @released_names(inner_temperature="relaxation", ratio="prefill")
     def __init__(
         self,
         draft_model,
         target_model,
-        inner_temperature: float | torch.Tensor | Callable[[Window], torch.Tensor] = 42.0,
-        ratio: float = 0.15,
+        relaxation: float | torch.Tensor | Callable[[Window], torch.Tensor] = 42.0,
+        prefill: float = 0.15,
         *,
         sigma: str = "paper",
         backend: str | None = None,
@@ -97,10 +100,10 @@ class SpecDecodeRunner:
         implementation("accept_reject", backend)
         check_tolerance("SpecDecodeRunner", parallel_tol)
         check_models(draft_model, target_model)
-        check_options(target_model.seq_len, inner_temperature, ratio, sigma, max_tries)
+        check_options(target_model.seq_len, relaxation, prefill, sigma, max_tries)
         check_residual(draft_model, target_model, residual, target_sigma)
         self.seq_len, self.token_embed_dim = target_model.seq_len, target_model.token_embed_dim
-        self.inner_temperature, self.ratio, self.sigma = inner_temperature, float(ratio), sigma
+        self.relaxation, self.prefill, self.sigma = relaxation, float(prefill), sigma
         self.backend, self.dtype, self.max_tries = backend, dtype, max_tries
         self.residual, self.target_sigma, self.parallel_tol = residual, target_sigma, parallel_tol
         self._models = {"draft": draft_model, "target": target_model}
@@ -118,6 +121,8 @@ class SpecDecodeRunner:
         self._steps: OrderedDict[tuple, Steps] = OrderedDict()  # of runs whose steps are CUDA graphs
         self._recorder: Recorder | None = None
         self._stats: RunStats | None = None
+
+    inner_temperature, ratio = released_attribute("relaxation"), released_attribute("prefill")
 
     @property
     def draft_model(self):
@@ -138,13 +143,14 @@ class SpecDecodeRunner:
             raise RuntimeError("no statistics yet: call run() first")
         return self._stats
 
+    @released_names(num_iter="steps", num_draft="gamma")
     @torch.inference_mode(False)
     @torch.no_grad()
     def run(
         self,
         bsz: int,
-        num_iter: int = 64,
-        num_draft: int | Callable[[list[list[float]]], int] = 8,
+        steps: int = 64,
+        gamma: int | Callable[[list[list[float]]], int] = 8,
         cfg_schedule: str = "linear",
         labels: torch.Tensor | None = None,
         temperature: float = 1.0,
@@ -158,11 +164,11 @@ class SpecDecodeRunner:
         """Generate ``bsz`` images.
 
         Args:
-            num_iter: autoregressive steps.
-            num_draft: gamma, steps per window; the last may be shorter. Or a policy that is asked
-                before each window (:class:`cspd.AdaptiveDraft`): a function of the list of the windows
-                so far, each a list with the mean of min(1, r) over the tokens of each of its steps, r at
-                the relaxation in use. The host then waits for the device once a window.
+            steps: autoregressive steps. ``num_iter`` in the released code.
+            gamma: steps of a window; the last may be shorter. Or a policy that is asked before each window
+                (:class:`cspd.AdaptiveDraft`): a function of the list of the windows so far, each a list with
+                the mean of min(1, r) over the tokens of each of its steps, r at the relaxation in use. The
+                host then waits for the device once a window. ``num_draft`` in the released code.
             cfg_schedule: ``"linear"`` or ``"constant"``. cfg: guidance scale, 1 for none.
             labels: (bsz,) int64 class labels, or None for no class.
             temperature: >= 0; at 0 every token is the target's own.
@@ -174,23 +180,23 @@ class SpecDecodeRunner:
         Returns:
             (bsz, c, h, w) float32, as the target's ``unpatchify`` lays them out.
         """
-        check_num_draft(num_draft)
+        check_gamma(gamma)
         state = self.begin(
-            bsz, num_iter, cfg_schedule, labels, temperature, cfg, seed=seed, first_image=first_image, orders=orders
+            bsz, steps, cfg_schedule, labels, temperature, cfg, seed=seed, first_image=first_image, orders=orders
         )
         self._stats, self._recorder = None, None
         if why_not_graphs(state) is not None:
-            images, self._recorder = self._run(PlainSteps(state), num_draft, progress)
+            images, self._recorder = self._run(PlainSteps(state), gamma, progress)
             return images
         state.noise.seed_on_device()
-        steps = self._graphs(state)
-        with steps.of(state):
-            images, recorder = self._run(steps, num_draft, progress)
+        graphs = self._graphs(state)
+        with graphs.of(state):
+            images, recorder = self._run(graphs, gamma, progress)
             images, recorder.outcome = images.clone(), recorder.outcome.clone()  # the next run writes there
         self._recorder = recorder
         return images
 
-    def _run(self, steps: Steps | PlainSteps, num_draft, progress: bool) -> tuple[torch.Tensor, Recorder]:
+    def _run(self, steps: Steps | PlainSteps, gamma, progress: bool) -> tuple[torch.Tensor, Recorder]:
         state, judged = steps.state, []
         plan, stop, recorder = state.plan, len(state.plan.steps), Recorder(state.outcome)
         with tqdm(total=stop, disable=not progress) as bar:
@@ -206,7 +212,7 @@ class SpecDecodeRunner:
                     steps.target(i)
                 recorder.prefill()
                 bar.update()
-            for first, last in _windows(state, num_draft, judged):
+            for first, last in _windows(state, gamma, judged):
                 counts = tuple(step.before - step.after for step in plan.steps[first:last])
                 judged.append((counts, steps.window(first, last, phase)))
                 recorder.window(judged[-1][1].sums, judged[-1][1].log_ratio.numel(), last - first)
@@ -225,12 +231,13 @@ class SpecDecodeRunner:
             keep_current(self._steps, current, _MOST_STEPS)
             return self._steps[key]
 
+    @released_names(num_iter="steps")
     @torch.inference_mode(False)
     @torch.no_grad()
     def begin(
         self,
         bsz: int,
-        num_iter: int,
+        steps: int,
         cfg_schedule: str = "linear",
         labels: torch.Tensor | None = None,
         temperature: float = 1.0,
@@ -247,21 +254,21 @@ class SpecDecodeRunner:
         """
         draft, target = self.draft_model, self.target_model
         check_run(draft, target, bsz, labels, temperature, cfg, seed, first_image, orders)
-        steps = plan_steps(self.seq_len, num_iter, cfg, cfg_schedule)
+        planned = plan_steps(self.seq_len, steps, cfg, cfg_schedule)
         device, guided = target.fake_latent.device, bool(cfg != 1.0)
         seed = int(torch.randint(2**63 - 1, (), device="cpu")) if seed is None else seed
         # What may wait for the device, and what comes from the host, goes before the first kernel.
         transformers = {role: transformer.get(self.dtype) for role, transformer in self._transformers.items()}
         labels = None if labels is None else to_device(labels, device)
-        relaxation = self.inner_temperature
+        relaxation = self.relaxation
         if isinstance(relaxation, torch.Tensor):
             relaxation = to_device(relaxation.float(), device)
-        tables = by_token(steps, device)
+        tables = by_token(planned, device)
         orders = None if orders is None else to_device(orders, device)
         heads = {role: self._head(role) for role in self._models}
         images = torch.arange(first_image, first_image + bsz, device=device)
         orders = random_orders(seed, images, self.seq_len) if orders is None else orders
-        plan = Plan(orders, images, steps, guided, tables)
+        plan = Plan(orders, images, planned, guided, tables)
         models = {
             role: Model(
                 type(model).__name__, heads[role], transformers[role], class_embedding(model, bsz, labels, guided)
@@ -272,7 +279,7 @@ class SpecDecodeRunner:
             tokens=torch.zeros(bsz, self.seq_len, self.token_embed_dim, dtype=torch.float32, device=device),
             outcome=torch.full(orders.shape, PREFILLED, dtype=torch.int8, device=device),
             plan=plan,
-            prefilled=sum(step.index < self.ratio * num_iter - 1e-9 for step in steps),
+            prefilled=sum(step.index < self.prefill * steps - 1e-9 for step in planned),
             **models,
             noise=PhiloxSource(seed, plan.rows, self.token_embed_dim),
             temperature=float(temperature),
@@ -295,16 +302,16 @@ class SpecDecodeRunner:
         return self._caches[role].get(self._diffusions[role].schedule(), self.dtype)
 
 
-def _windows(state: RunState, num_draft, judged: list[tuple[tuple[int, ...], Judged]]) -> Iterator[tuple[int, int]]:
+def _windows(state: RunState, gamma, judged: list[tuple[tuple[int, ...], Judged]]) -> Iterator[tuple[int, int]]:
     """First step of every window and the one behind it. A policy is told of those in ``judged``: the host waits."""
     acceptance, first, stop = [], state.prefilled, len(state.plan.steps)
     while first < stop:
-        length = num_draft
-        if callable(num_draft):
+        length = gamma
+        if callable(gamma):
             for counts, verdict in judged[len(acceptance) :]:
                 steps = verdict.log_ratio.clamp(max=0).exp().split(counts, dim=1)
                 acceptance.append(torch.stack([step.mean() for step in steps]).tolist())
-            length = draft_length(num_draft, acceptance)
+            length = draft_length(gamma, acceptance)
         last = min(first + length, stop)
         yield first, last
         first = last

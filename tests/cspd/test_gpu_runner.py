@@ -42,12 +42,12 @@ OPTIONS = {
     "labels": ({}, {"labels": LABELS}),
     "guided": ({}, {"cfg": 3.0, "labels": LABELS}),
     "guided, constant": ({}, {"cfg": 3.0, "cfg_schedule": "constant", "labels": LABELS}),
-    "no pre-filling": ({"ratio": 0.0, "sigma": "released"}, {"temperature": 0.7}),
-    "pre-filling only": ({"ratio": 1.0}, {"cfg": 3.0}),
+    "no pre-filling": ({"prefill": 0.0, "sigma": "released"}, {"temperature": 0.7}),
+    "pre-filling only": ({"prefill": 1.0}, {"cfg": 3.0}),
     "few tries": ({"max_tries": 3}, {}),
-    "tensor": ({"inner_temperature": torch.linspace(1, 40, 16)}, {"cfg": 2.0}),
-    "similarity": ({"inner_temperature": cspd.SimilarityRelaxation()}, {"cfg": 2.0, "labels": LABELS}),
-    "entropy": ({"inner_temperature": by_entropy}, {}),
+    "tensor": ({"relaxation": torch.linspace(1, 40, 16)}, {"cfg": 2.0}),
+    "similarity": ({"relaxation": cspd.SimilarityRelaxation()}, {"cfg": 2.0, "labels": LABELS}),
+    "entropy": ({"relaxation": by_entropy}, {}),
     "orders": ({}, {"orders": torch.stack([torch.randperm(16) for _ in range(3)])}),
     "closed form": ({"residual": "closed_form", "target_sigma": True}, {"cfg": 2.0}),
     "bfloat16 head": ({"dtype": torch.bfloat16}, {}),
@@ -89,7 +89,7 @@ def test_a_window_in_a_graph_of_the_caller(digits, backend, tolerance, cfg, rela
     runner = cspd.SpecDecodeRunner(
         *(copy.deepcopy(model).cuda() for model in digits),
         relaxation,
-        ratio=0.25,
+        prefill=0.25,
         backend=backend,
         parallel_tol=tolerance,
     )
@@ -132,7 +132,7 @@ def test_a_window_in_a_graph_of_the_caller(digits, backend, tolerance, cfg, rela
 def test_a_window_that_waits_is_refused_in_a_graph(pair, monkeypatch):
     for name in ("why_not_by_weights", "why_not_by_tables"):
         monkeypatch.setattr(f"cspd.whole.chosen.{name}", lambda *_: "asked for by this test")
-    runner = cspd.SpecDecodeRunner(*pair, ratio=0.0)
+    runner = cspd.SpecDecodeRunner(*pair, prefill=0.0)
     state = runner.begin(2, 8, seed=0)
     window = state.plan.window(0, 2)
     run_window(state, window)
@@ -142,7 +142,7 @@ def test_a_window_that_waits_is_refused_in_a_graph(pair, monkeypatch):
 
 
 def test_sweeps_that_wait_are_refused_in_a_graph(pair):
-    runner = cspd.SpecDecodeRunner(*pair, ratio=0.0, backend="torch", parallel_tol=1e-3)
+    runner = cspd.SpecDecodeRunner(*pair, prefill=0.0, backend="torch", parallel_tol=1e-3)
     state = runner.begin(2, 8, seed=0)
     window = state.plan.window(0, 2)
     run_window(state, window)

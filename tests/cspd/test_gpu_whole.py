@@ -133,8 +133,8 @@ def test_a_patched_model(model):
 def test_the_runner_by_graphs_and_without(model, monkeypatch, cfg, relaxation, tolerance):
     draft = copy.deepcopy(model)
     randomize_(draft, 9)
-    runner = cspd.SpecDecodeRunner(draft, model, relaxation, ratio=0.25, parallel_tol=tolerance)
-    arguments = {"num_iter": 12, "num_draft": 3, "labels": LABELS, "cfg": cfg}
+    runner = cspd.SpecDecodeRunner(draft, model, relaxation, prefill=0.25, parallel_tol=tolerance)
+    arguments = {"steps": 12, "gamma": 3, "labels": LABELS, "cfg": cfg}
     by_graphs = [runner.run(3, **arguments, seed=seed) for seed in (1, 1, 2, 2, 1)]
     assert runner._steps
     outcome = runner.stats.outcome

@@ -21,14 +21,14 @@ from cspd.order import (
 )
 
 
-@pytest.mark.parametrize(("seq_len", "num_iter"), [(256, 64), (256, 256), (16, 16), (16, 5), (16, 1), (16, 40), (1, 3)])
-def test_mask_lengths_follow_the_cosine_and_end_empty(seq_len, num_iter):
-    lengths = mask_lengths(seq_len, num_iter)
+@pytest.mark.parametrize(("seq_len", "steps"), [(256, 64), (256, 256), (16, 16), (16, 5), (16, 1), (16, 40), (1, 3)])
+def test_mask_lengths_follow_the_cosine_and_end_empty(seq_len, steps):
+    lengths = mask_lengths(seq_len, steps)
     assert lengths[0] == seq_len
     assert lengths[-1] == 0
-    assert len(lengths) == num_iter + 1
+    assert len(lengths) == steps + 1
     for step, (before, after) in enumerate(pairwise(lengths[:-1])):
-        wanted = math.floor(seq_len * math.cos(math.pi / 2 * (step + 1) / num_iter))
+        wanted = math.floor(seq_len * math.cos(math.pi / 2 * (step + 1) / steps))
         assert after == max(1, min(before - 1, wanted))
 
 

@@ -166,7 +166,7 @@ def digits():
 
 def one_window(pair, tolerance, relaxation=8.0, **options):
     """All steps drafted and judged at once, so that a decision has no part in any other: state, window, verdict."""
-    runner = cspd.SpecDecodeRunner(*pair, relaxation, ratio=0.0, parallel_tol=tolerance)
+    runner = cspd.SpecDecodeRunner(*pair, relaxation, prefill=0.0, parallel_tol=tolerance)
     run_state = runner.begin(16, 16, labels=torch.arange(16) % 10, seed=0, **options)
     plan = run_state.plan.window(0, len(run_state.plan.steps))
     return run_state, plan, run_window(run_state, plan)
@@ -222,7 +222,7 @@ def test_the_trajectories_of_the_draft_save_sweeps(digits, cfg, chains):
 def test_the_guess_is_the_draft_at_the_same_places(digits, chains):
     """The draft being the target and a window one step long, a guess is right: a first sweep finds nothing to do."""
     target = digits[1]
-    runner = cspd.SpecDecodeRunner(target, target, ratio=0.0, parallel_tol=1e-3)
+    runner = cspd.SpecDecodeRunner(target, target, prefill=0.0, parallel_tol=1e-3)
     state = runner.begin(3, 8, seed=0)
     chains.clear()
     run_window(state, state.plan.window(0, 1))
@@ -245,7 +245,7 @@ def test_automatic_in_the_runner(digits, cfg, chains, monkeypatch):
         return tokens <= limit
 
     monkeypatch.setattr(denoise_op, "prefers_parallel", few)
-    runner = cspd.SpecDecodeRunner(*digits, ratio=0.0, backend="torch")
+    runner = cspd.SpecDecodeRunner(*digits, prefill=0.0, backend="torch")
     asked = {}
     for limit in (0, 16, 48, 1000):
         chains.clear()
@@ -266,7 +266,7 @@ def test_automatic_in_the_runner(digits, cfg, chains, monkeypatch):
 
 def test_a_trajectory_that_ran_away_does_no_harm(digits):
     """As that of a draft's token may that did not settle; the target's is its own all the same."""
-    state = cspd.SpecDecodeRunner(*digits, ratio=0.0, parallel_tol=1e-4).begin(16, 16, seed=0)
+    state = cspd.SpecDecodeRunner(*digits, prefill=0.0, parallel_tol=1e-4).begin(16, 16, seed=0)
     step = state.plan.step(0)
     expected = window._draw(state, state.target, step).chain
     odd = expected.trajectory.double()  # as of a draft of float64

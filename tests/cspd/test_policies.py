@@ -56,7 +56,7 @@ def by_position(window):
 @pytest.mark.parametrize("cfg", [1.0, 2.0])
 @pytest.mark.parametrize("gamma", [1, 3, 8])
 def test_every_token_is_judged_at_its_own_relaxation(pair, watched, cfg, gamma):
-    runner = cspd.SpecDecodeRunner(*pair, by_position, ratio=0.2)
+    runner = cspd.SpecDecodeRunner(*pair, by_position, prefill=0.2)
     images = runner.run(3, 8, gamma, labels=torch.tensor([1, 2, 3]), cfg=cfg, seed=4, first_image=5)
     orders = random_orders(4, torch.arange(5, 8), 16)
     steps = plan_steps(16, 8, cfg, "linear")[2:]
@@ -84,9 +84,9 @@ def test_a_policy_and_a_tensor_by_position_are_one(digits, cfg):
     assert not torch.equal(images[0], images[2])
 
 
-@pytest.mark.parametrize("ratio", [0.0, 0.2])
+@pytest.mark.parametrize("prefill", [0.0, 0.2])
 @pytest.mark.parametrize("cfg", [1.0, 2.0])
-def test_what_a_policy_is_shown(pair, watched, ratio, cfg):
+def test_what_a_policy_is_shown(pair, watched, prefill, cfg):
     windows = []
 
     def policy(window):
@@ -94,7 +94,7 @@ def test_what_a_policy_is_shown(pair, watched, ratio, cfg):
         windows.append((window, None if previous is None else previous.clone()))
         return torch.full_like(window.log_ratio, 5.0)
 
-    runner = cspd.SpecDecodeRunner(*pair, policy, ratio=ratio)
+    runner = cspd.SpecDecodeRunner(*pair, policy, prefill=prefill)
     runner.run(3, 8, 3, labels=torch.tensor([1, 2, 3]), cfg=cfg, seed=4)
     calls, last = iter(watched["denoise"]), None
 
@@ -104,7 +104,7 @@ def test_what_a_policy_is_shown(pair, watched, ratio, cfg):
         assert len(cond) == len(x) * (1 if cfg == 1.0 else 2)
         return cond[: len(x)].unflatten(0, (3, -1)), chain
 
-    for _ in range(2 if ratio else 0):
+    for _ in range(2 if prefill else 0):
         last = hidden_states("prefill")[0][:, -1]
     for (window, previous), ((x, draft, target), _, _) in zip(windows, watched["accept_reject"], strict=True):
         steps = len(window.steps.unique())
@@ -135,7 +135,7 @@ def test_what_a_policy_is_shown(pair, watched, ratio, cfg):
 )
 def test_what_a_policy_must_not_return(pair, policy, match):
     with pytest.raises(ValueError, match=match):
-        cspd.SpecDecodeRunner(*pair, policy, ratio=0.0).run(2, 4, 2, seed=0)
+        cspd.SpecDecodeRunner(*pair, policy, prefill=0.0).run(2, 4, 2, seed=0)
 
 
 # --- the policies of the package ---
@@ -253,7 +253,7 @@ def test_a_length_policy_sees_the_acceptance_of_every_step(digits, watched, cfg)
         asked.append([list(window) for window in windows])
         return wanted[len(windows)]
 
-    runner = cspd.SpecDecodeRunner(*digits, 8.0, ratio=0.2)
+    runner = cspd.SpecDecodeRunner(*digits, 8.0, prefill=0.2)
     images = runner.run(3, 10, policy, labels=torch.tensor([1, 2, 3]), cfg=cfg, seed=4)
     steps = plan_steps(16, 10, cfg, "linear")
     assert runner.stats.gammas == [2, 3, 1, len(steps) - 2 - 6]
@@ -283,7 +283,7 @@ def test_windows_follow_the_acceptance(pair, monkeypatch):
         return verdict._replace(log_ratio=torch.where(steps <= 5, 0.5, math.log(0.2)))
 
     monkeypatch.setattr(window_module, "accept_reject", accept_reject)
-    runner, policy = cspd.SpecDecodeRunner(*pair, ratio=0.0), AdaptiveDraft(0.7, 16, 0.5, first=2)
+    runner, policy = cspd.SpecDecodeRunner(*pair, prefill=0.0), AdaptiveDraft(0.7, 16, 0.5, first=2)
     for _ in range(2):  # nothing is kept from one run to the next
         runner.run(2, 16, policy, orders=torch.arange(16).expand(2, -1), seed=0)
         gammas = runner.stats.gammas
@@ -295,5 +295,5 @@ def test_windows_follow_the_acceptance(pair, monkeypatch):
 @pytest.mark.parametrize("length", [0, 2.0, True, None, "3"])
 def test_what_a_length_policy_must_not_return(pair, length):
     runner = cspd.SpecDecodeRunner(*pair)
-    with pytest.raises(ValueError, match=r"expected the num_draft policy to return an int >= 1, got"):
+    with pytest.raises(ValueError, match=r"expected the gamma policy to return an int >= 1, got"):
         runner.run(1, 4, lambda windows: length, seed=0)

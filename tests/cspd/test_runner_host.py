@@ -85,10 +85,10 @@ OPTIONS = {
     "guided": ({}, {"cfg": 3.0, "labels": LABELS}),
     "guided, constant": ({}, {"cfg": 3.0, "cfg_schedule": "constant", "labels": LABELS}),
     "labels": ({}, {"labels": LABELS}),
-    "no pre-filling": ({"ratio": 0.0, "sigma": "released"}, {"temperature": 0.7}),
-    "tensor": ({"inner_temperature": torch.linspace(1, 40, 16)}, {"cfg": 2.0}),
-    "policy": ({"inner_temperature": cspd.SimilarityRelaxation()}, {"cfg": 2.0, "labels": LABELS}),
-    "entropy": ({"inner_temperature": by_entropy}, {}),
+    "no pre-filling": ({"prefill": 0.0, "sigma": "released"}, {"temperature": 0.7}),
+    "tensor": ({"relaxation": torch.linspace(1, 40, 16)}, {"cfg": 2.0}),
+    "policy": ({"relaxation": cspd.SimilarityRelaxation()}, {"cfg": 2.0, "labels": LABELS}),
+    "entropy": ({"relaxation": by_entropy}, {}),
     "orders": ({}, {"orders": torch.stack([torch.randperm(16) for _ in range(3)])}),
     "closed form": ({"residual": "closed_form", "target_sigma": True}, {}),
 }
@@ -149,7 +149,7 @@ FAULTS = {
 def test_the_check_can_fail(pair, as_on_a_device, fault):
     runner = cspd.SpecDecodeRunner(*pair, lambda window: torch.full_like(window.log_ratio, 2.0))
     runner.run(3, 8, 3, seed=5)
-    runner.inner_temperature = FAULTS[fault]
+    runner.relaxation = FAULTS[fault]
     with pytest.raises(AssertionError, match=r"the host waits|comes from the host"), no_wait():
         runner.run(3, 8, 3, seed=5)
 

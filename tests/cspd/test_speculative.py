@@ -86,32 +86,32 @@ def stubbed(monkeypatch):
 
 @pytest.mark.parametrize("cfg", [1.0, 3.0])
 @pytest.mark.parametrize("gamma", [1, 3, 4, 100])
-@pytest.mark.parametrize("ratio", [0.0, 0.15, 0.5, 1.0])
-@pytest.mark.parametrize("num_iter", [1, 8, 40])
-def test_every_token_is_drawn_once_by_the_right_model_at_the_right_step(stubbed, num_iter, ratio, gamma, cfg):
-    runner = cspd.SpecDecodeRunner(stubbed.draft, stubbed.target, ratio=ratio)
+@pytest.mark.parametrize("prefill", [0.0, 0.15, 0.5, 1.0])
+@pytest.mark.parametrize("steps", [1, 8, 40])
+def test_every_token_is_drawn_once_by_the_right_model_at_the_right_step(stubbed, steps, prefill, gamma, cfg):
+    runner = cspd.SpecDecodeRunner(stubbed.draft, stubbed.target, prefill=prefill)
     labels = torch.tensor([3, 5])
-    tokens = runner.run(2, num_iter, gamma, labels=labels, cfg=cfg, seed=9, first_image=10)
-    lengths = mask_lengths(LENGTH, num_iter)
-    steps = [k for k in range(num_iter) if lengths[k] > lengths[k + 1]]
-    prefill = [k for k in steps if k < ratio * num_iter]
+    tokens = runner.run(2, steps, gamma, labels=labels, cfg=cfg, seed=9, first_image=10)
+    lengths = mask_lengths(LENGTH, steps)
+    drawing = [k for k in range(steps) if lengths[k] > lengths[k + 1]]
+    alone = [k for k in drawing if k < prefill * steps]
     assert torch.equal(tokens[..., 1], torch.arange(16.0).expand(2, -1))
     assert torch.equal(tokens[..., 3], labels[:, None].expand(-1, 16).float())
     for image in tokens:
         who, before = image[:, 0], image[:, 2]
-        for k in steps:
+        for k in drawing:
             drawn = before == lengths[k]
             assert int(drawn.sum()) == lengths[k] - lengths[k + 1]
-            assert (who[drawn] == (2.0 if k in prefill else 1.0)).all()
+            assert (who[drawn] == (2.0 if k in alone else 1.0)).all()
     stats = runner.stats
-    rest = len(steps) - len(prefill)
+    rest = len(drawing) - len(alone)
     assert stats.draft_calls == rest
-    assert stats.target_calls == len(prefill) + math.ceil(rest / gamma)
+    assert stats.target_calls == len(alone) + math.ceil(rest / gamma)
     assert len(stats.acceptance_per_window) == len(stats.gammas) == math.ceil(rest / gamma)
     assert sum(stats.gammas) == rest
-    assert all(steps == gamma for steps in stats.gammas[:-1])
+    assert all(length == gamma for length in stats.gammas[:-1])
     assert stats.acceptance == (1.0 if rest else None)
-    assert stats.drafted == 2 * sum(lengths[k] - lengths[k + 1] for k in steps if k not in prefill)
+    assert stats.drafted == 2 * sum(lengths[k] - lengths[k + 1] for k in drawing if k not in alone)
     assert stats.drafted + stats.prefilled == 32
     for call in stubbed.calls:
         positions = call.cond[:, 1].long().view(2, -1)
@@ -122,7 +122,7 @@ def test_every_token_is_drawn_once_by_the_right_model_at_the_right_step(stubbed,
 
 def test_rejected_tokens_come_from_the_context_before_the_window(stubbed):
     stubbed.keep["keep"] = lambda x: x[:, 1] % 2 == 0  # even positions accepted
-    runner = cspd.SpecDecodeRunner(stubbed.draft, stubbed.target, ratio=0.25)
+    runner = cspd.SpecDecodeRunner(stubbed.draft, stubbed.target, prefill=0.25)
     tokens = runner.run(2, 8, 3, labels=torch.tensor([0, 1]), seed=1)
     lengths = mask_lengths(LENGTH, 8)
     starts = {2: 2, 3: 2, 4: 2, 5: 5, 6: 5, 7: 5}  # step -> first step of its window, after two pre-filled ones
@@ -140,7 +140,7 @@ def test_rejected_tokens_come_from_the_context_before_the_window(stubbed):
 
 
 def test_verification_sees_only_tokens_before_the_window(stubbed):
-    runner = cspd.SpecDecodeRunner(stubbed.draft, stubbed.target, ratio=0.0)
+    runner = cspd.SpecDecodeRunner(stubbed.draft, stubbed.target, prefill=0.0)
     runner.run(1, 4, 2, seed=1)
     lengths = mask_lengths(LENGTH, 4)
     masked = [int(mask.sum()) for _, mask, _ in stubbed.target.contexts]
@@ -151,7 +151,7 @@ def test_verification_sees_only_tokens_before_the_window(stubbed):
 
 @pytest.mark.parametrize("schedule", ["linear", "constant"])
 def test_each_token_has_the_guidance_of_its_own_step(stubbed, schedule):
-    runner = cspd.SpecDecodeRunner(stubbed.draft, stubbed.target, ratio=0.0)
+    runner = cspd.SpecDecodeRunner(stubbed.draft, stubbed.target, prefill=0.0)
     runner.run(2, 4, 4, cfg_schedule=schedule, cfg=3.0, seed=1)
     lengths = mask_lengths(LENGTH, 4)
     by_position = {}
@@ -171,9 +171,9 @@ def pair():
 
 
 @pytest.mark.parametrize("cfg", [1.0, 2.0])
-@pytest.mark.parametrize(("gamma", "ratio"), [(1, 0.0), (4, 0.15), (100, 0.15), (2, 1.0)])
-def test_finite_images_never_zero_rows(pair, cfg, gamma, ratio):
-    runner = cspd.SpecDecodeRunner(*pair, ratio=ratio)
+@pytest.mark.parametrize(("gamma", "prefill"), [(1, 0.0), (4, 0.15), (100, 0.15), (2, 1.0)])
+def test_finite_images_never_zero_rows(pair, cfg, gamma, prefill):
+    runner = cspd.SpecDecodeRunner(*pair, prefill=prefill)
     images = runner.run(3, 6, gamma, labels=torch.tensor([1, 2, 3]), cfg=cfg, seed=0)
     assert images.shape == (3, 1, 8, 8)
     assert images.dtype == torch.float32
@@ -184,11 +184,11 @@ def test_finite_images_never_zero_rows(pair, cfg, gamma, ratio):
 
 def test_draft_equal_to_target_accepts_everything_and_changes_nothing(pair):
     target = pair[1]
-    runner = cspd.SpecDecodeRunner(target, target, 1.0, ratio=0.0)
+    runner = cspd.SpecDecodeRunner(target, target, 1.0, prefill=0.0)
     images = runner.run(2, 6, 1, seed=3)
     assert runner.stats.acceptance == 1.0
     assert runner.stats.raw_acceptance == pytest.approx(1.0, abs=1e-4)
-    alone = cspd.SpecDecodeRunner(target, target, ratio=1.0)
+    alone = cspd.SpecDecodeRunner(target, target, prefill=1.0)
     assert torch.equal(alone.run(2, 6, 1, seed=3), images)
 
 
@@ -213,7 +213,7 @@ def test_relaxation_raises_acceptance_and_not_the_raw_figure(pair):
     draft = near(pair[1], 2e-5, 0.0)
     stats = {}
     for relaxation in (1.0, 42.0, torch.full((16,), 42.0)):
-        runner = cspd.SpecDecodeRunner(draft, pair[1], relaxation, ratio=0.0)
+        runner = cspd.SpecDecodeRunner(draft, pair[1], relaxation, prefill=0.0)
         runner.run(64, 1, 1, seed=2)  # one step, so that all judge the same tokens
         stats[str(relaxation)[:6]] = runner.stats
     strict, relaxed, per_token = stats.values()
@@ -226,9 +226,9 @@ def test_relaxation_raises_acceptance_and_not_the_raw_figure(pair):
 
 
 def test_temperature_zero_is_the_target_alone(pair):
-    runner = cspd.SpecDecodeRunner(*pair, ratio=0.0)
+    runner = cspd.SpecDecodeRunner(*pair, prefill=0.0)
     images = runner.run(2, 6, 1, temperature=0.0, seed=4)
-    alone = cspd.SpecDecodeRunner(pair[1], pair[1], ratio=1.0)
+    alone = cspd.SpecDecodeRunner(pair[1], pair[1], prefill=1.0)
     assert relative_error(images, alone.run(2, 6, 1, temperature=0.0, seed=4)) < 1e-5
 
 
@@ -250,7 +250,7 @@ def test_progress_bar_counts_steps(pair, capsys):
 def test_released_sigma_turns_the_path_term(pair):
     draft, acceptance = near(pair[1], 0.0, 1.0), {}
     for sigma in ("paper", "released"):
-        runner = cspd.SpecDecodeRunner(draft, pair[1], ratio=0.0, sigma=sigma)
+        runner = cspd.SpecDecodeRunner(draft, pair[1], prefill=0.0, sigma=sigma)
         runner.run(64, 1, 1, seed=2)
         acceptance[sigma] = runner.stats.acceptance
     assert abs(acceptance["paper"] - acceptance["released"]) > 0.2
@@ -267,7 +267,7 @@ def test_redraws_in_closed_form(pair):
         images = {}
         for residual in ("rejection", "closed_form"):
             options = {"target_sigma": target_sigma} if residual == "closed_form" else {}
-            runner = cspd.SpecDecodeRunner(*models, 1.0, ratio=0.0, residual=residual, **options)
+            runner = cspd.SpecDecodeRunner(*models, 1.0, prefill=0.0, residual=residual, **options)
             images[residual] = models[1].patchify(runner.run(8, 1, 1, seed=0))
         outcome = runner.stats.outcome
         kept = outcome == 1

@@ -22,13 +22,13 @@ def pair():
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"ratio": 1.5}, r"expected ratio in \[0, 1\], got 1.5"),
+        ({"prefill": 1.5}, r"expected prefill in \[0, 1\], got 1.5"),
         ({"sigma": "other"}, "expected sigma one of"),
-        ({"inner_temperature": 0.0}, "expected a finite inner_temperature > 0, got 0.0"),
-        ({"inner_temperature": torch.ones(3)}, r"one number or \(16,\), got shape \(3,\)"),
+        ({"relaxation": 0.0}, "expected a finite relaxation > 0, got 0.0"),
+        ({"relaxation": torch.ones(3)}, r"one number or \(16,\), got shape \(3,\)"),
         ({"backend": "metal"}, "expected backend one of"),
         ({"max_tries": -1}, "expected max_tries as an int >= 0, got -1"),
-        ({"inner_temperature": torch.tensor([torch.inf] * 16)}, "expected inner_temperature finite and > 0"),
+        ({"relaxation": torch.tensor([torch.inf] * 16)}, "expected relaxation finite and > 0"),
         ({"residual": "exact"}, "expected residual one of .*, got 'exact'"),
         ({"target_sigma": True}, "True only with residual='closed_form', got True with residual='rejection'"),
         ({"residual": "closed_form", "target_sigma": 1}, "expected target_sigma as a bool.*got 1"),
@@ -40,7 +40,7 @@ def test_bad_runner_options(pair, options, match):
         cspd.SpecDecodeRunner(*pair, **options)
 
 
-def test_an_inner_temperature_of_another_kind(pair):
+def test_a_relaxation_of_another_kind(pair):
     with pytest.raises(TypeError, match=r"a number, a tensor or a policy .*, got str"):
         cspd.SpecDecodeRunner(*pair, "42")
 
@@ -63,9 +63,9 @@ def test_models_that_do_not_fit(pair, changes, match):
     ("options", "match"),
     [
         ({"bsz": 0}, "expected bsz >= 1"),
-        ({"num_draft": 0}, "num_draft >= 1"),
-        ({"num_draft": 2.0}, "an int or a function of the windows so far, got 2.0"),
-        ({"num_iter": 0}, "expected num_iter >= 1"),
+        ({"gamma": 0}, "gamma >= 1"),
+        ({"gamma": 2.0}, "an int or a function of the windows so far, got 2.0"),
+        ({"steps": 0}, "expected steps >= 1"),
         ({"cfg_schedule": "cubic"}, "expected cfg_schedule"),
         ({"temperature": -1.0}, "temperature >= 0"),
         ({"cfg": math.nan}, "finite cfg"),
@@ -81,7 +81,7 @@ def test_models_that_do_not_fit(pair, changes, match):
 def test_bad_run_arguments(pair, options, match):
     runner = cspd.SpecDecodeRunner(*pair)
     with pytest.raises(ValueError, match=match):
-        runner.run(**{"bsz": 2, "num_iter": 4, **options})
+        runner.run(**{"bsz": 2, "steps": 4, **options})
 
 
 def test_stats_before_a_run(pair):

@@ -171,7 +171,7 @@ def test_a_run_is_the_same_by_weights_by_tables_and_by_masks(monkeypatch, cfg):
         monkeypatch.setattr(chosen, "why_not_by_weights", lambda model, backend, reason=weights: reason)
         monkeypatch.setattr(chosen, "why_not_by_tables", lambda model, reason=tables: reason)
         calls = calls_of(models[1], monkeypatch)
-        runner = cspd.SpecDecodeRunner(*models, ratio=0.25)
+        runner = cspd.SpecDecodeRunner(*models, prefill=0.25)
         images.append(runner.run(3, 6, 2, labels=torch.tensor([1, 2, 3]), cfg=cfg, seed=0))
         outcomes.append(runner.stats.outcome)
         assert bool(calls) == (tables is not None)
@@ -191,7 +191,7 @@ def test_own_methods_run_only_where_they_must(monkeypatch, caplog):
     draft, target = released(0), released(1)
     target.forward_mae_encoder = types.MethodType(doubled_positions, target)
     with caplog.at_level(logging.INFO, "cspd"):
-        runner = cspd.SpecDecodeRunner(draft, target, ratio=0.25)
+        runner = cspd.SpecDecodeRunner(draft, target, prefill=0.25)
     assert [record.message.split(":")[0] for record in caplog.records] == [
         "the target (Released) runs its own forward_mae_encoder and forward_mae_decoder, which wait for the device at "
         "every pass"
@@ -212,7 +212,7 @@ def test_own_methods_run_only_where_they_must(monkeypatch, caplog):
 def test_models_in_training_mode_run_their_own_methods(monkeypatch, caplog):
     draft, target = released(0).train(), released(1)
     with caplog.at_level(logging.INFO, "cspd"):
-        runner = cspd.SpecDecodeRunner(draft, target, ratio=0.25)
+        runner = cspd.SpecDecodeRunner(draft, target, prefill=0.25)
         assert not caplog.records
         calls = calls_of(draft, monkeypatch)
         runner.run(2, 6, 2, seed=0)

@@ -306,7 +306,7 @@ def test_inference_mode_and_then_none(monkeypatch, graphs):
     if graphs:
         fake_graphs.use(monkeypatch)
     mar, images = model(), []
-    runner = cspd.SpecDecodeRunner(mar, mar, ratio=0.3)
+    runner = cspd.SpecDecodeRunner(mar, mar, prefill=0.3)
     for mode in (True, False, True, False):
         with torch.inference_mode(mode):
             images.append((ours(mar, cfg=2.0), runner.run(2, 6, 2, seed=0)))
@@ -340,11 +340,11 @@ def test_runs_of_one_runner_with_other_numbers_of_steps(monkeypatch, graphs):
         fake_graphs.use(monkeypatch)
     draft, target = model(schedule="linear"), model(schedule="linear")
     randomize_(target, 8)
-    runner = cspd.SpecDecodeRunner(draft, target, ratio=0.2)
-    for steps, ratio in ((1, 0.2), (12, 0.2), (24, 0.2), (6, 0.2), (12, 0.6), (12, 1.0), (12, 0.2)):
-        runner.ratio = ratio
+    runner = cspd.SpecDecodeRunner(draft, target, prefill=0.2)
+    for steps, prefill in ((1, 0.2), (12, 0.2), (24, 0.2), (6, 0.2), (12, 0.6), (12, 1.0), (12, 0.2)):
+        runner.prefill = prefill
         image, stats = runner.run(2, steps, 3, seed=0), runner.stats
-        fresh = cspd.SpecDecodeRunner(draft, target, ratio=ratio)
+        fresh = cspd.SpecDecodeRunner(draft, target, prefill=prefill)
         assert relative_error(fresh.run(2, steps, 3, seed=0), image) < 1e-5
         assert stats.prefilled == fresh.stats.prefilled
         assert torch.equal(stats.outcome, fresh.stats.outcome)
@@ -445,7 +445,7 @@ def test_the_runner_by_graphs_and_without(monkeypatch, cfg, tolerance, relaxatio
     draft, target = (model(schedule="linear") for _ in range(2))
     randomize_(draft, 7)
     plain, graphs = (
-        cspd.SpecDecodeRunner(draft, target, relaxation, ratio=0.2, parallel_tol=tolerance) for _ in range(2)
+        cspd.SpecDecodeRunner(draft, target, relaxation, prefill=0.2, parallel_tol=tolerance) for _ in range(2)
     )
     calls = [
         {"seed": 2**63 + 5, "labels": torch.tensor([1, 2, 3])},
@@ -468,7 +468,7 @@ def test_the_runner_by_graphs_and_without(monkeypatch, cfg, tolerance, relaxatio
 
 def test_the_target_alone_by_graphs(monkeypatch):
     target = model()
-    runner = cspd.SpecDecodeRunner(target, target, ratio=1.0)
+    runner = cspd.SpecDecodeRunner(target, target, prefill=1.0)
     expected = [runner.run(2, 12, cfg=2.0, seed=seed) for seed in (1, 2)]
     fake_graphs.use(monkeypatch)
     for seed in (1, 2, 1, 2):

@@ -19,14 +19,14 @@ STEPS = 16
 BATCH = 512
 
 
-def generate(draft, target, labels: torch.Tensor, num_iter: int, gamma: int | None, seed: int, **options):
+def generate(draft, target, labels: torch.Tensor, steps: int, gamma: int | None, seed: int, **options):
     """(images (n, 1, 8, 8), figures of the run); gamma None draws everything with ``target`` alone."""
-    ratio = {} if gamma else {"ratio": 1.0}
-    runner = SpecDecodeRunner(draft, target, **ratio, **options)
+    prefill = {} if gamma else {"prefill": 1.0}
+    runner = SpecDecodeRunner(draft, target, **prefill, **options)
     images, stats = [], []
     for first in range(0, len(labels), BATCH):
         part = labels[first : first + BATCH]
-        images.append(runner.run(len(part), num_iter, gamma or 1, labels=part, seed=seed, first_image=first))
+        images.append(runner.run(len(part), steps, gamma or 1, labels=part, seed=seed, first_image=first))
         stats.append(runner.stats)
     return torch.cat(images), _figures(stats, alone=gamma is None), torch.cat([s.outcome for s in stats])
 
