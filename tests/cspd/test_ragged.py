@@ -1,4 +1,4 @@
-"""Passes whose rows stand at different places: each row as in a pass by itself, and the entropy of its attention."""
+"""Passes whose rows stand at different places: each row is as in a pass by itself."""
 
 from __future__ import annotations
 
@@ -7,54 +7,20 @@ import dataclasses
 import fake_graphs
 import pytest
 import torch
-from dispatch_modes import NoHostRead
+from dispatch_modes import NoHostRead, no_wait_for_cuda
+from ragged import BOUNDS, IMAGES, alone, inputs, made, model, places, spoilt
 from small_models import small_mar
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import cspd
-from cspd import order, transformer
-from cspd.order import Plan, by_token, plan_steps, random_orders
+from cspd import order
+from cspd.order import Plan
 from cspd.whole import passes, steps
 from cspd.whole.noise import PhiloxSource
 from cspd.whole.transformers import ByMasks, ByTables, ByWeights
 from cspd.whole.weights import Weights
 from cspd_kernels import PhiloxNoise
+from cspd_kernels.ops.add_norm import norm_backend
 from cspd_kernels.testing import relative_error
-
-IMAGES = torch.tensor([7, 2**40, 3])
-BOUNDS = ((torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 2e-2))
-
-
-def made(num_iter=6, guided=True, schedule="linear") -> Plan:
-    taken = plan_steps(16, num_iter, 3.0 if guided else 1.0, schedule)
-    orders = random_orders(1, IMAGES, 16)
-    return Plan(orders, IMAGES, taken, guided, by_token(taken, orders.device))
-
-
-def model():
-    return small_mar(encoder_depth=2, decoder_depth=2, decoder_embed_dim=48)
-
-
-def places(plan: Plan) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows at the first step, at the last one and between, of images in no order: none known, and nearly all."""
-    return torch.tensor([0, len(plan.steps) - 1, 2, 1, 3, 2]), torch.tensor([2, 0, 1, 1, 0, 2])
-
-
-def inputs(rows: int, doubled: int, dtype=torch.float32):
-    generator = torch.Generator().manual_seed(5)
-    return (torch.randn(shape, generator=generator).to(dtype) for shape in ((rows, 16, 4), (doubled * rows, 32)))
-
-
-def spoilt(tokens, taken, value):
-    """Tokens with something else where nothing is known."""
-    return tokens.masked_fill((taken.rank >= taken.count[:, None])[..., None], value)
-
-
-def alone(plan: Plan, row: int, at, image, span: int):
-    """The tables of a row by itself, with its exact known tokens: known, rank, where; and the columns of where."""
-    starts = [16 - step.before for step in plan.steps] + [16] * 17
-    first, stop, i = starts[at[row]], starts[min(int(at[row]) + span, len(plan.steps))], image[row : row + 1]
-    return plan.drawing[i, :first], plan.rank[i], plan.drawing[i, first:stop], torch.arange(first, stop)
 
 
 @pytest.mark.parametrize(("guided", "schedule"), [(False, "linear"), (True, "linear"), (True, "constant")])
@@ -204,104 +170,6 @@ def test_own_blocks_and_own_methods_give_the_same(num_iter, span, guided):
             assert len(called) == 1
 
 
-def plain_entropy(mar, tokens, known, where, embedding) -> torch.Tensor:
-    """(1, n), from scores of the model's own modules and a softmax written out."""
-    block, seen = mar.decoder_blocks[-1], []
-    hook = block.attn.qkv.register_forward_hook(lambda module, given, out: seen.append(out))
-    try:
-        transformer.conditions(mar, tokens, known, embedding, where)
-    finally:
-        hook.remove()
-    (out,), heads = seen, block.attn.num_heads  # (1, buffer + L, 3 D)
-    q, k = (part.view(part.shape[1], heads, -1) for part in out.chunk(3, dim=2)[:2])
-    keys = [*range(mar.buffer_size), *(mar.buffer_size + known[0]).tolist()]
-    found = []
-    for position in where[0]:
-        total = 0.0
-        for head in range(heads):
-            scores = (k[keys, head] @ q[mar.buffer_size + position, head]) / q.shape[-1] ** 0.5
-            weights = scores.exp() / scores.exp().sum()
-            total += float(-(weights * weights.log()).sum() / torch.tensor(float(len(keys))).log())
-        found.append(total / heads)
-    return torch.tensor([found])
-
-
-@pytest.mark.parametrize("guided", [False, True])
-def test_entropy_is_that_of_a_plain_softmax_over_what_is_known(guided):
-    plan, mar = made(guided=guided), model().double()
-    with torch.no_grad():
-        mar.decoder_blocks[-1].attn.qkv.weight.mul_(2.5)  # attention that is no longer nearly uniform
-    at, image = places(plan)
-    taken = plan.ragged(at, image, 16, 2)
-    tokens, embedding = inputs(6, taken.doubled, torch.float64)
-    for dtype, bound in BOUNDS:
-        weights = Weights(mar, dtype)
-        z, entropy = ByWeights(weights, "torch").conditions(spoilt(tokens, taken, torch.nan), taken, embedding, True)
-        assert torch.equal(z, ByWeights(weights, "torch").conditions(tokens, taken, embedding))
-        assert entropy.dtype == weights.stream and entropy.shape == taken.where.shape
-        assert entropy.min() >= 0 and entropy.max() <= 1
-        assert entropy.min() < 0.8
-        for row in range(6):
-            known, rank, where, _ = alone(plan, row, at, image, 2)
-            with torch.no_grad():
-                expected = plain_entropy(mar, tokens[row : row + 1], known, where, embedding[row : row + 1])
-            assert relative_error(entropy[row : row + 1, taken.valid[row]], expected) < max(bound, 1e-6)
-            _, own = passes.conditions(
-                weights, tokens[row : row + 1], known, rank, where, embedding[row : row + 1], attention=True
-            )
-            assert relative_error(own, entropy[row : row + 1, taken.valid[row]]) < max(bound, 1e-6)
-
-
-def test_entropy_of_even_and_of_sharp_attention():
-    plan, mar = made(16), model()
-    at, image = torch.tensor([0, 7, 15]), torch.tensor([0, 1, 2])
-    taken = plan.ragged(at, image, 16)
-    tokens, embedding = inputs(3, 2)
-    qkv = mar.decoder_blocks[-1].attn.qkv
-
-    def entropy():
-        return ByWeights(Weights(mar, torch.float32), "torch").conditions(tokens, taken, embedding, attention=True)[1]
-
-    with torch.no_grad():
-        qkv.weight[:96].mul_(1000.0)
-        assert entropy().max() < 0.3
-        qkv.weight[:48].zero_()
-        qkv.bias[:48].zero_()  # all scores are zero
-        even = entropy()
-    assert even.max() <= 1 and relative_error(even, torch.ones(3, 1)) < 1e-6
-    single = small_mar(buffer_size=1)
-    _, entropies = ByWeights(Weights(single, torch.float32), "torch").conditions(
-        tokens, taken, embedding, attention=True
-    )
-    assert entropies[0] == 0.0  # one key has it all
-    assert 0.0 < entropies[1] <= 1.0
-
-
-class Counted(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names.append(func.__name__)
-        return func(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("ragged", [False, True])
-def test_entropy_costs_nothing_where_it_is_not_asked_for(ragged):
-    plan, weights = made(), Weights(model(), torch.float32)
-    taken = plan.ragged(*places(plan), 16) if ragged else plan.step(3)
-    tokens, embedding = inputs(len(taken.where), 2)
-    with Counted() as off:
-        z = ByWeights(weights, "torch").conditions(tokens, taken, embedding)
-    with Counted() as on:
-        same, _ = ByWeights(weights, "torch").conditions(tokens, taken, embedding, attention=True)
-    assert torch.equal(z, same)
-    own = ("special_entr.default", "_softmax.default", "constant_pad_nd.default")
-    assert not any(name in off.names for name in own)
-    assert all(on.names.count(name) == 1 for name in own)
-
-
 def test_nothing_is_read_on_the_host(monkeypatch):
     monkeypatch.setattr(order, "check_room", lambda *_: None)  # done on the CPU alone
     plan, weights = made(), Weights(model(), torch.float32)
@@ -330,3 +198,39 @@ def test_graphs_of_one_run_find_the_places_of_another(monkeypatch):
         found = kept.state.plan.ragged(at, torch.tensor([0, 1, 2, 1]), 16, 2)
         for name in ("known", "count", "rank", "where", "rows", "columns", "steps", "cfg_scale", "valid"):
             assert torch.equal(getattr(found, name), getattr(expected, name)), name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_graph_serves_all_places(dtype):
+    """Where the rows stand is a value on the device; a replay is as the CPU's pass, and the host waits for neither."""
+    mar, plan = small_mar(width=64, encoder_depth=2, decoder_depth=2), made()
+    cuda = torch.device("cuda")
+    other = Plan(
+        plan.drawing.flip(1).to(cuda), IMAGES.to(cuda), plan.steps, True, (plan.numbers.to(cuda), plan.scale.to(cuda))
+    )
+    assert torch.equal(other.drawing.cpu(), plan.drawing)
+    tokens, embedding = torch.randn(6, 16, 4), torch.randn(12, 64)
+    exact = ByWeights(Weights(mar, torch.float64), "torch")
+    at, image = places(plan)
+    cases = [(at, image), (at.flip(0), image), (at, image.flip(0))]
+    expected = [exact.conditions(tokens, plan.ragged(a, i, 16, 2), embedding, attention=True) for a, i in cases]
+    ours = ByWeights(Weights(mar.to(cuda), dtype), norm_backend(None, cuda))
+    at, image, tokens, embedding = (value.to(cuda, copy=True) for value in (at, image, tokens, embedding))
+
+    def launch():
+        return ours.conditions(tokens, other.ragged(at, image, 16, 2), embedding, attention=True)
+
+    launch()
+    with no_wait_for_cuda():
+        launch()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        z, entropy = launch()
+    for (a, i), (wanted, spread) in zip(cases, expected, strict=True):
+        at.copy_(a)
+        image.copy_(i)
+        graph.replay()
+        bound = 1e-5 if dtype == torch.float32 else 2e-2
+        assert relative_error(z.cpu(), wanted) < bound
+        assert relative_error(entropy.cpu(), spread) < bound
