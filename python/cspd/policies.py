@@ -10,12 +10,12 @@ manner of entropy-informed speculation (Drift-AR, arXiv 2603.28049), takes three
 
     cspd.SpecDecodeRunner(draft, target, by_entropy)
 
-A policy with the attribute ``looks_ahead = True`` is also shown what the target makes of the tokens that follow; see
-:class:`cspd.ContextRelaxation`.
+One with the attribute ``looks_ahead = True`` is also shown what the target makes of the tokens that follow
+(:class:`cspd.ContextRelaxation`). A window may also end while it is drafted, by what the draft looks at
+(:class:`cspd.EntropyDraft`).
 
 A draft-length policy is a function of the acceptance of the windows so far that gives the number of steps of the
-next one; see :class:`AdaptiveDraft`. One that looks at the draft instead ends a window while it is drafted; see
-:class:`cspd.EntropyDraft`.
+next one; see :class:`AdaptiveDraft`.
 """
 
 from __future__ import annotations
@@ -151,7 +151,9 @@ class AdaptiveDraft:
         e_k <- memory e_k + (1 - memory) a_k
 
     with a_k the mean acceptance there; a window that ends before step k moves it towards 1 likewise, so that what
-    has failed is tried again. The next window ends before the first step whose expectation is below ``bound``. Steps
+    has failed is tried again. In strict verification an image's window ends, for this, with the first step that has a
+    rejected token: steps that were undone were never judged, and a_k is the mean over the images that were judged
+    there. The next window ends before the first step whose expectation is below ``bound``. Steps
     that no window has reached count as accepted, but no window is longer than twice the longest so far, nor
     than ``most``, nor shorter than 1. It is a function of the run's own windows alone: nothing is kept between
     runs, and a seed gives the same images again.
