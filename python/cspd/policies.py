@@ -1,7 +1,8 @@
 """Acceptance as a policy: how far the accept test is relaxed for each token, and how long a window is.
 
 A relaxation policy is a function of a :class:`Window` that gives one number > 0 per token; it works on the device
-and makes the host wait for nothing. A rule that relaxes the test where the target itself is undecided, in the
+and makes the host wait for nothing. One with the attribute ``looks_ahead = True`` is also shown what the target makes
+of the tokens that follow (:class:`cspd.ContextRelaxation`). A rule that relaxes the test where the target itself is undecided, in the
 manner of entropy-informed speculation (Drift-AR, arXiv 2603.28049), takes three lines::
 
     def by_entropy(window):
@@ -10,12 +11,8 @@ manner of entropy-informed speculation (Drift-AR, arXiv 2603.28049), takes three
 
     cspd.SpecDecodeRunner(draft, target, by_entropy)
 
-One with the attribute ``looks_ahead = True`` is also shown what the target makes of the tokens that follow
-(:class:`cspd.ContextRelaxation`). A window may also end while it is drafted, by what the draft looks at
-(:class:`cspd.EntropyDraft`).
-
-A draft-length policy is a function of the acceptance of the windows so far that gives the number of steps of the
-next one; see :class:`AdaptiveDraft`.
+A gamma policy is a function of the acceptance of the windows so far that gives the number of steps of the
+next one; see :class:`AdaptiveDraft`. :class:`cspd.EntropyDraft` ends a window while it is drafted.
 """
 
 from __future__ import annotations
