@@ -2,8 +2,8 @@
 
 A relaxation policy is a function of a :class:`Window` that gives one number > 0 per token; it works on the device
 and makes the host wait for nothing. One with the attribute ``looks_ahead = True`` is also shown what the target makes
-of the tokens that follow (:class:`cspd.ContextRelaxation`). A rule that relaxes the test where the target itself is undecided, in the
-manner of entropy-informed speculation (Drift-AR, arXiv 2603.28049), takes three lines::
+of the tokens that follow (:class:`cspd.ContextRelaxation`). A rule that relaxes the test where the target itself is
+undecided, in the manner of entropy-informed speculation (Drift-AR, arXiv 2603.28049), takes three lines::
 
     def by_entropy(window):
         entropy = window.target_log_std.mean(dim=-1)  # of a Gaussian, but for a constant; (B, n)
@@ -12,7 +12,7 @@ manner of entropy-informed speculation (Drift-AR, arXiv 2603.28049), takes three
     cspd.SpecDecodeRunner(draft, target, by_entropy)
 
 A gamma policy is a function of the acceptance of the windows so far that gives the number of steps of the
-next one; see :class:`AdaptiveDraft`. :class:`cspd.EntropyDraft` ends a window while it is drafted.
+next one; see :class:`AdaptiveDraft`.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Window:
         target_branches: (B, w, n, Z_target), the target's hidden states of the same token in each branch of its image.
 
     What the last five hold is there in strict verification, ``target_before`` and ``target_branches`` for policies
-    that look ahead, ``draft_entropy`` where a draft-length policy wants it, ``target_branches`` with more than one
+    that look ahead, ``draft_entropy`` where a gamma policy wants it, ``target_branches`` with more than one
     branch; else they are None.
     """
 
@@ -166,6 +166,8 @@ class AdaptiveDraft:
 
     Raises:
         ValueError: an argument out of range.
+
+    See also :class:`cspd.EntropyDraft`, which ends a window while it is drafted.
     """
 
     def __init__(self, bound: float = 0.9, most: int = 16, memory: float = 0.5, *, first: int = 4):
@@ -196,7 +198,7 @@ class AdaptiveDraft:
 
 
 def draft_length(policy, windows: list[list[float]]) -> int:
-    """What a draft-length policy gives, or one clear error."""
+    """What a gamma policy gives, or one clear error."""
     steps = policy(windows)
     if isinstance(steps, bool) or not isinstance(steps, Integral) or steps < 1:
         raise ValueError(f"expected the num_draft policy to return an int >= 1, got {steps!r}")
