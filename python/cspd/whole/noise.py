@@ -41,7 +41,7 @@ class PhiloxSource:
     def of(self, plan: Pass, head: DiffusionHead) -> tuple[torch.Tensor, PhiloxNoise]:
         """x_T (B n, C), and the noise of the steps."""
         seed = self.seed if self.on_device is None else self.on_device
-        return self.x_T.index_select(1, plan.columns).flatten(0, 1), PhiloxNoise(seed, plan.rows)
+        return plan.take(self.x_T).flatten(0, 1), PhiloxNoise(seed, plan.rows)
 
 
 class TableSource:
