@@ -250,12 +250,11 @@ class Plan:
             at: (R,) int64, on the device like image; S and beyond: behind the last step. image: (R,) int64 indices into
                 the batch, in any order and any number. room: K, at least as many tokens as are known before any at[r].
         """
-        length, batch = len(self._columns), len(at)
+        length = len(self._columns)
         places = at[:, None] + torch.arange(steps + 1, device=at.device)
         starts = self.starts[places.clamp(max=length)]  # (R, steps + 1)
         count, ends = starts[:, 0], starts[:, 1:, None]
-        if at.device.type == "cpu" and batch and count.max() > room:
-            raise ValueError(f"expected room for the {int(count.max())} tokens that are known before a row, got {room}")
+        check_room(count, room)
         columns = starts[:, :-1, None] + self._columns[: self.most]  # (R, steps, most)
         valid, columns = (columns < ends).flatten(1), torch.minimum(columns, ends - 1).flatten(1)
         taken = image[:, None], columns
@@ -273,6 +272,12 @@ class Plan:
             image=image,
             valid=valid,
         )
+
+
+def check_room(count: torch.Tensor, room: int) -> None:
+    """Raise where a row of a ragged pass knows more tokens than there is room for: looked at on the CPU alone."""
+    if count.device.type == "cpu" and count.numel() and count.max() > room:
+        raise ValueError(f"expected room for the {int(count.max())} tokens that are known before a row, got {room}")
 
 
 def random_orders(seed: int, images: torch.Tensor, seq_len: int) -> torch.Tensor:
