@@ -57,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
 
     demo = commands.add_parser("demo", help="digits by speculative decoding, beside the target alone at fewer steps")
     demo.add_argument("--num-images", type=positive, default=512, metavar="N", help="images per row (default 512)")
-    demo.add_argument("--gamma", type=positive, nargs="+", default=[4, 8], help="steps a window (default 4 8)")
+    demo.add_argument("--gamma", type=positive, nargs="+", default=[4, 8], help="steps of a window (default 4 8)")
     demo.add_argument("--seed", type=int, default=0)
     demo.add_argument("--out", type=Path, default=Path("cspd_demo.png"), metavar="PNG")
     demo.add_argument("--json", type=Path, default=None, metavar="FILE", help="write the figures as JSON too")

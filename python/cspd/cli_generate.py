@@ -57,12 +57,12 @@ def add_parser(commands) -> None:
     )  # fmt: skip
 
     drafting = parser.add_argument_group("drafting, with --draft or the digits pair")
-    drafting.add_argument("--gamma", type=positive, default=DRAFTING["gamma"], help="steps a window (default 8)")
+    drafting.add_argument("--gamma", type=positive, default=DRAFTING["gamma"], help="steps of a window (default 8)")
     drafting.add_argument(
         "--prefill",
         type=float,
         default=DRAFTING["prefill"],
-        help="fraction of the steps that is the target's alone (default 0.15)",
+        help="fraction of the steps, the first ones, that the target draws alone (default 0.15)",
     )
     drafting.add_argument(
         "--relaxation", type=float, default=DRAFTING["relaxation"], help="of the accept test (default 42)"

@@ -62,7 +62,7 @@ def build_page(studio: Studio):
             with gr.Column(scale=1, min_width=280):
                 label = gr.Number(3 % studio.classes, label=f"Class, 0 to {studio.classes - 1}", precision=None)
                 steps = gr.Slider(1, limits.steps, studio.steps, step=1, label="Steps")
-                gamma = gr.Slider(1, limits.gamma, studio.gamma, step=1, label="Gamma: steps a window")
+                gamma = gr.Slider(1, limits.gamma, studio.gamma, step=1, label="Gamma: steps of a window")
                 guidance = gr.Slider(1, MAX_GUIDANCE, 1, step=0.1, label="Guidance: 1 is none")
                 seed = gr.Number(0, label=f"Seed, 0 to {MAX_SEED}", precision=None)
                 images = gr.Slider(1, limits.images, 1, step=1, label="Images")

@@ -10,7 +10,7 @@ manner of entropy-informed speculation (Drift-AR, arXiv 2603.28049), takes three
 
     cspd.SpecDecodeRunner(draft, target, by_entropy)
 
-A draft-length policy is a function of the acceptance of the windows so far that gives the number of steps of the
+A gamma policy is a function of the acceptance of the windows so far that gives the number of steps of the
 next one; see :class:`AdaptiveDraft`.
 """
 
@@ -174,7 +174,7 @@ class AdaptiveDraft:
 
 
 def draft_length(policy, windows: list[list[float]]) -> int:
-    """What a draft-length policy gives, or one clear error."""
+    """What a gamma policy gives, or one clear error."""
     steps = policy(windows)
     if isinstance(steps, bool) or not isinstance(steps, Integral) or steps < 1:
         raise ValueError(f"expected the gamma policy to return an int >= 1, got {steps!r}")

@@ -21,7 +21,7 @@ from .stats import OUTCOMES
 
 MAX_SEED = 2**32 - 1
 MAX_GUIDANCE = 10.0
-NAMES = dict(zip(OUTCOMES, ("the target's own", "accepted", "redrawn", "fell back to the target's")))
+NAMES = dict(zip(OUTCOMES, ("pre-filled", "accepted", "redrawn", "fell back to the target's")))
 
 
 @dataclass(frozen=True)

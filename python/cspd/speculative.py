@@ -52,7 +52,7 @@ class SpecDecodeRunner:
     own methods, which wait for the device at every pass; the log says why.
 
     On a device the host waits nowhere between a run's first kernel and its result. Exceptions: those own
-    methods; the first run of a size, which compiles and captures; a draft-length policy; CUDA graphs of
+    methods; the first run of a size, which compiles and captures; a gamma policy; CUDA graphs of
     the heads that outgrow their memory; sweeps (``parallel_tol``) of the torch backend.
 
     Args:
@@ -171,7 +171,7 @@ class SpecDecodeRunner:
 
         Args:
             steps: autoregressive steps. ``num_iter`` in the released code.
-            gamma: steps a window; the last may be shorter. Or a policy that is asked before each window
+            gamma: steps of a window; the last may be shorter. Or a policy that is asked before each window
                 (:class:`cspd.AdaptiveDraft`): a function of the list of the windows so far, each a list with
                 the mean of min(1, r) over the tokens of each of its steps, r at the relaxation in use. The
                 host then waits for the device once a window. ``num_draft`` in the released code.

@@ -65,7 +65,7 @@ def test_what_is_shown():
     grey = torch.zeros(1, 8, 8, dtype=torch.uint8)
     text = render(Made(grey, grey, outcome, 0.5, 1.0, 3, 4, 8, 0.25))
     assert text.count("<img") == 3
-    for words in ("the target's own: 1", "accepted: 1", "redrawn: 1", "fell back to the target's: 1"):
+    for words in ("pre-filled: 1", "accepted: 1", "redrawn: 1", "fell back to the target's: 1"):
         assert words in text
     assert "<b>2.00 times</b>" in text and "25.0 %" in text
     assert "No token was drafted" in render(Made(grey, grey, outcome * 0, 0.5, 1.0, 3, 0, 8, None))
