@@ -12,14 +12,16 @@ import torch
 
 from cspd_kernels import Schedule
 from cspd_kernels.noise import check_seed
-from cspd_kernels.ops.accept_reject import check_method
+from cspd_kernels.ops.accept_reject import MOST_CANDIDATES, check_method
 from cspd_kernels.ops.density_ratio import SIGMAS
 from cspd_kernels.structure import why_not_a_head, why_not_plain
 
+from .candidates import CRITERIA
 from .heads import FoundHead, unwrapped
 from .twin import CannotRunError
 from .verify import DiffersError, check_sample
 
+VERIFY = ("window", "strict")
 _logger = logging.getLogger("cspd")
 _MODEL_INTERFACE = (
     "seq_len", "token_embed_dim", "diffloss", "fake_latent", "class_emb",
@@ -116,18 +118,37 @@ def check_options(seq_len: int, relaxation, prefill, sigma, max_tries) -> None:
         raise ValueError(f"expected max_tries as an int >= 0, got {max_tries!r}")
 
 
-def check_residual(draft, target, residual, target_sigma) -> None:
+def check_verify(verify, num_candidates, branches, criterion) -> None:
+    """Raise where a way to verify does not exist."""
+    if verify not in VERIFY:
+        raise ValueError(f"expected verify one of {VERIFY}, got {verify!r}")
+    if criterion not in CRITERIA:
+        raise ValueError(f"expected criterion one of {CRITERIA}, got {criterion!r}")
+    for name, value in (("num_candidates", num_candidates), ("branches", branches)):
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MOST_CANDIDATES:
+            raise ValueError(f"expected {name} as an int in 1..{MOST_CANDIDATES}, got {value!r}")
+    if branches > num_candidates:
+        raise ValueError(
+            f"expected no more branches than candidates, each of which one continues, got branches={branches} with "
+            f"num_candidates={num_candidates}"
+        )
+    if branches > 1 and verify != "strict":
+        raise ValueError(f"expected branches={branches} with verify='strict' only, got verify={verify!r}")
+
+
+def check_residual(draft, target, residual, target_sigma, num_candidates: int = 1) -> None:
     """Raise where rejected tokens cannot be redrawn in the way that is asked for."""
-    check_method("SpecDecodeRunner", residual, target_sigma)
-    if residual != "closed_form" or target_sigma:
+    check_method("SpecDecodeRunner", residual, target_sigma, num_candidates)
+    if (residual != "closed_form" and num_candidates == 1) or target_sigma:
         return
     # With a fixed variance the last step's is the same, whichever kind: it follows from the noise schedule.
     learned = [role for role, model in (("draft", draft), ("target", target)) if _learned_variance(model.diffloss)]
     if learned:
+        what = "residual='closed_form'" if num_candidates == 1 else f"num_candidates={num_candidates}"
+        other = "residual='rejection'" if num_candidates == 1 else "one candidate"
         raise ValueError(
-            "expected heads with a fixed variance for residual='closed_form', got a learned one in the "
-            f"{' and the '.join(learned)}: pass target_sigma=True to redraw with the target's sigma, or "
-            "residual='rejection'"
+            f"expected heads with a fixed variance for {what}, got a learned one in the "
+            f"{' and the '.join(learned)}: pass target_sigma=True to redraw with the target's sigma, or {other}"
         )
 
 
@@ -135,8 +156,13 @@ def _learned_variance(diffloss) -> bool:
     return diffloss.net.final_layer.linear.out_features == 2 * diffloss.in_channels
 
 
-def check_gamma(gamma) -> None:
-    """Raise where ``gamma`` is neither a number of steps nor a policy."""
+def check_gamma(gamma, verify: str = "window") -> None:
+    """Raise where ``gamma`` is neither a number of steps nor a policy that serves."""
+    if verify == "strict" and callable(gamma):
+        raise ValueError(
+            "expected gamma as an int with verify='strict', whose images are at different places and whose verdicts "
+            f"the host does not see, got {type(gamma).__name__}"
+        )
     number = isinstance(gamma, Integral) and not isinstance(gamma, bool)
     if not callable(gamma) and not (number and gamma >= 1):
         raise ValueError(f"expected gamma >= 1, an int or a function of the windows so far, got {gamma!r}")

@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
-from tqdm import tqdm
 
 from cspd_kernels import DiffusionHead
 from cspd_kernels.backends import implementation
 from cspd_kernels.ops.denoise.parallel import AUTO, check_tolerance
 
-from .checks import check_gamma, check_models, check_options, check_residual, check_run
+from .checks import check_gamma, check_models, check_options, check_residual, check_run, check_verify
 from .diffusions import Tables
 from .heads import HeadCache, unwrapped
+from .loops import run_rounds, run_windows
 from .order import Plan, by_token, plan_steps, random_orders, to_device
-from .policies import Window, draft_length
+from .policies import Window
 from .released_names import released_attribute, released_names
 from .stats import PREFILLED, Recorder, RunStats
 from .whole.chosen import ChosenTransformer, training
 from .whole.noise import PhiloxSource
 from .whole.steps import PlainSteps, Steps, keep_current, signature, why_not_graphs
-from .window import Judged, Model, RunState, class_embedding
+from .window import Model, RunState, class_embedding
 
 _MOST_STEPS = 4  # sizes of runs whose graphs are kept
 
@@ -89,6 +88,10 @@ class SpecDecodeRunner:
         relaxation: float | torch.Tensor | Callable[[Window], torch.Tensor] = 42.0,
         prefill: float = 0.15,
         *,
+        verify: str = "window",
+        num_candidates: int = 1,
+        branches: int = 1,
+        criterion: str = "trajectory",
         sigma: str = "paper",
         backend: str | None = None,
         dtype: torch.dtype | None = None,
@@ -101,11 +104,14 @@ class SpecDecodeRunner:
         check_tolerance("SpecDecodeRunner", parallel_tol)
         check_models(draft_model, target_model)
         check_options(target_model.seq_len, relaxation, prefill, sigma, max_tries)
-        check_residual(draft_model, target_model, residual, target_sigma)
+        check_verify(verify, num_candidates, branches, criterion)
+        check_residual(draft_model, target_model, residual, target_sigma, num_candidates)
         self.seq_len, self.token_embed_dim = target_model.seq_len, target_model.token_embed_dim
         self.relaxation, self.prefill, self.sigma = relaxation, float(prefill), sigma
         self.backend, self.dtype, self.max_tries = backend, dtype, max_tries
         self.residual, self.target_sigma, self.parallel_tol = residual, target_sigma, parallel_tol
+        self.verify, self.criterion = verify, criterion
+        self.num_candidates, self.branches = num_candidates, branches
         self._models = {"draft": draft_model, "target": target_model}
         self._caches: dict[str, HeadCache] = {}
         self._diffusions: dict[str, Tables] = {}
@@ -180,12 +186,12 @@ class SpecDecodeRunner:
         Returns:
             (bsz, c, h, w) float32, as the target's ``unpatchify`` lays them out.
         """
-        check_gamma(gamma)
+        check_gamma(gamma, self.verify)
         state = self.begin(
             bsz, steps, cfg_schedule, labels, temperature, cfg, seed=seed, first_image=first_image, orders=orders
         )
         self._stats, self._recorder = None, None
-        if why_not_graphs(state) is not None:
+        if why_not_graphs(state, self.branches) is not None:
             images, self._recorder = self._run(PlainSteps(state), gamma, progress)
             return images
         state.noise.seed_on_device()
@@ -197,26 +203,11 @@ class SpecDecodeRunner:
         return images
 
     def _run(self, steps: Steps | PlainSteps, gamma, progress: bool) -> tuple[torch.Tensor, Recorder]:
-        state, judged = steps.state, []
-        plan, stop, recorder = state.plan, len(state.plan.steps), Recorder(state.outcome)
-        with tqdm(total=stop, disable=not progress) as bar:
-
-            @contextlib.contextmanager
-            def phase(name: str):
-                with recorder.phase(name):
-                    yield
-                bar.update(name == "draft")
-
-            for i in range(state.prefilled):
-                with recorder.phase("target"):
-                    steps.target(i)
-                recorder.prefill()
-                bar.update()
-            for first, last in _windows(state, gamma, judged):
-                counts = tuple(step.before - step.after for step in plan.steps[first:last])
-                judged.append((counts, steps.window(first, last, phase)))
-                recorder.window(judged[-1][1].sums, judged[-1][1].log_ratio.numel(), last - first)
-        images = self.target_model.unpatchify(state.tokens)
+        if self.verify == "strict":
+            recorder = run_rounds(steps, gamma, self.branches, progress)
+        else:
+            recorder = run_windows(steps, gamma, progress)
+        images = self.target_model.unpatchify(steps.state.tokens)
         recorder.stop()
         return images, recorder
 
@@ -281,15 +272,24 @@ class SpecDecodeRunner:
             plan=plan,
             prefilled=sum(step.index < self.prefill * steps - 1e-9 for step in planned),
             **models,
-            noise=PhiloxSource(seed, plan.rows, self.token_embed_dim),
+            noise=PhiloxSource(seed, plan.rows, self.token_embed_dim, *self._noise()),
             temperature=float(temperature),
             relaxation=relaxation,
             backend=self.backend,
             parallel_tol=self.parallel_tol,
             rule={name: getattr(self, name) for name in ("sigma", "max_tries", "residual", "target_sigma")},
+            candidates=self.num_candidates,
+            criterion=self.criterion,
         )
-        state.make_room()
+        if self.verify == "strict":
+            state.at = torch.full((bsz,), state.prefilled, dtype=torch.int64, device=device)
+        else:
+            state.make_room()
         return state
+
+    def _noise(self) -> tuple[int, int]:
+        """Of how many chains a token has noise, and of how many last steps beside them."""
+        return (self.num_candidates, 0) if self.criterion == "trajectory" else (1, self.num_candidates)
 
     def _head(self, role: str) -> DiffusionHead:
         """A model's packed head as its weights, its network and its schedule are now."""
@@ -300,18 +300,3 @@ class SpecDecodeRunner:
         if role not in self._diffusions or self._diffusions[role].diffusion is not diffloss.gen_diffusion:
             self._diffusions[role] = Tables(diffloss.gen_diffusion)
         return self._caches[role].get(self._diffusions[role].schedule(), self.dtype)
-
-
-def _windows(state: RunState, gamma, judged: list[tuple[tuple[int, ...], Judged]]) -> Iterator[tuple[int, int]]:
-    """First step of every window and the one behind it. A policy is told of those in ``judged``: the host waits."""
-    acceptance, first, stop = [], state.prefilled, len(state.plan.steps)
-    while first < stop:
-        length = gamma
-        if callable(gamma):
-            for counts, verdict in judged[len(acceptance) :]:
-                steps = verdict.log_ratio.clamp(max=0).exp().split(counts, dim=1)
-                acceptance.append(torch.stack([step.mean() for step in steps]).tolist())
-            length = draft_length(gamma, acceptance)
-        last = min(first + length, stop)
-        yield first, last
-        first = last

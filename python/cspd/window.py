@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 
 from cspd_kernels import (
+    CandidateVerdict,
     Denoised,
     DenoisedInParallel,
     DiffusionHead,
@@ -21,6 +22,7 @@ from cspd_kernels.head import stream_dtype
 from cspd_kernels.ops.denoise import automatic_tolerance
 from cspd_kernels.ops.denoise.parallel import AUTO
 
+from .candidates import Drafted, first_candidate, tokens_of, with_candidates
 from .order import Pass, Plan, WindowPlan
 from .policies import Window, relaxation_of
 from .stats import ACCEPTED, FELL_BACK, REDRAWN, window_sums
@@ -63,18 +65,27 @@ class RunState:
     rule: dict = field(default_factory=dict)  # options of accept_reject: sigma, max_tries, residual, target_sigma
     drafted: Drafted | None = None
     previous_target_z: torch.Tensor | None = None  # (B, Z) buffer for policies: of the target's last token
+    candidates: int = 1  # K of every drafted token
+    criterion: str = "trajectory"  # one of :data:`cspd.candidates.CRITERIA`
+    at: torch.Tensor | None = None  # (B,) int64 buffer: each image's next step of the plan, of strict runs
+
+    @property
+    def chains(self) -> int:
+        """Of a drafted token, and as many when the target looks at it."""
+        return self.candidates if self.criterion == "trajectory" else 1
 
     def make_room(self) -> None:
         """For what the draft will draw, where it draws anything."""
         steps = self.plan.steps[self.prefilled :]
         if not steps:
             return
-        sizes = {len(self.tokens) * (step.before - step.after) for step in steps}
+        sizes = {len(self.tokens) * (step.before - step.after) * self.chains for step in steps}
         sweeps = any(tolerance_of(self, self.draft.head, size) is not None for size in sizes)
         hidden = self.draft.head.cond_channels if callable(self.relaxation) else 0
         self.drafted = Drafted(
-            *self.tokens.shape[:2], self.draft.head, self.draft.head.num_steps if sweeps else 0, hidden
-        )
+            *self.tokens.shape[:2], self.draft.head, self.draft.head.num_steps if sweeps else 0, hidden,
+            self.chains, 0 if self.criterion == "trajectory" else self.candidates,
+        )  # fmt: skip
 
     def write(self, plan: Pass, tokens: torch.Tensor) -> None:
         """Put (B n, C) tokens at the positions of a pass."""
@@ -91,67 +102,28 @@ class RunState:
             self.previous_target_z.copy_(z[:, -1])
 
 
-class Drafted:
-    """What the draft has drawn, token by token in the order of drawing: buffers, as a window is judged at once.
-
-    Args:
-        batch, length: B, L. head: of the draft. steps: of a trajectory, 0 where none is kept. hidden: Z, 0 likewise.
-    """
-
-    def __init__(self, batch: int, length: int, head: DiffusionHead, steps: int, hidden: int):
-        def empty(*shape):
-            return torch.zeros(batch, length, *shape, dtype=stream_dtype(head.dtype), device=head.device)
-
-        self.mean, self.log_std, self.path = empty(head.channels), empty(head.channels), empty()
-        self.trajectory = empty(steps, head.channels) if steps else None
-        self.z = empty(hidden) if hidden else None
-
-    def write(self, columns: torch.Tensor, drawn: Drawn) -> None:
-        chain, batch = drawn.chain, len(self.mean)
-        for name, value in (("mean", chain.mean), ("log_std", chain.log_std), ("path", chain.path_log_std)):
-            _put(getattr(self, name), columns, value.view(batch, -1, *value.shape[1:]))
-        if self.z is not None:
-            _put(self.z, columns, drawn.z)
-        if self.trajectory is not None and chain.trajectory is not None:
-            _put(self.trajectory, columns, chain.trajectory.view(batch, -1, *chain.trajectory.shape[1:]))
-        elif self.trajectory is not None:
-            self.trajectory.index_fill_(1, columns, 0.0)
-
-    def read(self, columns: torch.Tensor) -> tuple[Denoised, torch.Tensor | None, torch.Tensor | None]:
-        """Of the tokens of a window, (B n, ...): the chain, its trajectory, and z (B, n, Z)."""
-        mean, log_std, path, trajectory = (
-            None if value is None else value.index_select(1, columns).flatten(0, 1)
-            for value in (self.mean, self.log_std, self.path, self.trajectory)
-        )
-        z = None if self.z is None else self.z.index_select(1, columns)
-        return Denoised(mean, mean, log_std, path), trajectory, z
-
-
-def _put(buffer: torch.Tensor, columns: torch.Tensor, value: torch.Tensor) -> None:
-    buffer.index_copy_(1, columns, value.to(buffer.dtype))
-
-
 class Judged(NamedTuple):
     """What is known of a verified window, on the device."""
 
-    sums: torch.Tensor  # (3,) of :func:`cspd.stats.window_sums`
-    log_ratio: torch.Tensor  # (B, n) at the relaxation in use
+    sums: torch.Tensor  # (3 + K,) of :func:`cspd.stats.window_sums`
+    log_ratio: torch.Tensor  # (B, n) of the first candidates, at the relaxation in use
 
 
 @torch.no_grad()
 def prefill(state: RunState, plan: Pass) -> None:
     """One step of the target alone."""
-    drawn = _draw(state, state.target, plan)
-    state.write(plan, drawn.chain.sample)
+    drawn = _draw_chains(state, state.target, plan)
+    state.write(plan, _tokens(state, plan, drawn.chain, 1)[:, 0])
     state.remember(drawn.z)
 
 
 @torch.no_grad()
 def draft(state: RunState, plan: Pass) -> None:
-    """One step of the draft: its tokens are taken for known until the window is judged."""
+    """One step of the draft: the first candidates of its tokens are taken for known until the window is judged."""
     drawn = _draw(state, state.draft, plan)
-    state.drafted.write(plan.columns, drawn)
-    state.write(plan, drawn.chain.sample)
+    x = _tokens(state, plan, drawn.chain)
+    state.drafted.write(plan.columns, drawn, x)
+    state.write(plan, x[:, 0])
 
 
 @torch.no_grad()
@@ -164,24 +136,61 @@ def look(state: RunState, plan: Pass) -> Drawn:
 @torch.no_grad()
 def judge(state: RunState, plan: Pass, target: Drawn) -> Judged:
     """Accept or redraw the drafted tokens of a window, and write what comes of them."""
-    draft, _, draft_z = state.drafted.read(plan.columns)
-    raw = log_density_ratio(draft.sample, draft, target.chain, sigma=state.rule["sigma"], backend=state.backend)
+    chain, _, draft_z = state.drafted.read(plan.columns)
+    draft = candidates(state, plan, chain, state.drafted.tokens(plan.columns))
+    looked = candidates(state, plan, target.chain)
+    raw = raw_log_ratio(state, draft, looked)
+    verdict = decide(state, plan, draft, looked, _relaxation(state, plan, draft, draft_z, target.z, looked, raw))
+    state.write(plan, verdict.token)
+    state.outcome.scatter_(1, plan.where, outcome_of(verdict).view_as(plan.where))
+    state.remember(target.z)
+    return Judged(window_sums(verdict, raw), verdict.log_ratio[:, 0].view_as(plan.where))
+
+
+def candidates(state: RunState, plan: Pass, chain: Denoised, x: torch.Tensor | None = None) -> Denoised:
+    """The chains of a pass with their candidates x (N, K, C), which are made here where they are not given."""
+    x = _tokens(state, plan, chain) if x is None else x
+    return with_candidates(chain, x, state.criterion == "trajectory")
+
+
+def _tokens(state: RunState, plan: Pass, chain: Denoised, count: int | None = None) -> torch.Tensor:
+    """(N, K, C): candidates of the tokens of a pass, or the first ``count`` of them."""
+    trajectory = state.criterion == "trajectory"
+    last = None if trajectory else state.noise.last_of(plan, state.candidates if count is None else count)
+    return tokens_of(chain, last, len(plan.rows))
+
+
+def raw_log_ratio(state: RunState, draft: Denoised, target: Denoised) -> torch.Tensor:
+    """(N,): log r of the first candidates at relaxation 1."""
+    draft, target = first_candidate(draft), first_candidate(target)
+    return log_density_ratio(draft.sample, draft, target, sigma=state.rule["sigma"], backend=state.backend)
+
+
+def decide(state: RunState, plan: Pass, draft: Denoised, target: Denoised, relaxation) -> CandidateVerdict:
+    """Accept one of the candidates of every token of a pass, or redraw it."""
+    one = state.candidates == 1
+    if one:
+        draft, target = first_candidate(draft), first_candidate(target)
     verdict = accept_reject(
         draft.sample,
         draft,
-        target.chain,
-        seed=state.noise.seed,
+        target,
+        seed=state.noise.key,
         rows=plan.rows,
-        relaxation=_relaxation(state, plan, draft, draft_z, target, raw),
+        relaxation=relaxation,
         backend=state.backend,
         **state.rule,
     )
-    state.write(plan, verdict.token)
+    if not one:
+        return verdict
+    candidate = torch.where(verdict.accepted, 0, -1).to(torch.int32)
+    return CandidateVerdict(verdict.token, verdict.accepted, candidate, verdict.tries, verdict.log_ratio[:, None])
+
+
+def outcome_of(verdict: CandidateVerdict) -> torch.Tensor:
+    """(N,) int8, as in :class:`cspd.stats.RunStats`."""
     redrawn = torch.where(verdict.tries < 0, FELL_BACK, REDRAWN)
-    outcome = torch.where(verdict.accepted, ACCEPTED, redrawn).to(torch.int8)
-    state.outcome.scatter_(1, plan.where, outcome.view_as(plan.where))
-    state.remember(target.z)
-    return Judged(window_sums(verdict.accepted, raw, verdict.tries), verdict.log_ratio.view_as(plan.where))
+    return torch.where(verdict.accepted, ACCEPTED, redrawn).to(torch.int8)
 
 
 Phase = Callable[[str], contextlib.AbstractContextManager]
@@ -228,7 +237,7 @@ def run_window(state: RunState, window: WindowPlan, phase: Phase = untimed) -> J
 
 
 class Drawn(NamedTuple):
-    chain: Denoised | DenoisedInParallel  # of B n tokens, image by image
+    chain: Denoised | DenoisedInParallel  # of B n tokens, image by image, and of each token's chains
     z: torch.Tensor  # (B, n, Z) hidden states of the conditional rows
 
 
@@ -237,26 +246,38 @@ def _draw(state: RunState, model: Model, plan: Pass, guess: torch.Tensor | None 
 
     ``guess``: the trajectory of another head's chain through the same noise; sweeps start from it.
     """
+    return _draw_chains(state, model, plan, guess, state.chains)
+
+
+def _draw_chains(state: RunState, model: Model, plan: Pass, guess=None, chains: int = 1) -> Drawn:
     z = model.transformer.conditions(state.tokens, plan, model.embedding)
-    x_T, noise = state.noise.of(plan, model.head)  # noqa: N806
-    tolerance = tolerance_of(state, model.head, len(plan.rows))
+    return Drawn(chains_of(state, model, plan, z, guess, chains), z[: len(plan.where)])
+
+
+def chains_of(state: RunState, model: Model, plan: Pass, z, guess=None, chains: int = 1):
+    """The chains (N chains, ...) of the N tokens of a pass, token by token, from their conditions z (R, n, Z)."""
+    x_T, noise = state.noise.of(plan, model.head, chains)  # noqa: N806
+    tolerance = tolerance_of(state, model.head, len(x_T))
     if tolerance is None:
         guess = None
     elif guess is not None:
         # Of a token that did not settle it may be anything, and only its own chain, made step by step then, counts.
         guess = guess.to(stream_dtype(model.head.dtype)).nan_to_num(0.0, 0.0, 0.0)
-    chain = denoise(
+    z, scale = z.flatten(0, 1), plan.cfg_scale  # conditional rows first
+    if chains > 1:
+        z = z.repeat_interleave(chains, dim=0)
+        scale = scale.repeat_interleave(chains) if isinstance(scale, torch.Tensor) else scale
+    return denoise(
         model.head,
-        z.flatten(0, 1),  # conditional rows first
+        z,
         x_T,
         noise,
         temperature=state.temperature,
-        cfg_scale=plan.cfg_scale,
+        cfg_scale=scale,
         backend=state.backend,
         parallel_tol=tolerance,
         guess=guess,
     )
-    return Drawn(chain, z[: len(plan.where)])
 
 
 def tolerance_of(state: RunState, head: DiffusionHead, tokens: int) -> float | None:
@@ -266,7 +287,7 @@ def tolerance_of(state: RunState, head: DiffusionHead, tokens: int) -> float | N
     return automatic_tolerance(head, tokens, state.plan.guided, state.backend)
 
 
-def _relaxation(state: RunState, plan: Pass, draft: Denoised, draft_z, target: Drawn, raw: torch.Tensor):
+def _relaxation(state: RunState, plan: Pass, draft: Denoised, draft_z, target_z, target: Denoised, raw: torch.Tensor):
     """The relaxation of each token of a window: a number, or (B n,)."""
     relaxation, shape = state.relaxation, plan.where.shape
     if isinstance(relaxation, torch.Tensor):
@@ -276,11 +297,11 @@ def _relaxation(state: RunState, plan: Pass, draft: Denoised, draft_z, target: D
     window = Window(
         positions=plan.where,
         steps=plan.steps,
-        target_z=target.z,
+        target_z=target_z,
         draft_z=draft_z,
         previous_target_z=state.previous_target_z,
         log_ratio=raw.view(shape),
-        draft_log_std=draft.log_std.view(*shape, -1),
-        target_log_std=target.chain.log_std.view(*shape, -1),
+        draft_log_std=draft.log_std[:, 0].view(*shape, -1),
+        target_log_std=target.log_std[:, 0].view(*shape, -1),
     )
     return relaxation_of(relaxation, window)

@@ -65,7 +65,7 @@ def as_on_a_device(monkeypatch):
     monkeypatch.setattr("cspd_kernels.ops.denoise._check_values", lambda **_: None)
     monkeypatch.setattr("cspd_kernels.ops.denoise.check_result", lambda *_: None)
     monkeypatch.setattr(accept_reject_op, "_check_residual", lambda *_: None)
-    monkeypatch.setattr(accept_reject_op, "check", lambda op, x, draft, target, relaxation, sigma: relaxation)
+    monkeypatch.setattr(accept_reject_op, "check", lambda op, x, draft, target, relaxation, sigma, **_: relaxation)
     backend = functools.partial(torch_backend.accept_reject, compact=False)
     monkeypatch.setattr(accept_reject_op, "remembered", lambda *_, **__: backend)
 
