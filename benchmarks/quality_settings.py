@@ -67,11 +67,11 @@ def settings(steps: int, fewer: tuple[int, ...], one_step: bool) -> list[Setting
         Setting("strict", "exact, gamma 2", steps, 2, EXACT),
         Setting("strict", "exact, gamma 4", steps, 4, EXACT, quick=True),
         Setting("strict", "exact, gamma 4, 4 candidates", steps, 4, {**EXACT, "num_candidates": 4}),
-        Setting("strict", "exact, gamma 4, tree of 4 branches", steps, 4,
-                {**EXACT, "num_candidates": 4, "branches": 4}, quick=True),
+        Setting("strict", "exact, gamma 4, tree of 2 branches", steps, 4,
+                {**EXACT, "num_candidates": 4, "branches": 2}, quick=True),
         Setting("strict", "exact, gamma by entropy", steps, cspd.EntropyDraft(most=8), EXACT),
-        Setting("strict", "tree of 4 branches, relaxation by context", steps, 4,
-                {**EXACT, "num_candidates": 4, "branches": 4, "relaxation": context}),
+        Setting("strict", "tree of 2 branches, relaxation by context", steps, 4,
+                {**EXACT, "num_candidates": 4, "branches": 2, "relaxation": context}),
     ]  # fmt: skip
     if one_step:
         loose = {**EXACT, "target_sigma": True, "relaxation": 42.0}
