@@ -87,10 +87,10 @@ constexpr int kRounds = 6;          // 33^-6 of 18 sigma, 1e-8, is below float32
 // Candidates after the first one, as cspd_kernels/ops/accept_reject/candidates.py defines them: what those before leave
 // to be drawn is (e^path p - c q)_+, and ``mass`` is its integral.
 
-// log mass at c, of models ``distance`` apart; of what is no number, -infinity.
+// log mass at c, of models ``distance`` sigma apart. What is no number, or is less than nothing by rounding, is none.
 CSPD_HD double log_mass_above(double log_c, double distance, double path) {
   const double apart = distance < kShortest ? kShortest : distance, t = (log_c - path) / apart - 0.5 * apart;
-  const double log_mass = path + log(fmax(Residual(apart, t).survival(t), 0.0));
+  const double log_mass = path + log(Residual(apart, t).survival(t));
   return log_mass == log_mass ? log_mass : -INFINITY;
 }
 
