@@ -105,8 +105,8 @@ inline SeveralOutcome judge(const Several& several, std::int64_t token, bool clo
   long double c = 0.0L, mass = 1.0L;
   for (int i = 0; i < several.count(); ++i) {
     const Window& window = several.each[i];
-    const auto start = window.x.begin() + token * window.channels;
-    const auto ratio = plain_log_ratio(window, token, &*start, window.relaxation_of(token));
+    const float* x = window.x.data() + token * window.channels;
+    const auto ratio = plain_log_ratio(window, token, x, window.relaxation_of(token));
     result.ratios.push_back(ratio);
     if (result.candidate >= 0) continue;
     if (i > 0) mass = mass_above(window, token, c);
@@ -119,7 +119,7 @@ inline SeveralOutcome judge(const Several& several, std::int64_t token, bool clo
     result.candidate = i;
     outcome.accepted = true;
     outcome.tries = 0;
-    outcome.token.assign(start, start + window.channels);
+    outcome.token.assign(x, x + window.channels);
   }
   if (!outcome.accepted) redraw(first, token, closed_form, static_cast<double>(std::log(c)), outcome);
   return result;
