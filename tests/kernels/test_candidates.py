@@ -12,9 +12,8 @@ from candidates import assert_candidates, own_chains, shared_chains
 from verdicts import DTYPES, cast, count_launches, judged_chains, on
 
 from cspd_kernels import CandidateVerdict, Denoised, Verdict, accept_reject, log_density_ratio
-from cspd_kernels.backends import why_unavailable
 from cspd_kernels.noise import CANDIDATE_STRIDE, uniforms
-from cspd_kernels.ops.accept_reject import MOST_CANDIDATES, cuda, reference, torch_backend
+from cspd_kernels.ops.accept_reject import MOST_CANDIDATES, reference, torch_backend
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # of the interpreter's numpy
 
@@ -32,8 +31,6 @@ def judge(request, monkeypatch, device_of):
     name = request.param
     kernels = name in ("triton", "cuda")
     device = device_of(name) if kernels else torch.device("cpu")
-    if name == "cuda" and (reason := cuda.why_unsupported(torch.empty(1, 2, 3))):
-        pytest.skip(reason)
     if name in ("definition", "torch on a device"):
         run = reference.accept_reject if name == "definition" else partial(torch_backend.accept_reject, compact=False)
         monkeypatch.setattr("cspd_kernels.ops.accept_reject.remembered", lambda *_: run)
@@ -159,8 +156,6 @@ def test_one_candidate_is_the_plain_verdict_bit_by_bit(judge, channels, residual
 @pytest.mark.parametrize("backend", ["torch", "triton", "cuda"])
 def test_every_ratio_is_that_of_log_density_ratio_bit_by_bit(backend, device_of):
     device = torch.device("cpu") if backend == "torch" else device_of(backend)
-    if backend == "cuda" and (reason := cuda.why_unsupported(torch.empty(1, 2, 3))):
-        pytest.skip(reason)
     x, *chains = on(device, *own_chains(9, 4, 17, 6))
     relaxation = torch.linspace(0.5, 2, 36, device=device).view(9, 4)
     ratio = accept_reject(x, *chains, seed=0, relaxation=relaxation, max_tries=0, backend=backend).log_ratio
@@ -265,10 +260,10 @@ def test_the_least_uniform(judge, residual):
         assert judge(x, draft, target, rows=rows, residual=residual).candidate.tolist() == [candidate]
 
 
-def test_one_launch(monkeypatch, triton_device):
-    x, *chains = on(triton_device, *own_chains(5, 4, 5, 0))
-    launches = count_launches(monkeypatch, "triton", "accept_reject")
-    accept_reject(x, *chains, seed=0, backend="triton")
+def test_one_launch(monkeypatch, backend, kernel_device):
+    x, *chains = on(kernel_device, *own_chains(5, 4, 5, 0))
+    launches = count_launches(monkeypatch, backend, "accept_reject")
+    accept_reject(x, *chains, seed=0, backend=backend)
     assert len(launches) == 1
 
 
@@ -320,14 +315,6 @@ def test_two_sigmas_need_the_targets(judge):
     check(judge, *one, max_tries=9)
     with pytest.raises(ValueError, match="True only with residual='closed_form' or several candidates"):
         judge(*one, target_sigma=True)
-
-
-@pytest.mark.skipif(why_unavailable("cuda") is not None, reason="the CUDA kernels do not run here")
-def test_a_backend_that_judges_one_candidate_says_so():
-    if (reason := cuda.why_unsupported(torch.empty(1, 2, 3))) is None:
-        pytest.skip("it judges several")
-    with pytest.raises(RuntimeError, match=f"backend='cuda' cannot serve accept_reject: {reason}"):
-        accept_reject(*own_chains(2, 2, 3, 0), seed=0, backend="cuda")
 
 
 def test_a_verdict_that_differs_in_one_field_shows():

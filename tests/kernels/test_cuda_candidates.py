@@ -4,9 +4,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from verdicts import count_launches, judged_chains
+from verdicts import judged_chains
 
-from cspd_kernels import Denoised, accept_reject
+from cspd_kernels import Denoised
 from cspd_kernels.ops.accept_reject import cuda
 
 ROWS, CANDIDATES, CHANNELS = 9, 3, 5
@@ -71,14 +71,3 @@ def test_one_candidate_a_token_without_the_axis(handed):
     x, draft, target = judged_chains(ROWS, CHANNELS, 0)
     run(x, draft, target)
     assert (handed[0].candidates, handed[0].own, handed[0].candidate) == (1, 0, 0)
-
-
-@pytest.mark.parametrize("candidates", [1, CANDIDATES])
-def test_one_launch(monkeypatch, device_of, candidates):
-    device = device_of("cuda")
-    x, *both = chains()
-    x, both = x[:, :candidates].to(device), [Denoised(*(v.to(device) for v in chain)) for chain in both]
-    launches = count_launches(monkeypatch, "cuda", "accept_reject")
-    verdict = accept_reject(x, *both, seed=0, backend="cuda")
-    assert len(launches) == 1
-    assert verdict.log_ratio.shape == (ROWS, candidates)

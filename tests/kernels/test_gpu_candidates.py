@@ -11,29 +11,17 @@ import torch
 from candidates import assert_candidates, own_chains, rates, shared_chains
 from dispatch_modes import no_wait_for_cuda
 from modified import components, modified_cdf
+from profiled import launched
 from scipy import stats
 from seeds import seed_tensor
 from verdicts import cast
 
 from cspd_kernels import CandidateVerdict, Denoised, accept_reject
-from cspd_kernels.backends import why_unavailable
-from cspd_kernels.ops.accept_reject import cuda
 
-pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("judges_candidates")]
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("available")]
 
 RESIDUALS = ["rejection", "closed_form"]
 DEVICE, P = "cuda", 1e-9
-
-
-@pytest.fixture
-def judges_candidates(request):
-    """A backend that does not run here, or judges one candidate a token, is skipped with the reason."""
-    name = request.getfixturevalue("backend") if "backend" in request.fixturenames else None
-    reason = why_unavailable(name) if name else None
-    if not reason and name == "cuda":
-        reason = cuda.why_unsupported(torch.empty(1, 2, 3))
-    if reason:
-        pytest.skip(reason)
 
 
 def there(x, draft, target):
@@ -107,17 +95,6 @@ def test_many_runs_agree_bit_by_bit(backend):
         again = accept_reject(*chains, seed=1, backend=backend)
         wrong += sum((a != b).any() for a, b in zip(again, first))
     assert int(wrong) == 0
-
-
-def launched(function) -> list[str]:
-    """Names of what the device executes: kernels, copies, fills."""
-    function()  # compiles
-    torch.cuda.synchronize()
-    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as profile:
-        function()
-        torch.cuda.synchronize()
-    return [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
 
 
 @pytest.mark.parametrize("make", [own_chains, shared_chains])
