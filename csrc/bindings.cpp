@@ -48,14 +48,23 @@ void log_density_ratio(Address x, Address mean_q, Address log_q, Address path_q,
   check(cspd::log_density_ratio(judged, out, stream), "log_density_ratio");
 }
 
+// Bit i of ``own``: whether each candidate has a row of its own, or one is for all. Of the sample, the draft's mean,
+// log standard deviation and path, the target's, the relaxation.
+cspd::Candidates candidates_of(int count, Address accepted, unsigned own) {
+  const auto rows = [&](int i) { return own >> i & 1 ? count : 1; };
+  return {count, accepted, {rows(1), rows(2), rows(3)}, {rows(4), rows(5), rows(6)}, rows(7), rows(0)};
+}
+
 void accept_reject(Address x, Address mean_q, Address log_q, Address path_q, Address mean_p, Address log_p,
                    Address path_p, Address relaxations, float relaxation, Address sample, Address rows, Address token,
-                   Address accepted, Address tries, Address log_ratio, std::int64_t n, int channels, std::uint64_t seed,
-                   Address seeds, int max_tries, bool released, bool closed_form, int multiprocessors, Address stream) {
+                   Address accepted, Address tries, Address log_ratio, Address candidate, std::int64_t n,
+                   int candidates, unsigned own, int channels, std::uint64_t seed, Address seeds, int max_tries,
+                   bool released, bool closed_form, int multiprocessors, Address stream) {
   const cspd::Judged judged = {
       x, {mean_q, log_q, path_q}, {mean_p, log_p, path_p}, relaxations, relaxation, n, channels, released};
   const cspd::Redraw redraw = {sample, rows, seed, max_tries, token, accepted, tries, log_ratio, seeds};
-  check(cspd::accept_reject(judged, redraw, closed_form, multiprocessors, stream), "accept_reject");
+  const auto tried = candidates_of(candidates, candidate, own);
+  check(cspd::accept_reject(judged, redraw, tried, closed_form, multiprocessors, stream), "accept_reject");
 }
 
 void randn(int type, int first, std::uint64_t seed, std::uint64_t counter, std::int64_t numel, int calls, int grid,

@@ -18,6 +18,9 @@ bool aligned(const Judged& judged) {
                  judged.target.log_std);
 }
 
+// Whether each candidate has a chain of its own, or a part of one.
+bool of_each(const Candidates::Rows& rows) { return rows.mean > 1 || rows.log_std > 1 || rows.path > 1; }
+
 std::int64_t divided_up(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
 // ``use`` with the lanes and quads of a token of so many channels.
@@ -49,11 +52,14 @@ cudaError_t log_density_ratio(const Judged& given, float* out, cudaStream_t stre
   });
 }
 
-cudaError_t accept_reject(const Judged& given_judged, const Redraw& given, bool closed_form, int multiprocessors,
-                          cudaStream_t stream) {
+cudaError_t accept_reject(const Judged& given_judged, const Redraw& given_redraw, const Candidates& given_candidates,
+                          bool closed_form, int multiprocessors, cudaStream_t stream) {
   Judged judged = given_judged;
-  Redraw redraw = given;
+  Redraw redraw = given_redraw;
+  Candidates candidates = given_candidates;
   judged.aligned = aligned(judged) && aligned(judged.channels, redraw.sample, redraw.token);
+  candidates.chains = of_each(candidates.draft) || of_each(candidates.target);
+  if (candidates.count < 1 || (candidates.count > 1 && !candidates.accepted)) return cudaErrorInvalidValue;
   return with_layout(judged.channels, [&](auto lanes, auto quads) {
     constexpr int kLanes = decltype(lanes)::value, kQuads = decltype(quads)::value;
     // A few tokens are spread over the device: a rejected one then waits for no other's redraw.
@@ -61,8 +67,13 @@ cudaError_t accept_reject(const Judged& given_judged, const Redraw& given, bool 
     const auto wanted = divided_up(judged.tokens, room > 0 ? room : 1);
     redraw.tokens_per_warp = static_cast<int>(wanted < kWarp / kLanes ? (wanted > 0 ? wanted : 1) : kWarp / kLanes);
     const Grid grid{divided_up(judged.tokens, kWarps * redraw.tokens_per_warp), kVerdictThreads};
-    return closed_form ? launch(accept_reject_kernel<kLanes, kQuads, true>, grid, stream, judged, redraw)
-                       : launch(accept_reject_kernel<kLanes, kQuads, false>, grid, stream, judged, redraw);
+    const auto with_method = [&](auto many) {
+      constexpr bool kMany = decltype(many)::value;
+      return closed_form
+                 ? launch(accept_reject_kernel<kLanes, kQuads, true, kMany>, grid, stream, judged, redraw, candidates)
+                 : launch(accept_reject_kernel<kLanes, kQuads, false, kMany>, grid, stream, judged, redraw, candidates);
+    };
+    return candidates.accepted ? with_method(std::true_type{}) : with_method(std::false_type{});
   });
 }
 

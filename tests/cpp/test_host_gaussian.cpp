@@ -140,6 +140,63 @@ void survivals() {
   }
 }
 
+// The integral over t of (e^path phi(t) - c phi(t + D))_+, by Simpson's rule beyond the place where it begins.
+long double plain_mass(long double c, long double distance, long double path) {
+  const auto excess = [&](long double t) {
+    const long double p = std::exp(path - 0.5L * t * t), q = c * std::exp(-0.5L * (t + distance) * (t + distance));
+    return (p - q) / kRootOfTwoPi;
+  };
+  const long double start = std::fmax((std::log(c) - path) / distance - 0.5L * distance, -40.0L);
+  constexpr int kSteps = 40000;
+  const long double step = (std::fmax(start, 0.0L) + 40.0L - start) / kSteps;
+  long double sum = 0.0L;
+  for (int i = 0; i <= kSteps; ++i) sum += (i == 0 || i == kSteps ? 1 : i % 2 ? 4 : 2) * excess(start + i * step);
+  return sum * step / 3;
+}
+
+void masses() {
+  for (const double distance : {1e-3, 0.1, 1.0, 2.5, 8.0}) {
+    for (const double path : {0.0, 0.7, -1.5, 4.0}) {
+      for (const double c : {1.0, 1.3, 2.0, 30.0}) {
+        const long double expected = plain_mass(c, distance, path);
+        if (expected < 1e-300L) continue;
+        // Closer models leave a smaller difference of the tails.
+        const double got = cspd::log_mass_above(std::log(c), distance, path);
+        CHECK_NEAR_SCALE(got, std::log(expected), 1, 1e-10L / std::fmin(distance, 1.0) + 1e-13L / expected);
+      }
+    }
+  }
+  // Equal Gaussians: what the path term leaves, or nothing.
+  CHECK_NEAR(cspd::log_mass_above(0.0, 0.0, 3.0), std::log(std::exp(3.0) - 1.0), 1e-9);
+  CHECK(cspd::log_mass_above(0.0, 0.0, -3.0) < -1e6);
+  CHECK_NEAR(cspd::log_mass_above(0.0, 2.0, 0.0), std::log(std::erf(std::sqrt(0.5L))), 1e-12L);  // 2 Phi(1) - 1
+  for (const double bad : {static_cast<double>(NAN), static_cast<double>(INFINITY)}) {
+    CHECK_EQUAL(cspd::log_mass_above(0.0, bad, 0.0), -INFINITY);
+  }
+  CHECK_EQUAL(cspd::log_mass_above(0.0, 1.0, NAN), -INFINITY);
+}
+
+void accept_tests_of_later_candidates() {
+  Random random(3);
+  for (int i = 0; i < 20000; ++i) {
+    const double log_ratio = 2.0 * random.normal(), log_c = std::fabs(random.normal()), log_mass = random.normal();
+    const double u = random.uniform(1e-6, 1.0);
+    const long double kept = std::exp(static_cast<long double>(log_ratio)) - std::exp(static_cast<long double>(log_c));
+    const long double asked = u * std::exp(static_cast<long double>(log_mass));
+    if (std::fabs(kept - asked) < 1e-12L * (std::fabs(kept) + asked)) continue;
+    CHECK_EQUAL(cspd::passes(u, log_ratio, log_c, log_mass), asked <= kept);
+    const long double sum = std::exp(static_cast<long double>(log_c)) + std::exp(static_cast<long double>(log_mass));
+    CHECK_NEAR_SCALE(cspd::log_sum(log_c, log_mass), std::log(sum), 1e-14L, 1 + std::fabs(std::log(sum)));
+  }
+  // Where nothing is left but r > c, and where a sum would overflow.
+  CHECK(cspd::passes(1.0, 1e-6, 0.0, -INFINITY));
+  CHECK(!cspd::passes(1e-9, 0.5, 0.5, -INFINITY));
+  CHECK(!cspd::passes(1e-9, -INFINITY, 0.5, -INFINITY));
+  CHECK(cspd::passes(1.0, INFINITY, 0.5, 800.0));
+  CHECK_EQUAL(cspd::log_sum(2.0, -INFINITY), 2.0);
+  CHECK_EQUAL(cspd::log_sum(2.0, 5000.0), 5000.0);
+}
+
 }  // namespace
 
 int main() {
@@ -149,5 +206,7 @@ int main() {
   mills_ratios();
   tails();
   survivals();
+  masses();
+  accept_tests_of_later_candidates();
   return check::finish("gaussian");
 }

@@ -179,7 +179,7 @@ void channels_beyond_the_kernels() {
     window.channels = channels;
     const OnDevice there(window);
     CHECK(cspd::log_density_ratio(there.judged(), there.redraw().log_ratio, nullptr) == cudaErrorInvalidValue);
-    CHECK(cspd::accept_reject(there.judged(), there.redraw(), false, 1, nullptr) == cudaErrorInvalidValue);
+    CHECK(cspd::accept_reject(there.judged(), there.redraw(), {}, false, 1, nullptr) == cudaErrorInvalidValue);
     device::synchronise();
     CHECK(there.untouched());
   }

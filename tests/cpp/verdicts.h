@@ -11,7 +11,7 @@
 struct Verdicts {
   std::vector<float> log_ratio, token;
   std::vector<std::uint8_t> accepted;
-  std::vector<std::int32_t> tries;
+  std::vector<std::int32_t> tries, candidate;
 };
 
 // What is judged. ``offset`` floats lie between a boundary of 16 bytes and the start of each matrix.
@@ -98,7 +98,7 @@ inline std::vector<double> proposal_of(const Window& window, std::int64_t token,
   return n;
 }
 
-inline bool redraw_by_rejection(const Window& window, std::int64_t token, int index, Outcome& outcome) {
+inline bool redraw_by_rejection(const Window& window, std::int64_t token, int index, double log_c, Outcome& outcome) {
   auto y = proposal_of(window, token, index);
   std::vector<float> rounded;
   for (int c = 0; c < window.channels; ++c) {
@@ -107,23 +107,35 @@ inline bool redraw_by_rejection(const Window& window, std::int64_t token, int in
     rounded.push_back(static_cast<float>(y[c]));
   }
   const auto ratio = plain_log_ratio(window, token, rounded.data(), 1.0f);
-  const double u = cspd::uniform_at(window.seed, window.rows[token], index), kept = -std::expm1(-ratio.value);
-  const double weight = std::isinf(ratio.value) ? 0.0 : std::exp(-ratio.value);
+  const double u = cspd::uniform_at(window.seed, window.rows[token], index), kept = -std::expm1(log_c - ratio.value);
+  const double weight = std::isinf(ratio.value) ? 0.0 : std::exp(log_c - ratio.value);
   if (std::fabs(u - kept) <= ratio.error * weight + 1e-6) outcome.clear = false;
   if (!(u <= kept)) return false;
   outcome.token = y;
   return true;
 }
 
-inline bool redraw_in_closed_form(const Window& window, std::int64_t token, Outcome& outcome) {
+// (mu_p - mu_q) / sigma_p, and its length.
+struct Apart {
   std::vector<double> d;
-  double square = 0.0, across = 0.0;
+  double distance;
+};
+
+inline Apart apart(const Window& window, std::int64_t token) {
+  Apart result = {{}, 0.0};
   for (int c = 0; c < window.channels; ++c) {
     const auto g = window.at(token, c);
-    d.push_back((static_cast<double>(g.mean_p) - g.mean_q) * std::exp(-static_cast<double>(g.log_p)));
-    square += d[c] * d[c];
+    result.d.push_back((static_cast<double>(g.mean_p) - g.mean_q) * std::exp(-static_cast<double>(g.log_p)));
+    result.distance += result.d[c] * result.d[c];
   }
-  const double distance = std::sqrt(square), t_0 = -0.5 * distance - window.path(token) / distance;
+  result.distance = std::sqrt(result.distance);
+  return result;
+}
+
+inline bool redraw_in_closed_form(const Window& window, std::int64_t token, double log_c, Outcome& outcome) {
+  const auto [d, distance] = apart(window, token);
+  double across = 0.0;
+  const double t_0 = -0.5 * distance - (window.path(token) - log_c) / distance;
   if (!(t_0 <= cspd::kFarthest) || !std::isfinite(distance)) return false;
   const double u = cspd::uniform_at(window.seed, window.rows[token], 1);
   const double t = plain_inverse(cspd::Residual(std::fmax(distance, cspd::kShortest), t_0), t_0, u);
@@ -138,6 +150,20 @@ inline bool redraw_in_closed_form(const Window& window, std::int64_t token, Outc
   return true;
 }
 
+// Of a token that was rejected: its redraw, from what is left above c, or the target's own draw.
+inline void redraw(const Window& window, std::int64_t token, bool closed_form, double log_c, Outcome& outcome) {
+  const int tries = closed_form ? std::min(window.max_tries, 1) : window.max_tries;
+  for (int k = 1; k <= tries; ++k) {
+    if (closed_form ? redraw_in_closed_form(window, token, log_c, outcome)
+                    : redraw_by_rejection(window, token, k, log_c, outcome)) {
+      outcome.tries = k;
+      return;
+    }
+  }
+  const auto start = window.sample.begin() + token * window.channels;
+  outcome.token.assign(start, start + window.channels);
+}
+
 inline Outcome judge(const Window& window, std::int64_t token, bool closed_form) {
   const auto start = static_cast<std::size_t>(token * window.channels);
   const auto ratio = plain_log_ratio(window, token, window.x.data() + start, window.relaxation_of(token));
@@ -149,13 +175,6 @@ inline Outcome judge(const Window& window, std::int64_t token, bool closed_form)
     outcome.token.assign(window.x.begin() + start, window.x.begin() + start + window.channels);
     return outcome;
   }
-  const int tries = closed_form ? std::min(window.max_tries, 1) : window.max_tries;
-  for (int k = 1; k <= tries; ++k) {
-    if (closed_form ? redraw_in_closed_form(window, token, outcome) : redraw_by_rejection(window, token, k, outcome)) {
-      outcome.tries = k;
-      return outcome;
-    }
-  }
-  outcome.token.assign(window.sample.begin() + start, window.sample.begin() + start + window.channels);
+  redraw(window, token, closed_form, 0.0, outcome);
   return outcome;
 }

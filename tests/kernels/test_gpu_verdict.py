@@ -11,6 +11,7 @@ import pytest
 import torch
 from dispatch_modes import no_wait_for_cuda
 from modified import CASES, P, acceptance_rate, assert_modified, components, pair
+from profiled import launched
 from scipy import stats
 from seeds import SEEDS, seed_tensor
 from verdicts import (
@@ -184,17 +185,6 @@ def test_many_runs_agree_bit_by_bit(backend):
         again = accept_reject(x, draft, target, seed=1, backend=backend)
         wrong += sum((a != b).any() for a, b in zip(again, first))
     assert int(wrong) == 0
-
-
-def launched(function) -> list[str]:
-    """Names of what the device executes: kernels, copies, fills."""
-    function()  # compiles
-    torch.cuda.synchronize()
-    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as profile:
-        function()
-        torch.cuda.synchronize()
-    return [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
 
 
 def test_the_count_of_launches_sees_every_kernel():

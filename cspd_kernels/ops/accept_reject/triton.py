@@ -28,8 +28,8 @@ def _accept_reject_kernel(
     C: tl.constexpr, BG: tl.constexpr, R: tl.constexpr, K: tl.constexpr, CANDIDATES: tl.constexpr,
     PER_TOKEN: tl.constexpr, RELEASED: tl.constexpr, CLOSED_FORM: tl.constexpr,
 ):  # fmt: skip
-    """One warp: judges R rows together, then redraws the rejected ones one after another, K tries at a time. R is 1 where
-    there are several candidates, whose loop needs the registers.
+    """One warp: judges R rows together, then redraws the rejected ones one after another, K tries at a time. R is 1
+    where there are several candidates: their loop needs the registers.
 
     The seed is the one at ``seeds`` or, where that is None, the two words. Strides ``_next`` lead from one candidate to
     the next; where there is one, they are None, and so is ``candidate`` unless it is asked for.

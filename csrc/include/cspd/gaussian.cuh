@@ -84,4 +84,24 @@ constexpr double kShortest = 1e-6;  // below this distance, in sigma, the shape 
 constexpr int kPoints = 32;         // of one round of the search, one a thread
 constexpr int kRounds = 6;          // 33^-6 of 18 sigma, 1e-8, is below float32's rounding
 
+// Candidates after the first one, as cspd_kernels/ops/accept_reject/candidates.py defines them: what those before leave
+// to be drawn is (e^path p - c q)_+, and ``mass`` is its integral.
+
+// log mass at c, of models ``distance`` sigma apart. What is no number, or is less than nothing by rounding, is none.
+CSPD_HD double log_mass_above(double log_c, double distance, double path) {
+  const double apart = distance < kShortest ? kShortest : distance, t = (log_c - path) / apart - 0.5 * apart;
+  const double log_mass = path + log(Residual(apart, t).survival(t));
+  return log_mass == log_mass ? log_mass : -INFINITY;
+}
+
+// u <= (r - c)_+ / mass.
+CSPD_HD bool passes(double u, double log_ratio, double log_c, double log_mass) {
+  return log_ratio > log_c && log(u) <= log_ratio + log(-expm1(log_c - log_ratio)) - log_mass;
+}
+
+// log (c + mass), c > 0.
+CSPD_HD double log_sum(double log_c, double log_mass) {
+  return fmax(log_c, log_mass) + log1p(exp(-fabs(log_c - log_mass)));
+}
+
 }  // namespace cspd

@@ -17,8 +17,8 @@ enum class Operand { kFloat32 = 0, kFloat16 = 1, kBfloat16 = 2 };
 // Channels 0..256, any number of tokens.
 cudaError_t log_density_ratio(const Judged& judged, float* out, cudaStream_t stream);
 // ``tokens_per_warp`` is chosen here.
-cudaError_t accept_reject(const Judged& judged, const Redraw& redraw, bool closed_form, int multiprocessors,
-                          cudaStream_t stream);
+cudaError_t accept_reject(const Judged& judged, const Redraw& redraw, const Candidates& candidates, bool closed_form,
+                          int multiprocessors, cudaStream_t stream);
 
 // [calls, numel] of a type. The first call's normals are rounded to the type ``first`` before.
 cudaError_t randn(Operand type, Operand first, const Randn& draw, void* out, cudaStream_t stream);

@@ -1,7 +1,7 @@
 // What the launches of csrc/*.cu are given: plain structures of raw pointers to device memory.
 //
-// N tokens of C channels. A denoising chain works on M rows of width W: N, or 2 N under guidance with the conditional
-// ones first. T is the type of GEMM operands.
+// N tokens of C channels, with K candidates each where that is said. A denoising chain works on M rows of width W: N,
+// or 2 N under guidance with the conditional ones first. T is the type of GEMM operands.
 #pragma once
 
 #include <cstddef>
@@ -36,6 +36,19 @@ struct Redraw {
   float* log_ratio;                     // [N]
   const std::int64_t* seeds = nullptr;  // [1], read by the kernel in place of ``seed``; or null
   int tokens_per_warp = 0;              // chosen at the launch
+};
+
+// K candidates a token, tried in order: x is then [N, K, C], log_ratio [N, K], and what belongs to a candidate [N, K,
+// C] and [N, K], or as above where all candidates share it.
+struct Candidates {
+  int count = 1;                     // K
+  std::int32_t* accepted = nullptr;  // [N], which one was, -1: none; may be null where K = 1
+  // Of the rows a token: 1 or K.
+  struct Rows {
+    int mean = 1, log_std = 1, path = 1;
+  } draft, target;
+  int relaxations = 1, sample = 1;
+  bool chains = false;  // whether a chain has K; found out at the launch
 };
 
 // Calls of PyTorch's normal_() one after the other, each on ``numel`` values of its own.

@@ -9,6 +9,9 @@ namespace cspd {
 
 enum Stream : std::uint32_t { kStreamStep = 0, kStreamXT = 1, kStreamUniform = 2, kStreamProposal = 3 };
 
+// Between the addresses of a token's candidates.
+constexpr std::int64_t kCandidateStride = std::int64_t{1} << 48;
+
 using Words = Vector<std::uint32_t, 4>;
 using Normals = Vector<float, 4>;
 
@@ -41,6 +44,11 @@ CSPD_HD float uniform(std::uint32_t word) { return static_cast<float>(word) * 0x
 // The uniform of try ``index`` of accept_reject.
 CSPD_HD float uniform_at(std::uint64_t seed, std::int64_t row, std::uint32_t index) {
   return uniform(words_at(seed, row, index, 0, kStreamUniform).v[0]);
+}
+
+// The address of candidate i of the token at ``row``. All 64 bits are an address: it wraps around.
+CSPD_HD std::int64_t candidate_address(std::int64_t row, int i) {
+  return static_cast<std::int64_t>(static_cast<std::uint64_t>(row) + static_cast<std::uint64_t>(i) * kCandidateStride);
 }
 
 // Four standard normals, by Box-Muller.

@@ -61,9 +61,9 @@ class WeightSupply {
         spans_(Pieces<T>::spans(width)),
         layer_pieces_(Pieces<T>::of_layer(width, columns)),
         stage_pieces_(stage_pieces),
-        whole_tiles_(stage_pieces % spans_ == 0),
         column_(first_column + lane() / 4),
-        k_(warp() * spans_ * Pieces<T>::kSpan + lane() % 4 * Pieces<T>::kPiece) {
+        k_(warp() * spans_ * Pieces<T>::kSpan + lane() % 4 * Pieces<T>::kPiece),
+        whole_tiles_(stage_pieces % spans_ == 0) {
     if constexpr (Resident) {
       const int kept = keeps_layer(Rows, columns) ? 1 : 0;
       copy((count - kept) * layer_pieces_, 0);
