@@ -5,13 +5,14 @@ A program of Triton's interpreter takes some 5 ms a candidate, so that rows are 
 
 import math
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 from candidates import assert_candidates, own_chains, shared_chains
 from verdicts import DTYPES, cast, count_launches, judged_chains, on
 
-from cspd_kernels import CandidateVerdict, Denoised, Verdict, accept_reject, log_density_ratio
+from cspd_kernels import CandidateVerdict, Denoised, DenoisedInParallel, Verdict, accept_reject, log_density_ratio
 from cspd_kernels.noise import CANDIDATE_STRIDE, uniforms
 from cspd_kernels.ops.accept_reject import MOST_CANDIDATES, reference, torch_backend
 
@@ -327,3 +328,15 @@ def test_a_verdict_that_differs_in_one_field_shows():
         value[7] = ~value[7] if field == "accepted" else value[7] + (1e-3 if value.is_floating_point() else 1)
         with pytest.raises(AssertionError):
             assert_candidates(verdict._replace(**{field: value}), *chains, seed=0, rows=rows)
+
+
+@pytest.mark.parametrize("shape", [(5, 4), (5, 1, 4), (5, 3, 4)])
+def test_a_chain_of_whatever_kind(shape):
+    """What counts are a chain's fields: of sweeps, or of an object without a draft's sample."""
+    generator = torch.Generator().manual_seed(3)
+    x, mean_q, mean_p, sample = (torch.randn(shape, generator=generator) for _ in range(4))
+    zeros, path = torch.zeros(shape), torch.zeros(shape[:-1])
+    expected = accept_reject(x, Denoised(x, mean_q, zeros, path), Denoised(sample, mean_p, zeros, path), seed=1)
+    draft = SimpleNamespace(mean=mean_q, log_std=zeros, path_log_std=path)
+    actual = accept_reject(x, draft, DenoisedInParallel(sample, mean_p, zeros, path, None, None), seed=1)
+    assert all(map(torch.equal, expected, actual))

@@ -28,6 +28,7 @@ SHORTEST = 1e-6  # below this distance of the means, in sigma, the distribution'
 
 def with_candidates(x, draft, target, relaxation):
     """(x (N, K, C), draft, target, relaxation with an axis of candidates, whether x had it already)."""
+    draft, target = plain(draft), plain(target)
     if named := x.dim() == 3:
         return x, draft, target, relaxation, named
     draft, target = (Denoised(*(None if v is None else v[:, None] for v in chain)) for chain in (draft, target))
@@ -35,11 +36,18 @@ def with_candidates(x, draft, target, relaxation):
     return x[:, None], draft, target, relaxation, named
 
 
+def plain(chain) -> Denoised:
+    """The fields that count of a chain of whatever kind; a draft's sample is not looked at, and may be missing."""
+    return Denoised(*(getattr(chain, name, None) for name in Denoised._fields))
+
+
 def one_of(value, i):
     """What belongs to candidate i of a chain, or of a value per row and candidate; one of all candidates is its too."""
-    if isinstance(value, Denoised):
-        return Denoised(*(None if v is None else one_of(v, i) for v in value))
-    return value[:, min(i, value.shape[1] - 1)] if isinstance(value, torch.Tensor) else value
+    if isinstance(value, torch.Tensor):
+        return value[:, min(i, value.shape[1] - 1)]
+    if value is None or isinstance(value, float):
+        return value
+    return Denoised(*(one_of(v, i) for v in plain(value)))
 
 
 def take(chain, part) -> Denoised:
