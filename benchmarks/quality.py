@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from cspd import SpecDecodeRunner
+
 from quality_docs import check_docs, write_docs
 from quality_equal import with_ratios
 from quality_pairs import PAIRS, Pair, load
@@ -130,11 +131,11 @@ def main() -> None:
     if args.json and not args.json.resolve().parent.is_dir():
         parser.error(f"expected a folder for {args.json} to exist, found none")
     pair = load(args.pair)
-    chosen = [
-        setting
-        for setting in settings(pair.steps, pair.fewer, pair.one_step is not None)
-        if (setting.quick or not args.quick) and (not args.only or args.only in setting.name or setting.kind == "target")
-    ]
+    chosen = settings(pair.steps, pair.fewer, pair.one_step is not None)
+    if args.quick:
+        chosen = [setting for setting in chosen if setting.quick]
+    if args.only:
+        chosen = [setting for setting in chosen if args.only in setting.name or setting.kind == "target"]
     torch.set_num_threads(1)  # tensors are small; two runs beside each other do not slow each other
     print(f"{pair.name}: {args.images} images a seed, seeds {args.seeds}, one CPU thread, batches of {pair.batch}")
     extra = {"pair": pair.name, "images": args.images, "seeds": args.seeds, "threads": 1, "batch": pair.batch}

@@ -23,7 +23,7 @@ def markdown(result: dict) -> str:
 
     lines = [HEADER, "|---" * HEADER.count(" |") + "|"]
     for row in result["rows"]:
-        spread = f"{row['seconds']:.2f} ({row['seconds_p20']:.2f}–{row['seconds_p80']:.2f})"
+        spread = f"{row['seconds']:.2f} ({row['seconds_p20']:.2f}–{row['seconds_p80']:.2f})"  # noqa: RUF001
         figures = f"{row['figure']:.3f} ({', '.join(format(f, '.3f') for f in row['figures'])})"
         calls = [show(row[name], ".1f") for name in ("target_calls", "draft_calls")]
         accepted = [show(row[name], ".1%") for name in ("raw_acceptance", "acceptance")]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 
 def plain_cost(figure: float, curve: list[tuple[float, float]]) -> float:
     """Cost at which the target alone reaches a quality figure, between its measured steps.
@@ -20,7 +22,7 @@ def plain_cost(figure: float, curve: list[tuple[float, float]]) -> float:
             kept.append(point)
     if figure >= kept[0][0]:
         return kept[0][1]
-    for (worse, cheap), (better, dear) in zip(kept, kept[1:]):
+    for (worse, cheap), (better, dear) in pairwise(kept):
         if figure >= better:
             return cheap + (dear - cheap) * (worse - figure) / (worse - better)
     return kept[-1][1]
