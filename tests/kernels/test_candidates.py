@@ -202,6 +202,21 @@ def test_a_candidate_that_is_not_finite_is_never_accepted_and_spoils_no_other(ju
     equal(CandidateVerdict(*(v[others] for v in verdict)), CandidateVerdict(*(v[others] for v in clean)))
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_after_a_candidate_that_is_not_finite_the_next_is_judged_as_if_it_had_not_been(judge, value):
+    draft, target = chain_of([0.0, 0.0]), chain_of([1.0, 0.0])
+    for last, candidate in ((9.0, 2), (-50.0, -1)):
+        x = torch.tensor([[-50.0, 0.0], [0.0, value], [last, 0.0]])[None]
+        verdict = judge(x, draft, target, residual="closed_form")
+        assert verdict.candidate.tolist() == [candidate]
+        assert verdict.tries.tolist() == [0 if candidate == 2 else 1]
+        spoiled = draft.mean.expand(1, 3, 2).clone()
+        spoiled[:, 1, 0] = value
+        verdict = judge(x.nan_to_num(posinf=0), draft._replace(mean=spoiled), target, residual="closed_form")
+        assert verdict.candidate.tolist() == [candidate]
+        assert verdict.tries.tolist() == [0 if candidate == 2 else 1]
+
+
 @pytest.mark.parametrize("residual", RESIDUALS)
 def test_temperature_0_takes_the_targets_own_draw(judge, residual):
     x, draft, target = own_chains(5, 3, 4, 9)

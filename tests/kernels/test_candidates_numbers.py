@@ -50,6 +50,13 @@ def test_a_mass_is_a_number_or_nothing(distance, path):
         assert not mass.isnan()
 
 
+def test_identical_means_count_as_a_millionth_of_a_sigma_apart():
+    zeros, log_c = torch.zeros(1, 1), torch.zeros(1, dtype=torch.float64)
+    chain = Denoised(None, zeros, zeros, zeros[:, 0])
+    mass = definition.log_mass_above(chain, chain, "paper", log_c).exp()
+    assert float(mass) == pytest.approx(1e-6 / math.sqrt(2 * math.pi), rel=1e-6)
+
+
 triton = pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
 
 import triton.language as tl  # noqa: E402
