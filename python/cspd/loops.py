@@ -18,7 +18,7 @@ from .window import Judged, RunState
 def run_windows(steps: Steps | PlainSteps, gamma, progress: bool = False) -> Recorder:
     """Pre-filling, then windows of ``gamma`` steps, or of as many as a policy says, until every token is drawn."""
     state, judged = steps.state, []
-    plan, recorder = state.plan, Recorder(state.outcome)
+    plan, recorder = state.plan, Recorder(state.outcome, "window", state.candidates)
     with tqdm(total=len(plan.steps), disable=not progress) as bar:
         _prefill(steps, recorder, bar)
         for first, last in _windows(state, gamma, judged):
