@@ -156,16 +156,25 @@ def _learned_variance(diffloss) -> bool:
     return diffloss.net.final_layer.linear.out_features == 2 * diffloss.in_channels
 
 
-def check_gamma(gamma, verify: str = "window") -> None:
-    """Raise where ``gamma`` is neither a number of steps nor a policy that serves."""
-    if verify == "strict" and callable(gamma):
-        raise ValueError(
-            "expected gamma as an int with verify='strict', whose images are at different places and whose verdicts "
-            f"the host does not see, got {type(gamma).__name__}"
-        )
+def check_gamma(gamma) -> None:
+    """Raise where ``gamma`` is neither a number of steps nor a policy."""
     number = isinstance(gamma, Integral) and not isinstance(gamma, bool)
-    if not callable(gamma) and not (number and gamma >= 1):
+    if not callable(gamma) and not wants_entropy(gamma) and not (number and gamma >= 1):
         raise ValueError(f"expected gamma >= 1, an int or a function of the windows so far, got {gamma!r}")
+
+
+def wants_entropy(gamma) -> bool:
+    """Whether windows end by the entropy of the draft's attention (:class:`cspd.EntropyDraft`)."""
+    return bool(getattr(gamma, "wants_entropy", False))
+
+
+def check_attention(draft) -> None:
+    """Raise where the draft of a run does not show its attention."""
+    if not draft.transformer.shows_attention:
+        raise ValueError(
+            "expected a draft whose transformer runs over packed weights for a gamma that looks at its attention, got "
+            f"{draft.name}, which runs its own blocks or methods: the log says why"
+        )
 
 
 def check_run(draft, target, bsz, labels, temperature, cfg, seed, first_image, orders) -> None:

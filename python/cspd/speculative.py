@@ -12,7 +12,16 @@ from cspd_kernels import DiffusionHead
 from cspd_kernels.backends import implementation
 from cspd_kernels.ops.denoise.parallel import AUTO, check_tolerance
 
-from .checks import check_gamma, check_models, check_options, check_residual, check_run, check_verify
+from .checks import (
+    check_attention,
+    check_gamma,
+    check_models,
+    check_options,
+    check_residual,
+    check_run,
+    check_verify,
+    wants_entropy,
+)
 from .diffusions import Tables
 from .heads import HeadCache, unwrapped
 from .loops import run_rounds, run_windows
@@ -186,10 +195,14 @@ class SpecDecodeRunner:
         Returns:
             (bsz, c, h, w) float32, as the target's ``unpatchify`` lays them out.
         """
-        check_gamma(gamma, self.verify)
+        check_gamma(gamma)
         state = self.begin(
             bsz, steps, cfg_schedule, labels, temperature, cfg, seed=seed, first_image=first_image, orders=orders
         )
+        if wants_entropy(gamma):
+            check_attention(state.draft)
+            state.ends = gamma
+            state.entropy = gamma.start(bsz, state.tokens.device) if self.verify == "strict" else None
         self._stats, self._recorder = None, None
         if why_not_graphs(state, self.branches) is not None:
             images, self._recorder = self._run(PlainSteps(state), gamma, progress)

@@ -23,8 +23,10 @@ from cspd_kernels.ops.denoise import automatic_tolerance
 from cspd_kernels.ops.denoise.parallel import AUTO
 
 from .candidates import Drafted, first_candidate, tokens_of, with_candidates
+from .entropy_draft import EntropyDraft
 from .order import Pass, Plan, WindowPlan
-from .policies import Window, relaxation_of
+from .policies import Window
+from .relaxations import of_window
 from .stats import ACCEPTED, FELL_BACK, REDRAWN, window_sums
 from .whole.noise import PhiloxSource, TableSource
 from .whole.transformers import ByMasks, ByTables, ByWeights
@@ -68,6 +70,8 @@ class RunState:
     candidates: int = 1  # K of every drafted token
     criterion: str = "trajectory"  # one of :data:`cspd.candidates.CRITERIA`
     at: torch.Tensor | None = None  # (B,) int64 buffer: each image's next step of the plan, of strict runs
+    ends: EntropyDraft | None = None  # what ends a window by the draft's attention
+    entropy: torch.Tensor | None = None  # (B,) buffer of its state, of strict runs; in windows it is the host's
 
     @property
     def chains(self) -> int:
@@ -118,12 +122,17 @@ def prefill(state: RunState, plan: Pass) -> None:
 
 
 @torch.no_grad()
-def draft(state: RunState, plan: Pass) -> None:
-    """One step of the draft: the first candidates of its tokens are taken for known until the window is judged."""
+def draft(state: RunState, plan: Pass) -> torch.Tensor | None:
+    """One step of the draft: the first candidates of its tokens are taken for known until the window is judged.
+
+    Returns:
+        Where something ends windows by it, the mean entropy (1,) of the draft's attention.
+    """
     drawn = _draw(state, state.draft, plan)
     x = _tokens(state, plan, drawn.chain)
     state.drafted.write(plan.columns, drawn, x)
     state.write(plan, x[:, 0])
+    return None if drawn.entropy is None else drawn.entropy.mean().view(1)
 
 
 @torch.no_grad()
@@ -140,7 +149,7 @@ def judge(state: RunState, plan: Pass, target: Drawn) -> Judged:
     draft = candidates(state, plan, chain, state.drafted.tokens(plan.columns))
     looked = candidates(state, plan, target.chain)
     raw = raw_log_ratio(state, draft, looked)
-    verdict = decide(state, plan, draft, looked, _relaxation(state, plan, draft, draft_z, target.z, looked, raw))
+    verdict = decide(state, plan, draft, looked, of_window(state, plan, draft, draft_z, looked, target.z, raw))
     state.write(plan, verdict.token)
     state.outcome.scatter_(1, plan.where, outcome_of(verdict).view_as(plan.where))
     state.remember(target.z)
@@ -239,6 +248,7 @@ def run_window(state: RunState, window: WindowPlan, phase: Phase = untimed) -> J
 class Drawn(NamedTuple):
     chain: Denoised | DenoisedInParallel  # of B n tokens, image by image, and of each token's chains
     z: torch.Tensor  # (B, n, Z) hidden states of the conditional rows
+    entropy: torch.Tensor | None = None  # (B, n) of the draft's attention, where it is wanted
 
 
 def _draw(state: RunState, model: Model, plan: Pass, guess: torch.Tensor | None = None) -> Drawn:
@@ -250,8 +260,17 @@ def _draw(state: RunState, model: Model, plan: Pass, guess: torch.Tensor | None 
 
 
 def _draw_chains(state: RunState, model: Model, plan: Pass, guess=None, chains: int = 1) -> Drawn:
-    z = model.transformer.conditions(state.tokens, plan, model.embedding)
-    return Drawn(chains_of(state, model, plan, z, guess, chains), z[: len(plan.where)])
+    z, entropy = conditions(state, model, state.tokens, plan, model.embedding)
+    return Drawn(chains_of(state, model, plan, z, guess, chains), z[: len(plan.where)], entropy)
+
+
+def conditions(
+    state: RunState, model: Model, tokens, plan: Pass, embedding
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """z (R, n, Z), and where it is wanted the entropy (B, n) of the attention."""
+    if state.ends is not None and model is state.draft:
+        return model.transformer.conditions(tokens, plan, embedding, attention=True)
+    return model.transformer.conditions(tokens, plan, embedding), None
 
 
 def chains_of(state: RunState, model: Model, plan: Pass, z, guess=None, chains: int = 1):
@@ -285,23 +304,3 @@ def tolerance_of(state: RunState, head: DiffusionHead, tokens: int) -> float | N
     if state.parallel_tol != AUTO:
         return state.parallel_tol
     return automatic_tolerance(head, tokens, state.plan.guided, state.backend)
-
-
-def _relaxation(state: RunState, plan: Pass, draft: Denoised, draft_z, target_z, target: Denoised, raw: torch.Tensor):
-    """The relaxation of each token of a window: a number, or (B n,)."""
-    relaxation, shape = state.relaxation, plan.where.shape
-    if isinstance(relaxation, torch.Tensor):
-        return relaxation[plan.where].flatten()
-    if not callable(relaxation):
-        return relaxation
-    window = Window(
-        positions=plan.where,
-        steps=plan.steps,
-        target_z=target_z,
-        draft_z=draft_z,
-        previous_target_z=state.previous_target_z,
-        log_ratio=raw.view(shape),
-        draft_log_std=draft.log_std[:, 0].view(*shape, -1),
-        target_log_std=target.log_std[:, 0].view(*shape, -1),
-    )
-    return relaxation_of(relaxation, window)

@@ -1,5 +1,5 @@
-"""A draft and a target whose tokens are Gaussians that are linear in the tokens before them, so that the law of all tokens
-of an image is known; and tests of that law.
+"""A draft and a target whose tokens are Gaussian and linear in those before them, so that the law of all tokens of an
+image is known; and tests of that law.
 
 The runner, its rounds and its verdicts are the real ones. In place of the transformers and the heads stand linear maps:
 given the tokens x of the known positions and the noise x_T that both models share, a token of a model is
@@ -40,7 +40,7 @@ class Linear:
         return self
 
     def conditions(self, tokens, plan, embedding):
-        """(R, n, C + 2): mean without x_T, its coefficient, log sigma; whatever lies in unknown tokens is not looked at."""
+        """(R, n, C + 2): mean without x_T, its coefficient, log sigma. Unknown tokens are not looked at."""
         count = plan.known.shape[1] if plan.count is None else plan.count[:, None]
         known = torch.where((plan.rank < count)[..., None], tokens, 0.0)
         mean = torch.einsum("pcqd,rqd->rpc", self.a, known) + self.b

@@ -1,7 +1,7 @@
 """Strict verification as a loop over one image in Python: a pass of a model for every step, a verdict for every token.
 
-Written from the method, beside the package's own rounds: no rows that stand at different places, no room for more tokens
-than a step has, nothing that is masked.
+Written from the method, beside the package's own rounds: no rows that stand at different places, no room for more
+tokens than a step has, nothing that is masked.
 """
 
 from __future__ import annotations
