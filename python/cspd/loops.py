@@ -149,11 +149,20 @@ class Places:
         if self._device.type != "cuda":
             self.least, self.most = ends.tolist()
             return
-        told, event = torch.empty(2, dtype=torch.int64, device="cpu", pin_memory=True), torch.cuda.Event()
+        told, event = _pinned(ends), torch.cuda.Event()
         told.copy_(ends, non_blocking=True)
         event.record(torch.cuda.current_stream(self._device))
         self._flight.append((told, event))
         if len(self._flight) > 1:
             told, event = self._flight.pop(0)
             event.synchronize()
-            self.least, self.most = told.tolist()
+            self.least, self.most = _read(told)
+
+
+def _pinned(like: torch.Tensor) -> torch.Tensor:
+    """Room on the host that a device may write to by itself."""
+    return torch.empty(like.shape, dtype=like.dtype, device="cpu", pin_memory=True)
+
+
+def _read(told: torch.Tensor) -> list[int]:
+    return told.tolist()
