@@ -96,10 +96,11 @@ def verdict_of(runner, seed, step, draft, target, n):
     )  # fmt: skip
 
 
-def gentle(learned: bool = False):
-    """A small target of five denoising steps, whose tokens are not far larger than its last sigma."""
+def gentle(learned: bool = False, betas=(0.1,) * 5):
+    """A small target of few denoising steps, whose tokens are not far larger than its last sigma."""
     model = small_mar(1, width=32, learn_sigma=learned)
-    schedule = Schedule(np.full(5, 0.1), np.arange(5) * 200, "learned" if learned else "fixed_small")
+    times = np.arange(len(betas)) * (1000 // len(betas))
+    schedule = Schedule(np.array(betas), times, "learned" if learned else "fixed_small")
     model.diffloss.gen_diffusion = GaussianDiffusion(schedule)
     return model
 
