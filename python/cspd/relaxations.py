@@ -14,8 +14,8 @@ from .policies import Window, relaxation_of
 from .tree import Tree
 
 if TYPE_CHECKING:
+    from .run_state import RunState
     from .strict import Proposed
-    from .window import RunState
 
 
 def of_window(state: RunState, plan: Pass, draft: Denoised, draft_z, target: Denoised, target_z, raw: torch.Tensor):

@@ -26,13 +26,12 @@ from cspd_kernels import CandidateVerdict, Denoised
 
 from .order import Pass
 from .relaxations import of_round
+from .run_state import Model, RunState
 from .stats import window_sums
 from .tree import Tree, placed, walk
 from .window import (
     Drawn,
-    Model,
     Phase,
-    RunState,
     candidates,
     chains_of,
     conditions,

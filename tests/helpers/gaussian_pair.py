@@ -35,10 +35,6 @@ class Linear:
         self.a, self.b = (a, b) if near is None else (near.a + 0.35 * a, near.b + 0.35 * b)
         self.sigma, self.shared = sigma, shared
 
-    def get(self, _):
-        """As the runner asks for a transformer."""
-        return self
-
     def conditions(self, tokens, plan, embedding):
         """(R, n, C + 2): mean without x_T, its coefficient, log sigma. Unknown tokens are not looked at."""
         count = plan.known.shape[1] if plan.count is None else plan.count[:, None]
@@ -77,7 +73,7 @@ def runner(monkeypatch, draft: Linear, target: Linear, relaxation=1.0, **options
     mar = small_mar(0, width=8, **config)
     options = {"verify": "strict", "criterion": "last_step", "prefill": 0.0, **options}
     made = cspd.SpecDecodeRunner(mar, small_mar(1, width=8, **config), relaxation, **options)
-    made._transformers = {"draft": draft, "target": target}
+    made._pair.transformers = lambda _: {"draft": draft, "target": target}
     return made
 
 

@@ -18,9 +18,10 @@ import torch
 from cspd_kernels import Denoised
 from cspd_kernels.graphs import PlanCache, in_turn, why_not_here
 
+from ..run_state import RunState
 from ..strict import Proposed, propose, settle
 from ..tree import Tree
-from ..window import Drawn, Judged, Phase, RunState, draft, judge, look, prefill, untimed
+from ..window import Drawn, Judged, Phase, draft, judge, look, prefill, untimed
 from .transformers import ByWeights
 
 ROOM = 32  # known tokens
