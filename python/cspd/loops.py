@@ -9,10 +9,20 @@ from collections.abc import Callable
 import torch
 from tqdm import tqdm
 
+from .checks import check_attention, wants_entropy
 from .policies import draft_length
+from .run_state import RunState
 from .stats import Recorder
 from .tree import Tree
 from .whole.steps import PlainSteps, Steps
+
+
+def end_by(state: RunState, gamma) -> None:
+    """Let a gamma that looks at the draft's attention end the windows of a run."""
+    if wants_entropy(gamma):
+        check_attention(state.draft)
+        state.ends = gamma
+        state.entropy = None if state.at is None else gamma.start(len(state.tokens), state.tokens.device)
 
 
 def run_windows(steps: Steps | PlainSteps, gamma, progress: bool = False) -> Recorder:

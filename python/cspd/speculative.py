@@ -11,17 +11,8 @@ import torch
 from cspd_kernels.backends import implementation
 from cspd_kernels.ops.denoise.parallel import AUTO, check_tolerance
 
-from .checks import (
-    check_attention,
-    check_gamma,
-    check_models,
-    check_options,
-    check_residual,
-    check_run,
-    check_verify,
-    wants_entropy,
-)
-from .loops import run_rounds, run_windows
+from .checks import check_gamma, check_models, check_options, check_residual, check_run, check_verify
+from .loops import end_by, run_rounds, run_windows
 from .model_pair import ModelPair
 from .order import Plan, by_token, plan_steps, random_orders, to_device
 from .policies import Window
@@ -38,44 +29,44 @@ class SpecDecodeRunner:
     """Generate images with a draft and a target MAR model.
 
     The first of the autoregressive steps, the fraction ``prefill``, are the target's (pre-filling). Then the draft
-    draws ``gamma`` steps, a window; the target computes the conditions of all their positions in
-    one pass over the tokens known before the window, denoises them from the draft's x_T and noise
-    (trajectory alignment), and each token is accepted or redrawn on its own
-    (:func:`cspd_kernels.accept_reject`); all positions of the window are kept.
+    draws ``gamma`` steps, a window; the target computes the conditions of all their positions in one pass over the
+    tokens known before the window, denoises them from the draft's x_T and noise (trajectory alignment), and each
+    token is accepted or redrawn on its own (:func:`cspd_kernels.accept_reject`); all positions of the window are
+    kept.
 
-    Approximate by construction: the test compares two trajectories that meet in the token, windows
-    are judged against the context before them, and a ``relaxation`` above 1 relaxes the test.
-    Compare with the target alone at fewer steps.
+    Approximate by construction: the test compares two trajectories that meet in the token, windows are judged against
+    the context before them, and a ``relaxation`` above 1 relaxes the test. Compare with the target alone at fewer
+    steps.
 
-    ``verify="strict"`` judges every step given the tokens before it (one pass of the target over ``gamma``
-    prefixes an image), and what follows a step with a rejected token is undone and drafted again; each image goes on
-    from its own step. With ``criterion="last_step"``, ``relaxation=1`` and heads of one sigma (or one candidate) the
-    tokens then have exactly the distribution of the target whose last denoising step adds its noise, up to rounding
-    and ``stats.fallback`` (:mod:`cspd.strict`). They depend on neither ``gamma`` nor ``branches``.
+    ``verify="strict"`` judges every step given the tokens before it (one pass of the target over ``gamma`` prefixes
+    an image), and what follows a step with a rejected token is undone and drafted again; each image goes on from its
+    own step. With ``criterion="last_step"``, ``relaxation=1`` and heads of one sigma (or one candidate) the tokens
+    then have exactly the distribution of the target whose last denoising step adds its noise, up to rounding and
+    ``stats.fallback`` (:mod:`cspd.strict`). They depend on neither ``gamma`` nor ``branches``.
 
-    Noise is addressed by (seed; image, position, step, channel): it takes no memory, and an image
-    does not depend on its batch, up to rounding.
+    Noise is addressed by (seed; image, position, step, channel): it takes no memory, and an image does not depend on
+    its batch, up to rounding.
 
-    The transformers run over packed weights (:mod:`cspd.whole`), and on a GPU every step of the draft
-    and every look of the target is one CUDA graph, its head included, as is a whole round of strict
-    verification; batches that keep the device busy by themselves run kernel by kernel. So it is with models in eval mode whose transformers compute what
-    those of ``cspd.models.MAR``, LTH14/mar and MarkXCloud/CSpD do. That is compared here, and again when
-    a model's code has changed. Models with hooks or other layers run their own blocks; others run their
-    own methods, which wait for the device at every pass; the log says why.
+    The transformers run over packed weights (:mod:`cspd.whole`), and on a GPU every step of the draft and every look
+    of the target is one CUDA graph, its head included, as is a whole round of strict verification; batches that keep
+    the device busy by themselves run kernel by kernel. So it is with models in eval mode whose transformers compute
+    what those of ``cspd.models.MAR``, LTH14/mar and MarkXCloud/CSpD do. That is compared here, and again when a
+    model's code has changed. Models with hooks or other layers run their own blocks; others run their own methods,
+    which wait for the device at every pass; the log says why.
 
-    On a device the host waits nowhere between a run's first kernel and its result; in strict runs, only for
-    the round before the one in flight. Exceptions: those own methods, in strict runs own blocks, too; the first run
-    of a size, which compiles and captures; a gamma policy; CUDA graphs of the heads that outgrow their memory;
-    sweeps (``parallel_tol``) of the torch backend.
+    On a device the host waits nowhere between a run's first kernel and its result; in strict runs, only for the round
+    before the one in flight. Exceptions: those own methods, in strict runs own blocks, too; the first run of a size,
+    which compiles and captures; a gamma policy; CUDA graphs of the heads that outgrow their memory; sweeps
+    (``parallel_tol``) of the torch backend.
 
     Args:
-        draft_model, target_model: MAR objects (``cspd.models.MAR``, LTH14/mar, MarkXCloud/CSpD) with
-            the same sequence, token width and number of denoising steps, on one device.
-        relaxation: > 0, of the accept test; 1 is the paper's formula, 42 the released default. A number;
-            (L,) with one per position; or a policy, a function of a :class:`cspd.Window` that gives one per
-            token (:class:`cspd.SimilarityRelaxation`). ``inner_temperature`` in the released code.
-        prefill: fraction of the steps that is pre-filled, 0..1; a fraction of a step counts whole. ``ratio`` in
-            the released code, whose names are accepted as keywords here and in :meth:`run`.
+        draft_model, target_model: MAR objects (``cspd.models.MAR``, LTH14/mar, MarkXCloud/CSpD) with the same
+            sequence, token width and number of denoising steps, on one device.
+        relaxation: > 0, of the accept test; 1 is the paper's formula, 42 the released default. A number; (L,) with
+            one per position; or a policy, a function of a :class:`cspd.Window` that gives one per token
+            (:class:`cspd.SimilarityRelaxation`). ``inner_temperature`` in the released code.
+        prefill: fraction of the steps that is pre-filled, 0..1; a fraction of a step counts whole. ``ratio`` in the
+            released code, whose names are accepted as keywords here and in :meth:`run`.
         verify: ``"window"`` or ``"strict"``, as above.
         num_candidates: 1..16 of every drafted token, tried in order (recursive rejection); a window's context goes on
             with the first. More than one needs heads with a fixed variance, or ``target_sigma``.
@@ -86,14 +77,14 @@ class SpecDecodeRunner:
             test is of that step's Gaussians alone.
         sigma: ``"paper"`` or ``"released"``, see :func:`cspd_kernels.log_density_ratio`.
         backend: as in :func:`cspd.patch`.
-        dtype: type of the matrix products' operands in transformers and heads, as autocast has it; None
-            follows autocast, else the weights' type. The residual streams stay float32.
+        dtype: type of the matrix products' operands in transformers and heads, as autocast has it; None follows
+            autocast, else the weights' type. The residual streams stay float32.
         max_tries: redraws per rejected token before it takes the target's own aligned sample.
         residual, target_sigma: how a rejected token is redrawn, see :func:`cspd_kernels.accept_reject`.
             ``"closed_form"`` is for heads with a fixed variance; learned ones need ``target_sigma``.
-        parallel_tol: how both heads make their steps, see :func:`cspd_kernels.denoise`. Where sweeps run,
-            the target's verification starts from the draft's trajectories, which saves sweeps. A decision
-            whose ratio is within the tolerance of its random number may come out otherwise.
+        parallel_tol: how both heads make their steps, see :func:`cspd_kernels.denoise`. Where sweeps run, the
+            target's verification starts from the draft's trajectories, which saves sweeps. A decision whose ratio is
+            within the tolerance of its random number may come out otherwise.
 
     Raises:
         TypeError, ValueError: models that do not fit together, or an argument out of range.
@@ -125,7 +116,7 @@ class SpecDecodeRunner:
         check_tolerance("SpecDecodeRunner", parallel_tol)
         check_models(draft_model, target_model)
         check_options(target_model.seq_len, relaxation, prefill, sigma, max_tries)
-        check_verify(verify, num_candidates, branches, criterion)
+        check_verify(draft_model, target_model, verify, num_candidates, branches, criterion)
         check_residual(draft_model, target_model, residual, target_sigma, num_candidates)
         self.seq_len, self.token_embed_dim = target_model.seq_len, target_model.token_embed_dim
         self.relaxation, self.prefill, self.sigma = relaxation, float(prefill), sigma
@@ -202,10 +193,7 @@ class SpecDecodeRunner:
         state = self.begin(
             bsz, steps, cfg_schedule, labels, temperature, cfg, seed=seed, first_image=first_image, orders=orders
         )
-        if wants_entropy(gamma):
-            check_attention(state.draft)
-            state.ends = gamma
-            state.entropy = gamma.start(bsz, state.tokens.device) if self.verify == "strict" else None
+        end_by(state, gamma)
         self._stats, self._recorder = None, None
         if why_not_graphs(state, self.branches) is not None:
             images, self._recorder = self._run(PlainSteps(state), gamma, progress)

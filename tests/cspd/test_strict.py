@@ -256,6 +256,20 @@ def test_sweeps_start_from_the_drafts_trajectories(pair, monkeypatch):
     assert [guess is not None for guess in guesses] == [False, False, False, True] * 2 + [False, True]
 
 
+def test_candidates_of_no_use_are_named(pair, learned, caplog):
+    """With one variance no later one is ever accepted: the log says so, and so it is."""
+    runner = strictly(pair, num_candidates=3)
+    assert "num_candidates=3 is of no use with criterion='trajectory'" in caplog.text
+    runner.run(20, 9, 3, seed=1)
+    assert runner.stats.candidates[1:] == [0, 0]
+    assert 0 < runner.stats.candidates[0] < runner.stats.drafted
+    caplog.clear()
+    strictly(pair, num_candidates=3, criterion="last_step")
+    strictly(learned, num_candidates=3, target_sigma=True)
+    strictly(pair)
+    assert "of no use" not in caplog.text
+
+
 BAD = [
     ({"verify": "loose"}, r"verify one of \('window', 'strict'\), got 'loose'"),
     ({"criterion": "first_step"}, r"criterion one of \('trajectory', 'last_step'\), got 'first_step'"),
