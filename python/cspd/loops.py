@@ -148,6 +148,8 @@ class Places:
     def __init__(self, device: torch.device, first: int):
         self._device, self.least, self.most = device, first, first
         self._flight: list[tuple[torch.Tensor, torch.cuda.Event]] = []
+        # Of the round in flight, and of the one before it. Allocated here: that may wait for a device.
+        self._room = [(_pinned(2), torch.cuda.Event()) for _ in range(2)] if device.type == "cuda" else []
 
     @property
     def unseen(self) -> int:
@@ -159,7 +161,7 @@ class Places:
         if self._device.type != "cuda":
             self.least, self.most = ends.tolist()
             return
-        told, event = _pinned(ends), torch.cuda.Event()
+        told, event = self._room.pop(0)
         told.copy_(ends, non_blocking=True)
         event.record(torch.cuda.current_stream(self._device))
         self._flight.append((told, event))
@@ -167,11 +169,12 @@ class Places:
             told, event = self._flight.pop(0)
             event.synchronize()
             self.least, self.most = _read(told)
+            self._room.append((told, event))
 
 
-def _pinned(like: torch.Tensor) -> torch.Tensor:
+def _pinned(size: int) -> torch.Tensor:
     """Room on the host that a device may write to by itself."""
-    return torch.empty(like.shape, dtype=like.dtype, device="cpu", pin_memory=True)
+    return torch.empty(size, dtype=torch.int64, device="cpu", pin_memory=True)
 
 
 def _read(told: torch.Tensor) -> list[int]:

@@ -161,7 +161,7 @@ def places_of_a_device(monkeypatch):
     where = types.SimpleNamespace(type="cuda")
     given = loops.Places
     monkeypatch.setattr(loops, "Places", lambda _, first: given(where, first))
-    monkeypatch.setattr(loops, "_pinned", lambda like: torch.empty(like.shape, dtype=like.dtype))
+    monkeypatch.setattr(loops, "_pinned", lambda size: torch.empty(size, dtype=torch.int64))
     monkeypatch.setattr(torch.cuda, "Event", lambda: fake_cuda.FakeEvent(cuda))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: cuda.main)
     # What the host reads there is no wait: it is its own memory, and the event was waited for.
