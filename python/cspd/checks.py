@@ -118,7 +118,7 @@ def check_options(seq_len: int, relaxation, prefill, sigma, max_tries) -> None:
         raise ValueError(f"expected max_tries as an int >= 0, got {max_tries!r}")
 
 
-def check_verify(verify, num_candidates, branches, criterion) -> None:
+def check_verify(draft, target, verify, num_candidates, branches, criterion) -> None:
     """Raise where a way to verify does not exist."""
     if verify not in VERIFY:
         raise ValueError(f"expected verify one of {VERIFY}, got {verify!r}")
@@ -134,6 +134,21 @@ def check_verify(verify, num_candidates, branches, criterion) -> None:
         )
     if branches > 1 and verify != "strict":
         raise ValueError(f"expected branches={branches} with verify='strict' only, got verify={verify!r}")
+    if num_candidates > 1 and criterion == "trajectory":
+        _warn_of_candidates(draft, target, num_candidates)
+
+
+def _warn_of_candidates(draft, target, num_candidates) -> None:
+    """Say so where no candidate that ends a chain of its own can be accepted but the first."""
+    learned = any(_learned_variance(model.diffloss) for model in (draft, target))
+    ours, theirs = (Schedule.from_diffusion(m.diffloss.gen_diffusion).fixed_log_variance for m in (draft, target))
+    if not learned and len(ours) == len(theirs) and np.allclose(ours, theirs):
+        _logger.warning(
+            "num_candidates=%d is of no use with criterion='trajectory' and heads of one fixed variance: at the end of "
+            "a chain, its own mean, the density ratio is never above 1, which a later candidate needs; pass "
+            "criterion='last_step'",
+            num_candidates,
+        )
 
 
 def check_residual(draft, target, residual, target_sigma, num_candidates: int = 1) -> None:
@@ -156,16 +171,25 @@ def _learned_variance(diffloss) -> bool:
     return diffloss.net.final_layer.linear.out_features == 2 * diffloss.in_channels
 
 
-def check_gamma(gamma, verify: str = "window") -> None:
-    """Raise where ``gamma`` is neither a number of steps nor a policy that serves."""
-    if verify == "strict" and callable(gamma):
-        raise ValueError(
-            "expected gamma as an int with verify='strict', whose images are at different places and whose verdicts "
-            f"the host does not see, got {type(gamma).__name__}"
-        )
+def check_gamma(gamma) -> None:
+    """Raise where ``gamma`` is neither a number of steps nor a policy."""
     number = isinstance(gamma, Integral) and not isinstance(gamma, bool)
-    if not callable(gamma) and not (number and gamma >= 1):
+    if not callable(gamma) and not wants_entropy(gamma) and not (number and gamma >= 1):
         raise ValueError(f"expected gamma >= 1, an int or a function of the windows so far, got {gamma!r}")
+
+
+def wants_entropy(gamma) -> bool:
+    """Whether windows end by the entropy of the draft's attention (:class:`cspd.EntropyDraft`)."""
+    return bool(getattr(gamma, "wants_entropy", False))
+
+
+def check_attention(draft) -> None:
+    """Raise where the draft of a run does not show its attention."""
+    if not draft.transformer.shows_attention:
+        raise ValueError(
+            "expected a draft whose transformer runs over packed weights for a gamma that looks at its attention, got "
+            f"{draft.name}, which runs its own blocks or methods: the log says why"
+        )
 
 
 def check_run(draft, target, bsz, labels, temperature, cfg, seed, first_image, orders) -> None:

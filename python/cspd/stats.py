@@ -134,7 +134,8 @@ class Recorder:
             seconds[name] = seconds.get(name, 0.0) + taken
         ways = 3 + self._candidates
         like = dict(dtype=torch.float32, device="cpu")
-        sums = torch.stack(self._sums).cpu() if self._sums else torch.zeros(0, ways + 3, **like)
+        sums = [sums[: ways + 3] for sums in self._sums]
+        sums = torch.stack(sums).cpu() if sums else torch.zeros(0, ways + 3, **like)
         gammas, per_round = torch.tensor(self._gammas, **like), None
         if self._verify == "strict":
             counts, moved, images = sums[:, ways:].unbind(1)

@@ -28,6 +28,11 @@ class Tree:
         """R."""
         return self.batch * (1 + self.branches * (self.gamma - 1))
 
+    def rows_of(self, depth: int) -> slice:
+        """The rows of one of the steps."""
+        each = self.batch * self.branches
+        return slice(self.batch) if depth == 0 else slice(self.batch + (depth - 1) * each, self.batch + depth * each)
+
     def prefixes(self, at: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """at (B,), the next step of every image -> (R,) the step that each row draws, (R,) its image."""
         image = torch.arange(self.batch, device=at.device)

@@ -4,102 +4,18 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 
-from cspd_kernels import (
-    CandidateVerdict,
-    Denoised,
-    DenoisedInParallel,
-    DiffusionHead,
-    accept_reject,
-    denoise,
-    log_density_ratio,
-)
+from cspd_kernels import CandidateVerdict, Denoised, DenoisedInParallel, accept_reject, denoise, log_density_ratio
 from cspd_kernels.head import stream_dtype
-from cspd_kernels.ops.denoise import automatic_tolerance
-from cspd_kernels.ops.denoise.parallel import AUTO
 
-from .candidates import Drafted, first_candidate, tokens_of, with_candidates
-from .order import Pass, Plan, WindowPlan
-from .policies import Window, relaxation_of
+from .candidates import first_candidate, tokens_of, with_candidates
+from .order import Pass, WindowPlan
+from .relaxations import of_window
+from .run_state import Model, RunState, tolerance_of
 from .stats import ACCEPTED, FELL_BACK, REDRAWN, window_sums
-from .whole.noise import PhiloxSource, TableSource
-from .whole.transformers import ByMasks, ByTables, ByWeights
-
-
-@dataclass(frozen=True)
-class Model:
-    """What a run needs of one of its models."""
-
-    name: str
-    head: DiffusionHead
-    transformer: ByWeights | ByTables | ByMasks
-    embedding: torch.Tensor  # (B or 2 B, E): of the classes, then, under guidance, of no class
-
-
-def class_embedding(model, bsz: int, labels: torch.Tensor | None, guided: bool) -> torch.Tensor:
-    """(B or 2 B, E): of labels (B,) or, without, of no class; under guidance of no class again behind."""
-    none = model.fake_latent.repeat(bsz, 1)
-    embedding = none if labels is None else model.class_emb(labels)
-    return torch.cat([embedding, none]) if guided else embedding
-
-
-@dataclass
-class RunState:
-    """What the steps of one run share. All tensors are on the models' device; the buffers are written in place."""
-
-    tokens: torch.Tensor  # (B, L, C) float32 buffer: grows step by step
-    plan: Plan
-    target: Model
-    noise: PhiloxSource | TableSource
-    temperature: float
-    backend: str | None
-    parallel_tol: float | str | None  # of both heads, as in denoise
-    draft: Model | None = None  # None where the target is alone, with all that follows
-    prefilled: int = 0  # how many of the plan's steps are the target's alone
-    outcome: torch.Tensor | None = None  # (B, L) int8 buffer: what became of each token, as in RunStats
-    relaxation: float | torch.Tensor | Callable[[Window], torch.Tensor] = 1.0  # a tensor has one per position, (L,)
-    rule: dict = field(default_factory=dict)  # options of accept_reject: sigma, max_tries, residual, target_sigma
-    drafted: Drafted | None = None
-    previous_target_z: torch.Tensor | None = None  # (B, Z) buffer for policies: of the target's last token
-    candidates: int = 1  # K of every drafted token
-    criterion: str = "trajectory"  # one of :data:`cspd.candidates.CRITERIA`
-    at: torch.Tensor | None = None  # (B,) int64 buffer: each image's next step of the plan, of strict runs
-
-    @property
-    def chains(self) -> int:
-        """Of a drafted token, and as many when the target looks at it."""
-        return self.candidates if self.criterion == "trajectory" else 1
-
-    def make_room(self) -> None:
-        """For what the draft will draw, where it draws anything."""
-        steps = self.plan.steps[self.prefilled :]
-        if not steps:
-            return
-        sizes = {len(self.tokens) * (step.before - step.after) * self.chains for step in steps}
-        sweeps = any(tolerance_of(self, self.draft.head, size) is not None for size in sizes)
-        hidden = self.draft.head.cond_channels if callable(self.relaxation) else 0
-        self.drafted = Drafted(
-            *self.tokens.shape[:2], self.draft.head, self.draft.head.num_steps if sweeps else 0, hidden,
-            self.chains, 0 if self.criterion == "trajectory" else self.candidates,
-        )  # fmt: skip
-
-    def write(self, plan: Pass, tokens: torch.Tensor) -> None:
-        """Put (B n, C) tokens at the positions of a pass."""
-        tokens = tokens.to(self.tokens.dtype).view(*plan.where.shape, -1)
-        self.tokens.scatter_(1, plan.where[..., None].expand_as(tokens), tokens)
-
-    def remember(self, z: torch.Tensor) -> None:
-        """Keep the hidden state of the last of the tokens (B, n, Z) that the target looked at, for a policy."""
-        if not callable(self.relaxation):
-            return
-        if self.previous_target_z is None:
-            self.previous_target_z = z[:, -1].clone()
-        else:
-            self.previous_target_z.copy_(z[:, -1])
 
 
 class Judged(NamedTuple):
@@ -118,12 +34,17 @@ def prefill(state: RunState, plan: Pass) -> None:
 
 
 @torch.no_grad()
-def draft(state: RunState, plan: Pass) -> None:
-    """One step of the draft: the first candidates of its tokens are taken for known until the window is judged."""
+def draft(state: RunState, plan: Pass) -> torch.Tensor | None:
+    """One step of the draft: the first candidates of its tokens are taken for known until the window is judged.
+
+    Returns:
+        Where something ends windows by it, the mean entropy (1,) of the draft's attention.
+    """
     drawn = _draw(state, state.draft, plan)
     x = _tokens(state, plan, drawn.chain)
     state.drafted.write(plan.columns, drawn, x)
     state.write(plan, x[:, 0])
+    return None if drawn.entropy is None else drawn.entropy.mean().view(1)
 
 
 @torch.no_grad()
@@ -140,7 +61,7 @@ def judge(state: RunState, plan: Pass, target: Drawn) -> Judged:
     draft = candidates(state, plan, chain, state.drafted.tokens(plan.columns))
     looked = candidates(state, plan, target.chain)
     raw = raw_log_ratio(state, draft, looked)
-    verdict = decide(state, plan, draft, looked, _relaxation(state, plan, draft, draft_z, target.z, looked, raw))
+    verdict = decide(state, plan, draft, looked, of_window(state, plan, draft, draft_z, looked, target.z, raw))
     state.write(plan, verdict.token)
     state.outcome.scatter_(1, plan.where, outcome_of(verdict).view_as(plan.where))
     state.remember(target.z)
@@ -239,6 +160,7 @@ def run_window(state: RunState, window: WindowPlan, phase: Phase = untimed) -> J
 class Drawn(NamedTuple):
     chain: Denoised | DenoisedInParallel  # of B n tokens, image by image, and of each token's chains
     z: torch.Tensor  # (B, n, Z) hidden states of the conditional rows
+    entropy: torch.Tensor | None = None  # (B, n) of the draft's attention, where it is wanted
 
 
 def _draw(state: RunState, model: Model, plan: Pass, guess: torch.Tensor | None = None) -> Drawn:
@@ -250,8 +172,17 @@ def _draw(state: RunState, model: Model, plan: Pass, guess: torch.Tensor | None 
 
 
 def _draw_chains(state: RunState, model: Model, plan: Pass, guess=None, chains: int = 1) -> Drawn:
-    z = model.transformer.conditions(state.tokens, plan, model.embedding)
-    return Drawn(chains_of(state, model, plan, z, guess, chains), z[: len(plan.where)])
+    z, entropy = conditions(state, model, state.tokens, plan, model.embedding)
+    return Drawn(chains_of(state, model, plan, z, guess, chains), z[: len(plan.where)], entropy)
+
+
+def conditions(
+    state: RunState, model: Model, tokens, plan: Pass, embedding
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """z (R, n, Z), and where it is wanted the entropy (B, n) of the attention."""
+    if state.ends is not None and model is state.draft:
+        return model.transformer.conditions(tokens, plan, embedding, attention=True)
+    return model.transformer.conditions(tokens, plan, embedding), None
 
 
 def chains_of(state: RunState, model: Model, plan: Pass, z, guess=None, chains: int = 1):
@@ -278,30 +209,3 @@ def chains_of(state: RunState, model: Model, plan: Pass, z, guess=None, chains: 
         parallel_tol=tolerance,
         guess=guess,
     )
-
-
-def tolerance_of(state: RunState, head: DiffusionHead, tokens: int) -> float | None:
-    """``parallel_tol`` of a head's call, "auto" resolved: a trajectory comes back only where a number is asked for."""
-    if state.parallel_tol != AUTO:
-        return state.parallel_tol
-    return automatic_tolerance(head, tokens, state.plan.guided, state.backend)
-
-
-def _relaxation(state: RunState, plan: Pass, draft: Denoised, draft_z, target_z, target: Denoised, raw: torch.Tensor):
-    """The relaxation of each token of a window: a number, or (B n,)."""
-    relaxation, shape = state.relaxation, plan.where.shape
-    if isinstance(relaxation, torch.Tensor):
-        return relaxation[plan.where].flatten()
-    if not callable(relaxation):
-        return relaxation
-    window = Window(
-        positions=plan.where,
-        steps=plan.steps,
-        target_z=target_z,
-        draft_z=draft_z,
-        previous_target_z=state.previous_target_z,
-        log_ratio=raw.view(shape),
-        draft_log_std=draft.log_std[:, 0].view(*shape, -1),
-        target_log_std=target.log_std[:, 0].view(*shape, -1),
-    )
-    return relaxation_of(relaxation, window)

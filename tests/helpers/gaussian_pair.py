@@ -1,5 +1,5 @@
-"""A draft and a target whose tokens are Gaussians that are linear in the tokens before them, so that the law of all tokens
-of an image is known; and tests of that law.
+"""A draft and a target whose tokens are Gaussian and linear in those before them, so that the law of all tokens of an
+image is known; and tests of that law.
 
 The runner, its rounds and its verdicts are the real ones. In place of the transformers and the heads stand linear maps:
 given the tokens x of the known positions and the noise x_T that both models share, a token of a model is
@@ -35,12 +35,8 @@ class Linear:
         self.a, self.b = (a, b) if near is None else (near.a + 0.35 * a, near.b + 0.35 * b)
         self.sigma, self.shared = sigma, shared
 
-    def get(self, _):
-        """As the runner asks for a transformer."""
-        return self
-
     def conditions(self, tokens, plan, embedding):
-        """(R, n, C + 2): mean without x_T, its coefficient, log sigma; whatever lies in unknown tokens is not looked at."""
+        """(R, n, C + 2): mean without x_T, its coefficient, log sigma. Unknown tokens are not looked at."""
         count = plan.known.shape[1] if plan.count is None else plan.count[:, None]
         known = torch.where((plan.rank < count)[..., None], tokens, 0.0)
         mean = torch.einsum("pcqd,rqd->rpc", self.a, known) + self.b
@@ -77,7 +73,7 @@ def runner(monkeypatch, draft: Linear, target: Linear, relaxation=1.0, **options
     mar = small_mar(0, width=8, **config)
     options = {"verify": "strict", "criterion": "last_step", "prefill": 0.0, **options}
     made = cspd.SpecDecodeRunner(mar, small_mar(1, width=8, **config), relaxation, **options)
-    made._transformers = {"draft": draft, "target": target}
+    made._pair.transformers = lambda _: {"draft": draft, "target": target}
     return made
 
 

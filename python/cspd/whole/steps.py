@@ -18,9 +18,10 @@ import torch
 from cspd_kernels import Denoised
 from cspd_kernels.graphs import PlanCache, in_turn, why_not_here
 
+from ..run_state import RunState
 from ..strict import Proposed, propose, settle
 from ..tree import Tree
-from ..window import Drawn, Judged, Phase, RunState, draft, judge, look, prefill, run_window, untimed
+from ..window import Drawn, Judged, Phase, draft, judge, look, prefill, untimed
 from .transformers import ByWeights
 
 ROOM = 32  # known tokens
@@ -79,28 +80,30 @@ class Steps:
         """The i-th step, by the target alone."""
         self._step("target", prefill, i, plainly=callable(self.state.relaxation))
 
-    def draft(self, i: int) -> None:
-        """The i-th step, by the draft."""
-        self._step("draft", draft, i)
-
-    def _step(self, name: str, draw: Callable, i: int, plainly: bool = False) -> None:
-        counts, room = self._shape(i, i + 1)
-
-        def launch() -> list[torch.Tensor]:
-            draw(self.state, self.state.plan.moving(self.drawn, counts, room))
-            self.drawn.add_(sum(counts))
-            return []
-
-        if plainly:
-            launch()
-        else:
-            self._run((name, counts, room), launch, sum(counts))
-
-    def window(self, first: int, stop: int, phase: Phase = untimed) -> Judged:
-        """The steps first..stop-1 by the draft, judged by the target."""
+    def draft(self, first: int, stop: int, phase: Phase = untimed) -> torch.Tensor | None:
+        """The steps first..stop-1, by the draft; what :func:`cspd.window.draft` returns of the last one."""
+        entropy = None
         for i in range(first, stop):
             with phase("draft"):
-                self.draft(i)
+                (entropy,) = self._step("draft", draft, i)
+        return entropy
+
+    def undo(self, i: int) -> None:
+        """The i-th step, which was drafted last, is to be drawn again."""
+        self.drawn.sub_(sum(self._shape(i, i + 1)[0]))
+
+    def _step(self, name: str, draw: Callable, i: int, plainly: bool = False) -> list[torch.Tensor | None]:
+        counts, room = self._shape(i, i + 1)
+
+        def launch() -> list[torch.Tensor | None]:
+            found = draw(self.state, self.state.plan.moving(self.drawn, counts, room))
+            self.drawn.add_(sum(counts))
+            return [found]
+
+        return launch() if plainly else self._run((name, counts, room), launch, sum(counts))
+
+    def judge(self, first: int, stop: int, phase: Phase = untimed) -> Judged:
+        """The steps first..stop-1, which were drafted last, judged by the target."""
         counts, room = self._shape(first, stop)
 
         def launch() -> list[torch.Tensor]:
@@ -118,11 +121,12 @@ class Steps:
         room, most = _room(known, self.state.tokens.shape[1]), self.state.plan.most
         policy = callable(self.state.relaxation)
 
-        def launch() -> list[torch.Tensor]:
+        def launch() -> list[torch.Tensor | None]:
             proposed = propose(self.state, tree, room)
             return proposed.tensors() if policy else [settle(self.state, tree, room, proposed)]
 
-        changed = [self.state.tokens, self.state.outcome, self.state.at]
+        state = self.state
+        changed = [v for v in (state.tokens, state.outcome, state.at, state.entropy) if v is not None]
         with phase("round"):
             results = self._run(("round", tree, room, most), launch, restored=changed)
             # A policy may be anybody's code, and what it sees of the window before is not there in the first.
@@ -137,10 +141,10 @@ class Steps:
     def _run(
         self,
         key: Hashable,
-        launch: Callable[[], list[torch.Tensor]],
+        launch: Callable[[], list[torch.Tensor | None]],
         draws: int = 0,
         restored: Sequence[torch.Tensor] = (),
-    ) -> list[torch.Tensor]:
+    ) -> list[torch.Tensor | None]:
         """What a launch returns, copied out of the graphs' memory, where the next one writes.
 
         ``draws``: tokens of an image by which the launch moves on. Launched again, it draws the same ones again: it
@@ -160,7 +164,7 @@ class Steps:
                     value.copy_(old)
                 plan.graph.uses = 1
             plan.graph.run(keep, lambda: warm_up(self.state))
-            return [value.clone() for value in plan.value]
+            return [None if value is None else value.clone() for value in plan.value]
 
 
 def _room(known: int, length: int) -> int:
@@ -195,9 +199,24 @@ class PlainSteps:
         """As of :class:`Steps`."""
         prefill(self.state, self.state.plan.step(i))
 
-    def window(self, first: int, stop: int, phase: Phase = untimed) -> Judged:
+    def draft(self, first: int, stop: int, phase: Phase = untimed) -> torch.Tensor | None:
         """As of :class:`Steps`."""
-        return run_window(self.state, self.state.plan.window(first, stop), phase)
+        entropy = None
+        for i in range(first, stop):
+            with phase("draft"):
+                entropy = draft(self.state, self.state.plan.step(i))
+        return entropy
+
+    def undo(self, i: int) -> None:
+        """As of :class:`Steps`; a step is told of where it is."""
+
+    def judge(self, first: int, stop: int, phase: Phase = untimed) -> Judged:
+        """As of :class:`Steps`."""
+        whole = self.state.plan.window(first, stop).whole
+        with phase("target"):
+            target = look(self.state, whole)
+        with phase("verify"):
+            return judge(self.state, whole, target)
 
     def round(self, tree: Tree, known: int, phase: Phase = untimed) -> torch.Tensor:
         """As of :class:`Steps`."""
@@ -219,7 +238,7 @@ def tensors(state: RunState) -> list[torch.Tensor]:
     """What differs between runs of one size: buffers, tables, class embeddings, the seed, relaxations by position."""
     found = [state.tokens, *state.plan.buffers().values(), *state.noise.values]
     found += [model.embedding for model in (state.draft, state.target) if model is not None]
-    optional = (state.outcome, state.relaxation, state.at)
+    optional = (state.outcome, state.relaxation, state.at, state.entropy)
     return found + [value for value in optional if isinstance(value, torch.Tensor)]
 
 
@@ -232,5 +251,5 @@ def signature(state: RunState) -> tuple:
     relaxation = None if isinstance(state.relaxation, torch.Tensor) else state.relaxation
     options = (state.temperature, state.backend, state.parallel_tol, relaxation, tuple(sorted(state.rule.items())))
     drafted = state.drafted and (state.drafted.trajectory is not None, state.drafted.z is not None)
-    how = (state.candidates, state.criterion)
+    how = (state.candidates, state.criterion, state.ends)
     return models, shapes, state.noise.kind, options, drafted, state.plan.guided, how
