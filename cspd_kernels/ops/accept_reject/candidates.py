@@ -42,6 +42,13 @@ def one_of(value, i):
     return value[:, min(i, value.shape[1] - 1)] if isinstance(value, torch.Tensor) else value
 
 
+def chosen_of(x, candidate):
+    """(N, C) float32: the candidate of that number, the first one where it is negative."""
+    if x.shape[1] == 1:
+        return x[:, 0].float()
+    return torch.take_along_dim(x, candidate.clamp(min=0).long()[:, None, None], dim=1)[:, 0].float()
+
+
 def take(chain, part) -> Denoised:
     """Some rows of a chain; its mean stands in for the sample, which nothing looks at."""
     mean = chain.mean[part]

@@ -8,7 +8,7 @@ import torch
 
 from ...noise import STREAM_PROPOSAL, normals, uniforms
 from ..density_ratio.reference import log_density_ratio
-from .candidates import SHORTEST, difference, judge, one_of, survival, with_candidates
+from .candidates import SHORTEST, chosen_of, difference, judge, one_of, survival, with_candidates
 
 FARTHEST = 6.0  # a closed-form draw starts at most so many sigma beyond the target's mean
 
@@ -22,8 +22,7 @@ def accept_reject(
     candidate, log_c, log_ratio = judge(x, draft, target, seed, rows, relaxation, sigma, dtype=dtype)
     draft, target = one_of(draft, 0), one_of(target, 0)
     accepted = candidate >= 0
-    chosen = torch.take_along_dim(x, candidate.clamp(min=0).long()[:, None, None], dim=1)[:, 0]
-    token = torch.where(accepted[:, None], chosen.float(), target.sample.float())
+    token = torch.where(accepted[:, None], chosen_of(x, candidate), target.sample.float())
     tries = torch.where(accepted, 0, -1).to(torch.int32)
     max_tries = min(max_tries, 1) if residual == "closed_form" else max_tries
     for k in range(1, max_tries + 1):

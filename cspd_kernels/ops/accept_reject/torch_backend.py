@@ -10,7 +10,7 @@ import torch
 
 from ...noise import uniforms
 from ..denoise import Denoised
-from .candidates import judge, one_of, take, with_candidates
+from .candidates import chosen_of, judge, one_of, take, with_candidates
 from .reference import closed_form, keep, propose
 
 _BLOCK_ELEMENTS = 1 << 24  # of (rows, tries, channels) at once: 64 MiB a temporary
@@ -24,8 +24,7 @@ def accept_reject(x, draft, target, seed, rows, relaxation, sigma, max_tries, re
     candidate, log_c, log_ratio = judge(x, draft, target, seed, rows, relaxation, sigma, compact=compact)
     draft, target = one_of(draft, 0), one_of(target, 0)
     accepted = candidate >= 0
-    chosen = torch.take_along_dim(x, candidate.clamp(min=0).long()[:, None, None], dim=1)[:, 0]
-    token = torch.where(accepted[:, None], chosen.float(), target.sample.float())
+    token = torch.where(accepted[:, None], chosen_of(x, candidate), target.sample.float())
     tries = torch.where(accepted, 0, -1).to(torch.int32)
     pending = (~accepted).nonzero()[:, 0] if compact else None
     max_tries = min(max_tries, 1) if residual == "closed_form" else max_tries

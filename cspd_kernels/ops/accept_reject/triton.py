@@ -28,8 +28,8 @@ def _accept_reject_kernel(
     C: tl.constexpr, BG: tl.constexpr, R: tl.constexpr, K: tl.constexpr, CANDIDATES: tl.constexpr,
     PER_TOKEN: tl.constexpr, RELEASED: tl.constexpr, CLOSED_FORM: tl.constexpr,
 ):  # fmt: skip
-    """One warp: judges R rows together, then redraws the rejected ones one after another, K tries at a time. R is 1 where
-    there are several candidates, whose loop needs the registers.
+    """One warp: judges R rows together, then redraws the rejected ones one after another, K tries at a time. R is 1
+    where there are several candidates: their loop needs the registers, with many channels those of a second warp.
 
     The seed is the one at ``seeds`` or, where that is None, the two words. Strides ``_next`` lead from one candidate to
     the next; where there is one, they are None, and so is ``candidate`` unless it is asked for.
@@ -133,12 +133,14 @@ def accept_reject(x, draft, target, seed, rows, relaxation, sigma, max_tries, re
             "PER_TOKEN": isinstance(relaxation, torch.Tensor), "RELEASED": sigma == "released",
             "CLOSED_FORM": residual == "closed_form",
         }  # fmt: skip
+        # One warp has not the registers for the loop over candidates of more than 128 channels.
+        options = OPTIONS | {"num_warps": 2} if candidates > 1 and groups > 32 else OPTIONS
         outputs = (token, accepted, candidate, tries, log_ratio)
         numbers = (*(seeds or (None,)), n, _signed(seed), _signed(seed >> 32), max_tries)
         with on(device):
             launch(
                 _accept_reject_kernel, -(-n // rows_at_once),
-                (*tensors, sample, rows, *outputs, *numbers, *strides, *between), constants, OPTIONS, key,
+                (*tensors, sample, rows, *outputs, *numbers, *strides, *between), constants, options, key,
             )  # fmt: skip
     return (token, accepted, candidate, tries, log_ratio) if named else (token, accepted, tries, log_ratio)
 
