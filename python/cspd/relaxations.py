@@ -79,7 +79,8 @@ def of_round(state: RunState, tree: Tree, plan: Pass, proposed: Proposed, raw: t
         target_branches=branches,
     )
     value = relaxation_of(state.relaxation, window)
-    return tree.by_row(value.view(tree.batch, tree.branches, tree.gamma, -1)).flatten()
+    value = tree.by_row(value.view(tree.batch, tree.branches, tree.gamma, -1))
+    return torch.where(plan.valid, value, torch.ones_like(value)).flatten()
 
 
 def _given(state: RunState, plan: Pass) -> float | torch.Tensor:

@@ -244,7 +244,8 @@ class SpecDecodeRunner:
         """The state of a run before its first step, arguments as in :meth:`run`: for callers with a loop of their own.
 
         :meth:`run` calls :func:`cspd.window.prefill` with ``state.plan.step(i)`` for the first ``state.prefilled``
-        steps, then :func:`cspd.window.run_window` with windows of the others; the tokens are in ``state.tokens``.
+        steps, then :func:`cspd.window.run_window` with windows of the others; in strict runs, rounds of
+        :mod:`cspd.strict` until ``state.at`` is at the end. The tokens are in ``state.tokens``.
         """
         draft, target = self.draft_model, self.target_model
         check_run(draft, target, bsz, labels, temperature, cfg, seed, first_image, orders)

@@ -117,13 +117,13 @@ def settle(state: RunState, tree: Tree, room: int, proposed: Proposed) -> torch.
     judged = valid & (torch.arange(tree.gamma, device=kept.device)[:, None] < kept[:, None, None])
     if callable(state.relaxation):
         tokens = judged.flatten(1).int()
-        # Of the last token that was kept: tokens are counted from 1 there.
+        # Of the last token that was kept: they are counted from 1 there. Nobody asks for that of an image that is done.
         last = (tokens.cumsum(dim=1) * tokens).argmax(dim=1)
         z = of_walk(proposed.target_z.flatten(0, 1)).flatten(1, 2)[torch.arange(tree.batch, device=last.device), last]
-        _remember(state, z, kept)
+        state.remember(z[:, None])
     if proposed.ends is not None:
-        states = tree.chosen(proposed.ends, branch).gather(1, (kept - 1).clamp(min=0)[:, None])[:, 0]
-        state.entropy.copy_(torch.where(kept > 0, states, state.entropy))
+        states = tree.chosen(proposed.ends, branch).gather(1, (kept - 1).clamp(min=0)[:, None])
+        state.entropy.copy_(states[:, 0])
     state.at.add_(kept)
     walked = CandidateVerdict(*(of_walk(value).flatten(0, 2) for value in verdict))
     return round_sums(walked, of_walk(raw), judged, kept)
@@ -211,11 +211,3 @@ def _guess(state: RunState, chains: list) -> torch.Tensor | None:
     if not same or any(chain.trajectory is None for chain in chains):
         return None
     return torch.cat([chain.trajectory for chain in chains])
-
-
-def _remember(state: RunState, z: torch.Tensor, kept: torch.Tensor) -> None:
-    """Keep the hidden state (B, Z) of the last token that was kept of each image, for a policy."""
-    if state.previous_target_z is None:
-        state.previous_target_z = z.clone()
-    else:
-        state.previous_target_z.copy_(torch.where((kept > 0)[:, None], z, state.previous_target_z))

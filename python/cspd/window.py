@@ -50,7 +50,9 @@ def draft(state: RunState, plan: Pass) -> torch.Tensor | None:
 @torch.no_grad()
 def look(state: RunState, plan: Pass) -> Drawn:
     """The target's pass over all positions of a window, given the tokens known before it."""
-    guess = None if state.drafted.trajectory is None else state.drafted.read(plan.columns)[1]
+    guess = None
+    if state.drafted.trajectory is not None and state.draft.head.num_steps == state.target.head.num_steps:
+        guess = state.drafted.read(plan.columns)[1]
     return _draw(state, state.target, plan, guess)
 
 

@@ -19,6 +19,7 @@ ENOUGH = 5.0  # standard deviations beyond the critical value: a power above 1 -
 
 CASES = {
     "a step a window": dict(gamma=1),
+    "windows of one step": dict(gamma=1, steps=5, verify="window", num_candidates=3),
     "two steps": dict(gamma=2),
     "four, several tokens a step": dict(gamma=4, steps=5),
     "guided, several tokens": dict(gamma=2, steps=5, cfg=2.0, same_sigma=False),

@@ -9,6 +9,7 @@ from gaussian_pair import IMPOSSIBLE, LENGTH, Linear, draw, log_p_values, pair, 
 from strict_loop import gentle, near
 
 import cspd
+from cspd import strict
 from cspd.order import plan_steps
 from cspd_kernels.testing import relative_error
 
@@ -137,6 +138,32 @@ def test_each_token_gets_the_relaxation_of_its_own(models, branches):
     made = strictly(models, lambda window: table[window.positions], **options)
     assert torch.equal(made.run(3, 9, 3, seed=2), images)
     assert torch.equal(made.stats.outcome, expected.stats.outcome)
+
+
+def test_each_token_gets_the_relaxation_of_its_branch(models, monkeypatch):
+    """What branches share gets that of the first one."""
+    seen, decide = [], strict.decide
+
+    def watched(state, plan, draft, target, relaxation):
+        seen.append((plan, relaxation))
+        return decide(state, plan, draft, target, relaxation)
+
+    def numbered(window):
+        numbers = torch.arange(window.log_ratio.numel()).view(window.log_ratio.shape)
+        return 1.0 + numbers
+
+    monkeypatch.setattr(strict, "decide", watched)
+    made = strictly(models, numbered, num_candidates=3, branches=3)
+    made.run(2, 9, 3, seed=2)
+    for (plan, relaxation), gamma in zip(seen, made.stats.gammas):
+        m = plan.where.shape[1]
+        w = 3 if gamma > 1 else 1
+        places = [(b, 0, 0) for b in range(2)]
+        places += [(b, k, d) for d in range(1, gamma) for b in range(2) for k in range(w)]
+        expected = [1 + ((b * w + k) * gamma + d) * m + t for b, k, d in places for t in range(m)]
+        expected = [number if valid else 1 for number, valid in zip(expected, plan.valid.flatten().tolist())]
+        assert relaxation.tolist() == expected
+        assert plan.image.tolist() == [b for b, _, _ in places]
 
 
 POLICIES = {
