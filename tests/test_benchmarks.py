@@ -257,7 +257,7 @@ def test_quality_of_a_few_digits(benchmarks, monkeypatch, tmp_path):
     assert json.loads(json.dumps(rows)) == rows
     page = tmp_path / "quality.md"
     page.write_text(f"before\n{quality.START}old\n{quality.END}\nafter\n")
-    monkeypatch.setattr(quality, "plot", lambda rows, path: path.touch())
+    monkeypatch.setattr(quality, "plot", lambda rows, path, pair: path.touch())
     for _ in range(2):  # writing again replaces what was written
         quality.write_docs(tmp_path, rows)
     text = page.read_text()
