@@ -10,6 +10,7 @@ import torch
 
 from cspd.demo import cloth, train
 from cspd.demo.run import generate
+from cspd.models import MAR
 
 WEIGHTS = Path(__file__).parents[2] / "benchmarks/pairs"
 
@@ -64,7 +65,7 @@ def test_missing_and_foreign_weights(tmp_path):
 
 
 def test_training_writes_a_loadable_pair_again_and_again(tmp_path):
-    few = ["--pair", "cloth", "--steps", "2", "--first-steps", "1", "--draft-steps", "2"]
+    few = ["--pair", "cloth", "--steps", "2", "--draft-steps", "2"]
     for name in ("a", "b"):
         train.main([*few, "--out", str(tmp_path / name)])
     files = sorted(path.name for path in (tmp_path / "a").iterdir())
@@ -77,6 +78,17 @@ def test_training_writes_a_loadable_pair_again_and_again(tmp_path):
     assert (tmp_path / "a" / files[0]).read_bytes() == (tmp_path / "b" / files[0]).read_bytes()
 
 
+def test_a_pruned_draft_has_the_first_encoder_and_the_last_decoder_blocks():
+    target, draft = MAR(**cloth.TARGET), MAR(**cloth.DRAFT)
+    train.prune(target, draft)
+    for mine, theirs in (
+        (draft.encoder_blocks[0], target.encoder_blocks[0]),
+        (draft.decoder_blocks[0], target.decoder_blocks[2]),
+        (draft.diffloss, target.diffloss),
+    ):
+        assert all(torch.equal(a, b) for a, b in zip(mine.parameters(), theirs.parameters()))
+
+
 def test_the_package_has_no_place_for_it(capsys):
     with pytest.raises(SystemExit):
         train.main(["--pair", "cloth"])
@@ -86,7 +98,7 @@ def test_the_package_has_no_place_for_it(capsys):
 def test_shipped_pair_draws_cloth_and_fewer_steps_draw_worse():
     target, draft = cloth.load_pair(WEIGHTS)
     size = [sum(p.numel() for p in model.parameters()) for model in (target, draft)]
-    assert size[1] / size[0] < 0.2
+    assert size[1] / size[0] < 0.5
     assert sum(path.stat().st_size for path in WEIGHTS.glob("cloth-*.safetensors")) < 4 * 2**20
     labels = torch.zeros(256, dtype=torch.int64)
 

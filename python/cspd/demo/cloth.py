@@ -44,6 +44,7 @@ COMMON = dict(
     attn_dropout=0.0,
     proj_dropout=0.0,
     mask_ratio_min=0.05,
+    diffloss_d=2,
     diffloss_w=64,
 )
 TARGET = dict(
@@ -54,18 +55,9 @@ TARGET = dict(
     decoder_embed_dim=96,
     decoder_depth=3,
     decoder_num_heads=4,
-    diffloss_d=2,
 )
-DRAFT = dict(
-    COMMON,
-    encoder_embed_dim=48,
-    encoder_depth=1,
-    encoder_num_heads=2,
-    decoder_embed_dim=48,
-    decoder_depth=1,
-    decoder_num_heads=2,
-    diffloss_d=1,
-)
+# The target without four of its six blocks, which the training starts from.
+DRAFT = dict(TARGET, encoder_depth=1, decoder_depth=1)
 
 
 def make_cloth(number: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
