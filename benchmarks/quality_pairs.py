@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
+from cspd.demo import cloth
 from cspd.demo import pair as digits
 from cspd.demo.quality import frechet_distance
 
@@ -36,7 +38,16 @@ def _digits() -> Pair:
     )  # fmt: skip
 
 
-PAIRS = {"digits": _digits}
+def _cloth() -> Pair:
+    target, draft = cloth.load_pair(Path(__file__).parent / "pairs")
+    steps = cloth.SIDE**2  # a token a step
+    return Pair(
+        "cloth", target, draft, None, steps, (steps // 2, steps // 4, steps // 8), 256,
+        lambda n: torch.zeros(n, dtype=torch.int64), cloth.frechet_distance, "Frechet distance of pixels to the formula",
+    )  # fmt: skip
+
+
+PAIRS = {"digits": _digits, "cloth": _cloth}
 
 
 def load(name: str) -> Pair:

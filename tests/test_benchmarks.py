@@ -257,7 +257,7 @@ def test_quality_of_a_few_digits(benchmarks, monkeypatch, tmp_path):
     assert json.loads(json.dumps(rows)) == rows
     page = tmp_path / "quality.md"
     page.write_text(f"before\n{quality.START}old\n{quality.END}\nafter\n")
-    monkeypatch.setattr(quality, "plot", lambda rows, path: path.touch())
+    monkeypatch.setattr(quality, "plot", lambda rows, path, pair: path.touch())
     for _ in range(2):  # writing again replaces what was written
         quality.write_docs(tmp_path, rows)
     text = page.read_text()
@@ -266,6 +266,24 @@ def test_quality_of_a_few_digits(benchmarks, monkeypatch, tmp_path):
     assert "old" not in text
     assert text.count("target, 16 steps") == 1
     assert len(quality.markdown(rows).splitlines()) == 2 + len(rows)
+
+
+def test_quality_of_a_little_cloth(benchmarks, monkeypatch, tmp_path):
+    quality = benchmarks.quality
+    pair = quality.PAIRS["cloth"]
+    monkeypatch.setattr(quality, "POLICIES", ())
+    rows = quality.measure(2, 1, (42,), (8,), pair.residuals, echo=lambda _: None, pair=pair)
+    assert [row["kind"] for row in rows] == ["target"] * 4 + ["draft", "rejection"]
+    assert [row["target_calls"] for row in rows] == [36, 18, 9, 4, 0, 10]
+    page = tmp_path / "quality.md"
+    page.write_text(f"{quality.START}digits\n{quality.END}\n<!-- TABLE-cloth -->\nold\n<!-- /TABLE-cloth -->\n")
+    monkeypatch.setattr(quality, "plot", lambda rows, path, pair: path.touch())
+    quality.write_docs(tmp_path, rows, pair)
+    assert (tmp_path / "quality-cloth.png").exists()
+    text = page.read_text()
+    assert "digits" in text
+    assert "old" not in text
+    assert text.count("target, 36 steps") == 1
 
 
 @pytest.mark.parametrize("page", [None, "no marks\n", "<!-- TABLE -->\nno end\n"])

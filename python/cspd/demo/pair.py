@@ -62,8 +62,12 @@ DRAFT = dict(
 )
 
 
-def load_model(config: dict, path: str | Path) -> MAR:
-    """A model of ``config`` with the weights of a safetensors file, in eval mode on the CPU.
+def load_model(
+    config: dict, path: str | Path, remedy: str = "reinstall the package, or make them with `python -m cspd.demo.train`"
+) -> MAR:
+    """A model of ``config`` with the weights of a safetensors file, in eval mode on the CPU, in float32.
+
+    ``remedy`` says what to do where there is no file.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -71,10 +75,7 @@ def load_model(config: dict, path: str | Path) -> MAR:
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(
-            f"the demo's weights {path} do not exist: reinstall the package, or make them with "
-            "`python -m cspd.demo.train`"
-        )
+        raise FileNotFoundError(f"the demo's weights {path} do not exist: {remedy}")
     model = MAR(**config)
     try:
         model.load_state_dict(load_file(path))

@@ -13,15 +13,15 @@ from ..frechet import frechet_distance as gaussian_distance
 from .pair import DATA
 
 
-def statistics(images) -> tuple[np.ndarray, np.ndarray]:
-    """Mean (64,) and covariance (64, 64) of images (n, 1, 8, 8), float64.
+def statistics(images, side: int = 8) -> tuple[np.ndarray, np.ndarray]:
+    """Mean (side^2,) and covariance (side^2, side^2) of images (n, 1, side, side), float64.
 
     Raises:
         ValueError: another shape, fewer than two images, or a pixel that is not finite.
     """
     pixels = torch.as_tensor(images).detach().cpu().double().numpy()
-    if pixels.ndim != 4 or pixels.shape[1:] != (1, 8, 8):
-        raise ValueError(f"expected images of shape (n, 1, 8, 8), got {tuple(pixels.shape)}")
+    if pixels.ndim != 4 or pixels.shape[1:] != (1, side, side):
+        raise ValueError(f"expected images of shape (n, 1, {side}, {side}), got {tuple(pixels.shape)}")
     if len(pixels) < 2:
         raise ValueError(f"expected at least 2 images to take a covariance of, got {len(pixels)}")
     if not np.isfinite(pixels).all():
