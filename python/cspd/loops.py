@@ -86,7 +86,8 @@ def _length(gamma, windows: list[Callable[[], list[float]] | list[float]]) -> in
 def run_rounds(steps: Steps | PlainSteps, gamma, branches: int, progress: bool = False) -> Recorder:
     """Pre-filling, then rounds of strict verification (:mod:`cspd.strict`), at most one for every other step.
 
-    Images end at different rounds. On a CPU the host looks where they are. On a device it lets each round tell that in
+    Images end at different rounds. On a CPU the host looks where they are, and those that are done have no part in the
+    rounds behind. On a device it lets each round tell that in
     memory of the host, without waiting, and launches the next one before it reads: it waits for the round
     before the one in flight alone, so that the device has work all the time. A round behind the last changes nothing.
     """
@@ -101,7 +102,8 @@ def run_rounds(steps: Steps | PlainSteps, gamma, branches: int, progress: bool =
         for _ in range(stop - state.prefilled):
             left = stop - (places.least if steps.exact else state.prefilled)
             length = min(_length(fixed, windows), left)
-            tree = Tree(len(state.tokens), length, branches if length > 1 else 1)
+            images = places.count(state.at, stop) if steps.exact else len(state.tokens)
+            tree = Tree(images, length, branches if length > 1 else 1)
             known = starts[min(most + length - 1, stop)]
             sums = steps.round(tree, known, recorder.phase)
             recorder.round(sums, length, tree.rows)
@@ -154,6 +156,10 @@ class Places:
     @property
     def unseen(self) -> int:
         return len(self._flight)
+
+    def count(self, at: torch.Tensor, stop: int) -> int:
+        """How many of the images (B,) a round is for: on a CPU those that are not done, on a device all."""
+        return len(at) if self._device.type != "cpu" else int((at < stop).sum())
 
     def tell(self, at: torch.Tensor) -> None:
         """Behind a round the images are at (B,). A device's are read when the round behind it has been launched."""

@@ -6,6 +6,7 @@ as tensors on the models' device, and never depends on what is drawn: nothing is
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass
 from itertools import pairwise
@@ -183,6 +184,12 @@ class Plan:
     def buffers(self) -> dict[str, torch.Tensor]:
         """What another plan of the same sizes has other values in."""
         return {name: getattr(self, name) for name in ("numbers", "scale", "drawing", "rank", "rows")}
+
+    def of_images(self, index: torch.Tensor) -> Plan:
+        """The plan of some of the images (n,) int64, as a copy."""
+        plan = copy.copy(self)
+        plan.drawing, plan.rank, plan.rows = self.drawing[index], self.rank[index], self.rows[index]
+        return plan
 
     @property
     def most(self) -> int:

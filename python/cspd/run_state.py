@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -34,6 +34,9 @@ def class_embedding(model, bsz: int, labels: torch.Tensor | None, guided: bool) 
     none = model.fake_latent.repeat(bsz, 1)
     embedding = none if labels is None else model.class_emb(labels)
     return torch.cat([embedding, none]) if guided else embedding
+
+
+_BUFFERS = ("tokens", "outcome", "at", "entropy", "previous_target_z")  # of a strict run, with a row for each image
 
 
 @dataclass
@@ -77,6 +80,34 @@ class RunState:
             *self.tokens.shape[:2], self.draft.head, self.draft.head.num_steps if sweeps else 0, hidden,
             self.chains, 0 if self.criterion == "trajectory" else self.candidates,
         )  # fmt: skip
+
+    def of_images(self, index: torch.Tensor) -> RunState:
+        """The state of some of the images (n,) int64 of a strict run, as a copy; :meth:`take_back` has the way back."""
+
+        def of(value: torch.Tensor | None) -> torch.Tensor | None:
+            return None if value is None else value[index]
+
+        def of_model(model: Model) -> Model:
+            embedding = model.embedding.view(-1, len(self.tokens), model.embedding.shape[-1])[:, index].flatten(0, 1)
+            return replace(model, embedding=embedding)
+
+        return replace(
+            self,
+            plan=self.plan.of_images(index),
+            noise=self.noise.of_images(index),
+            draft=of_model(self.draft),
+            target=of_model(self.target),
+            **{name: of(getattr(self, name)) for name in _BUFFERS},
+        )
+
+    def take_back(self, part: RunState, index: torch.Tensor) -> None:
+        """Write what became of some of the images."""
+        for name in _BUFFERS:
+            mine, theirs = getattr(self, name), getattr(part, name)
+            if mine is None and theirs is not None:  # made by the first round of all images
+                setattr(self, name, theirs)
+            elif mine is not None:
+                mine[index] = theirs
 
     def write(self, plan: Pass, tokens: torch.Tensor) -> None:
         """Put (B n, C) tokens at the positions of a pass."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 
 from cspd_kernels import DiffusionHead, PhiloxNoise
@@ -47,6 +49,12 @@ class PhiloxSource:
     def kind(self) -> tuple:
         """What of it must not, in a graph."""
         return (self.on_device is None, self.last is None)
+
+    def of_images(self, index: torch.Tensor) -> PhiloxSource:
+        """The noise of some of the images (n,) int64, as a copy."""
+        source = copy.copy(self)
+        source.x_T, source.last = self.x_T[index], None if self.last is None else self.last[index]
+        return source
 
     @property
     def key(self) -> int | torch.Tensor:

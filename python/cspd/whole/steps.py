@@ -219,10 +219,17 @@ class PlainSteps:
             return judge(self.state, whole, target)
 
     def round(self, tree: Tree, known: int, phase: Phase = untimed) -> torch.Tensor:
-        """As of :class:`Steps`."""
-        proposed = propose(self.state, tree, known, phase)
+        """As of :class:`Steps`; a tree of fewer images is of those that are not done, which the host looks for."""
+        state, images = self.state, None
+        if tree.batch < len(state.tokens):
+            images = (state.at < len(state.plan.steps)).nonzero()[:, 0]
+            state = state.of_images(images)
+        proposed = propose(state, tree, known, phase)
         with phase("verify"):
-            return settle(self.state, tree, known, proposed)
+            sums = settle(state, tree, known, proposed)
+        if images is not None:
+            self.state.take_back(state, images)
+        return sums
 
 
 def warm_up(state: RunState) -> None:
