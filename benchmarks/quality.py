@@ -52,12 +52,13 @@ class Measured:
     def row(self) -> dict:
         """Medians over the batches, and the quality figure of every seed."""
         seconds = [s.seconds["total"] for s in self.stats]
-        figures = [self.pair.figure(torch.cat(images)) for images in self.images.values()]
+        # A twin's is put in its place.
+        figures = [] if self.setting.twin else [self.pair.figure(torch.cat(i)) for i in self.images.values()]
         row = self.setting.describe() | {
             "seconds": float(np.median(seconds)),
             "seconds_p20": float(np.quantile(seconds, 0.2)),
             "seconds_p80": float(np.quantile(seconds, 0.8)),
-            "figure": float(np.mean(figures)),
+            "figure": float(np.mean(figures)) if figures else None,
             "figures": figures,
         }
         for name in ("target_calls", "draft_calls", "target_rows"):
@@ -76,6 +77,15 @@ def _alone(setting: Setting) -> dict:
     return {"criterion": "last_step"} if setting.kind == "one step" else {}
 
 
+def with_twins(rows: list[dict], chosen: list[Setting]) -> list[dict]:
+    """The rows, those of the same tokens with the figures of their twins."""
+    named = {row["name"]: row for row in rows}
+    for row, setting in zip(rows, chosen, strict=True):
+        if setting.twin is not None:
+            row |= {name: named[setting.twin][name] for name in ("figure", "figures")}
+    return rows
+
+
 def measure(pair: Pair, images: int, seeds: list[int], chosen: list[Setting], echo=print, keep=None) -> list[dict]:
     """A row for every setting. They take turns batch by batch, so that drift of the machine hits all alike.
 
@@ -90,11 +100,12 @@ def measure(pair: Pair, images: int, seeds: list[int], chosen: list[Setting], ec
     for seed in seeds:
         for first in range(0, images, pair.batch):
             for one in made:
-                one.run(labels[first : first + pair.batch], seed, first)
+                if first == 0 or one.setting.twin is None:
+                    one.run(labels[first : first + pair.batch], seed, first)
             echo(f"seed {seed}: {min(first + pair.batch, images)} of {images} images")
             done = first + pair.batch >= images
             if done:  # figures are of all images of a seed
-                rows = with_ratios([one.row() for one in made])
+                rows = with_ratios(with_twins([one.row() for one in made], chosen))
                 if keep is not None:
                     keep(rows)
     return rows
@@ -136,6 +147,8 @@ def main() -> None:
         chosen = [setting for setting in chosen if setting.quick]
     if args.only:
         chosen = [setting for setting in chosen if args.only in setting.name or setting.kind == "target"]
+    names = {setting.name for setting in chosen}
+    chosen = [setting for setting in chosen if setting.twin is None or setting.twin in names]
     torch.set_num_threads(1)  # tensors are small; two runs beside each other do not slow each other
     print(f"{pair.name}: {args.images} images a seed, seeds {args.seeds}, one CPU thread, batches of {pair.batch}")
     extra = {"pair": pair.name, "images": args.images, "seeds": args.seeds, "threads": 1, "batch": pair.batch}

@@ -43,7 +43,8 @@ def _cloth() -> Pair:
     steps = cloth.SIDE**2  # a token a step
     return Pair(
         "cloth", target, draft, None, steps, (steps // 2, steps // 4, steps // 8), 256,
-        lambda n: torch.zeros(n, dtype=torch.int64), cloth.frechet_distance, "Frechet distance of pixels to the formula",
+        lambda n: torch.zeros(n, dtype=torch.int64), cloth.frechet_distance,
+        "Frechet distance of pixels to the formula",
     )  # fmt: skip
 
 

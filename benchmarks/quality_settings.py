@@ -19,6 +19,8 @@ class Setting:
         steps: autoregressive steps. gamma: steps a window, or a policy; None draws everything alone.
         options: of :class:`cspd.SpecDecodeRunner`.
         quick: whether ``--quick`` runs it, too.
+        twin: name of a setting that gives the very same tokens: strict ones depend on neither gamma nor branches. Only
+            the time of this one is then measured, on one batch a seed; its figure is its twin's.
     """
 
     kind: str
@@ -27,6 +29,7 @@ class Setting:
     gamma: object = None
     options: dict = field(default_factory=dict)
     quick: bool = False
+    twin: str | None = None
 
     @property
     def draft(self) -> str:
@@ -51,34 +54,38 @@ def settings(steps: int, fewer: tuple[int, ...], one_step: bool) -> list[Setting
         for gamma in (4, 8):
             options = {"relaxation": float(relaxation)}
             rows += [Setting("window", f"window, relaxation {relaxation}, gamma {gamma}", steps, gamma, options)]
-    one = {"relaxation": 1.0}
+    one, exact4 = {"relaxation": 1.0}, {**EXACT, "num_candidates": 4}
     context = cspd.ContextRelaxation(least=1.0, most=42.0)
+    first, several = "exact, gamma 2", "exact, gamma 2, 4 candidates"
     rows += [
         Setting("window", "window, relaxation 1, gamma 4, closed form", steps, 4, {**one, "residual": "closed_form"}),
-        Setting("window", "window, relaxation 1, gamma 4, 4 candidates", steps, 4, {**one, "num_candidates": 4}),
+        Setting("window", "window, last step, relaxation 1, gamma 4", steps, 4, {**EXACT, "verify": "window"}),
+        Setting("window", "window, last step, relaxation 1, gamma 4, 4 candidates", steps, 4,
+                {**exact4, "verify": "window"}),
         Setting("window", "window, relaxation by similarity, gamma 4", steps, 4,
                 {"relaxation": cspd.SimilarityRelaxation(least=1.0, most=42.0)}),
         Setting("window", "window, relaxation 42, gamma by acceptance", steps, cspd.AdaptiveDraft(bound=0.97, most=16),
                 {"relaxation": 42.0}),
         Setting("window", "window, relaxation 42, gamma by entropy", steps, cspd.EntropyDraft(most=8),
                 {"relaxation": 42.0}),
-        Setting("strict", "strict, relaxation 1, gamma 4", steps, 4, {"verify": "strict", **one}),
+        Setting("strict", "strict, relaxation 1, gamma 2", steps, 2, {"verify": "strict", **one}),
         Setting("strict", "strict, relaxation 42, gamma 4", steps, 4, {"verify": "strict", "relaxation": 42.0}),
-        Setting("strict", "exact, gamma 2", steps, 2, EXACT),
-        Setting("strict", "exact, gamma 4", steps, 4, EXACT, quick=True),
-        Setting("strict", "exact, gamma 4, 4 candidates", steps, 4, {**EXACT, "num_candidates": 4}),
-        Setting("strict", "exact, gamma 4, tree of 2 branches", steps, 4,
-                {**EXACT, "num_candidates": 4, "branches": 2}, quick=True),
-        Setting("strict", "exact, gamma by entropy", steps, cspd.EntropyDraft(most=8), EXACT),
-        Setting("strict", "tree of 2 branches, relaxation by context", steps, 4,
-                {**EXACT, "num_candidates": 4, "branches": 2, "relaxation": context}),
+        Setting("strict", first, steps, 2, EXACT, quick=True),
+        Setting("strict", "exact, gamma 4", steps, 4, EXACT, twin=first),
+        Setting("strict", "exact, gamma by entropy", steps, cspd.EntropyDraft(most=4), EXACT, twin=first),
+        Setting("strict", several, steps, 2, exact4, quick=True),
+        Setting("strict", "exact, gamma 4, 4 candidates", steps, 4, exact4, twin=several),
+        Setting("strict", "exact, gamma 4, 4 candidates, 2 branches", steps, 4, {**exact4, "branches": 2},
+                twin=several, quick=True),
+        Setting("strict", "2 branches, gamma 4, relaxation by context", steps, 4,
+                {**exact4, "branches": 2, "relaxation": context}),
     ]  # fmt: skip
     if one_step:
-        loose = {**EXACT, "target_sigma": True, "relaxation": 42.0}
+        own = {"target_sigma": True}
         rows += [
             Setting("one step", f"one-step draft alone, {steps} steps", steps),
-            Setting("one step", "one-step draft, exact, gamma 4", steps, 4, {**EXACT, "target_sigma": True}),
+            Setting("one step", "one-step draft, exact, gamma 2", steps, 2, {**EXACT, **own}),
             Setting("one step", "one-step draft, window, relaxation 42, gamma 4", steps, 4,
-                    {**loose, "verify": "window"}),
+                    {**EXACT, **own, "verify": "window", "relaxation": 42.0}),
         ]  # fmt: skip
     return rows
