@@ -100,12 +100,12 @@ def test_shipped_pair_draws_cloth_and_fewer_steps_draw_worse():
     size = [sum(p.numel() for p in model.parameters()) for model in (target, draft)]
     assert size[1] / size[0] < 0.5
     assert sum(path.stat().st_size for path in WEIGHTS.glob("cloth-*.safetensors")) < 4 * 2**20
-    labels = torch.zeros(256, dtype=torch.int64)
+    labels = torch.zeros(160, dtype=torch.int64)
 
     def distance(model, steps):
         return cloth.frechet_distance(generate(draft, model, labels, steps, None, 0)[0])
 
     whole, few, alone = distance(target, 36), distance(target, 4), distance(draft, 36)
-    noise = torch.randn(256, 1, 12, 12) * cloth.law()[1].diagonal().mean() ** 0.5
+    noise = torch.randn(160, 1, 12, 12) * cloth.law()[1].diagonal().mean() ** 0.5
     assert whole < alone < cloth.frechet_distance(noise) / 2
-    assert few > 1.5 * whole
+    assert few > whole + 2

@@ -28,8 +28,8 @@ SIDE = 6  # tokens of a row
 PIXELS = 2 * SIDE
 BAND, THREAD = 0.35, 0.45  # standard deviations
 
-# As in the digits pair: a fixed variance, and a last step with a sigma of 0.05. The heads are small
-# beside the transformers, of which the target's is large beside the draft's.
+# As in the digits pair a fixed variance; the last step has a sigma of 0.05. A pass of the target costs ten
+# times its head, and three times a pass of the draft.
 COMMON = dict(
     img_size=PIXELS,
     vae_stride=1,
