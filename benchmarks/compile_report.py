@@ -39,6 +39,8 @@ MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}  # A100, H100 and H200, B200
 PLANNED_ROWS = (2, 16)
 VERDICT_CHANNELS = (1, 4, 16, 32, 64, 100, 256)
 QUICK_VERDICT_CHANNELS = (16, 256)
+CANDIDATES = (1, 2, 4, 8, 16)  # of a token
+QUICK_CANDIDATES = (16,)
 
 
 def launches_of(
@@ -96,10 +98,14 @@ def with_products(first: Tile | None, second: Tile | None) -> type[LayeredChain]
     return type("Tiled", (LayeredChain,), {"choose": lambda chain, head: Products(first, second)})
 
 
-def verdict_launches(channels: int, dtype: torch.dtype, residual: str | None, per_token: bool) -> list[Launch]:
-    """The launch of ``accept_reject`` by one of its methods, or of ``log_density_ratio`` where that is None."""
+def verdict_launches(
+    channels: int, dtype: torch.dtype, residual: str | None, per_token: bool, candidates: int | None = None
+) -> list[Launch]:
+    """The launch of ``accept_reject`` by one of its methods, or of ``log_density_ratio`` where that is None; with so
+    many candidates a token, each of chains of its own."""
+    lines = (64,) if candidates is None else (64, candidates)
     with torch.device("meta"):
-        value, per_row = torch.empty(64, channels, dtype=dtype), torch.empty(64)
+        value, per_row = torch.empty(*lines, channels, dtype=dtype), torch.empty(lines)
         rows = torch.empty(64, dtype=torch.int64)
     chain = Denoised(value, value, value, per_row)
     relaxation = per_row if per_token else 42.0
@@ -128,9 +134,10 @@ def _tile_rows(model, size, dtype, tile) -> list[dict]:
     return _rows(launches_of(*size, dtype, 64, False, False, tile), dtype, described)
 
 
-def _verdict_rows(channels, dtype, residual, per_token) -> list[dict]:
-    described = {"model": f"C={channels}" + (f" {residual}" if residual else ""), "tokens": "any"}
-    return _rows(verdict_launches(channels, dtype, residual, per_token), dtype, described | {"per_token": per_token})
+def _verdict_rows(channels, dtype, residual, per_token, candidates=None) -> list[dict]:
+    model = f"C={channels}" + (f" {residual}" if residual else "") + (f" K={candidates}" if candidates else "")
+    described = {"model": model, "tokens": "any", "per_token": per_token}
+    return _rows(verdict_launches(channels, dtype, residual, per_token, candidates), dtype, described)
 
 
 def refresh_launches(dtype: torch.dtype) -> list[Launch]:
@@ -241,6 +248,13 @@ def report(heads: dict[str, tuple[int, int, int]], quick: bool, processes: int) 
         for dtype in DTYPES
         for residual in (None, *RESIDUALS)
         for per_token in ((True,) if quick else (True, False))
+    ]
+    work += [
+        (_verdict_rows, channels, dtype, residual, True, candidates)
+        for channels in (QUICK_VERDICT_CHANNELS if quick else VERDICT_CHANNELS)
+        for dtype in DTYPES[: 1 if quick else None]
+        for residual in RESIDUALS
+        for candidates in (QUICK_CANDIDATES if quick else CANDIDATES)
     ]
     work += [(rows_of, dtype) for rows_of in (_refresh_rows, _noise_rows) for dtype in DTYPES]
     with ProcessPoolExecutor(processes) as pool:

@@ -10,6 +10,7 @@ __version__ = "0.1.0"
 
 # Looked up on first use, so that `python -m cspd_kernels.info` can report a torch that does not import.
 _EXPORTS = {
+    "CandidateVerdict": ".ops.accept_reject",
     "Denoised": ".ops.denoise",
     "DenoisedInParallel": ".ops.denoise",
     "DiffusionHead": ".head",

@@ -18,6 +18,8 @@ Layout of one Philox call, four 32-bit words in and out::
     stream 3  proposal of try ``index`` of accept_reject, channels as above
     stream 4  generation order          (index 0), word 0 is the sort key of (image, position)
 
+Candidate i of a token, where it has several, has the address of the token + i ``CANDIDATE_STRIDE``.
+
 Words become uniforms in (0, 1] by ``float32(word) 2^-32 + 2^-33``; words (0, 1) and (2, 3) become
 two normals each by Box-Muller: ``sqrt(-2 ln u_0) (cos, sin)(2 pi u_1)``.
 
@@ -31,6 +33,7 @@ import math
 import torch
 
 STREAM_STEP, STREAM_X_T, STREAM_UNIFORM, STREAM_PROPOSAL, STREAM_ORDER = range(5)
+CANDIDATE_STRIDE = 1 << 48  # of addresses, between the candidates of a token
 _MASK = 0xFFFFFFFF
 
 

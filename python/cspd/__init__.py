@@ -15,7 +15,9 @@ from .origin import warn_of_a_mixture
 if TYPE_CHECKING:
     from . import models
     from .checkpoints import load_mar
+    from .context_relaxation import ContextRelaxation
     from .description import describe
+    from .entropy_draft import EntropyDraft
     from .patching import is_patched, patch, patched, unpatch
     from .policies import AdaptiveDraft, SimilarityRelaxation, Window
     from .speculative import SpecDecodeRunner
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AdaptiveDraft",
+    "ContextRelaxation",
+    "EntropyDraft",
     "SimilarityRelaxation",
     "SpecDecodeRunner",
     "Window",
@@ -41,6 +45,8 @@ __all__ = [
 # Looked up on first use: the command `cspd` is at work, and can be interrupted, before torch is imported.
 _HOMES = {
     "AdaptiveDraft": "policies",
+    "ContextRelaxation": "context_relaxation",
+    "EntropyDraft": "entropy_draft",
     "SimilarityRelaxation": "policies",
     "SpecDecodeRunner": "speculative",
     "Window": "policies",

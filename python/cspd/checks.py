@@ -12,14 +12,16 @@ import torch
 
 from cspd_kernels import Schedule
 from cspd_kernels.noise import check_seed
-from cspd_kernels.ops.accept_reject import check_method
+from cspd_kernels.ops.accept_reject import MOST_CANDIDATES, check_method
 from cspd_kernels.ops.density_ratio import SIGMAS
 from cspd_kernels.structure import why_not_a_head, why_not_plain
 
+from .candidates import CRITERIA
 from .heads import FoundHead, unwrapped
 from .twin import CannotRunError
 from .verify import DiffersError, check_sample
 
+VERIFY = ("window", "strict")
 _logger = logging.getLogger("cspd")
 _MODEL_INTERFACE = (
     "seq_len", "token_embed_dim", "diffloss", "fake_latent", "class_emb",
@@ -116,18 +118,52 @@ def check_options(seq_len: int, relaxation, prefill, sigma, max_tries) -> None:
         raise ValueError(f"expected max_tries as an int >= 0, got {max_tries!r}")
 
 
-def check_residual(draft, target, residual, target_sigma) -> None:
+def check_verify(draft, target, verify, num_candidates, branches, criterion) -> None:
+    """Raise where a way to verify does not exist."""
+    if verify not in VERIFY:
+        raise ValueError(f"expected verify one of {VERIFY}, got {verify!r}")
+    if criterion not in CRITERIA:
+        raise ValueError(f"expected criterion one of {CRITERIA}, got {criterion!r}")
+    for name, value in (("num_candidates", num_candidates), ("branches", branches)):
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MOST_CANDIDATES:
+            raise ValueError(f"expected {name} as an int in 1..{MOST_CANDIDATES}, got {value!r}")
+    if branches > num_candidates:
+        raise ValueError(
+            f"expected no more branches than candidates, each of which one continues, got branches={branches} with "
+            f"num_candidates={num_candidates}"
+        )
+    if branches > 1 and verify != "strict":
+        raise ValueError(f"expected branches={branches} with verify='strict' only, got verify={verify!r}")
+    if num_candidates > 1 and criterion == "trajectory":
+        _warn_of_candidates(draft, target, num_candidates)
+
+
+def _warn_of_candidates(draft, target, num_candidates) -> None:
+    """Say so where no candidate that ends a chain of its own can be accepted but the first."""
+    learned = any(_learned_variance(model.diffloss) for model in (draft, target))
+    ours, theirs = (Schedule.from_diffusion(m.diffloss.gen_diffusion).fixed_log_variance for m in (draft, target))
+    if not learned and len(ours) == len(theirs) and np.allclose(ours, theirs):
+        _logger.warning(
+            "num_candidates=%d is of no use with criterion='trajectory' and heads of one fixed variance: at the end of "
+            "a chain, its own mean, the density ratio is never above 1, which a later candidate needs; pass "
+            "criterion='last_step'",
+            num_candidates,
+        )
+
+
+def check_residual(draft, target, residual, target_sigma, num_candidates: int = 1) -> None:
     """Raise where rejected tokens cannot be redrawn in the way that is asked for."""
-    check_method("SpecDecodeRunner", residual, target_sigma)
-    if residual != "closed_form" or target_sigma:
+    check_method("SpecDecodeRunner", residual, target_sigma, num_candidates)
+    if (residual != "closed_form" and num_candidates == 1) or target_sigma:
         return
     # With a fixed variance the last step's is the same, whichever kind: it follows from the noise schedule.
     learned = [role for role, model in (("draft", draft), ("target", target)) if _learned_variance(model.diffloss)]
     if learned:
+        what = "residual='closed_form'" if num_candidates == 1 else f"num_candidates={num_candidates}"
+        other = "residual='rejection'" if num_candidates == 1 else "one candidate"
         raise ValueError(
-            "expected heads with a fixed variance for residual='closed_form', got a learned one in the "
-            f"{' and the '.join(learned)}: pass target_sigma=True to redraw with the target's sigma, or "
-            "residual='rejection'"
+            f"expected heads with a fixed variance for {what}, got a learned one in the "
+            f"{' and the '.join(learned)}: pass target_sigma=True to redraw with the target's sigma, or {other}"
         )
 
 
@@ -138,8 +174,22 @@ def _learned_variance(diffloss) -> bool:
 def check_gamma(gamma) -> None:
     """Raise where ``gamma`` is neither a number of steps nor a policy."""
     number = isinstance(gamma, Integral) and not isinstance(gamma, bool)
-    if not callable(gamma) and not (number and gamma >= 1):
+    if not callable(gamma) and not wants_entropy(gamma) and not (number and gamma >= 1):
         raise ValueError(f"expected gamma >= 1, an int or a function of the windows so far, got {gamma!r}")
+
+
+def wants_entropy(gamma) -> bool:
+    """Whether windows end by the entropy of the draft's attention (:class:`cspd.EntropyDraft`)."""
+    return bool(getattr(gamma, "wants_entropy", False))
+
+
+def check_attention(draft) -> None:
+    """Raise where the draft of a run does not show its attention."""
+    if not draft.transformer.shows_attention:
+        raise ValueError(
+            "expected a draft whose transformer runs over packed weights for a gamma that looks at its attention, got "
+            f"{draft.name}, which runs its own blocks or methods: the log says why"
+        )
 
 
 def check_run(draft, target, bsz, labels, temperature, cfg, seed, first_image, orders) -> None:

@@ -85,11 +85,17 @@ def to_device(value: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 def by_token(steps: list[Step], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """(L,) int64 and (L,) float32: step index and guidance of an image's tokens in the order of drawing."""
+    """(2 L + 1,) int64 and (L,) float32, the tables of a :class:`Plan`.
+
+    The first has the step index of an image's tokens, in the order of drawing, and behind it how many tokens are known
+    before each step: L from the end of the steps on, so that it is as long for any number of them. The second has the
+    tokens' guidance.
+    """
     tokens = [step for step in steps for _ in range(step.before - step.after)]
-    index = torch.tensor([step.index for step in tokens], dtype=torch.int64, device="cpu")
+    starts = [len(tokens) - step.before for step in steps] + [len(tokens)] * (len(tokens) + 1 - len(steps))
+    numbers = torch.tensor([step.index for step in tokens] + starts, dtype=torch.int64, device="cpu")
     scale = torch.tensor([step.cfg for step in tokens], dtype=torch.float32, device="cpu")
-    return to_device(index, device), to_device(scale, device)
+    return to_device(numbers, device), to_device(scale, device)
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,18 +104,29 @@ class Pass:
 
     Tokens are counted in the order of drawing: step by step, ascending within a step. Under guidance the batch is
     doubled, conditional images first; R is B or 2 B. n tokens are drawn in each image.
+
+    In a ragged pass (:meth:`Plan.ragged`) the rows stand each at a place of their own, and for any image: then B is the
+    number of rows, ``columns`` and ``steps`` are (B, n), and the last three fields say what is theirs.
     """
 
     known: torch.Tensor  # (B, K) int64: the positions drawn before the first of its steps
-    count: torch.Tensor | None  # (1,) int64: how many of them, where that is a value on the device; None: all K
+    count: torch.Tensor | None  # (1 or B,) int64: how many of them, where it is a value on the device; None: all K
     rank: torch.Tensor  # (B, L) int64: the place of every position in the order of drawing
     where: torch.Tensor  # (B, n) int64: the positions it draws
     rows: torch.Tensor  # (B n,) int64: their noise addresses, image number times L plus position
-    columns: torch.Tensor  # (n,) int64: their places in the order of drawing
-    steps: torch.Tensor  # (n,) int64: index of the step that draws each of them
+    columns: torch.Tensor  # (n,) int64, ragged (B, n): their places in the order of drawing
+    steps: torch.Tensor  # (n,) int64, ragged (B, n): index of the step that draws each of them
     cfg_scale: float | torch.Tensor  # of each token's own step: a number where all are equal, else (B n,)
     counts: tuple[int, ...]  # how many of the n tokens each of its steps draws
     guided: bool
+    image: torch.Tensor | None = None  # (B,) int64: whose row it is; None: row b is image b's
+    valid: torch.Tensor | None = None  # (B, n) bool: False where a token only fills up a step's room; None: all count
+
+    def take(self, table: torch.Tensor) -> torch.Tensor:
+        """(B, n, ...): what a table (images, L, ...) in the order of drawing has for the tokens of the pass."""
+        if self.image is None:
+            return table.index_select(1, self.columns)
+        return table[self.image[:, None], self.columns]
 
     @property
     def doubled(self) -> int:
@@ -124,7 +141,7 @@ class Pass:
     @property
     def mask(self) -> torch.Tensor:
         """(R, L) float32: 0 where a token is known, 1 elsewhere."""
-        first = self.known.shape[1] if self.count is None else self.count
+        first = self.known.shape[1] if self.count is None else self.count[:, None]
         return (self.rank >= first).float().repeat(self.doubled, 1)
 
 
@@ -153,8 +170,10 @@ class Plan:
         tables: tuple[torch.Tensor, torch.Tensor],
     ):
         self.steps, self.guided = steps, guided
-        self.index, self.scale = tables  # (L,) of each token in the order of drawing
+        self.numbers, self.scale = tables  # scale: (L,) of each token in the order of drawing
         length = orders.shape[1]
+        # (L,) likewise; (L + 1,): tokens known before each step, L from the last one's end on.
+        self.index, self.starts = self.numbers.split([length, length + 1])
         # One sort for all steps: orders are drawn from their ends, and ascending within a step.
         self.drawing = (orders.flip(1) + self.index * length).sort(dim=1).values % length  # (B, L) positions
         self.rank = self.drawing.argsort(dim=1)  # (B, L)
@@ -163,7 +182,12 @@ class Plan:
 
     def buffers(self) -> dict[str, torch.Tensor]:
         """What another plan of the same sizes has other values in."""
-        return {name: getattr(self, name) for name in ("index", "scale", "drawing", "rank", "rows")}
+        return {name: getattr(self, name) for name in ("numbers", "scale", "drawing", "rank", "rows")}
+
+    @property
+    def most(self) -> int:
+        """The largest number of tokens of a step."""
+        return max(step.before - step.after for step in self.steps)
 
     def step(self, i: int) -> Pass:
         """The pass of the i-th step alone."""
@@ -213,6 +237,47 @@ class Plan:
             counts=counts,
             guided=self.guided,
         )
+
+    def ragged(self, at: torch.Tensor, image: torch.Tensor, room: int, steps: int = 1) -> Pass:
+        """A pass whose rows stand at different places: row r draws the steps at[r] .. at[r] + steps - 1 of its image,
+        given what is known before at[r].
+
+        Every step takes up room for :attr:`most` tokens, n = steps * most. Behind its own ones, where ``valid`` is
+        False, its last one is repeated; behind the last step of all, the image's last token. What comes out there is
+        finite and of no use.
+
+        Args:
+            at: (R,) int64, on the device like image; S and beyond: behind the last step. image: (R,) int64 indices into
+                the batch, in any order and any number. room: K, at least as many tokens as are known before any at[r].
+        """
+        length = len(self._columns)
+        places = at[:, None] + torch.arange(steps + 1, device=at.device)
+        starts = self.starts[places.clamp(max=length)]  # (R, steps + 1)
+        count, ends = starts[:, 0], starts[:, 1:, None]
+        check_room(count, room)
+        columns = starts[:, :-1, None] + self._columns[: self.most]  # (R, steps, most)
+        valid, columns = (columns < ends).flatten(1), torch.minimum(columns, ends - 1).flatten(1)
+        taken = image[:, None], columns
+        return Pass(
+            known=self.drawing[:, :room].index_select(0, image),
+            count=count,
+            rank=self.rank.index_select(0, image),
+            where=self.drawing[taken],
+            rows=self.rows[taken].flatten(),
+            columns=columns,
+            steps=self.index[columns],
+            cfg_scale=self.scale[columns].flatten() if self.guided else 1.0,
+            counts=(self.most,) * steps,
+            guided=self.guided,
+            image=image,
+            valid=valid,
+        )
+
+
+def check_room(count: torch.Tensor, room: int) -> None:
+    """Raise where a row of a ragged pass knows more tokens than there is room for: looked at on the CPU alone."""
+    if count.device.type == "cpu" and count.numel() and count.max() > room:
+        raise ValueError(f"expected room for the {int(count.max())} tokens that are known before a row, got {room}")
 
 
 def random_orders(seed: int, images: torch.Tensor, seq_len: int) -> torch.Tensor:

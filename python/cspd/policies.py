@@ -1,8 +1,9 @@
 """Acceptance as a policy: how far the accept test is relaxed for each token, and how long a window is.
 
 A relaxation policy is a function of a :class:`Window` that gives one number > 0 per token; it works on the device
-and makes the host wait for nothing. A rule that relaxes the test where the target itself is undecided, in the
-manner of entropy-informed speculation (Drift-AR, arXiv 2603.28049), takes three lines::
+and makes the host wait for nothing. One with the attribute ``looks_ahead = True`` is also shown what the target makes
+of the tokens that follow (:class:`cspd.ContextRelaxation`). A rule that relaxes the test where the target itself is
+undecided, in the manner of entropy-informed speculation (Drift-AR, arXiv 2603.28049), takes three lines::
 
     def by_entropy(window):
         entropy = window.target_log_std.mean(dim=-1)  # of a Gaussian, but for a constant; (B, n)
@@ -31,9 +32,12 @@ class Window:
     Tokens stand step by step, and by ascending position within a step. Under guidance the hidden states are those
     of the conditional rows. A policy must not write into any of them.
 
+    In strict verification B is images times branches, an image's branches one after the other, and every step takes up
+    the same room: what only fills up has ``valid`` False and anything finite in the other fields.
+
     Attributes:
         positions: (B, n) int64, where in the sequence each token is.
-        steps: (n,) int64, index of the autoregressive step that draws it.
+        steps: (n,) int64, index of the autoregressive step that draws it; (B, n) in strict verification.
         target_z: (B, n, Z_target), the target's hidden states: the conditions of its head.
         draft_z: (B, n, Z_draft), the draft's, each the one its token was drawn from.
         previous_target_z: (B, Z_target), that of the last token that the target looked at before this window, in
@@ -41,6 +45,17 @@ class Window:
         log_ratio: (B, n) float32, log r at relaxation 1 (:func:`cspd_kernels.log_density_ratio`).
         draft_log_std, target_log_std: (B, n, C), log standard deviations of the last denoising step,
             log(temperature) included.
+        valid: (B, n) bool, False for what only fills up a step's room; None: all are tokens.
+        known: (B, n) int64, how many tokens are known where the token is drawn: equal within a step, with what fills up
+            its room, and larger from step to step.
+        draft_entropy: (B, n), the entropy of the draft's attention there, in [0, 1].
+        target_before: (B, n, Z_target), the target's hidden state of the same token a step earlier: without the tokens
+            of the step before its own. NaN where nobody has computed it, as in the first step of a window.
+        target_branches: (B, w, n, Z_target), the target's hidden states of the same token in each branch of its image.
+
+    What the last five hold is there in strict verification, ``target_before`` and ``target_branches`` for policies
+    that look ahead, ``draft_entropy`` where a gamma policy wants it, ``target_branches`` with more than one
+    branch; else they are None.
     """
 
     positions: torch.Tensor
@@ -51,6 +66,11 @@ class Window:
     log_ratio: torch.Tensor
     draft_log_std: torch.Tensor
     target_log_std: torch.Tensor
+    valid: torch.Tensor | None = None
+    known: torch.Tensor | None = None
+    draft_entropy: torch.Tensor | None = None
+    target_before: torch.Tensor | None = None
+    target_branches: torch.Tensor | None = None
 
 
 def relaxation_of(policy, window: Window) -> torch.Tensor:
@@ -128,7 +148,9 @@ class AdaptiveDraft:
         e_k <- memory e_k + (1 - memory) a_k
 
     with a_k the mean acceptance there; a window that ends before step k moves it towards 1 likewise, so that what
-    has failed is tried again. The next window ends before the first step whose expectation is below ``bound``. Steps
+    has failed is tried again. In strict verification an image's window ends, for this, with the first step that has a
+    rejected token: steps that were undone were never judged, and a_k is the mean over the images that were judged
+    there. The next window ends before the first step whose expectation is below ``bound``. Steps
     that no window has reached count as accepted, but no window is longer than twice the longest so far, nor
     than ``most``, nor shorter than 1. It is a function of the run's own windows alone: nothing is kept between
     runs, and a seed gives the same images again.
@@ -144,6 +166,8 @@ class AdaptiveDraft:
 
     Raises:
         ValueError: an argument out of range.
+
+    See also :class:`cspd.EntropyDraft`, which ends a window while it is drafted.
     """
 
     def __init__(self, bound: float = 0.9, most: int = 16, memory: float = 0.5, *, first: int = 4):

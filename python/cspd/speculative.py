@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
-from tqdm import tqdm
 
-from cspd_kernels import DiffusionHead
 from cspd_kernels.backends import implementation
 from cspd_kernels.ops.denoise.parallel import AUTO, check_tolerance
 
-from .checks import check_gamma, check_models, check_options, check_residual, check_run
-from .diffusions import Tables
-from .heads import HeadCache, unwrapped
+from .checks import check_gamma, check_models, check_options, check_residual, check_run, check_verify
+from .loops import end_by, run_rounds, run_windows
+from .model_pair import ModelPair
 from .order import Plan, by_token, plan_steps, random_orders, to_device
-from .policies import Window, draft_length
+from .policies import Window
 from .released_names import released_attribute, released_names
+from .run_state import Model, RunState, class_embedding
 from .stats import PREFILLED, Recorder, RunStats
-from .whole.chosen import ChosenTransformer, training
 from .whole.noise import PhiloxSource
 from .whole.steps import PlainSteps, Steps, keep_current, signature, why_not_graphs
-from .window import Judged, Model, RunState, class_embedding
 
 _MOST_STEPS = 4  # sizes of runs whose graphs are kept
 
@@ -33,47 +29,62 @@ class SpecDecodeRunner:
     """Generate images with a draft and a target MAR model.
 
     The first of the autoregressive steps, the fraction ``prefill``, are the target's (pre-filling). Then the draft
-    draws ``gamma`` steps, a window; the target computes the conditions of all their positions in
-    one pass over the tokens known before the window, denoises them from the draft's x_T and noise
-    (trajectory alignment), and each token is accepted or redrawn on its own
-    (:func:`cspd_kernels.accept_reject`); all positions of the window are kept.
+    draws ``gamma`` steps, a window; the target computes the conditions of all their positions in one pass over the
+    tokens known before the window, denoises them from the draft's x_T and noise (trajectory alignment), and each
+    token is accepted or redrawn on its own (:func:`cspd_kernels.accept_reject`); all positions of the window are
+    kept.
 
-    Approximate by construction: the test compares two trajectories that meet in the token, windows
-    are judged against the context before them, and a ``relaxation`` above 1 relaxes the test.
-    Compare with the target alone at fewer steps.
+    Approximate by construction: the test compares two trajectories that meet in the token, windows are judged against
+    the context before them, and a ``relaxation`` above 1 relaxes the test. Compare with the target alone at fewer
+    steps.
 
-    Noise is addressed by (seed; image, position, step, channel): it takes no memory, and an image
-    does not depend on its batch, up to rounding.
+    ``verify="strict"`` judges every step given the tokens before it (one pass of the target over ``gamma`` prefixes
+    an image), and what follows a step with a rejected token is undone and drafted again; each image goes on from its
+    own step. With ``criterion="last_step"``, ``relaxation=1`` and heads of one sigma (or one candidate) the tokens
+    then have exactly the distribution of the target whose last denoising step adds its noise, up to rounding and
+    ``stats.fallback`` (:mod:`cspd.strict`). They depend on neither ``gamma`` nor ``branches``.
 
-    The transformers run over packed weights (:mod:`cspd.whole`), and on a GPU every step of the draft
-    and every look of the target is one CUDA graph, its head included; batches that keep the device busy
-    by themselves run kernel by kernel. So it is with models in eval mode whose transformers compute what
-    those of ``cspd.models.MAR``, LTH14/mar and MarkXCloud/CSpD do. That is compared here, and again when
-    a model's code has changed. Models with hooks or other layers run their own blocks; others run their
-    own methods, which wait for the device at every pass; the log says why.
+    Noise is addressed by (seed; image, position, step, channel): it takes no memory, and an image does not depend on
+    its batch, up to rounding.
 
-    On a device the host waits nowhere between a run's first kernel and its result. Exceptions: those own
-    methods; the first run of a size, which compiles and captures; a gamma policy; CUDA graphs of
-    the heads that outgrow their memory; sweeps (``parallel_tol``) of the torch backend.
+    The transformers run over packed weights (:mod:`cspd.whole`), and on a GPU every step of the draft and every look
+    of the target is one CUDA graph, its head included, as is a whole round of strict verification; batches that keep
+    the device busy by themselves run kernel by kernel. So it is with models in eval mode whose transformers compute
+    what those of ``cspd.models.MAR``, LTH14/mar and MarkXCloud/CSpD do. That is compared here, and again when a
+    model's code has changed. Models with hooks or other layers run their own blocks; others run their own methods,
+    which wait for the device at every pass; the log says why.
+
+    On a device the host waits nowhere between a run's first kernel and its result; in strict runs, only for the round
+    before the one in flight. Exceptions: those own methods, in strict runs own blocks, too; the first run of a size,
+    which compiles and captures; a gamma policy; CUDA graphs of the heads that outgrow their memory; sweeps
+    (``parallel_tol``) of the torch backend.
 
     Args:
-        draft_model, target_model: MAR objects (``cspd.models.MAR``, LTH14/mar, MarkXCloud/CSpD) with
-            the same sequence, token width and number of denoising steps, on one device.
-        relaxation: > 0, of the accept test; 1 is the paper's formula, 42 the released default. A number;
-            (L,) with one per position; or a policy, a function of a :class:`cspd.Window` that gives one per
-            token (:class:`cspd.SimilarityRelaxation`). ``inner_temperature`` in the released code.
-        prefill: fraction of the steps that is pre-filled, 0..1; a fraction of a step counts whole. ``ratio`` in
-            the released code, whose names are accepted as keywords here and in :meth:`run`.
+        draft_model, target_model: MAR objects (``cspd.models.MAR``, LTH14/mar, MarkXCloud/CSpD) with the same
+            sequence, token width and number of denoising steps, on one device.
+        relaxation: > 0, of the accept test; 1 is the paper's formula, 42 the released default. A number; (L,) with
+            one per position; or a policy, a function of a :class:`cspd.Window` that gives one per token
+            (:class:`cspd.SimilarityRelaxation`). ``inner_temperature`` in the released code.
+        prefill: fraction of the steps that is pre-filled, 0..1; a fraction of a step counts whole. ``ratio`` in the
+            released code, whose names are accepted as keywords here and in :meth:`run`.
+        verify: ``"window"`` or ``"strict"``, as above.
+        num_candidates: 1..16 of every drafted token, tried in order (recursive rejection); a window's context goes on
+            with the first. More than one needs heads with a fixed variance, or ``target_sigma``.
+        branches: how many of the candidates of a window's first step are drafted on to its end, each in a branch of
+            its own; at most ``num_candidates``, above 1 for strict runs only.
+        criterion: ``"trajectory"``, the paper's surrogate: a candidate is the end of a chain of its own.
+            ``"last_step"``: the last denoising step adds its noise, in both models; candidates share a chain, and the
+            test is of that step's Gaussians alone.
         sigma: ``"paper"`` or ``"released"``, see :func:`cspd_kernels.log_density_ratio`.
         backend: as in :func:`cspd.patch`.
-        dtype: type of the matrix products' operands in transformers and heads, as autocast has it; None
-            follows autocast, else the weights' type. The residual streams stay float32.
+        dtype: type of the matrix products' operands in transformers and heads, as autocast has it; None follows
+            autocast, else the weights' type. The residual streams stay float32.
         max_tries: redraws per rejected token before it takes the target's own aligned sample.
         residual, target_sigma: how a rejected token is redrawn, see :func:`cspd_kernels.accept_reject`.
             ``"closed_form"`` is for heads with a fixed variance; learned ones need ``target_sigma``.
-        parallel_tol: how both heads make their steps, see :func:`cspd_kernels.denoise`. Where sweeps run,
-            the target's verification starts from the draft's trajectories, which saves sweeps. A decision
-            whose ratio is within the tolerance of its random number may come out otherwise.
+        parallel_tol: how both heads make their steps, see :func:`cspd_kernels.denoise`. Where sweeps run, the
+            target's verification starts from the draft's trajectories, which saves sweeps. A decision whose ratio is
+            within the tolerance of its random number may come out otherwise.
 
     Raises:
         TypeError, ValueError: models that do not fit together, or an argument out of range.
@@ -89,6 +100,10 @@ class SpecDecodeRunner:
         relaxation: float | torch.Tensor | Callable[[Window], torch.Tensor] = 42.0,
         prefill: float = 0.15,
         *,
+        verify: str = "window",
+        num_candidates: int = 1,
+        branches: int = 1,
+        criterion: str = "trajectory",
         sigma: str = "paper",
         backend: str | None = None,
         dtype: torch.dtype | None = None,
@@ -101,22 +116,15 @@ class SpecDecodeRunner:
         check_tolerance("SpecDecodeRunner", parallel_tol)
         check_models(draft_model, target_model)
         check_options(target_model.seq_len, relaxation, prefill, sigma, max_tries)
-        check_residual(draft_model, target_model, residual, target_sigma)
+        check_verify(draft_model, target_model, verify, num_candidates, branches, criterion)
+        check_residual(draft_model, target_model, residual, target_sigma, num_candidates)
         self.seq_len, self.token_embed_dim = target_model.seq_len, target_model.token_embed_dim
         self.relaxation, self.prefill, self.sigma = relaxation, float(prefill), sigma
         self.backend, self.dtype, self.max_tries = backend, dtype, max_tries
         self.residual, self.target_sigma, self.parallel_tol = residual, target_sigma, parallel_tol
-        self._models = {"draft": draft_model, "target": target_model}
-        self._caches: dict[str, HeadCache] = {}
-        self._diffusions: dict[str, Tables] = {}
-        self._transformers = {"draft": ChosenTransformer(draft_model, "the draft", backend)}
-        if target_model is draft_model:
-            self._transformers["target"] = self._transformers["draft"]
-        else:
-            self._transformers["target"] = ChosenTransformer(target_model, "the target", backend)
-        for transformer in self._transformers.values():
-            if not training(transformer.model):
-                transformer.compare()
+        self.verify, self.criterion = verify, criterion
+        self.num_candidates, self.branches = num_candidates, branches
+        self._pair = ModelPair(draft_model, target_model, backend)
         self._lock = threading.Lock()
         self._steps: OrderedDict[tuple, Steps] = OrderedDict()  # of runs whose steps are CUDA graphs
         self._recorder: Recorder | None = None
@@ -127,12 +135,12 @@ class SpecDecodeRunner:
     @property
     def draft_model(self):
         """The draft, as given; another one needs another runner."""
-        return self._models["draft"]
+        return self._pair.models["draft"]
 
     @property
     def target_model(self):
         """The target, as given; another one needs another runner."""
-        return self._models["target"]
+        return self._pair.models["target"]
 
     @property
     def stats(self) -> RunStats:
@@ -167,8 +175,9 @@ class SpecDecodeRunner:
             steps: autoregressive steps. ``num_iter`` in the released code.
             gamma: steps of a window; the last may be shorter. Or a policy that is asked before each window
                 (:class:`cspd.AdaptiveDraft`): a function of the list of the windows so far, each a list with
-                the mean of min(1, r) over the tokens of each of its steps, r at the relaxation in use. The
-                host then waits for the device once a window. ``num_draft`` in the released code.
+                the mean of min(1, r) over the tokens of each of its steps, r at the relaxation in use; the host
+                then waits for the device once a window. Or :class:`cspd.EntropyDraft`, which ends windows by the
+                draft's attention: in strict runs on the device. ``num_draft`` in the released code.
             cfg_schedule: ``"linear"`` or ``"constant"``. cfg: guidance scale, 1 for none.
             labels: (bsz,) int64 class labels, or None for no class.
             temperature: >= 0; at 0 every token is the target's own.
@@ -184,8 +193,9 @@ class SpecDecodeRunner:
         state = self.begin(
             bsz, steps, cfg_schedule, labels, temperature, cfg, seed=seed, first_image=first_image, orders=orders
         )
+        end_by(state, gamma)
         self._stats, self._recorder = None, None
-        if why_not_graphs(state) is not None:
+        if why_not_graphs(state, self.branches) is not None:
             images, self._recorder = self._run(PlainSteps(state), gamma, progress)
             return images
         state.noise.seed_on_device()
@@ -197,26 +207,11 @@ class SpecDecodeRunner:
         return images
 
     def _run(self, steps: Steps | PlainSteps, gamma, progress: bool) -> tuple[torch.Tensor, Recorder]:
-        state, judged = steps.state, []
-        plan, stop, recorder = state.plan, len(state.plan.steps), Recorder(state.outcome)
-        with tqdm(total=stop, disable=not progress) as bar:
-
-            @contextlib.contextmanager
-            def phase(name: str):
-                with recorder.phase(name):
-                    yield
-                bar.update(name == "draft")
-
-            for i in range(state.prefilled):
-                with recorder.phase("target"):
-                    steps.target(i)
-                recorder.prefill()
-                bar.update()
-            for first, last in _windows(state, gamma, judged):
-                counts = tuple(step.before - step.after for step in plan.steps[first:last])
-                judged.append((counts, steps.window(first, last, phase)))
-                recorder.window(judged[-1][1].sums, judged[-1][1].log_ratio.numel(), last - first)
-        images = self.target_model.unpatchify(state.tokens)
+        if self.verify == "strict":
+            recorder = run_rounds(steps, gamma, self.branches, progress)
+        else:
+            recorder = run_windows(steps, gamma, progress)
+        images = self.target_model.unpatchify(steps.state.tokens)
         recorder.stop()
         return images, recorder
 
@@ -227,8 +222,7 @@ class SpecDecodeRunner:
             if key not in self._steps:
                 self._steps[key] = Steps(state)
             self._steps.move_to_end(key)
-            current = [packed for transformer in self._transformers.values() for packed in transformer.packed()]
-            keep_current(self._steps, current, _MOST_STEPS)
+            keep_current(self._steps, self._pair.packed(), _MOST_STEPS)
             return self._steps[key]
 
     @released_names(num_iter="steps")
@@ -250,7 +244,8 @@ class SpecDecodeRunner:
         """The state of a run before its first step, arguments as in :meth:`run`: for callers with a loop of their own.
 
         :meth:`run` calls :func:`cspd.window.prefill` with ``state.plan.step(i)`` for the first ``state.prefilled``
-        steps, then :func:`cspd.window.run_window` with windows of the others; the tokens are in ``state.tokens``.
+        steps, then :func:`cspd.window.run_window` with windows of the others; in strict runs, rounds of
+        :mod:`cspd.strict` until ``state.at`` is at the end. The tokens are in ``state.tokens``.
         """
         draft, target = self.draft_model, self.target_model
         check_run(draft, target, bsz, labels, temperature, cfg, seed, first_image, orders)
@@ -258,14 +253,14 @@ class SpecDecodeRunner:
         device, guided = target.fake_latent.device, bool(cfg != 1.0)
         seed = int(torch.randint(2**63 - 1, (), device="cpu")) if seed is None else seed
         # What may wait for the device, and what comes from the host, goes before the first kernel.
-        transformers = {role: transformer.get(self.dtype) for role, transformer in self._transformers.items()}
+        transformers = self._pair.transformers(self.dtype)
         labels = None if labels is None else to_device(labels, device)
         relaxation = self.relaxation
         if isinstance(relaxation, torch.Tensor):
             relaxation = to_device(relaxation.float(), device)
         tables = by_token(planned, device)
         orders = None if orders is None else to_device(orders, device)
-        heads = {role: self._head(role) for role in self._models}
+        heads = self._pair.heads(self.dtype)
         images = torch.arange(first_image, first_image + bsz, device=device)
         orders = random_orders(seed, images, self.seq_len) if orders is None else orders
         plan = Plan(orders, images, planned, guided, tables)
@@ -273,7 +268,7 @@ class SpecDecodeRunner:
             role: Model(
                 type(model).__name__, heads[role], transformers[role], class_embedding(model, bsz, labels, guided)
             )
-            for role, model in self._models.items()
+            for role, model in self._pair.models.items()
         }
         state = RunState(
             tokens=torch.zeros(bsz, self.seq_len, self.token_embed_dim, dtype=torch.float32, device=device),
@@ -281,37 +276,21 @@ class SpecDecodeRunner:
             plan=plan,
             prefilled=sum(step.index < self.prefill * steps - 1e-9 for step in planned),
             **models,
-            noise=PhiloxSource(seed, plan.rows, self.token_embed_dim),
+            noise=PhiloxSource(seed, plan.rows, self.token_embed_dim, *self._noise()),
             temperature=float(temperature),
             relaxation=relaxation,
             backend=self.backend,
             parallel_tol=self.parallel_tol,
             rule={name: getattr(self, name) for name in ("sigma", "max_tries", "residual", "target_sigma")},
+            candidates=self.num_candidates,
+            criterion=self.criterion,
         )
-        state.make_room()
+        if self.verify == "strict":
+            state.at = torch.full((bsz,), state.prefilled, dtype=torch.int64, device=device)
+        else:
+            state.make_room()
         return state
 
-    def _head(self, role: str) -> DiffusionHead:
-        """A model's packed head as its weights, its network and its schedule are now."""
-        diffloss = self._models[role].diffloss
-        net, _ = unwrapped(diffloss.net)
-        if role not in self._caches or self._caches[role].net is not net:
-            self._caches[role] = HeadCache(net)
-        if role not in self._diffusions or self._diffusions[role].diffusion is not diffloss.gen_diffusion:
-            self._diffusions[role] = Tables(diffloss.gen_diffusion)
-        return self._caches[role].get(self._diffusions[role].schedule(), self.dtype)
-
-
-def _windows(state: RunState, gamma, judged: list[tuple[tuple[int, ...], Judged]]) -> Iterator[tuple[int, int]]:
-    """First step of every window and the one behind it. A policy is told of those in ``judged``: the host waits."""
-    acceptance, first, stop = [], state.prefilled, len(state.plan.steps)
-    while first < stop:
-        length = gamma
-        if callable(gamma):
-            for counts, verdict in judged[len(acceptance) :]:
-                steps = verdict.log_ratio.clamp(max=0).exp().split(counts, dim=1)
-                acceptance.append(torch.stack([step.mean() for step in steps]).tolist())
-            length = draft_length(gamma, acceptance)
-        last = min(first + length, stop)
-        yield first, last
-        first = last
+    def _noise(self) -> tuple[int, int]:
+        """Of how many chains a token has noise, and of how many last steps beside them."""
+        return (self.num_candidates, 0) if self.criterion == "trajectory" else (1, self.num_candidates)

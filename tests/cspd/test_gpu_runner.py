@@ -36,6 +36,7 @@ def by_entropy(window):
     return 1.0 + 41.0 * torch.sigmoid(window.target_log_std.mean(dim=-1))
 
 
+TREE = {"verify": "strict", "criterion": "last_step", "num_candidates": 3, "branches": 2, "target_sigma": True}
 # What lies on the CPU here travels through pinned memory.
 OPTIONS = {
     "plain": ({}, {}),
@@ -53,6 +54,12 @@ OPTIONS = {
     "bfloat16 head": ({"dtype": torch.bfloat16}, {}),
     "torch": ({"backend": "torch"}, {"cfg": 2.0}),
     "sweeps": ({"parallel_tol": 1e-3}, {"cfg": 2.0, "labels": LABELS}),
+    "candidates": ({"num_candidates": 3, "target_sigma": True}, {"cfg": 2.0}),
+    "strict": ({"verify": "strict"}, {"labels": LABELS}),
+    "strict, last step": ({"verify": "strict", "criterion": "last_step", "prefill": 0.0}, {"cfg": 2.0}),
+    "strict, tree": (TREE, {"cfg": 2.0, "labels": LABELS}),
+    "strict, policy": ({**TREE, "relaxation": cspd.ContextRelaxation()}, {"cfg": 2.0}),
+    "strict, sweeps": ({"verify": "strict", "parallel_tol": 1e-3}, {}),
     "sweeps of a bfloat16 head": ({"parallel_tol": 1e-3, "dtype": torch.bfloat16}, {}),
 }
 
@@ -165,6 +172,28 @@ def test_images_are_those_of_the_cpu(digits, cfg, residual):
     assert (outcomes[0] == outcomes[1]).float().mean() > 0.95
     near = (images[0] - images[1]).abs().amax(-1) < 1e-3
     assert near.float().mean() > 0.9
+    assert {1, 2} <= set(outcomes[0].unique().tolist())
+
+
+@pytest.mark.parametrize("gamma", [3, cspd.EntropyDraft(4)], ids=["number", "entropy"])
+@pytest.mark.parametrize(
+    "options", [{"num_candidates": 1}, {"num_candidates": 3, "branches": 2}], ids=["chain", "tree"]
+)
+def test_strict_images_are_those_of_the_cpu(digits, options, gamma):
+    """By graphs on the device. An image whose decisions are the same is the same."""
+    strict = {"verify": "strict", "criterion": "last_step", "target_sigma": True, "residual": "closed_form", **options}
+    images, outcomes = [], []
+    for device in ("cpu", "cuda"):
+        models = [copy.deepcopy(model).to(device) for model in digits]
+        runner = cspd.SpecDecodeRunner(*models, 2.0, **strict)
+        for _ in range(2):  # captured, then replayed
+            drawn = runner.run(20, 16, gamma, labels=torch.arange(20) % 10, cfg=2.0, seed=7)
+            images.append(models[1].patchify(drawn).cpu())
+            outcomes.append(runner.stats.outcome.cpu())
+    assert torch.equal(images[2], images[3])
+    same = (outcomes[0] == outcomes[3]).all(1)
+    assert same.float().mean() > 0.7
+    assert (images[0] - images[3])[same].abs().max() < 1e-2
     assert {1, 2} <= set(outcomes[0].unique().tolist())
 
 

@@ -127,13 +127,19 @@ def test_a_patched_model(model):
     assert torch.isfinite(images(model.sample_tokens)).all()  # its own
 
 
+STRICT = {"verify": "strict", "criterion": "last_step", "target_sigma": True}
+HOW = {"windows": {}, "strict": STRICT, "tree": STRICT | {"num_candidates": 3, "branches": 2}}
+
+
 @pytest.mark.parametrize("relaxation", [42.0, cspd.SimilarityRelaxation()], ids=["number", "policy"])
 @pytest.mark.parametrize("cfg", [1.0, 2.0])
 @pytest.mark.parametrize("tolerance", [None, 1e-4])
-def test_the_runner_by_graphs_and_without(model, monkeypatch, cfg, relaxation, tolerance):
+@pytest.mark.parametrize("how", HOW)
+def test_the_runner_by_graphs_and_without(model, monkeypatch, cfg, relaxation, tolerance, how):
     draft = copy.deepcopy(model)
     randomize_(draft, 9)
-    runner = cspd.SpecDecodeRunner(draft, model, relaxation, prefill=0.25, parallel_tol=tolerance)
+    options = HOW[how] | ({"residual": "closed_form"} if how == "strict" else {})
+    runner = cspd.SpecDecodeRunner(draft, model, relaxation, prefill=0.25, parallel_tol=tolerance, **options)
     arguments = {"steps": 12, "gamma": 3, "labels": LABELS, "cfg": cfg}
     by_graphs = [runner.run(3, **arguments, seed=seed) for seed in (1, 1, 2, 2, 1)]
     assert runner._steps
@@ -141,7 +147,7 @@ def test_the_runner_by_graphs_and_without(model, monkeypatch, cfg, relaxation, t
     assert torch.equal(by_graphs[2], by_graphs[3])  # whatever was made before
     assert torch.equal(by_graphs[0], by_graphs[1])
     assert torch.equal(by_graphs[0], by_graphs[4])
-    monkeypatch.setattr("cspd.speculative.why_not_graphs", lambda state: "asked for by this test")
+    monkeypatch.setattr("cspd.speculative.why_not_graphs", lambda *_: "asked for by this test")
     plain = runner.run(3, **arguments, seed=1)
     same = (outcome == runner.stats.outcome).float().mean()
     assert same > 0.95  # a decision within rounding of its random number may come out otherwise

@@ -16,6 +16,7 @@ from small_models import CSpDDiffLoss, sample, small_mar
 
 import cspd
 from cspd import calls, window
+from cspd.candidates import Drafted
 from cspd.demo.pair import load_pair
 from cspd.loop import patch_of
 from cspd.window import run_window
@@ -278,7 +279,7 @@ def test_a_trajectory_that_ran_away_does_no_harm(digits):
 
 def test_what_the_draft_drew_is_kept_in_the_order_of_drawing(digits):
     head = DiffusionHead.from_module(digits[0].diffloss)
-    kept = window.Drafted(2, 6, head, head.num_steps, 3)
+    kept = Drafted(2, 6, head, head.num_steps, 3)
 
     def drawn(value, rows, sweeps):
         own = [value + torch.arange(rows * 4.0).view(rows, 4)] * 3 + [value + torch.arange(float(rows))]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import types
 from unittest import mock
 
 import dispatch_modes
+import fake_cuda
 import pytest
 import torch
 from dispatch_modes import NoHostRead
@@ -15,14 +17,15 @@ from small_models import small_mar
 from torch.utils._python_dispatch import _disable_current_modes
 
 import cspd
-from cspd import speculative
+from cspd import loops, order, speculative
 from cspd.order import to_device
-from cspd.whole import chosen
+from cspd.whole import chosen, steps
 from cspd.window import prefill, run_window
 from cspd_kernels.live import LiveWeights
 from cspd_kernels.ops import accept_reject as accept_reject_op
 from cspd_kernels.ops import denoise as denoise_op
 from cspd_kernels.ops.accept_reject import torch_backend
+from cspd_kernels.testing import relative_error
 
 COPIES = ("tolist", "numpy", "cpu")  # of which a dispatch mode sees nothing on the CPU
 
@@ -62,10 +65,11 @@ def as_on_a_device(monkeypatch):
     """
     monkeypatch.setattr(LiveWeights, "_compare", LiveWeights._embed)
     monkeypatch.setattr(speculative, "check_run", lambda *_: None)
+    monkeypatch.setattr(order, "check_room", lambda *_: None)
     monkeypatch.setattr("cspd_kernels.ops.denoise._check_values", lambda **_: None)
     monkeypatch.setattr("cspd_kernels.ops.denoise.check_result", lambda *_: None)
     monkeypatch.setattr(accept_reject_op, "_check_residual", lambda *_: None)
-    monkeypatch.setattr(accept_reject_op, "check", lambda op, x, draft, target, relaxation, sigma: relaxation)
+    monkeypatch.setattr(accept_reject_op, "check", lambda op, x, draft, target, relaxation, sigma, **_: relaxation)
     backend = functools.partial(torch_backend.accept_reject, compact=False)
     monkeypatch.setattr(accept_reject_op, "remembered", lambda *_, **__: backend)
 
@@ -91,6 +95,8 @@ OPTIONS = {
     "entropy": ({"relaxation": by_entropy}, {}),
     "orders": ({}, {"orders": torch.stack([torch.randperm(16) for _ in range(3)])}),
     "closed form": ({"residual": "closed_form", "target_sigma": True}, {}),
+    "candidates": ({"num_candidates": 3, "target_sigma": True}, {"cfg": 2.0}),
+    "last step": ({"num_candidates": 2, "target_sigma": True, "criterion": "last_step"}, {}),
 }
 
 
@@ -135,6 +141,67 @@ def test_a_length_policy_reads_once_a_window(pair, as_on_a_device):
     assert asked == [0]
     with no_wait():
         runner.run(3, 8, lambda windows: 8, seed=5)  # one window: nothing is to be known of it
+
+
+STRICT = {
+    "plain": ({}, {}),
+    "guided": ({"criterion": "last_step"}, {"cfg": 3.0, "labels": LABELS}),
+    "branches": ({"num_candidates": 3, "branches": 2, "target_sigma": True, "criterion": "last_step"}, {"cfg": 3.0}),
+    "by position": ({"relaxation": torch.linspace(1, 40, 16)}, {"cfg": 2.0}),
+    "policy": ({"relaxation": cspd.ContextRelaxation(), "prefill": 0.0}, {"cfg": 2.0}),
+    "entropy": ({"relaxation": cspd.SimilarityRelaxation()}, {"gamma": cspd.EntropyDraft(3)}),
+    "everything pre-filled": ({"prefill": 1.0}, {}),
+}
+
+
+@pytest.fixture
+def places_of_a_device(monkeypatch):
+    """Where images are comes to the host as it does from a device: what happens, in order."""
+    cuda = fake_cuda.FakeCuda()
+    where = types.SimpleNamespace(type="cuda")
+    given = loops.Places
+    monkeypatch.setattr(loops, "Places", lambda _, first: given(where, first))
+    monkeypatch.setattr(loops, "_pinned", lambda size: torch.empty(size, dtype=torch.int64))
+    monkeypatch.setattr(torch.cuda, "Event", lambda: fake_cuda.FakeEvent(cuda))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: cuda.main)
+    # What the host reads there is no wait: it is its own memory, and the event was waited for.
+    numbers = ctypes.c_int64 * 2
+    monkeypatch.setattr(loops, "_read", lambda told: list(numbers.from_address(told.data_ptr())))
+    round_of = steps.PlainSteps.round
+    monkeypatch.setattr(steps.PlainSteps, "round", lambda *args: cuda.log.append("a round") or round_of(*args))
+    return cuda
+
+
+@pytest.mark.parametrize("name", STRICT)
+def test_a_strict_run_waits_for_the_round_before_the_last_alone(pair, as_on_a_device, places_of_a_device, name):
+    options, arguments = STRICT[name]
+    arguments = {"gamma": 3, "seed": 5, **arguments}
+    runner = cspd.SpecDecodeRunner(*pair, **{"relaxation": 1.0, "verify": "strict", **options})
+    expected = runner.run(3, 8, **arguments)
+    places_of_a_device.told()
+    with no_wait() as mode:
+        images = runner.run(3, 8, **arguments)
+    assert mode.started
+    assert torch.equal(images, expected)
+    log, rounds = places_of_a_device.told(), runner.stats.rounds
+    launched = log.count("a round")
+    assert rounds <= launched <= rounds + 1  # one that was launched before the host knew that there was no more to do
+    assert launched <= 8 - runner.stats.target_calls + rounds
+    # A round is launched before the one in front of it is waited for.
+    assert log == ["a round", *["a round", "the host waits for the event of main"] * (launched - 1)][: len(log)]
+    assert len(log) == max(2 * launched - 1, 0)
+
+
+def test_what_a_device_tells_is_right_whenever_it_is_read(pair, places_of_a_device, monkeypatch):
+    """The rounds of a device are those of a CPU, with one more at most."""
+    runner = cspd.SpecDecodeRunner(*pair, 42.0, verify="strict", prefill=0.0)
+    on_a_device = runner.run(5, 9, 2, seed=3)
+    stats = runner.stats
+    assert "a round" in places_of_a_device.log
+    monkeypatch.undo()
+    assert relative_error(on_a_device, runner.run(5, 9, 2, seed=3)) < 1e-5
+    assert runner.stats.rounds == stats.rounds
+    assert torch.equal(runner.stats.outcome, stats.outcome)
 
 
 FAULTS = {

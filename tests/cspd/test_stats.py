@@ -8,16 +8,23 @@ import pytest
 import torch
 
 from cspd.stats import Recorder, window_sums
+from cspd_kernels import CandidateVerdict
+
+
+def verdict(tries):
+    """Of tokens with one candidate each."""
+    tries = torch.tensor(tries, dtype=torch.int32)
+    return CandidateVerdict(tries, tries == 0, torch.where(tries == 0, 0, -1).int(), tries, torch.zeros(len(tries), 1))
 
 
 def test_acceptance_is_weighted_by_tokens_and_the_raw_one_is_a_probability():
     recorder = Recorder(torch.zeros(2, 4, dtype=torch.int8))
     ratios = torch.tensor([5.0, -1.0, -torch.inf])
-    first = window_sums(torch.tensor([True, True, False]), ratios, torch.tensor([0, 0, -1], dtype=torch.int32))
-    second = window_sums(torch.tensor([False]), torch.tensor([0.0]), torch.tensor([3], dtype=torch.int32))
+    first = window_sums(verdict([0, 0, -1]), ratios)
+    second = window_sums(verdict([3]), torch.tensor([0.0]))
     recorder.prefill()
-    recorder.window(first, 3, 2)
-    recorder.window(second, 1, 1)
+    recorder.window(first, 3, 2, 2)
+    recorder.window(second, 1, 1, 2)
     recorder.stop()
     with torch.device("meta"):  # a default device of the caller's
         stats = recorder.finish()
@@ -28,4 +35,6 @@ def test_acceptance_is_weighted_by_tokens_and_the_raw_one_is_a_probability():
     assert stats.fallback == pytest.approx(1 / 4)
     assert (stats.drafted, stats.prefilled) == (4, 4)
     assert (stats.gammas, stats.target_calls, stats.draft_calls) == ([2, 1], 3, 3)
+    assert (stats.verify, stats.rounds, stats.steps_per_round) == ("window", 2, 1.5)
+    assert (stats.target_rows, stats.candidates) == (4, [2])
     assert "outcome" not in stats.to_dict()

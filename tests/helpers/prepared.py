@@ -5,6 +5,7 @@ has no launcher.
 
 from __future__ import annotations
 
+import itertools
 from types import SimpleNamespace
 
 import torch
@@ -75,6 +76,20 @@ def calls():
                         )  # fmt: skip
 
 
+def calls_of_candidates():
+    """Likewise with candidates, in two orders in memory, of a chain that they share or of one each."""
+    for rows in (1, 32):
+        for count in (1, 4):
+            x = torch.zeros(rows, count, 16)
+            turned = torch.zeros(count, rows, 16).transpose(0, 1)
+            chains = [Denoised(*[torch.zeros(rows, k, 16)] * 3, torch.zeros(rows, k)) for k in (1, count)]
+            for tokens in (x, turned):
+                for chain, relaxation in itertools.product(chains, (1.0, torch.ones(rows, count))):
+                    yield lambda: accept_reject.accept_reject(
+                        tokens, chain, chain, 0, torch.arange(rows), relaxation, "paper", 9, "closed_form"  # noqa: B023
+                    )  # fmt: skip
+
+
 def arguments(launched: tuple) -> list:
     """What a launcher was given, in a form that compares: outputs are other tensors every time."""
     given = [v.data if isinstance(v, LazyDict) else v for v in launched]
@@ -100,15 +115,15 @@ def main() -> None:
 
     for module in (density_ratio, accept_reject):
         module.launch = recorded
-    for call in calls():
+    for call in itertools.chain(calls(), calls_of_candidates()):
         call()
-    assert len(specialisations) == 16, len(specialisations)
+    assert len(specialisations) == 22, len(specialisations)
     for module in (density_ratio, accept_reject):
         module.launch = launch
 
     # Every call as Triton binds it, then as it was prepared.
     prepared = 0
-    for call in calls():
+    for call in itertools.chain(calls(), calls_of_candidates()):
         triton_launch._compiled.clear()
         Launcher.launched.clear()
         JITFunction.run = triton_launch._RUN = counted

@@ -100,25 +100,33 @@ def expected_verdict(
     token = torch.where(accepted[:, None], x, target.sample).double()
     tries = torch.where(accepted, 0, -1).to(torch.int32)
     tolerance = torch.zeros_like(token)
-    if residual == "closed_form":
-        max_tries = min(max_tries, 1)
-    for k in range(1, max_tries + 1):
+    redraw(token, tries, sure, tolerance, draft, target, seed, rows, sigma, max_tries, residual)
+    return Expected(Verdict(token.float(), accepted, tries, ratio.float()), sure, tolerance)
+
+
+def redraw(
+    token, tries, sure, tolerance, draft, target, seed, rows, sigma, max_tries, residual, log_c=None
+) -> None:  # fmt: skip
+    """The undecided rows (``tries`` -1) of float64 tokens, in place; log_c (N,) of rejected candidates."""
+    log_c = torch.zeros(len(token), dtype=torch.float64) if log_c is None else log_c
+    for k in range(1, (min(max_tries, 1) if residual == "closed_form" else max_tries) + 1):
         part = (tries == -1).nonzero()[:, 0]
         if not len(part):
             break
         one = (take(draft, part), take(target, part), seed, rows[part])
-        proposal, kept, doubtful, slack = (_draw if residual == "closed_form" else _try)(*one, sigma, k)
+        again = _draw if residual == "closed_form" else _try
+        proposal, kept, doubtful, slack = again(*one, sigma, k, log_c[part])
         sure[part] &= ~doubtful
         done = part[kept]
         token[done], tries[done], tolerance[done] = proposal[kept], k, slack[kept]
-    return Expected(Verdict(token.float(), accepted, tries, ratio.float()), sure, tolerance)
 
 
-def _try(draft, target, seed, rows, sigma, k):
+def _try(draft, target, seed, rows, sigma, k, log_c):
     n = normals(seed, rows, k, target.mean.shape[1], STREAM_PROPOSAL).double()
     std_q, std_p = (chain.log_std.double().exp() for chain in (draft, target))
     y = target.mean.double() + std_p * n
     ratio, scale = _ratio_of_proposals(y, draft, target, sigma)
+    ratio = ratio - log_c
     u, kept_with = uniforms(seed, rows, k).double(), -torch.expm1(-ratio)
     slack = NORMAL * std_p + 3e-7 * y.abs()
     residues = ((y - target.mean) / std_p).abs() / std_p + ((y - draft.mean) / std_q).abs() / std_q
@@ -137,10 +145,11 @@ def _ratio_of_proposals(y, draft, target, sigma):
     return torch.where(ratio.isnan(), -torch.inf, ratio), scale
 
 
-def _draw(draft, target, seed, rows, sigma, k):
-    y, exists = closed_form(draft, target, seed, rows, sigma)
+def _draw(draft, target, seed, rows, sigma, k, log_c):
+    y, exists = closed_form(draft, target, seed, rows, sigma, log_c)
     std = target.log_std.double().exp()
     distance, t_0 = distance_and_start(draft, target, sigma)
+    t_0 = t_0 + log_c / distance
     size = distance / 2 + (t_0 + distance / 2).abs()  # t_0 is a difference of two of about this size
     doubtful = (t_0 - FARTHEST).abs() <= 1e-6 * (1 + size)
     slack = (1e-5 + 1e-6 * size)[:, None] * std + 3e-7 * y.double().abs()

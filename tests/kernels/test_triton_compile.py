@@ -83,6 +83,8 @@ def test_the_report_leaves_nothing_out(rows):
     for kernel, methods in VERDICTS.items():
         for model in (f"C={channels}{method}" for channels in (16, 256) for method in methods):
             assert {case(r)[1:] for r in rows if (r["kernel"], r["model"]) == (kernel, model)} == types
+    for model in (f"C={channels} {method} K=16" for channels in (16, 256) for method in ("rejection", "closed_form")):
+        assert {case(r)[1:] for r in rows if r["model"] == model} == {(a, "bfloat16") for a in ARCHITECTURES}
     for kernel in ONE_EACH:
         assert {case(r)[1:] for r in rows if r["kernel"] == kernel} == types
     chain = SWEEPS.union(*LAYERED.values())

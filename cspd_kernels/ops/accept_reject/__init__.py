@@ -12,6 +12,7 @@ from ..denoise import Denoised
 from ..density_ratio import check
 
 RESIDUALS = ("rejection", "closed_form")
+MOST_CANDIDATES = 16
 _MOST_TRIES = 2**31 - 1024  # kernels count tries in 32 bits, some beyond the last
 _SAME_LOG_STD = 1e-5  # two sigmas nearer than this are one
 
@@ -23,6 +24,16 @@ class Verdict(NamedTuple):
     accepted: torch.Tensor  # (N,) bool
     tries: torch.Tensor  # (N,) int32: 0 accepted, k the k-th proposal was kept, -1 fell back to target.sample
     log_ratio: torch.Tensor  # (N,) float32, as the accept test used it (relaxation included)
+
+
+class CandidateVerdict(NamedTuple):
+    """What became of each token that had several candidates."""
+
+    token: torch.Tensor  # (N, C) float32
+    accepted: torch.Tensor  # (N,) bool: any of the candidates
+    candidate: torch.Tensor  # (N,) int32: which one, -1 none
+    tries: torch.Tensor  # (N,) int32: 0 accepted, k the k-th proposal was kept, -1 fell back to target.sample
+    log_ratio: torch.Tensor  # (N, K) float32, of every candidate, as the accept test used it (relaxation included)
 
 
 @untraced
@@ -39,7 +50,7 @@ def accept_reject(
     residual: str = "rejection",
     target_sigma: bool = False,
     backend: str | None = None,
-) -> Verdict:
+) -> Verdict | CandidateVerdict:
     """Accept draft tokens x by the density ratio of aligned chains, or redraw them.
 
     Accepted when ``log u_0 <= log r``, with log r of :func:`cspd_kernels.log_density_ratio` at the
@@ -59,31 +70,47 @@ def accept_reject(
     mean, takes ``target.sample``, the target's own aligned draw. There is no zero row and no NaN as
     long as x and target.sample hold none.
 
+    A token may have several candidates, x (N, K, C): they are tried in order, and the first one accepted is the
+    token. Candidate 0 as above; a later one, with ``r_i`` its ratio, when ``u_i <= (r_i - c_i)_+ / Z_i``. Here
+    ``(e^delta p - c_i q)_+``, of total mass Z_i, is what the rejections before it have left to be drawn, delta the
+    difference of the path terms, and ``c_1 = 1``, ``c_{i+1} = c_i + Z_i``. After K rejections the token is redrawn
+    from ``(e^delta p - c_K q)_+`` of candidate 0's chains. Candidates that differ in nothing but the last step's
+    noise (one mean, one sigma that both models share, no path term) leave the token's distribution exactly the
+    target's, as one candidate does; whether any is accepted has the probability ``1 - Z(c_K)``. Candidates
+    with chains of their own are compared as trajectories, as one is: a surrogate. With more than one candidate both
+    models need the same sigma, or ``target_sigma``: Z is computed with the target's.
+
     Random numbers are addressed by (seed; row, try), see :mod:`cspd_kernels.noise`: a token's fate
     depends on neither its batch nor the backend (outside a rounding band of the comparisons).
 
     Args:
         x, draft, target, relaxation, sigma, backend: as in :func:`cspd_kernels.log_density_ratio`;
-            target.sample (N, C) too.
+            target.sample (N, C) too. With K candidates a token, 1 to 16: x (N, K, C), every field of the chains
+            (N, K, ...) or, where the candidates share it, (N, 1, ...), relaxation a number, (N,) or (N, K).
         seed: int in [0, 2^64); or a tensor of one int64 element on the device of x, its 64 bits, which the host never
-            reads: a CUDA graph is replayed with what it holds then. rows: (N,) int64 addresses, default 0..N-1.
+            reads: a CUDA graph is replayed with what it holds then. rows: (N,) int64 addresses, default 0..N-1;
+            candidate i's uniform is that of row + i :data:`cspd_kernels.noise.CANDIDATE_STRIDE`.
         max_tries: >= 0; the closed form takes one of them.
         residual: "rejection" or "closed_form", as above.
-        target_sigma: for the closed form, redraw with the target's sigma in the draft's place, too. Without it the
-            two ``log_std`` must be equal, which is looked at on the CPU only (elsewhere it would wait
-            for the device; the target's is then used).
+        target_sigma: for the closed form, and for several candidates, compute what is left to be drawn with the
+            target's sigma in the draft's place, too. Without it the two ``log_std`` must be equal, which is
+            looked at on the CPU only (elsewhere it would wait for the device; the target's is then used).
 
     Returns:
-        :class:`Verdict`.
+        :class:`Verdict`; of x (N, K, C) :class:`CandidateVerdict`.
 
     Raises:
         TypeError, ValueError: an argument does not fit.
 
     Source: Wang et al. 2024, arXiv 2411.11925 (acceptance-rejection sampling of the modified
     distribution); Leviathan et al. 2023, arXiv 2211.17192 for the modified distribution itself;
-    arXiv 2606.13426 and 2501.05370 for equal covariances (docs/method.md derives the closed form).
+    arXiv 2606.13426 and 2501.05370 for equal covariances (docs/method.md derives the closed form); several
+    candidates: SpecInfer, arXiv 2305.09781, and arXiv 2402.14160, with a recursion of our own for Gaussians.
     """
-    relaxation = check("accept_reject", x, draft, target, relaxation, sigma)
+    relaxation = check("accept_reject", x, draft, target, relaxation, sigma, several=True)
+    candidates = x.shape[1] if x.dim() == 3 else 1
+    if not 0 < candidates <= MOST_CANDIDATES:
+        raise ValueError(f"accept_reject expected 1 to {MOST_CANDIDATES} candidates a token, got {candidates}")
     n, device = x.shape[0], x.device
     check_seed(seed, device)
     if rows is None:
@@ -93,29 +120,35 @@ def accept_reject(
         raise ValueError(f"accept_reject expected rows of shape ({n},) to match x, got ({rows.shape[0]},)")
     if isinstance(max_tries, bool) or not isinstance(max_tries, int) or max_tries < 0:
         raise ValueError(f"accept_reject expected max_tries as an int >= 0, got {max_tries!r}")
-    _check_residual(draft, target, residual, target_sigma)
+    _check_residual(draft, target, residual, target_sigma, candidates)
     run = remembered("accept_reject", backend, x)
-    return Verdict(*run(x, draft, target, seed, rows, relaxation, sigma, min(max_tries, _MOST_TRIES), residual))
+    verdict = run(x, draft, target, seed, rows, relaxation, sigma, min(max_tries, _MOST_TRIES), residual)
+    return Verdict(*verdict) if x.dim() == 2 else CandidateVerdict(*verdict)
 
 
-def check_method(who: str, residual, target_sigma) -> None:
+def check_method(who: str, residual, target_sigma, candidates: int = 1) -> None:
     """Raise where a way to redraw does not exist."""
     if residual not in RESIDUALS:
         raise ValueError(f"{who} expected residual one of {RESIDUALS}, got {residual!r}")
-    if not isinstance(target_sigma, bool) or (target_sigma and residual != "closed_form"):
+    if not isinstance(target_sigma, bool) or (target_sigma and residual != "closed_form" and candidates == 1):
         raise ValueError(
-            f"{who} expected target_sigma as a bool, True only with residual='closed_form', "
+            f"{who} expected target_sigma as a bool, True only with residual='closed_form' or several candidates, "
             f"got {target_sigma!r} with residual={residual!r}"
         )
 
 
-def _check_residual(draft, target, residual, target_sigma) -> None:
-    check_method("accept_reject", residual, target_sigma)
-    if residual == "closed_form" and not target_sigma and target.log_std.device.type == "cpu":
+def _check_residual(draft, target, residual, target_sigma, candidates) -> None:
+    check_method("accept_reject", residual, target_sigma, candidates)
+    if residual == "rejection" and candidates == 1:
+        return
+    if not target_sigma and target.log_std.device.type == "cpu":
         difference = (draft.log_std.float() - target.log_std.float()).abs()  # NaN where both are -inf: temperature 0
         if (difference > _SAME_LOG_STD).any():
+            what, otherwise = "residual='closed_form'", ", or residual='rejection'"
+            if candidates > 1:
+                what, otherwise = f"{candidates} candidates a token", ", or one candidate and residual='rejection'"
             raise ValueError(
-                "accept_reject expected draft and target with the same log_std for residual='closed_form', got values "
+                f"accept_reject expected draft and target with the same log_std for {what}, got values "
                 f"that differ by up to {float(difference.nan_to_num().max()):.2g}: pass target_sigma=True to redraw "
-                "with the target's, or residual='rejection'"
+                f"with the target's{otherwise}"
             )

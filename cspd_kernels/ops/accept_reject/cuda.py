@@ -9,9 +9,17 @@ import torch
 
 from ...cuda_support import extension, launch_stream, multiprocessors
 from ...devices import on
-from ..density_ratio.cuda import operands, plain, pointers, why_unsupported
+from ..density_ratio.cuda import operands, plain, pointers
+from ..density_ratio.cuda import why_unsupported as why_too_wide
 
 __all__ = ["accept_reject", "why_unsupported"]
+
+
+def why_unsupported(x: torch.Tensor) -> str | None:
+    """None when the kernels cover tokens like x, else why not."""
+    if x.dim() == 3:
+        return "its kernels judge one candidate a token: use backend='triton' or backend='torch'"
+    return why_too_wide(x)
 
 
 def accept_reject(x, draft, target, seed, rows, relaxation, sigma, max_tries, residual):

@@ -58,8 +58,7 @@ def in_closed_form(seed, row, max_tries, mean_q, mean_p, log_p, path, valid, BG:
     """
     index = tl.full([1], 1, tl.int32)
     n = normals(seed, row, index[:, None], tl.arange(0, BG)[None, :], STREAM_PROPOSAL)
-    d = (mean_p.to(tl.float64) - mean_q.to(tl.float64)) * tl.exp(-log_p.to(tl.float64))
-    d = tl.where(valid, d, 0.0)
+    d = difference(mean_q, mean_p, log_p, valid)
     distance = tl.sqrt(tl.sum(sum_of_channels(d * d), 0))
     t_0 = -0.5 * distance - path.to(tl.float64) / distance
     exists = (t_0 <= FARTHEST) & (distance < float("inf")) & (max_tries > 0)  # not at temperature 0: d is not finite
@@ -70,6 +69,13 @@ def in_closed_form(seed, row, max_tries, mean_q, mean_p, log_p, path, valid, BG:
     y = mean_p + tl.exp(log_p) * (n + (t.to(tl.float32) - across) * along)
     infinite = tl.sum(tl.sum(tl.where(valid & ~(tl.abs(y) < float("inf")), 1, 0), 1), 0)
     return tl.where(exists & (infinite == 0), 1, 0), y, index
+
+
+@triton.jit
+def difference(mean_q, mean_p, log_p, valid):
+    """(mu_p - mu_q) / sigma_p, float64, 0 where not valid."""
+    d = (mean_p.to(tl.float64) - mean_q.to(tl.float64)) * tl.exp(-log_p.to(tl.float64))
+    return tl.where(valid, d, 0.0)
 
 
 @triton.jit

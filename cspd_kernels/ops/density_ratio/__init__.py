@@ -59,20 +59,28 @@ def log_density_ratio(
     return run(x, draft, target, relaxation, sigma)
 
 
-def check(op: str, x, draft, target, relaxation, sigma) -> float | torch.Tensor:
-    """Raise on arguments that do not fit; return the relaxation as a number or as (N,) float32."""
-    if not isinstance(x, torch.Tensor) or x.dim() != 2 or not x.is_floating_point():
+def check(op: str, x, draft, target, relaxation, sigma, several: bool = False) -> float | torch.Tensor:
+    """Raise on arguments that do not fit; return the relaxation as a number or as (N,) float32.
+
+    With ``several``, x may be (N, K, C), K candidates a token: fields that have one candidate are those of all, and a
+    relaxation that is a tensor is returned with an axis of one or K candidates.
+    """
+    shapes = "(N, C) or (N, K, C)" if several else "(N, C)"
+    if not isinstance(x, torch.Tensor) or x.dim() not in ((2, 3) if several else (2,)) or not x.is_floating_point():
         got = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, torch.Tensor) else type(x).__name__
-        raise ValueError(f"{op} expected x as a floating tensor (N, C), got {got}")
+        raise ValueError(f"{op} expected x as a floating tensor {shapes}, got {got}")
+    # A shape that fits, and the one of a field that all candidates share.
     shape, device = x.shape, x.device
-    line = shape[:1]
+    shared = shape if x.dim() == 2 else (shape[0], 1, shape[2])
     for name, chain in (("draft", draft), ("target", target)):
         # Of a rejected row without a kept proposal, the token is the target's sample.
         for field in _FIELDS if name == "draft" or op != "accept_reject" else _FIELDS_AND_SAMPLE:
-            value, wanted = getattr(chain, field, None), line if field == "path_log_std" else shape
+            value, wanted = getattr(chain, field, None), (shape, shared)
+            if field == "path_log_std":
+                wanted = shape[:-1], shared[:-1]
             if not (
                 isinstance(value, torch.Tensor)
-                and value.shape == wanted
+                and (value.shape == wanted[0] or value.shape == wanted[1])
                 and value.is_floating_point()
                 and value.device == device
             ):
@@ -80,27 +88,33 @@ def check(op: str, x, draft, target, relaxation, sigma) -> float | torch.Tensor:
     if sigma not in SIGMAS:
         raise ValueError(f"{op} expected sigma one of {SIGMAS}, got {sigma!r}")
     if isinstance(relaxation, torch.Tensor):
-        if relaxation.shape != x.shape[:1] or not relaxation.is_floating_point() or relaxation.device != x.device:
+        wanted = shape[:1], shape[:-1]
+        if relaxation.shape not in wanted or not relaxation.is_floating_point() or relaxation.device != x.device:
             raise ValueError(
-                f"{op} expected relaxation as a number or a floating tensor {tuple(x.shape[:1])} on {x.device}, "
+                f"{op} expected relaxation as a number or a floating tensor {_either(wanted)} on {x.device}, "
                 f"got {relaxation.dtype} {tuple(relaxation.shape)} on {relaxation.device}"
             )
         relaxation = relaxation.float()
         if relaxation.device.type == "cpu" and not ((relaxation > 0) & torch.isfinite(relaxation)).all():
             raise ValueError(f"{op} expected every relaxation finite and > 0 in float32, got values that are not")
-        return relaxation
+        return relaxation[:, None] if relaxation.dim() < x.dim() - 1 else relaxation
     if not isinstance(relaxation, Real) or not 0 < relaxation < math.inf:
         raise ValueError(f"{op} expected a finite relaxation > 0, got {relaxation!r}")
     return float(relaxation)
 
 
-def _misfit(op: str, field: str, value, shape: torch.Size, device: torch.device, chain) -> Exception:
+def _either(shapes) -> str:
+    return " or ".join(dict.fromkeys(str(tuple(shape)) for shape in shapes))
+
+
+def _misfit(op: str, field: str, value, shapes, device: torch.device, chain) -> Exception:
     """What is wrong with a field of a chain, such as ``draft.mean``."""
     if not isinstance(value, torch.Tensor):
         name, field = field.split(".")
         return TypeError(f"{op} expected {name} as a Denoised with a tensor {field}, got {type(chain).__name__}")
-    if value.shape != shape or not value.is_floating_point():
+    if value.shape not in map(torch.Size, shapes) or not value.is_floating_point():
         return ValueError(
-            f"{op} expected {field} floating of shape {tuple(shape)} to match x, got {value.dtype} {tuple(value.shape)}"
+            f"{op} expected {field} floating of shape {_either(shapes)} to match x, "
+            f"got {value.dtype} {tuple(value.shape)}"
         )
     return ValueError(f"{op} expected {field} on the device of x, {device}, got {value.device}")

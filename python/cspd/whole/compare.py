@@ -20,10 +20,10 @@ from ..diffusions import NotServedError
 from ..loop import LoopHook
 from ..models import DiffLoss, GaussianDiffusion
 from ..order import Plan, by_token, plan_steps
+from ..run_state import class_embedding
 from ..standins import StandIn
 from ..transformer import bound
 from ..verify import tolerance
-from ..window import class_embedding
 from .chosen import is_ours
 from .transformers import ByWeights
 

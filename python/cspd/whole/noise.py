@@ -6,42 +6,66 @@ import torch
 
 from cspd_kernels import DiffusionHead, PhiloxNoise
 from cspd_kernels.head import stream_dtype
+from cspd_kernels.noise import CANDIDATE_STRIDE
 
 from ..calls import draw_steps
 from ..order import Pass, Step, to_device
 
 
+def candidate_rows(rows: torch.Tensor, candidates: int) -> torch.Tensor:
+    """(N,) addresses of tokens -> (N candidates,) those of their candidates, token by token."""
+    if candidates == 1:
+        return rows
+    return (rows[:, None] + CANDIDATE_STRIDE * torch.arange(candidates, device=rows.device)).flatten()
+
+
 class PhiloxSource:
-    """Addressed by (seed; image, position), whatever the batch and the step.
+    """Addressed by (seed; image, position, candidate), whatever the batch, the step and the branch.
 
     Args:
         seed: an int. rows: (B, L) int64 addresses of all tokens, in the order of drawing.
+        chains: most chains of a token. last: of how many candidates the last step's noise is wanted, which a chain
+            alone does not use.
     """
 
-    def __init__(self, seed: int, rows: torch.Tensor, channels: int):
+    def __init__(self, seed: int, rows: torch.Tensor, channels: int, chains: int = 1, last: int = 0):
         self.seed, self.on_device = seed, None
-        # Of all tokens at once: it is some hundred launches, whatever their number.
-        self.x_T = PhiloxNoise(seed, rows.flatten()).x_T(channels).view(*rows.shape, channels)
+
+        def noise(candidates: int) -> PhiloxNoise:
+            return PhiloxNoise(seed, candidate_rows(rows.flatten(), candidates))
+
+        # Of all tokens at once: it is some hundred launches, whatever their number. (B, L, candidates, C)
+        self.x_T = noise(chains).x_T(channels).view(*rows.shape, chains, channels)
+        self.last = noise(last).step(0, channels).view(*rows.shape, last, channels) if last else None
 
     @property
     def values(self) -> list[torch.Tensor]:
         """What of it differs between runs of one size."""
-        return [self.x_T, *([] if self.on_device is None else [self.on_device])]
+        return [value for value in (self.x_T, self.last, self.on_device) if value is not None]
 
     @property
     def kind(self) -> tuple:
         """What of it must not, in a graph."""
-        return (self.on_device is None,)
+        return (self.on_device is None, self.last is None)
+
+    @property
+    def key(self) -> int | torch.Tensor:
+        """The seed: where a graph may be captured, the one on the device."""
+        return self.seed if self.on_device is None else self.on_device
 
     def seed_on_device(self) -> None:
         """Keep the seed on the device, too, where a replayed graph finds another one; the host does not wait."""
         signed = self.seed - (1 << 64) if self.seed >> 63 else self.seed
         self.on_device = to_device(torch.tensor([signed], dtype=torch.int64, device="cpu"), self.x_T.device)
 
-    def of(self, plan: Pass, head: DiffusionHead) -> tuple[torch.Tensor, PhiloxNoise]:
-        """x_T (B n, C), and the noise of the steps."""
-        seed = self.seed if self.on_device is None else self.on_device
-        return self.x_T.index_select(1, plan.columns).flatten(0, 1), PhiloxNoise(seed, plan.rows)
+    def of(self, plan: Pass, head: DiffusionHead, chains: int = 1) -> tuple[torch.Tensor, PhiloxNoise]:
+        """x_T (B n chains, C), and the noise of the steps."""
+        x_T = plan.take(self.x_T)[:, :, :chains].flatten(0, 2)  # noqa: N806
+        return x_T, PhiloxNoise(self.key, candidate_rows(plan.rows, chains))
+
+    def last_of(self, plan: Pass, candidates: int) -> torch.Tensor:
+        """(B n, candidates, C): the noise of the last step."""
+        return plan.take(self.last)[:, :, :candidates].flatten(0, 1)
 
 
 class TableSource:
@@ -92,8 +116,8 @@ class TableSource:
         x = to_device(torch.cat(first, dim=1), self.device)
         self.x_T[:, : x.shape[1]] = x
 
-    def of(self, plan: Pass, head: DiffusionHead) -> tuple[torch.Tensor, torch.Tensor]:
-        """x_T (B n, C), and the noise (T, B n, C) of the steps."""
+    def of(self, plan: Pass, head: DiffusionHead, chains: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+        """x_T (B n, C), and the noise (T, B n, C) of the steps; there is one chain a token."""
         columns = plan.columns - self.base
         x_T = self.x_T.index_select(1, columns).flatten(0, 1)  # noqa: N806
         return x_T, self.noise.index_select(2, columns).flatten(1, 2)

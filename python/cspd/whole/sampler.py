@@ -22,8 +22,8 @@ from ..checks import check_run
 from ..diffusions import NotServedError, Tables
 from ..heads import HeadCache, unwrapped
 from ..order import Plan, Step, by_token, plan_steps, to_device
+from ..run_state import Model, RunState, class_embedding
 from ..standins import WholeSampling
-from ..window import Model, RunState, class_embedding
 from .chosen import ChosenTransformer, training
 from .compare import own, where_it_starts, why_not_its_loop
 from .noise import PhiloxSource, TableSource

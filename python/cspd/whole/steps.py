@@ -11,14 +11,17 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 
 import torch
 
 from cspd_kernels import Denoised
 from cspd_kernels.graphs import PlanCache, in_turn, why_not_here
 
-from ..window import Drawn, Judged, Phase, RunState, draft, judge, look, prefill, run_window, untimed
+from ..run_state import RunState
+from ..strict import Proposed, propose, settle
+from ..tree import Tree
+from ..window import Drawn, Judged, Phase, draft, judge, look, prefill, untimed
 from .transformers import ByWeights
 
 ROOM = 32  # known tokens
@@ -26,15 +29,16 @@ MOST_ROWS = 16384  # rows of the transformer beyond which the device is busy wit
 _MOST_GRAPHS = 96
 
 
-def why_not_graphs(state: RunState) -> str | None:
-    """None where a run's steps are to be graphs, else the reason."""
+def why_not_graphs(state: RunState, branches: int = 1) -> str | None:
+    """None where a run's steps are to be graphs, else the reason. ``branches``: rows of an image in the draft's passes,
+    which are what a device waits for the host at; the target's, of strict verification, may be larger."""
     models = [model for model in (state.draft, state.target) if model is not None]
     if reason := why_not_here(state.tokens.device):
         return reason
     if not all(isinstance(model.transformer, ByWeights) for model in models):
         return "a model runs its own blocks or methods"
     weights = state.target.transformer.weights
-    if len(state.target.embedding) * (weights.buffer + weights.length) > MOST_ROWS:
+    if branches * len(state.target.embedding) * (weights.buffer + weights.length) > MOST_ROWS:
         return "the batch is large"
     if state.backend == "torch" and state.parallel_tol is not None:
         return "sweeps of the torch backend wait for the device"
@@ -47,6 +51,8 @@ class Steps:
     Args:
         state: of the first such run, which is kept.
     """
+
+    exact = False  # sizes come in few
 
     def __init__(self, state: RunState):
         self.state, self.lock = state, threading.RLock()
@@ -74,28 +80,30 @@ class Steps:
         """The i-th step, by the target alone."""
         self._step("target", prefill, i, plainly=callable(self.state.relaxation))
 
-    def draft(self, i: int) -> None:
-        """The i-th step, by the draft."""
-        self._step("draft", draft, i)
-
-    def _step(self, name: str, draw: Callable, i: int, plainly: bool = False) -> None:
-        counts, room = self._shape(i, i + 1)
-
-        def launch() -> list[torch.Tensor]:
-            draw(self.state, self.state.plan.moving(self.drawn, counts, room))
-            self.drawn.add_(sum(counts))
-            return []
-
-        if plainly:
-            launch()
-        else:
-            self._run((name, counts, room), launch, sum(counts))
-
-    def window(self, first: int, stop: int, phase: Phase = untimed) -> Judged:
-        """The steps first..stop-1 by the draft, judged by the target."""
+    def draft(self, first: int, stop: int, phase: Phase = untimed) -> torch.Tensor | None:
+        """The steps first..stop-1, by the draft; what :func:`cspd.window.draft` returns of the last one."""
+        entropy = None
         for i in range(first, stop):
             with phase("draft"):
-                self.draft(i)
+                (entropy,) = self._step("draft", draft, i)
+        return entropy
+
+    def undo(self, i: int) -> None:
+        """The i-th step, which was drafted last, is to be drawn again."""
+        self.drawn.sub_(sum(self._shape(i, i + 1)[0]))
+
+    def _step(self, name: str, draw: Callable, i: int, plainly: bool = False) -> list[torch.Tensor | None]:
+        counts, room = self._shape(i, i + 1)
+
+        def launch() -> list[torch.Tensor | None]:
+            found = draw(self.state, self.state.plan.moving(self.drawn, counts, room))
+            self.drawn.add_(sum(counts))
+            return [found]
+
+        return launch() if plainly else self._run((name, counts, room), launch, sum(counts))
+
+    def judge(self, first: int, stop: int, phase: Phase = untimed) -> Judged:
+        """The steps first..stop-1, which were drafted last, judged by the target."""
         counts, room = self._shape(first, stop)
 
         def launch() -> list[torch.Tensor]:
@@ -108,17 +116,39 @@ class Steps:
             whole = self.state.plan.window(first, stop).whole
             return judge(self.state, whole, Drawn(Denoised(*chain), z))
 
+    def round(self, tree: Tree, known: int, phase: Phase = untimed) -> torch.Tensor:
+        """A round of strict verification: its sums. ``known``: so many tokens at most are before one of its steps."""
+        room, most = _room(known, self.state.tokens.shape[1]), self.state.plan.most
+        policy = callable(self.state.relaxation)
+
+        def launch() -> list[torch.Tensor | None]:
+            proposed = propose(self.state, tree, room)
+            return proposed.tensors() if policy else [settle(self.state, tree, room, proposed)]
+
+        state = self.state
+        changed = [v for v in (state.tokens, state.outcome, state.at, state.entropy) if v is not None]
+        with phase("round"):
+            results = self._run(("round", tree, room, most), launch, restored=changed)
+            # A policy may be anybody's code, and what it sees of the window before is not there in the first.
+            return settle(self.state, tree, room, Proposed.of(results)) if policy else results[0]
+
     def _shape(self, first: int, stop: int) -> tuple[tuple[int, ...], int]:
         """How many tokens the steps draw, and the room for those that are known before."""
         steps, length = self.state.plan.steps[first:stop], self.state.tokens.shape[1]
         known = length - steps[0].before
-        return tuple(step.before - step.after for step in steps), min(length, -(-known // ROOM) * ROOM)
+        return tuple(step.before - step.after for step in steps), _room(known, length)
 
-    def _run(self, key: Hashable, launch: Callable[[], list[torch.Tensor]], draws: int = 0) -> list[torch.Tensor]:
+    def _run(
+        self,
+        key: Hashable,
+        launch: Callable[[], list[torch.Tensor | None]],
+        draws: int = 0,
+        restored: Sequence[torch.Tensor] = (),
+    ) -> list[torch.Tensor | None]:
         """What a launch returns, copied out of the graphs' memory, where the next one writes.
 
         ``draws``: tokens of an image by which the launch moves on. Launched again, it draws the same ones again: it
-        reads those alone that were drawn before.
+        reads those alone that were drawn before, and what of it is ``restored`` in between.
         """
         plan = self.plans.get(key, lambda: ([], []), self.state.tokens.device)
 
@@ -127,11 +157,19 @@ class Steps:
 
         with plan.in_turn():
             if plan.graph.uses == 0:
+                before = [value.clone() for value in restored]
                 launch()
                 self.drawn.sub_(draws)
+                for value, old in zip(restored, before):
+                    value.copy_(old)
                 plan.graph.uses = 1
             plan.graph.run(keep, lambda: warm_up(self.state))
-            return [value.clone() for value in plan.value]
+            return [None if value is None else value.clone() for value in plan.value]
+
+
+def _room(known: int, length: int) -> int:
+    """For so many known tokens."""
+    return min(length, -(-known // ROOM) * ROOM)
 
 
 def keep_current(kept: OrderedDict[tuple, Steps], transformers: list[ByWeights], most: int) -> None:
@@ -147,6 +185,8 @@ def keep_current(kept: OrderedDict[tuple, Steps], transformers: list[ByWeights],
 class PlainSteps:
     """The same, launched kernel by kernel with exact sizes: for a CPU, large batches, and models with own blocks."""
 
+    exact = True
+
     def __init__(self, state: RunState):
         self.state = state
 
@@ -159,9 +199,30 @@ class PlainSteps:
         """As of :class:`Steps`."""
         prefill(self.state, self.state.plan.step(i))
 
-    def window(self, first: int, stop: int, phase: Phase = untimed) -> Judged:
+    def draft(self, first: int, stop: int, phase: Phase = untimed) -> torch.Tensor | None:
         """As of :class:`Steps`."""
-        return run_window(self.state, self.state.plan.window(first, stop), phase)
+        entropy = None
+        for i in range(first, stop):
+            with phase("draft"):
+                entropy = draft(self.state, self.state.plan.step(i))
+        return entropy
+
+    def undo(self, i: int) -> None:
+        """As of :class:`Steps`; a step is told of where it is."""
+
+    def judge(self, first: int, stop: int, phase: Phase = untimed) -> Judged:
+        """As of :class:`Steps`."""
+        whole = self.state.plan.window(first, stop).whole
+        with phase("target"):
+            target = look(self.state, whole)
+        with phase("verify"):
+            return judge(self.state, whole, target)
+
+    def round(self, tree: Tree, known: int, phase: Phase = untimed) -> torch.Tensor:
+        """As of :class:`Steps`."""
+        proposed = propose(self.state, tree, known, phase)
+        with phase("verify"):
+            return settle(self.state, tree, known, proposed)
 
 
 def warm_up(state: RunState) -> None:
@@ -177,7 +238,7 @@ def tensors(state: RunState) -> list[torch.Tensor]:
     """What differs between runs of one size: buffers, tables, class embeddings, the seed, relaxations by position."""
     found = [state.tokens, *state.plan.buffers().values(), *state.noise.values]
     found += [model.embedding for model in (state.draft, state.target) if model is not None]
-    optional = (state.outcome, state.relaxation)
+    optional = (state.outcome, state.relaxation, state.at, state.entropy)
     return found + [value for value in optional if isinstance(value, torch.Tensor)]
 
 
@@ -190,4 +251,5 @@ def signature(state: RunState) -> tuple:
     relaxation = None if isinstance(state.relaxation, torch.Tensor) else state.relaxation
     options = (state.temperature, state.backend, state.parallel_tol, relaxation, tuple(sorted(state.rule.items())))
     drafted = state.drafted and (state.drafted.trajectory is not None, state.drafted.z is not None)
-    return models, shapes, state.noise.kind, options, drafted, state.plan.guided
+    how = (state.candidates, state.criterion, state.ends)
+    return models, shapes, state.noise.kind, options, drafted, state.plan.guided, how

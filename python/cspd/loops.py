@@ -1,0 +1,181 @@
+"""The loops of a speculative run on the host: which steps are drawn when, and what is recorded of it."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable
+
+import torch
+from tqdm import tqdm
+
+from .checks import check_attention, wants_entropy
+from .policies import draft_length
+from .run_state import RunState
+from .stats import Recorder
+from .tree import Tree
+from .whole.steps import PlainSteps, Steps
+
+
+def end_by(state: RunState, gamma) -> None:
+    """Let a gamma that looks at the draft's attention end the windows of a run."""
+    if wants_entropy(gamma):
+        check_attention(state.draft)
+        state.ends = gamma
+        state.entropy = None if state.at is None else gamma.start(len(state.tokens), state.tokens.device)
+
+
+def run_windows(steps: Steps | PlainSteps, gamma, progress: bool = False) -> Recorder:
+    """Pre-filling, then windows of ``gamma`` steps, or of as many as a policy says, until every token is drawn."""
+    state, windows = steps.state, []
+    plan, recorder = state.plan, Recorder(state.outcome, "window", state.candidates)
+    first, stop = state.prefilled, len(plan.steps)
+    ends = None if state.ends is None else state.ends.start(1, state.tokens.device)
+    with tqdm(total=stop, disable=not progress) as bar:
+        _prefill(steps, recorder, bar)
+        while first < stop:
+            phase = _phases(recorder, bar)
+            if state.ends is None:
+                last = min(first + _length(gamma, windows), stop)
+                steps.draft(first, last, phase)
+            else:
+                last, ends = _draft_while(steps, ends, first, min(first + gamma.most, stop), phase)
+            judged = steps.judge(first, last, phase)
+            recorder.window(judged.sums, judged.log_ratio.numel(), last - first, len(state.tokens))
+            counts = [step.before - step.after for step in plan.steps[first:last]]
+            windows.append(functools.partial(_acceptance, judged.log_ratio, counts))
+            first = last
+    return recorder
+
+
+def _draft_while(steps, ends, first: int, stop: int, phase) -> tuple[int, torch.Tensor]:
+    """Draft steps as long as the window goes on, by the mean entropy of the batch: (the one behind it, the state then).
+
+    The host waits for every step but the first. The one that ends a window has been drawn, and is drawn again.
+    """
+    for i in range(first, stop):
+        entropy = steps.draft(i, i + 1, phase)
+        behind, goes_on = steps.state.ends.step(ends, entropy.to(ends.dtype))
+        if i > first and not bool(goes_on):
+            steps.undo(i)
+            return i, ends
+        ends = behind
+    return stop, ends
+
+
+def _acceptance(log_ratio: torch.Tensor, counts: list[int]) -> list[float]:
+    """The mean of min(1, r) over the tokens of each step of a window; the host waits."""
+    steps = log_ratio.clamp(max=0).exp().split(counts, dim=1)
+    return torch.stack([step.mean() for step in steps]).tolist()
+
+
+def _acceptance_of_round(sums: torch.Tensor, gamma: int) -> list[float]:
+    """The same of a round, up to the last step that was judged in any image."""
+    ratio, count = sums[-2 * gamma :].view(2, gamma).tolist()
+    return [r / c for r, c in zip(ratio, count) if c]
+
+
+def _length(gamma, windows: list[Callable[[], list[float]] | list[float]]) -> int:
+    """Steps of the next window. A policy is told of those before: the host waits for the last of them."""
+    if not callable(gamma):
+        return gamma
+    windows[-1:] = [window() for window in windows[-1:]]
+    return draft_length(gamma, windows)
+
+
+def run_rounds(steps: Steps | PlainSteps, gamma, branches: int, progress: bool = False) -> Recorder:
+    """Pre-filling, then rounds of strict verification (:mod:`cspd.strict`), at most one for every other step.
+
+    Images end at different rounds. On a CPU the host looks where they are. On a device it lets each round tell that in
+    memory of the host, without waiting, and launches the next one before it reads: it waits for the round
+    before the one in flight alone, so that the device has work all the time. A round behind the last changes nothing.
+    """
+    state = steps.state
+    plan, recorder = state.plan, Recorder(state.outcome, "strict", state.candidates)
+    stop, most = len(plan.steps), state.prefilled  # most: steps that an image may have drawn
+    windows, fixed = [], gamma.most if state.ends is not None else gamma
+    places = Places(state.at.device, most)
+    starts = [state.tokens.shape[1] - step.before for step in plan.steps] + [state.tokens.shape[1]]
+    with tqdm(total=stop, disable=not progress) as bar:
+        _prefill(steps, recorder, bar)
+        for _ in range(stop - state.prefilled):
+            left = stop - (places.least if steps.exact else state.prefilled)
+            length = min(_length(fixed, windows), left)
+            tree = Tree(len(state.tokens), length, branches if length > 1 else 1)
+            known = starts[min(most + length - 1, stop)]
+            sums = steps.round(tree, known, recorder.phase)
+            recorder.round(sums, length, tree.rows)
+            windows.append(functools.partial(_acceptance_of_round, sums, length))
+            places.tell(state.at)
+            bar.update(places.least - bar.n)
+            if places.least >= stop:
+                break
+            most = min(stop, places.most + length * places.unseen)
+        bar.update(stop - bar.n)
+    return recorder
+
+
+def _prefill(steps: Steps | PlainSteps, recorder: Recorder, bar: tqdm) -> None:
+    for i in range(steps.state.prefilled):
+        with recorder.phase("target"):
+            steps.target(i)
+        recorder.prefill()
+        bar.update()
+
+
+def _phases(recorder: Recorder, bar: tqdm) -> Callable[[str], contextlib.AbstractContextManager]:
+    """To time the phases of a window; every step that was drafted moves the bar."""
+
+    @contextlib.contextmanager
+    def phase(name: str):
+        with recorder.phase(name):
+            yield
+        bar.update(name == "draft")
+
+    return phase
+
+
+class Places:
+    """Where the images of a run are, as far as the host knows.
+
+    Args:
+        device: the models'. first: steps that every image has drawn.
+
+    Attributes:
+        least, most: steps that one of the images has drawn. unseen: rounds since that was so.
+    """
+
+    def __init__(self, device: torch.device, first: int):
+        self._device, self.least, self.most = device, first, first
+        self._flight: list[tuple[torch.Tensor, torch.cuda.Event]] = []
+        # Of the round in flight, and of the one before it. Allocated here: that may wait for a device.
+        self._room = [(_pinned(2), torch.cuda.Event()) for _ in range(2)] if device.type == "cuda" else []
+
+    @property
+    def unseen(self) -> int:
+        return len(self._flight)
+
+    def tell(self, at: torch.Tensor) -> None:
+        """Behind a round the images are at (B,). A device's are read when the round behind it has been launched."""
+        ends = torch.stack(at.aminmax())
+        if self._device.type != "cuda":
+            self.least, self.most = ends.tolist()
+            return
+        told, event = self._room.pop(0)
+        told.copy_(ends, non_blocking=True)
+        event.record(torch.cuda.current_stream(self._device))
+        self._flight.append((told, event))
+        if len(self._flight) > 1:
+            told, event = self._flight.pop(0)
+            event.synchronize()
+            self.least, self.most = _read(told)
+            self._room.append((told, event))
+
+
+def _pinned(size: int) -> torch.Tensor:
+    """Room on the host that a device may write to by itself."""
+    return torch.empty(size, dtype=torch.int64, device="cpu", pin_memory=True)
+
+
+def _read(told: torch.Tensor) -> list[int]:
+    return told.tolist()

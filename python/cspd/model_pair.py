@@ -1,0 +1,52 @@
+"""A runner's two models, packed for its runs."""
+
+from __future__ import annotations
+
+import torch
+
+from cspd_kernels import DiffusionHead
+
+from .diffusions import Tables
+from .heads import HeadCache, unwrapped
+from .whole.chosen import ChosenTransformer, training
+from .whole.transformers import ByMasks, ByTables, ByWeights
+
+
+class ModelPair:
+    """The draft and the target: whatever of them is packed is looked at again at every run.
+
+    Attributes:
+        models: by their roles, "draft" and "target"; so all that follows.
+    """
+
+    def __init__(self, draft, target, backend: str | None):
+        self.models = {"draft": draft, "target": target}
+        self._caches: dict[str, HeadCache] = {}
+        self._diffusions: dict[str, Tables] = {}
+        self._chosen = {"draft": ChosenTransformer(draft, "the draft", backend)}
+        same = target is draft
+        self._chosen["target"] = self._chosen["draft"] if same else ChosenTransformer(target, "the target", backend)
+        for transformer in self._chosen.values():
+            if not training(transformer.model):
+                transformer.compare()
+
+    def transformers(self, dtype: torch.dtype | None) -> dict[str, ByWeights | ByTables | ByMasks]:
+        """As the models are now; on a device the host may wait, where code has changed."""
+        return {role: transformer.get(dtype) for role, transformer in self._chosen.items()}
+
+    def heads(self, dtype: torch.dtype | None) -> dict[str, DiffusionHead]:
+        """As their weights, their networks and their schedules are now."""
+        return {role: self._head(role, dtype) for role in self.models}
+
+    def packed(self) -> list[ByWeights]:
+        """Whose weights are kept."""
+        return [packed for transformer in self._chosen.values() for packed in transformer.packed()]
+
+    def _head(self, role: str, dtype: torch.dtype | None) -> DiffusionHead:
+        diffloss = self.models[role].diffloss
+        net, _ = unwrapped(diffloss.net)
+        if role not in self._caches or self._caches[role].net is not net:
+            self._caches[role] = HeadCache(net)
+        if role not in self._diffusions or self._diffusions[role].diffusion is not diffloss.gen_diffusion:
+            self._diffusions[role] = Tables(diffloss.gen_diffusion)
+        return self._caches[role].get(self._diffusions[role].schedule(), dtype)

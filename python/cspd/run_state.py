@@ -1,0 +1,100 @@
+"""What the steps of a run work on: its models, its plan and the buffers that they write."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from cspd_kernels import DiffusionHead
+from cspd_kernels.ops.denoise import automatic_tolerance
+from cspd_kernels.ops.denoise.parallel import AUTO
+
+from .candidates import Drafted
+from .entropy_draft import EntropyDraft
+from .order import Pass, Plan
+from .policies import Window
+from .whole.noise import PhiloxSource, TableSource
+from .whole.transformers import ByMasks, ByTables, ByWeights
+
+
+@dataclass(frozen=True)
+class Model:
+    """What a run needs of one of its models."""
+
+    name: str
+    head: DiffusionHead
+    transformer: ByWeights | ByTables | ByMasks
+    embedding: torch.Tensor  # (B or 2 B, E): of the classes, then, under guidance, of no class
+
+
+def class_embedding(model, bsz: int, labels: torch.Tensor | None, guided: bool) -> torch.Tensor:
+    """(B or 2 B, E): of labels (B,) or, without, of no class; under guidance of no class again behind."""
+    none = model.fake_latent.repeat(bsz, 1)
+    embedding = none if labels is None else model.class_emb(labels)
+    return torch.cat([embedding, none]) if guided else embedding
+
+
+@dataclass
+class RunState:
+    """What the steps of one run share. All tensors are on the models' device; the buffers are written in place."""
+
+    tokens: torch.Tensor  # (B, L, C) float32 buffer: grows step by step
+    plan: Plan
+    target: Model
+    noise: PhiloxSource | TableSource
+    temperature: float
+    backend: str | None
+    parallel_tol: float | str | None  # of both heads, as in denoise
+    draft: Model | None = None  # None where the target is alone, with all that follows
+    prefilled: int = 0  # how many of the plan's steps are the target's alone
+    outcome: torch.Tensor | None = None  # (B, L) int8 buffer: what became of each token, as in RunStats
+    relaxation: float | torch.Tensor | Callable[[Window], torch.Tensor] = 1.0  # a tensor has one per position, (L,)
+    rule: dict = field(default_factory=dict)  # options of accept_reject: sigma, max_tries, residual, target_sigma
+    drafted: Drafted | None = None
+    previous_target_z: torch.Tensor | None = None  # (B, Z) buffer for policies: of the target's last token
+    candidates: int = 1  # K of every drafted token
+    criterion: str = "trajectory"  # one of :data:`cspd.candidates.CRITERIA`
+    at: torch.Tensor | None = None  # (B,) int64 buffer: each image's next step of the plan, of strict runs
+    ends: EntropyDraft | None = None  # what ends a window by the draft's attention
+    entropy: torch.Tensor | None = None  # (B,) buffer of its state, of strict runs; in windows it is the host's
+
+    @property
+    def chains(self) -> int:
+        """Of a drafted token, and as many when the target looks at it."""
+        return self.candidates if self.criterion == "trajectory" else 1
+
+    def make_room(self) -> None:
+        """For what the draft will draw, where it draws anything."""
+        steps = self.plan.steps[self.prefilled :]
+        if not steps:
+            return
+        sizes = {len(self.tokens) * (step.before - step.after) * self.chains for step in steps}
+        sweeps = any(tolerance_of(self, self.draft.head, size) is not None for size in sizes)
+        hidden = self.draft.head.cond_channels if callable(self.relaxation) else 0
+        self.drafted = Drafted(
+            *self.tokens.shape[:2], self.draft.head, self.draft.head.num_steps if sweeps else 0, hidden,
+            self.chains, 0 if self.criterion == "trajectory" else self.candidates,
+        )  # fmt: skip
+
+    def write(self, plan: Pass, tokens: torch.Tensor) -> None:
+        """Put (B n, C) tokens at the positions of a pass."""
+        tokens = tokens.to(self.tokens.dtype).view(*plan.where.shape, -1)
+        self.tokens.scatter_(1, plan.where[..., None].expand_as(tokens), tokens)
+
+    def remember(self, z: torch.Tensor) -> None:
+        """Keep the hidden state of the last of the tokens (B, n, Z) that the target looked at, for a policy."""
+        if not callable(self.relaxation):
+            return
+        if self.previous_target_z is None:
+            self.previous_target_z = z[:, -1].clone()
+        else:
+            self.previous_target_z.copy_(z[:, -1])
+
+
+def tolerance_of(state: RunState, head: DiffusionHead, tokens: int) -> float | None:
+    """``parallel_tol`` of a head's call, "auto" resolved: a trajectory comes back only where a number is asked for."""
+    if state.parallel_tol != AUTO:
+        return state.parallel_tol
+    return automatic_tolerance(head, tokens, state.plan.guided, state.backend)
