@@ -61,6 +61,9 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--seed", type=int, default=0)
     demo.add_argument("--out", type=Path, default=Path("cspd_demo.png"), metavar="PNG")
     demo.add_argument("--json", type=Path, default=None, metavar="FILE", help="write the figures as JSON too")
+    demo.add_argument(
+        "--strict", action="store_true", help="two rows more, one of strict verification; takes about twice as long"
+    )
     demo.set_defaults(run=_demo)
 
     for module in COMMANDS:
@@ -77,7 +80,7 @@ def _demo(args) -> int:
     from .demo.run import run_demo
 
     with one_thread():
-        run_demo(args.num_images, args.gamma, args.seed, args.out, args.json)
+        run_demo(args.num_images, args.gamma, args.seed, args.out, args.json, strict=args.strict)
     return 0
 
 

@@ -11,7 +11,16 @@ from .cli_support import labels, positive, tolerance
 DTYPES = {"float32": "float32", "fp32": "float32", "bfloat16": "bfloat16", "bf16": "bfloat16", "float16": "float16"}
 DTYPES["fp16"] = "float16"
 # What the options of drafting are unless given.
-DRAFTING = {"gamma": 8, "prefill": 0.15, "relaxation": 42.0, "residual": "rejection", "target_sigma": False}
+DRAFTING = {
+    "gamma": 8,
+    "prefill": 0.15,
+    "relaxation": 42.0,
+    "residual": "rejection",
+    "target_sigma": False,
+    "verify": "window",
+    "candidates": 1,
+    "branches": 1,
+}
 
 
 def add_parser(commands) -> None:
@@ -74,7 +83,37 @@ def add_parser(commands) -> None:
         help="how a rejected token is redrawn; closed_form is for heads with a fixed variance (the digits pair's)",
     )
     drafting.add_argument(
-        "--target-sigma", action="store_true", help="closed_form with learned variances: the target's sigma for both"
+        "--target-sigma",
+        action="store_true",
+        help="the target's sigma for both, which closed_form and several candidates need with learned variances",
+    )
+    drafting.add_argument(
+        "--verify",
+        choices=("window", "strict"),
+        default=DRAFTING["verify"],
+        help="window (default): judge all steps of a window, and keep them; strict: judge every step given the tokens "
+        "before it, and draft again what follows one with a rejected token",
+    )
+    drafting.add_argument(
+        "--candidates",
+        type=positive,
+        default=DRAFTING["candidates"],
+        metavar="K",
+        help="of every drafted token, tried in order, at most 16 (default 1)",
+    )
+    drafting.add_argument(
+        "--branches",
+        type=positive,
+        default=DRAFTING["branches"],
+        metavar="W",
+        help="of the candidates of a window's first step, how many are drafted on; above 1 with strict (default 1)",
+    )
+    drafting.add_argument(
+        "--criterion",
+        choices=("trajectory", "last_step"),
+        default="trajectory",
+        help="trajectory (default): judge whole trajectories; last_step: the last denoising step adds its noise, in "
+        "the target alone, too, and is judged. Exact with strict, relaxation 1 and one sigma",
     )
     drafting.add_argument(
         "--parallel-tol",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 
-from .serve import MAX_GUIDANCE, MAX_SEED, Studio, render
+from .serve import MAX_GUIDANCE, MAX_SEED, MOST_CANDIDATES, Studio, render
 
 WAITING = 16  # requests; who comes when so many wait is told to come again
 _logger = logging.getLogger("cspd")
@@ -66,10 +66,21 @@ def build_page(studio: Studio):
                 guidance = gr.Slider(1, MAX_GUIDANCE, 1, step=0.1, label="Guidance: 1 is none")
                 seed = gr.Number(0, label=f"Seed, 0 to {MAX_SEED}", precision=None)
                 images = gr.Slider(1, limits.images, 1, step=1, label="Images")
+                verify = gr.Radio(
+                    [("Window", "window"), ("Strict", "strict")],
+                    value="window",
+                    label="Verification",
+                    info="Window: all steps of a window are judged given what was known before it, and kept. Strict: "
+                    "every step is judged given the steps before it; what follows a rejected token is drafted again.",
+                )
+                candidates = gr.Slider(1, MOST_CANDIDATES, 1, step=1, label="Candidates of every drafted token")
+                branches = gr.Slider(
+                    1, MOST_CANDIDATES, 1, step=1, label="Branches: of a window's first step, with strict verification"
+                )
                 button = gr.Button("Make", variant="primary")
             with gr.Column(scale=3):
                 made = gr.HTML("<p>Choose on the left, then press Make.</p>", padding=True)
-        inputs = [label, steps, gamma, guidance, seed, images]
+        inputs = [label, steps, gamma, guidance, seed, images, verify, candidates, branches]
         button.click(make, inputs, made, concurrency_limit=1, api_name="make")
     return app.queue(max_size=WAITING, default_concurrency_limit=1)
 

@@ -15,6 +15,9 @@ from dataclasses import dataclass
 import torch
 from PIL import Image
 
+from cspd_kernels.ops.accept_reject import MOST_CANDIDATES
+
+from .checks import VERIFY
 from .demo.picture import COLOURS, to_pixels
 from .speculative import SpecDecodeRunner
 from .stats import OUTCOMES
@@ -43,6 +46,7 @@ class Made:
         seconds, seconds_alone: of both runs, each with its decoder left out.
         target_calls, draft_calls, target_calls_alone: passes through each model.
         acceptance: fraction of drafted tokens kept, or None.
+        verify, rounds, steps_per_round: as in :class:`cspd.stats.RunStats`, of the pair.
     """
 
     speculative: torch.Tensor
@@ -54,6 +58,9 @@ class Made:
     draft_calls: int
     target_calls_alone: int
     acceptance: float | None
+    verify: str = "window"
+    rounds: int = 0
+    steps_per_round: float | None = None
 
 
 class Studio:
@@ -76,11 +83,15 @@ class Studio:
         """The window that a page starts with."""
         return min(8 if self.vae else 4, self.limits.gamma)
 
-    def make(self, label, steps, gamma, guidance, seed, images) -> Made:
+    def make(self, label, steps, gamma, guidance, seed, images, verify="window", candidates=1, branches=1) -> Made:
         """Draw ``images`` images of one class, by the pair and by the target alone.
 
+        With strict verification or several candidates the last denoising step adds its noise, of both pictures
+        (``criterion="last_step"`` of :class:`SpecDecodeRunner`).
+
         Raises:
-            ValueError: something is no number, or out of range. What a page allows is not relied upon.
+            ValueError: something is no number, out of range, or does not go together. What a page allows is not
+                relied upon.
         """
         label = whole("the class", label, 0, self.classes - 1)
         steps = whole("steps", steps, 1, self.limits.steps)
@@ -88,7 +99,9 @@ class Studio:
         seed = whole("the seed", seed, 0, MAX_SEED)
         images = whole("the number of images", images, 1, self.limits.images)
         guidance = number("guidance", guidance, 1, MAX_GUIDANCE)
+        options = verification(verify, candidates, branches)
         with self._lock, _threads(1 if self.vae is None else None):
+            self._set(options)
             labels = torch.full((images,), label)
             made = []
             for runner in (self.alone, self.pair):
@@ -105,7 +118,16 @@ class Studio:
             draft_calls=pair.draft_calls,
             target_calls_alone=alone.target_calls,
             acceptance=pair.acceptance,
+            verify=pair.verify,
+            rounds=pair.rounds,
+            steps_per_round=pair.steps_per_round,
         )
+
+    def _set(self, options: dict) -> None:
+        """Of the runners there are, whose packed weights and graphs stay."""
+        for name, value in options.items():
+            setattr(self.pair, name, value)
+        self.alone.criterion = options["criterion"]
 
     def _pixels(self, drawn: torch.Tensor) -> torch.Tensor:
         if self.vae is None:
@@ -122,6 +144,33 @@ def whole(name: str, value, low: int, high: int) -> int:
     if value != int(value):
         raise ValueError(f"Expected {name} as a whole number from {low} to {high}, got {_shown(value)}.")
     return int(value)
+
+
+def verification(verify, candidates, branches) -> dict:
+    """The options of :class:`SpecDecodeRunner` that a request means.
+
+    Raises:
+        ValueError: out of range, or not together.
+    """
+    if verify not in VERIFY:
+        raise ValueError(f"Expected the verification as one of {', '.join(VERIFY)}, got {_shown(verify)}.")
+    candidates = whole("the candidates", candidates, 1, MOST_CANDIDATES)
+    branches = whole("the branches", branches, 1, MOST_CANDIDATES)
+    if branches > 1 and verify != "strict":
+        raise ValueError(f"Expected strict verification with {branches} branches: in windows there is one.")
+    if branches > candidates:
+        raise ValueError(
+            f"Expected at most as many branches as candidates, each of which one continues, got {branches} and "
+            f"{candidates}."
+        )
+    plain = verify == "window" and candidates == 1
+    return {
+        "verify": verify,
+        "num_candidates": candidates,
+        "branches": branches,
+        "criterion": "trajectory" if plain else "last_step",
+        "target_sigma": candidates > 1,  # learned variances differ, fixed ones do not
+    }
 
 
 def number(name: str, value, low: float, high: float) -> float:
@@ -173,6 +222,8 @@ def render(made: Made) -> str:
         f"<b>{speed:.2f} times</b> as fast. {kept} Target passes: {made.target_calls} instead of "
         f"{made.target_calls_alone}; draft passes: {made.draft_calls}."
     )
+    if made.verify == "strict" and made.steps_per_round:
+        text += f" {made.rounds} rounds, each {made.steps_per_round:.1f} steps of an image."
     many = " cspd-many" if len(maps) > 1 else ""
     return f"<div class='cspd-made{many}'>{figures}</div><ul class='cspd-legend'>{legend}</ul><p>{text}</p>"
 

@@ -266,7 +266,7 @@ def test_a_signal_ends_the_process_with_one_line(tmp_path):
 @pytest.mark.parametrize(("variable", "threads"), [(None, 1), ("", 1), ("3", 3)])
 def test_the_digits_take_one_thread_and_the_caller_keeps_its_own(variable, threads, tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr("cspd.demo.run.run_demo", lambda *_: seen.append(torch.get_num_threads()))
+    monkeypatch.setattr("cspd.demo.run.run_demo", lambda *_, **__: seen.append(torch.get_num_threads()))
     monkeypatch.setattr("cspd.generate.run._finish", lambda *_: seen.append(torch.get_num_threads()))
     if variable is None:
         monkeypatch.delenv("OMP_NUM_THREADS", raising=False)

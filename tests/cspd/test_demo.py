@@ -109,6 +109,24 @@ def test_demo_prints_its_table_and_writes_its_files(tmp_path):
         assert (picture == colour).all(-1).sum() > 100
 
 
+def test_strict_rows_of_the_demo(tmp_path):
+    lines = []
+    result = run_demo(6, [3], 1, tmp_path / "d.png", None, echo=lines.append, strict=True)
+    noisy, strict = result["rows"][-2:]
+    assert [row["name"] for row in (noisy, strict)] == ["target, 16 steps, noise", "strict, gamma 4"]
+    assert (noisy["target_calls"], noisy["draft_calls"], noisy["acceptance"]) == (16, 0, None)
+    assert noisy["frechet_distance"] != result["rows"][0]["frechet_distance"]
+    assert strict["acceptance"] < 1 and strict["draft_calls"] > 13  # some steps were drafted again
+    assert "exactly the distribution of the row above" in "\n".join(lines)
+    target, draft = load_pair()
+    labels = torch.arange(6)
+    rule = dict(verify="strict", criterion="last_step", relaxation=1.0, residual="closed_form")
+    runner = cspd.SpecDecodeRunner(draft, target, **rule)
+    images = runner.run(6, STEPS, 4, labels=labels, seed=1)
+    assert strict["frechet_distance"] == pytest.approx(frechet_distance(images), rel=1e-6)
+    assert (strict["target_calls"], strict["draft_calls"]) == (runner.stats.target_calls, runner.stats.draft_calls)
+
+
 def test_same_seed_same_digits():
     target, draft = load_pair()
     labels = torch.arange(4)

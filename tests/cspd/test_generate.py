@@ -18,10 +18,13 @@ from small_models import small_mar
 
 from cspd import cli_support
 from cspd.cli import main
+from cspd.demo.pair import load_pair
+from cspd.demo.picture import to_pixels
 from cspd.generate import images
 from cspd.generate.npz import write_npz
 from cspd.generate.run import _load
 from cspd.generate.settings import fingerprint
+from cspd.speculative import SpecDecodeRunner
 
 # --- what is written ---
 
@@ -58,6 +61,44 @@ def test_the_digits(tmp_path, capsys):
     other = [*command[:-1], str(tmp_path / "closed"), "--residual", "closed_form"]
     assert main(other) == 0
     assert contents(tmp_path / "closed") != contents(out)
+
+
+def test_strict_digits(tmp_path, capsys):
+    out = tmp_path / "out"
+    command = ["generate", "--labels", "3,7", "--steps", "6", "--gamma", "3", "--relaxation", "1", "--seed", "2"]
+    command += ["--residual", "closed_form", "--verify", "strict", "--criterion", "last_step"]
+    tree = ["--candidates", "3", "--branches", "2"]
+    assert main([*command, *tree, "--batch-size", "1", "--out", str(out)]) == 0
+    target, draft = load_pair()
+    rule = dict(verify="strict", criterion="last_step", residual="closed_form", num_candidates=3, branches=2)
+    runner = SpecDecodeRunner(draft, target, 1.0, **rule)
+    made, stats = [], []
+    for number, label in enumerate((3, 7)):
+        made.append(runner.run(1, 6, 3, labels=torch.tensor([label]), seed=2, first_image=number))
+        stats.append(runner.stats)
+    for image, path in zip(made, sorted(out.glob("0*.png"))):
+        assert (np.asarray(Image.open(path))[..., 0] == to_pixels(image)[0].numpy()).all()
+    run = run_of(out)
+    settings, told = run["settings"], run["statistics"]
+    chosen = [settings[name] for name in ("verify", "candidates", "branches", "criterion")]
+    assert chosen == ["strict", 3, 2, "last_step"]
+    assert told["rounds"] == stats[0].rounds + stats[1].rounds
+    assert told["steps_per_round"] == pytest.approx(10 / told["rounds"])  # one of six steps is pre-filled
+    assert told["target_rows"] == stats[0].target_rows + stats[1].target_rows
+    assert told["candidates"] == [a + b for a, b in zip(stats[0].candidates, stats[1].candidates)]
+    assert f", {told['rounds']} rounds of {told['steps_per_round']:.2f} steps an image" in capsys.readouterr().out
+    assert main([*command, "--prefill", "1", "--out", str(tmp_path / "alone")]) == 0
+    told = run_of(tmp_path / "alone")["statistics"]
+    assert (told["rounds"], told["steps_per_round"], told["acceptance"], told["candidates"]) == (0, None, None, [])
+
+
+def test_the_last_step_of_the_target_alone_adds_its_noise(tmp_path, checkpoints, caplog):
+    command = ["generate", *checkpoints, "--latents", "--labels", "1", "--steps", "2", "--num-sampling-steps", "3"]
+    for name in ("trajectory", "last_step"):
+        assert main([*command, "--criterion", name, "--out", str(tmp_path / name)]) == 0
+    assert not caplog.messages  # it plays a part
+    written = [load_file(tmp_path / name / "000000.safetensors")["latents"] for name in ("trajectory", "last_step")]
+    assert not torch.equal(*written)
 
 
 def test_balanced_classes_in_whole_batches(tmp_path, quick):
@@ -212,9 +253,9 @@ def test_what_has_no_part_without_a_draft(tmp_path, checkpoints, quick, caplog):
     command = ["generate", *checkpoints, "--latents", "--labels", "1", "--out", str(tmp_path / "out")]
     assert main(command) == 0
     assert not caplog.messages
-    assert main([*command, "--gamma", "3", "--prefill", "0.5", "--relaxation", "1"]) == 0
+    assert main([*command, "--gamma", "3", "--prefill", "0.5", "--relaxation", "1", "--verify", "strict"]) == 0
     assert caplog.messages == [
-        "without --draft nothing is drafted, and these play no part: --gamma, --prefill, --relaxation"
+        "without --draft nothing is drafted, and these play no part: --gamma, --prefill, --relaxation, --verify"
     ]
 
 
@@ -240,6 +281,10 @@ def test_what_has_no_part_without_a_draft(tmp_path, checkpoints, quick, caplog):
         (["--labels", "1", "--temperature", "-1"], "temperature >= 0"),
         (["--labels", "1", "--prefill", "1.5"], "expected --prefill in [0, 1], got 1.5"),
         (["--labels", "1", "--relaxation", "0"], "expected a finite --relaxation > 0, got 0.0"),
+        (["--labels", "1", "--candidates", "17"], "expected --candidates at most 16, got 17"),
+        (["--labels", "1", "--candidates", "2", "--branches", "3"], "at most as many --branches as --candidates, each"),
+        (["--labels", "1", "--candidates", "2", "--branches", "2"], "expected --branches 2 together with --verify str"),
+        (["--labels", "1", "--target-sigma"], "expected --target-sigma together with --residual closed_form or sev"),
         (["--labels", "1", "--device", "foo"], "as one that torch has here, got foo: there is no such device"),
         (["--labels", "1", "--device", "meta"], "as one that torch has here, got meta: it computes nothing"),
         (["--labels", "1", "--seed", "-1"], "seed"),

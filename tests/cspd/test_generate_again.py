@@ -51,6 +51,10 @@ def test_only_what_is_missing_or_broken_is_made_again(tmp_path, quick, capsys):
         prefilled=12,
         target_calls=9,
         draft_calls=6,
+        rounds=6,
+        steps_per_round=1.5,
+        target_rows=6,
+        candidates=[18],
     )
 
 
@@ -101,6 +105,32 @@ def test_a_changed_setting_is_refused(options, difference, tmp_path, quick, caps
     assert f"got others: {difference}. Give another --out, or these settings again" in one_line(capsys)
     assert not quick.runs
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_folder_of_an_earlier_version_goes_on(tmp_path, quick, capsys):
+    """Its settings know nothing of verification: it was run with what is the default now."""
+    assert main([*TEN, str(tmp_path)]) == 0
+    run = run_of(tmp_path)
+    for name in ("verify", "candidates", "branches", "criterion"):
+        del run["settings"][name]
+    (tmp_path / "run.json").write_text(json.dumps(run))
+    (tmp_path / "000005.png").unlink()
+    notes = [json.loads(line) for line in (tmp_path / "batches.jsonl").read_text().splitlines()]
+    for name in ("rounds", "steps_per_round", "target_rows", "candidates"):
+        del notes[0]["statistics"][name]
+    (tmp_path / "batches.jsonl").write_text("".join(json.dumps(note) + "\n" for note in notes))
+    quick.runs.clear()
+    assert main([*TEN, str(tmp_path)]) == 0
+    assert [first for _, first, _ in quick.runs] == [4]
+    assert run_of(tmp_path)["statistics"]["rounds"] is None
+    assert run_of(tmp_path)["statistics"]["drafted"] == 36
+    capsys.readouterr()
+    changed = ["--verify", "strict", "--candidates", "2", "--branches", "2", "--criterion", "last_step"]
+    assert main([*TEN, str(tmp_path), *changed]) == 2
+    assert (
+        "--verify was window, is strict; --candidates was 1, is 2; --branches was 1, is 2; --criterion was "
+        "trajectory, is last_step"
+    ) in one_line(capsys)
 
 
 def test_checkpoints_are_known_by_their_contents(tmp_path, checkpoints, quick, capsys, monkeypatch):

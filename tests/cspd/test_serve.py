@@ -60,6 +60,41 @@ def test_limits_hold_whatever_a_page_sends(studio, monkeypatch, name, value):
         studio.make(**{**GOOD, name: value})
 
 
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (dict(verify="strictly"), "Expected the verification as one of window, strict, got 'strictly'"),
+        (dict(verify=None), "Expected the verification as one of window, strict, got nothing"),
+        (dict(candidates=17), "Expected the candidates as a whole number from 1 to 16, got 17"),
+        (dict(candidates=None), "Expected the candidates as a whole number"),
+        (dict(verify="strict", branches=0), "Expected the branches as a whole number from 1 to 16, got 0"),
+        (dict(candidates=2, branches=2), "Expected strict verification with 2 branches"),
+        (dict(verify="strict", candidates=2, branches=3), "Expected at most as many branches as candidates"),
+    ],
+)
+def test_verification_that_does_not_go_together(studio, monkeypatch, wrong, message):
+    monkeypatch.setattr(SpecDecodeRunner, "run", lambda *_, **__: pytest.fail("it was run"))
+    with pytest.raises(ValueError, match=message):
+        studio.make(**GOOD, **wrong)
+
+
+def test_a_strict_request_and_a_window_behind_it(studio):
+    before = studio.make(**GOOD)
+    strict = studio.make(**GOOD, verify="strict", candidates=3.0, branches=2.0)
+    target, draft = load_pair()
+    rule = dict(verify="strict", num_candidates=3, branches=2, criterion="last_step")
+    runner, labels = SpecDecodeRunner(draft, target, 1.0, **rule), torch.tensor([3, 3])
+    runner.run(2, 4, 2, labels=labels, seed=5)
+    assert torch.equal(strict.outcome, runner.stats.outcome)
+    assert (strict.verify, strict.rounds) == ("strict", runner.stats.rounds)
+    assert f"{strict.rounds} rounds, each {strict.steps_per_round:.1f} steps of an image." in render(strict)
+    assert not torch.equal(strict.alone, before.alone)  # its last step adds its noise, too
+    again = studio.make(**GOOD)
+    assert torch.equal(again.speculative, before.speculative) and torch.equal(again.alone, before.alone)
+    assert " rounds, " not in render(again)
+    SpecDecodeRunner(draft, target, 1.0, **rule, target_sigma=True)  # what a request sets is what a runner takes
+
+
 def test_what_is_shown():
     outcome = torch.tensor([[0, 1, 2, 3]])
     grey = torch.zeros(1, 8, 8, dtype=torch.uint8)
@@ -138,9 +173,11 @@ def test_the_page_over_http(studio, port, monkeypatch):
         assert address == f"http://127.0.0.1:{port}/"
         client = client_of.Client(address, verbose=False)
         assert client.predict(*GOOD.values(), api_name="/make").count("<img") == 6
+        assert " rounds, each " in client.predict(*GOOD.values(), "strict", 2, 2, api_name="/make")
         for values, message in (
             ({"seed": -1}, "Expected the seed as a whole number"),
             ({"label": 10}, "Expected the class as a whole number from 0 to 9, got 10"),
+            ({"verify": "window", "candidates": 2, "branches": 2}, "Expected strict verification with 2 branches"),
         ):
             with pytest.raises(Exception, match=message):
                 client.predict(*{**GOOD, **values}.values(), api_name="/make")

@@ -29,6 +29,7 @@ class Runner:
     @property
     def stats(self):
         kept = dict(acceptance=0.5, raw_acceptance=0.25, fallback=0.0, drafted=12, prefilled=4)
+        kept |= dict(rounds=2, steps_per_round=1.5, target_rows=2, candidates=[6])
         return SimpleNamespace(to_dict=lambda: kept | dict(target_calls=3, draft_calls=2, seconds={"total": 1.0}))
 
 

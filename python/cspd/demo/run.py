@@ -17,6 +17,8 @@ from .quality import frechet_distance
 
 STEPS = 16
 BATCH = 512
+STRICT = {"verify": "strict", "criterion": "last_step", "relaxation": 1.0, "residual": "closed_form"}
+STRICT_GAMMA = 4
 
 
 def generate(draft, target, labels: torch.Tensor, steps: int, gamma: int | None, seed: int, **options):
@@ -46,8 +48,21 @@ def _figures(stats: list[RunStats], alone: bool) -> dict:
     }
 
 
-def run_demo(num_images: int, gammas: list[int], seed: int, out: Path, json_file: Path | None, echo=print) -> dict:
-    """Generate, measure, print the table, and write the picture (and the figures as JSON)."""
+def run_demo(
+    num_images: int,
+    gammas: list[int],
+    seed: int,
+    out: Path,
+    json_file: Path | None,
+    echo=print,
+    *,
+    strict: bool = False,
+) -> dict:
+    """Generate, measure, print the table, and write the picture (and the figures as JSON).
+
+    ``strict``: with two rows more, of the target whose last step adds its noise and of strict verification, which
+    draws from its distribution.
+    """
     if num_images < 2:
         raise ValueError(f"expected --num-images >= 2 (a distance needs a covariance), got {num_images}")
     if out.suffix.lower() != ".png":
@@ -59,9 +74,14 @@ def run_demo(num_images: int, gammas: list[int], seed: int, out: Path, json_file
             raise ValueError(f"expected --json as another file than --out, got {json_file} for both")
     target, draft = load_pair()
     labels = torch.arange(num_images) % 10
-    plan = [(f"target, {n} steps", target, n, None) for n in (STEPS, STEPS // 2, STEPS // 4)]
-    plan += [(f"draft, {STEPS} steps", draft, STEPS, None)]
-    plan += [(f"speculative, gamma {g}", target, STEPS, g) for g in gammas]
+    plan = [(f"target, {n} steps", target, n, None, {}) for n in (STEPS, STEPS // 2, STEPS // 4)]
+    plan += [(f"draft, {STEPS} steps", draft, STEPS, None, {})]
+    plan += [(f"speculative, gamma {g}", target, STEPS, g, {}) for g in gammas]
+    if strict:
+        plan += [
+            (f"target, {STEPS} steps, noise", target, STEPS, None, {"criterion": STRICT["criterion"]}),
+            (f"strict, gamma {STRICT_GAMMA}", target, STEPS, STRICT_GAMMA, STRICT),
+        ]
     generate(draft, target, labels[:1], STEPS, gammas[0], seed)  # warm up, so that the first row pays no start-up
 
     echo(f"{num_images} handwritten digits, seed {seed}, {torch.get_num_threads()} CPU threads")
@@ -69,8 +89,8 @@ def run_demo(num_images: int, gammas: list[int], seed: int, out: Path, json_file
         f"{'':22s}{'seconds':>9s}{'target calls':>14s}{'draft calls':>13s}{'raw acc.':>10s}{'acc.':>8s}{'Frechet':>9s}"
     )
     rows, pictures = [], []
-    for name, model, steps, gamma in plan:
-        images, figures, outcome = generate(draft, model, labels, steps, gamma, seed)
+    for name, model, steps, gamma, options in plan:
+        images, figures, outcome = generate(draft, model, labels, steps, gamma, seed, **options)
         if model is draft:  # alone, the draft stands in the target's place
             figures["target_calls"], figures["draft_calls"] = 0, figures["target_calls"]
         figures["frechet_distance"] = frechet_distance(images)
@@ -81,7 +101,13 @@ def run_demo(num_images: int, gammas: list[int], seed: int, out: Path, json_file
         "raw acc.: mean acceptance probability at relaxation 1; acc.: fraction kept at relaxation 42, as run.\n"
         "Frechet distance to all real digits in the 64 pixel dimensions; it is biased upwards for few images."
     )
-    shown = [pictures[0], *pictures[len(plan) - len(gammas) :]]
+    if strict:
+        echo(
+            "strict: every step is judged given the tokens before it, at relaxation 1; the last denoising step adds its\n"
+            "noise. Up to rounding the tokens have exactly the distribution of the row above. The other speculative\n"
+            "rows are approximate."
+        )
+    shown = [pictures[0], *(picture for picture in pictures if picture[2] is not None)]
     save_picture(out, shown, labels)
     echo(f"wrote {out}")
     result = {"num_images": num_images, "steps": STEPS, "seed": seed, "threads": torch.get_num_threads(), "rows": rows}

@@ -12,7 +12,9 @@ from ..checks import check_run
 from ..speculative import SpecDecodeRunner
 from .settings import Settings
 
-_STATISTICS = ("acceptance", "raw_acceptance", "fallback", "drafted", "prefilled", "target_calls", "draft_calls")
+_MEANS = ("acceptance", "raw_acceptance", "fallback")  # over the drafted tokens
+_SUMS = ("drafted", "prefilled", "target_calls", "draft_calls")
+_ROUNDS = ("rounds", "steps_per_round", "target_rows", "candidates")  # batches of earlier versions do not tell them
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,10 @@ class Models:
             dtype=getattr(torch, settings.dtype),
             residual=settings.residual,
             target_sigma=settings.target_sigma,
+            verify=settings.verify,
+            num_candidates=settings.candidates,
+            branches=settings.branches,
+            criterion=settings.criterion,
             parallel_tol=settings.parallel_tol,
         )
         check_run(
@@ -111,7 +117,7 @@ class Models:
         start = time.perf_counter()
         made = self._pixels(images) if pixels else None
         seconds = stats["seconds"] | {"decode": time.perf_counter() - start}
-        return Batch(number, images.cpu(), made, {name: stats[name] for name in _STATISTICS}, seconds)
+        return Batch(number, images.cpu(), made, {name: stats[name] for name in (*_MEANS, *_SUMS, *_ROUNDS)}, seconds)
 
     def _pixels(self, latents: torch.Tensor) -> np.ndarray:
         if self.vae is None:
@@ -136,14 +142,29 @@ def merge_statistics(records: list[dict]) -> tuple[dict, dict]:
     """(statistics, seconds by phase) of many batches: sums, and means over the drafted tokens."""
     statistics: dict = {"batches": len(records)}
     drafted = sum(record["statistics"]["drafted"] for record in records)
-    for name in _STATISTICS:
+    for name in _MEANS:
         values = [(record["statistics"][name], record["statistics"]["drafted"]) for record in records]
-        if name in ("acceptance", "raw_acceptance", "fallback"):
-            statistics[name] = sum(value * weight for value, weight in values if weight) / drafted if drafted else None
-        else:
-            statistics[name] = sum(value for value, _ in values)
+        statistics[name] = sum(value * weight for value, weight in values if weight) / drafted if drafted else None
+    for name in _SUMS:
+        statistics[name] = sum(record["statistics"][name] for record in records)
+    statistics |= _rounds([record["statistics"] for record in records])
     seconds: dict = {}
     for record in records:
         for name, value in record["seconds"].items():
             seconds[name] = seconds.get(name, 0.0) + value
     return statistics, seconds
+
+
+def _rounds(records: list[dict]) -> dict:
+    """What the runner tells of rounds, of all batches together; None where a batch does not tell it."""
+    if not all(name in record for record in records for name in _ROUNDS):
+        return dict.fromkeys(_ROUNDS)
+    # Every batch moves as many images by as many steps: the mean over all rounds is that of the rounds a step.
+    per_round = [record["steps_per_round"] for record in records if record["steps_per_round"]]
+    ways = zip(*(record["candidates"] for record in records if record["rounds"]))
+    return {
+        "rounds": sum(record["rounds"] for record in records),
+        "steps_per_round": len(per_round) / sum(1 / steps for steps in per_round) if per_round else None,
+        "target_rows": sum(record["target_rows"] for record in records),
+        "candidates": [sum(counts) for counts in ways],
+    }

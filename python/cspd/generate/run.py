@@ -293,4 +293,6 @@ def _summary(settings: Settings, folder: RunFolder, run: dict) -> str:
         texts.append(f"not counting {lost} batch{'es' * (lost > 1)} whose process was stopped before it noted them")
     if statistics["acceptance"] is not None:
         texts.append(f"{100 * statistics['acceptance']:.1f} % of the drafted tokens kept")
+    if settings.verify == "strict" and statistics["steps_per_round"]:
+        texts.append(f"{statistics['rounds']} rounds of {statistics['steps_per_round']:.2f} steps an image")
     return ", ".join(texts)

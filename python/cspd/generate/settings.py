@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from cspd_kernels.ops.accept_reject import MOST_CANDIDATES
+
 from ..cli_generate import DRAFTING
 from ..files import sha256
 from ..weight_files import MAR_FILE, VAE_FILE, config_beside, find_file
@@ -16,6 +18,8 @@ from ..weight_files import MAR_FILE, VAE_FILE, config_beside, find_file
 DIGITS = "digits"
 _CHECKPOINTS = {"target": MAR_FILE, "draft": MAR_FILE, "vae": VAE_FILE}
 _MOST_IMAGES = 65_536  # of a batch: more is a slip
+# Settings that folders of earlier versions do not have: they were run with these.
+_ADDED = {"criterion": "trajectory"} | {name: DRAFTING[name] for name in ("verify", "candidates", "branches")}
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,10 @@ class Settings:
     relaxation: float
     residual: str
     target_sigma: bool
+    verify: str
+    candidates: int
+    branches: int
+    criterion: str
     parallel_tol: float | str | None
 
     @property
@@ -112,6 +120,7 @@ def resolve(args, device: torch.device, known: dict) -> Settings:
         batch_size=args.batch_size or min(count, 64 if digits or device.type != "cpu" else 8),
         # Without a draft all steps are the target's, and what is said of drafting plays no part.
         **(DRAFTING | {"prefill": 1.0} if alone else {name: getattr(args, name) for name in DRAFTING}),
+        criterion=args.criterion,  # of the target alone, too: its last step adds its noise or does not
         parallel_tol=args.parallel_tol,
     )
 
@@ -138,6 +147,7 @@ def check_options(args) -> None:
         raise ValueError(f"expected --prefill in [0, 1], got {args.prefill}")
     if not 0.0 < args.relaxation < math.inf:
         raise ValueError(f"expected a finite --relaxation > 0, got {args.relaxation}")
+    _check_verify(args)
     for name, most in (("batch_size", _MOST_IMAGES), ("threads", max(64, 8 * (os.cpu_count() or 1)))):
         if (getattr(args, name) or 0) > most:
             raise ValueError(f"expected --{name.replace('_', '-')} at most {most}, got {getattr(args, name)}")
@@ -152,6 +162,21 @@ def check_options(args) -> None:
         for name in ("grid", "npz"):
             if getattr(args, name) is not None:
                 raise ValueError(f"expected --vae together with --{name}: without it there are latents only")
+
+
+def _check_verify(args) -> None:
+    """Raise where drafted tokens cannot be verified or redrawn in the way that is asked for, whatever the models."""
+    if args.candidates > MOST_CANDIDATES:
+        raise ValueError(f"expected --candidates at most {MOST_CANDIDATES}, got {args.candidates}")
+    if args.branches > args.candidates:
+        raise ValueError(
+            f"expected at most as many --branches as --candidates, each of which one continues, got {args.branches} "
+            f"and {args.candidates}"
+        )
+    if args.branches > 1 and args.verify != "strict":
+        raise ValueError(f"expected --branches {args.branches} together with --verify strict")
+    if args.target_sigma and args.residual != "closed_form" and args.candidates == 1:
+        raise ValueError("expected --target-sigma together with --residual closed_form or several --candidates")
 
 
 def without_part(args) -> list[str]:
@@ -194,7 +219,7 @@ def fingerprint(name: str, path: Path, known: dict | str | None = None) -> dict:
 
 def differences(was: dict, now: dict) -> list[str]:
     """What differs between the settings of two starts, one text per setting; a checkpoint is its contents."""
-    texts = []
+    texts, was = [], {name: value for name, value in _ADDED.items() if name in now} | was
     for name in [*now, *(name for name in was if name not in now)]:
         if _content(was.get(name)) != _content(now.get(name)):
             texts.append(f"--{name.replace('_', '-')} was {_text(was.get(name))}, is {_text(now.get(name))}")
