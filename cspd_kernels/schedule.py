@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -37,11 +37,13 @@ class Schedule:
         betas: (T,) in (0, 1], after respacing.
         timesteps: (T,) int64, what the time embedding of the network receives at each step.
         variance: ``"learned"``, ``"fixed_small"`` or ``"fixed_large"``.
+        width: of a :meth:`one_step` schedule, else None.
     """
 
     betas: np.ndarray
     timesteps: np.ndarray
     variance: str = "learned"
+    width: float | None = None
 
     def __post_init__(self):
         betas = np.array(self.betas, dtype=np.float64)
@@ -54,6 +56,13 @@ class Schedule:
             raise ValueError(f"Schedule expected timesteps of shape {betas.shape}, got {timesteps.shape}")
         if self.variance not in _VARIANCES:
             raise ValueError(f"Schedule expected variance one of {_VARIANCES}, got {self.variance!r}")
+        tables = self._one_step(betas) if self.width is not None else self._diffusion(betas)
+        for name, table in {"betas": betas, "timesteps": timesteps, **tables}.items():
+            table.setflags(write=False)
+            object.__setattr__(self, name, table)
+
+    def _diffusion(self, betas: np.ndarray) -> dict[str, np.ndarray]:
+        """The tables that follow from betas."""
         acp = np.cumprod(1.0 - betas)
         # beta = 1 destroys the signal: x0 would be divided by zero.
         if acp[-1] <= 0:
@@ -65,9 +74,7 @@ class Schedule:
         posterior[0] = posterior[1] if betas.size > 1 else betas[0]
         large = betas.copy()
         large[0] = posterior[0]
-        tables = {
-            "betas": betas,
-            "timesteps": timesteps,
+        return {
             "sqrt_recip_acp": np.sqrt(1.0 / acp),
             "sqrt_recipm1_acp": np.sqrt(1.0 / acp - 1.0),
             "coef1": betas * np.sqrt(acp_prev) / (1.0 - acp),
@@ -77,16 +84,33 @@ class Schedule:
             "fixed_log_variance": np.log(large if self.variance == "fixed_large" else posterior),
             "alphas_cumprod": acp,
         }
-        for name, table in tables.items():
-            table.setflags(write=False)
-            object.__setattr__(self, name, table)
+
+    def _one_step(self, betas: np.ndarray) -> dict[str, np.ndarray]:
+        """The tables of :meth:`one_step`: beta is 1, and nothing follows from it."""
+        if betas.tolist() != [1.0] or not 0 < self.width < math.inf:
+            raise ValueError(
+                f"Schedule expected a finite width > 0 of one step with beta 1, got width {self.width!r} and betas "
+                f"{betas.tolist()}"
+            )
+        log_variance = 2.0 * math.log(self.width)
+        values = {
+            "sqrt_recip_acp": 0.0, "sqrt_recipm1_acp": -1.0, "coef1": 1.0, "coef2": 0.0, "log_beta": log_variance,
+            "log_posterior": log_variance, "fixed_log_variance": log_variance, "alphas_cumprod": 0.0,
+        }  # fmt: skip
+        return {name: np.array([value]) for name, value in values.items()}
 
     @property
     def num_steps(self) -> int:
         """T, the number of reverse steps."""
         return len(self.betas)
 
+    def last(self, steps: int) -> Schedule:
+        """The last ``steps`` of the steps taken, or all where there are no more."""
+        return replace(self, betas=self.betas[:steps], timesteps=self.timesteps[:steps])
+
     def __repr__(self) -> str:
+        if self.width is not None:
+            return f"Schedule.one_step({self.width!r})"
         return f"Schedule(num_steps={self.num_steps}, variance={self.variance!r})"
 
     @classmethod
@@ -132,6 +156,15 @@ class Schedule:
                     f"{type(obj).__name__}"
                 )
         return schedule
+
+    @classmethod
+    def one_step(cls, width: float) -> Schedule:
+        """Of a network that makes a token of x_T in one call: its output is the token, ``x0 = mean = eps``.
+
+        ``width`` > 0: the standard deviation that is stated of the token about that output, 2 log(width) as the fixed
+        log variance; the output itself has no density. The network is called with timestep 0.
+        """
+        return cls(np.ones(1), np.zeros(1), "fixed_small", float(width))
 
     @classmethod
     def cosine(cls, num_steps: int, *, train_steps: int = 1000, variance: str = "learned") -> Schedule:

@@ -70,7 +70,7 @@ class Trial:
         if not self.serving:
             raise NotServedError("")
         if steps is not None and steps < schedule.num_steps:
-            schedule = Schedule(schedule.betas[:steps], schedule.timesteps[:steps], schedule.variance)
+            schedule = schedule.last(steps)
         if call.inter_noise is not None:
             call = replace(call, inter_noise=call.inter_noise[: schedule.num_steps])
         head = self.cache.get(schedule, torch.float32)
@@ -164,7 +164,7 @@ def _uncompile(part) -> None:
 def _last_steps(diffusion, steps: int) -> None:
     """Make a diffusion object sample in its last steps alone, in which x stays as large as it starts."""
     if isinstance(schedule := getattr(diffusion, "schedule", None), Schedule):
-        diffusion.schedule = Schedule(schedule.betas[:steps], schedule.timesteps[:steps], schedule.variance)
+        diffusion.schedule = schedule.last(steps)
     elif "num_timesteps" in vars(diffusion):
         diffusion.num_timesteps = min(steps, diffusion.num_timesteps)
 

@@ -160,7 +160,7 @@ class DiffLoss(nn.Module):
         conditional first. The first noise comes from the CPU generator, the others from the device's.
         """
         guided = cfg != 1.0
-        noise = _first_noise(len(z) // 2 if guided else len(z), self.in_channels, z.device)
+        noise = first_noise(len(z) // 2 if guided else len(z), self.in_channels, z.device)
         noise = torch.cat([noise, noise]) if guided else noise
         return self.gen_diffusion.p_sample_loop(
             self.net.forward_with_cfg if guided else self.net.forward,
@@ -173,7 +173,7 @@ class DiffLoss(nn.Module):
         )
 
 
-def _first_noise(rows: int, channels: int, device: torch.device) -> torch.Tensor:
+def first_noise(rows: int, channels: int, device: torch.device) -> torch.Tensor:
     """x_T (rows, C) of the CPU's generator, on a device."""
     noise = torch.randn(rows, channels, device="cpu")
     # From other memory the copy would wait for all that the device has yet to do. While the caller captures a graph it
