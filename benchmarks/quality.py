@@ -32,7 +32,8 @@ class Measured:
         self.runner = SpecDecodeRunner(
             drafts,
             drafts if alone else pair.target,
-            **({"prefill": 1.0, **_alone(setting)} if alone else setting.options),
+            **({"prefill": 1.0} if alone else {}),
+            **setting.options,
         )
         self.images: dict[int, list[torch.Tensor]] = {}
         self.stats = []
@@ -63,18 +64,13 @@ class Measured:
         }
         for name in ("target_calls", "draft_calls", "target_rows"):
             row[name] = float(np.mean([getattr(s, name) for s in self.stats]))
-        if self.setting.kind != "target" and self.setting.gamma is None:  # alone, a draft stands in the target's place
+        if self.setting.draft != "target" and self.setting.gamma is None:  # alone, a draft stands in the target's place
             row["target_calls"], row["draft_calls"], row["target_rows"] = 0.0, row["target_calls"], 0.0
         drafted = sum(s.drafted for s in self.stats)
         for name in ("acceptance", "raw_acceptance", "fallback"):
             known = [(getattr(s, name), s.drafted) for s in self.stats if s.drafted]
             row[name] = sum(value * n for value, n in known) / drafted if drafted else None
         return row
-
-
-def _alone(setting: Setting) -> dict:
-    """A one-step draft's tokens have a width, which the last step's noise gives them."""
-    return {"criterion": "last_step"} if setting.kind == "one step" else {}
 
 
 def with_twins(rows: list[dict], chosen: list[Setting]) -> list[dict]:
@@ -111,6 +107,12 @@ def measure(pair: Pair, images: int, seeds: list[int], chosen: list[Setting], ec
     return rows
 
 
+def added(before: list[dict], rows: list[dict]) -> list[dict]:
+    """Rows of an earlier run, and of this one those that it had not."""
+    names = {row["name"] for row in before}
+    return before + [row for row in rows if row["name"] not in names]
+
+
 COLUMNS = {
     "name": "", "seconds": ".2f", "target_calls": ".1f", "target_rows": ".1f", "draft_calls": ".1f",
     "raw_acceptance": ".1%", "acceptance": ".1%", "figure": ".3f", "seconds_ratio": ".2f", "calls_ratio": ".2f",
@@ -128,7 +130,9 @@ def main() -> None:
     parser.add_argument("--pair", choices=sorted(PAIRS), default="digits")
     parser.add_argument("--images", type=int, default=2048, help="per setting and seed (default 2048)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-    parser.add_argument("--only", metavar="TEXT", help="settings whose name holds this, and the target alone")
+    parser.add_argument(
+        "--only", metavar="TEXT", help="settings whose name holds this, and the target alone; --json adds them"
+    )
     parser.add_argument("--quick", action="store_true", help="a few settings: a check, not a measurement")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--docs", nargs="+", metavar=("DIR", "FILE"), help="write DIR/quality.md and .png from results")
@@ -154,9 +158,11 @@ def main() -> None:
     extra = {"pair": pair.name, "images": args.images, "seeds": args.seeds, "threads": 1, "batch": pair.batch}
     extra |= {"figure": pair.figure_name, "plain_steps": [pair.steps, *pair.fewer]}
 
+    before = json.loads(args.json.read_text())["rows"] if args.only and args.json and args.json.is_file() else []
+
     def keep(rows: list[dict]) -> None:
         if args.json:
-            write_results(args.json, rows, **extra)
+            write_results(args.json, added(before, rows), **extra)
 
     rows = measure(pair, args.images, args.seeds, chosen, keep=keep)
     print("  ".join(name.replace("_", " ").ljust(50 if i == 0 else 15) for i, name in enumerate(COLUMNS)))

@@ -11,7 +11,7 @@ HEADER = (
     "| plain seconds, equal quality | ratio | ratio of target calls |"
 )
 COLOURS = {
-    "target": "#555555", "draft": "#999999", "window": "#1f77b4", "strict": "#d62728", "one step": "#2ca02c",
+    "target": "#555555", "target with noise": "#e377c2", "draft": "#999999", "window": "#1f77b4", "strict": "#d62728", "one step": "#2ca02c",
 }  # fmt: skip
 
 
@@ -64,7 +64,11 @@ def _panel(axes, rows: list[dict], cost: str) -> None:
     for kind, colour in COLOURS.items():
         kept = [row for row in rows if row["kind"] == kind]
         style = {"marker": "o", "linestyle": "-" if kind == "target" else "", "color": colour, "markersize": 5}
-        name = {"target": "target alone, fewer steps", "draft": "draft alone"}.get(kind, kind)
+        name = {
+            "target": "target, fewer steps",
+            "target with noise": "noise in the last step",
+            "draft": "draft alone",
+        }.get(kind, kind)
         axes.plot([r[cost] for r in kept], [r["figure"] for r in kept], label=name, **style)
         for row in kept:
             if isinstance(row["gamma"], int):

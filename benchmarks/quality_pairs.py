@@ -10,6 +10,7 @@ import torch
 
 from cspd.demo import cloth
 from cspd.demo import pair as digits
+from cspd.demo.drift import load_drift
 from cspd.demo.quality import frechet_distance
 
 
@@ -33,7 +34,7 @@ class Pair:
 def _digits() -> Pair:
     target, draft = digits.load_pair()
     return Pair(
-        "digits", target, draft, digits.load_drift(), 16, (8, 4, 2), 512, lambda n: torch.arange(n) % 10,
+        "digits", target, draft, load_drift(), 16, (8, 4, 2), 512, lambda n: torch.arange(n) % 10,
         frechet_distance, "Frechet distance of pixels to the real digits",
     )  # fmt: skip
 

@@ -15,7 +15,7 @@ class Setting:
     """One row.
 
     Attributes:
-        kind: "target" or "draft", which draw alone; "window" (keep all) or "strict"; "one step" for its draft.
+        kind: "target" or "draft", which draw alone, and "target with noise" in its last step; "window" (keep all) or "strict"; "one step" for its draft.
         steps: autoregressive steps. gamma: steps a window, or a policy; None draws everything alone.
         options: of :class:`cspd.SpecDecodeRunner`.
         quick: whether ``--quick`` runs it, too.
@@ -34,7 +34,7 @@ class Setting:
     @property
     def draft(self) -> str:
         """Which of a pair's models drafts, or draws alone."""
-        if self.kind == "target":
+        if self.kind.startswith("target"):
             return "target"
         return "one_step" if self.kind == "one step" else "draft"
 
@@ -49,6 +49,8 @@ class Setting:
 def settings(steps: int, fewer: tuple[int, ...], one_step: bool) -> list[Setting]:
     """All rows of a pair that is sampled in ``steps`` steps; the target alone in ``fewer``, too."""
     rows = [Setting("target", f"target, {n} steps", n, quick=n in (steps, fewer[-1])) for n in (steps, *fewer)]
+    noisy = {"criterion": EXACT["criterion"]}
+    rows += [Setting("target with noise", f"target, {steps} steps, noise in the last", steps, None, noisy, quick=True)]
     rows += [Setting("draft", f"draft, {steps} steps", steps, quick=True)]
     for relaxation in (1, 10, 42):
         for gamma in (4, 8):

@@ -22,13 +22,14 @@ from safetensors.torch import save
 from ..files import check_output, write_file
 from ..models import MAR
 from ..order import mask_of
-from . import cloth
-from .pair import DATA, DRAFT, TARGET, load_model
+from . import cloth, drift
+from .pair import DATA, DRAFT, TARGET, load_model, load_pair
 from .quality import statistics
 
 BATCH = 64
 EMA_DECAY = 0.998
 LABEL_DROP = 0.1
+DRIFT_STEPS = 3000
 # One loss step needs a fair number of diffusion draws even where only a few tokens are masked.
 DRAWS_PER_IMAGE = 16
 
@@ -247,6 +248,13 @@ def train_draft(recipe: Recipe, target: MAR, steps: int, seed: int) -> dict[str,
     return weights
 
 
+def _drift(out: Path, steps: int, seed: int) -> None:
+    check_output(out / drift.FILE, "--out")
+    target, draft = load_pair()
+    head = drift.train_drift(drift.places(*load_digits(), target, draft, seed=seed), steps, seed)
+    write_file(out / drift.FILE, save({k: v.contiguous() for k, v in head.state_dict().items()}))
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m cspd.demo.train", description=__doc__.splitlines()[0])
     parser.add_argument("--pair", choices=list(RECIPES), default="digits")
@@ -254,6 +262,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, help="optimizer steps of the target")
     parser.add_argument("--draft-steps", type=int, help="optimizer steps of each of the draft's cycles")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--drift", action="store_true", help="train the digits draft's head of one step, nothing else")
     parser.add_argument("--keep-target", action="store_true", help="distil the draft from the target that is in --out")
     args = parser.parse_args(arguments)
     recipe = RECIPES[args.pair]
@@ -261,6 +270,11 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(f"expected --out with --pair {args.pair}: its files are not in the package")
     out = args.out or DATA
     out.mkdir(parents=True, exist_ok=True)
+    if args.drift:
+        if args.pair != "digits":
+            parser.error(f"expected --drift with the digits alone, got --pair {args.pair}")
+        torch.set_num_threads(1)
+        return _drift(out, DRIFT_STEPS if args.steps is None else args.steps, args.seed)
     paths = {name: out / f"{recipe.prefix}{name}.safetensors" for name in ("reference", "target", "draft")}
     for path in paths.values():
         check_output(path, "--out")
