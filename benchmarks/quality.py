@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from cspd import SpecDecodeRunner
+from cspd.stats import RunStats
 
 from quality_docs import check_docs, write_docs
 from quality_equal import with_ratios
@@ -62,8 +63,11 @@ class Measured:
             "figure": float(np.mean(figures)) if figures else None,
             "figures": figures,
         }
-        for name in ("target_calls", "draft_calls", "target_rows"):
+        for name in ("draft_calls", "target_rows"):
             row[name] = float(np.mean([getattr(s, name) for s in self.stats]))
+        row["target_calls"] = float(np.mean([_calls(s, self.setting.steps) for s in self.stats]))
+        rounds = [s.steps_per_round for s in self.stats if s.steps_per_round is not None]
+        row["steps_per_round"] = float(np.mean(rounds)) if rounds else None
         if self.setting.draft != "target" and self.setting.gamma is None:  # alone, a draft stands in the target's place
             row["target_calls"], row["draft_calls"], row["target_rows"] = 0.0, row["target_calls"], 0.0
         drafted = sum(s.drafted for s in self.stats)
@@ -71,6 +75,14 @@ class Measured:
             known = [(getattr(s, name), s.drafted) for s in self.stats if s.drafted]
             row[name] = sum(value * n for value, n in known) / drafted if drafted else None
         return row
+
+
+def _calls(stats: RunStats, steps: int) -> float:
+    """Target passes of an image: of a strict run's the mean, as its images end at different rounds."""
+    if stats.verify != "strict" or not stats.rounds:
+        return stats.target_calls
+    prefilled = stats.target_calls - stats.rounds
+    return prefilled + (steps - prefilled) / stats.steps_per_round
 
 
 def with_twins(rows: list[dict], chosen: list[Setting]) -> list[dict]:
@@ -114,7 +126,7 @@ def added(before: list[dict], rows: list[dict]) -> list[dict]:
 
 
 COLUMNS = {
-    "name": "", "seconds": ".2f", "target_calls": ".1f", "target_rows": ".1f", "draft_calls": ".1f",
+    "name": "", "seconds": ".2f", "target_calls": ".1f", "steps_per_round": ".2f", "target_rows": ".0f",
     "raw_acceptance": ".1%", "acceptance": ".1%", "figure": ".3f", "seconds_ratio": ".2f", "calls_ratio": ".2f",
 }  # fmt: skip
 

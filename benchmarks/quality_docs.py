@@ -7,11 +7,12 @@ from pathlib import Path
 
 START, END = "<!-- TABLE {} -->\n", "<!-- /TABLE -->"
 HEADER = (
-    "| | seconds a batch | target calls | draft calls | raw acceptance | acceptance | figure (each seed) "
+    "| | seconds a batch | target calls | steps a round | raw acceptance | acceptance | figure (each seed) "
     "| plain seconds, equal quality | ratio | ratio of target calls |"
 )
 COLOURS = {
-    "target": "#555555", "target with noise": "#e377c2", "draft": "#999999", "window": "#1f77b4", "strict": "#d62728", "one step": "#2ca02c",
+    "target": "#555555", "target with noise": "#e377c2", "draft": "#999999", "window": "#1f77b4", "strict": "#d62728",
+    "one step": "#2ca02c",
 }  # fmt: skip
 
 
@@ -25,7 +26,7 @@ def markdown(result: dict) -> str:
     for row in result["rows"]:
         spread = f"{row['seconds']:.2f} ({row['seconds_p20']:.2f}–{row['seconds_p80']:.2f})"  # noqa: RUF001
         figures = f"{row['figure']:.3f} ({', '.join(format(f, '.3f') for f in row['figures'])})"
-        calls = [show(row[name], ".1f") for name in ("target_calls", "draft_calls")]
+        calls = [show(row["target_calls"], ".1f"), show(row["steps_per_round"], ".2f")]
         accepted = [show(row[name], ".1%") for name in ("raw_acceptance", "acceptance")]
         plain = [show(row["plain_seconds"], ".2f")]
         plain += [show(row[name], ".2f") for name in ("seconds_ratio", "calls_ratio")]

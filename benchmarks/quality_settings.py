@@ -15,7 +15,8 @@ class Setting:
     """One row.
 
     Attributes:
-        kind: "target" or "draft", which draw alone, and "target with noise" in its last step; "window" (keep all) or "strict"; "one step" for its draft.
+        kind: "target" or "draft", which draw alone, and "target with noise" in its last step; "window" (keep all) or
+            "strict"; "one step" for its draft.
         steps: autoregressive steps. gamma: steps a window, or a policy; None draws everything alone.
         options: of :class:`cspd.SpecDecodeRunner`.
         quick: whether ``--quick`` runs it, too.
