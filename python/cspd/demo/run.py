@@ -103,9 +103,9 @@ def run_demo(
     )
     if strict:
         echo(
-            "strict: every step is judged given the tokens before it, at relaxation 1; the last denoising step adds its\n"
-            "noise. Up to rounding the tokens have exactly the distribution of the row above. The other speculative\n"
-            "rows are approximate."
+            "strict: every step is judged given the tokens before it, at relaxation 1; the last denoising step adds\n"
+            "its noise. Up to rounding the tokens have exactly the distribution of the row above. The other\n"
+            "speculative rows are approximate."
         )
     shown = [pictures[0], *(picture for picture in pictures if picture[2] is not None)]
     save_picture(out, shown, labels)
