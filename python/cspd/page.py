@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 
-from .serve import MAX_GUIDANCE, MAX_SEED, MOST_CANDIDATES, Studio, render
+from .serve import MAX_BRANCHES, MAX_GUIDANCE, MAX_SEED, MOST_CANDIDATES, Studio, render
 
 WAITING = 16  # requests; who comes when so many wait is told to come again
 _logger = logging.getLogger("cspd")
@@ -70,13 +70,11 @@ def build_page(studio: Studio):
                     [("Window", "window"), ("Strict", "strict")],
                     value="window",
                     label="Verification",
-                    info="Window: all steps of a window are judged given what was known before it, and kept. Strict: "
-                    "every step is judged given the steps before it; what follows a rejected token is drafted again.",
+                    info="Strict: every step is judged given those before it; what follows a rejected token is drafted "
+                    "again.",
                 )
-                candidates = gr.Slider(1, MOST_CANDIDATES, 1, step=1, label="Candidates of every drafted token")
-                branches = gr.Slider(
-                    1, MOST_CANDIDATES, 1, step=1, label="Branches: of a window's first step, with strict verification"
-                )
+                candidates = gr.Slider(1, MOST_CANDIDATES, 1, step=1, label="Candidates of a token")
+                branches = gr.Slider(1, MAX_BRANCHES, 1, step=1, label="Branches: strict only")
                 button = gr.Button("Make", variant="primary")
             with gr.Column(scale=3):
                 made = gr.HTML("<p>Choose on the left, then press Make.</p>", padding=True)

@@ -24,6 +24,7 @@ from .stats import OUTCOMES
 
 MAX_SEED = 2**32 - 1
 MAX_GUIDANCE = 10.0
+MAX_BRANCHES = 4  # a round of gamma steps is nearly as many times gamma rows of the batch for the target
 NAMES = dict(zip(OUTCOMES, ("pre-filled", "accepted", "redrawn", "fell back to the target's")))
 
 
@@ -155,7 +156,7 @@ def verification(verify, candidates, branches) -> dict:
     if verify not in VERIFY:
         raise ValueError(f"Expected the verification as one of {', '.join(VERIFY)}, got {_shown(verify)}.")
     candidates = whole("the candidates", candidates, 1, MOST_CANDIDATES)
-    branches = whole("the branches", branches, 1, MOST_CANDIDATES)
+    branches = whole("the branches", branches, 1, MAX_BRANCHES)
     if branches > 1 and verify != "strict":
         raise ValueError(f"Expected strict verification with {branches} branches: in windows there is one.")
     if branches > candidates:
