@@ -28,8 +28,8 @@ class Measured:
 
     def __init__(self, pair: Pair, setting: Setting):
         self.pair, self.setting = pair, setting
-        models = {"target": pair.target, "draft": pair.draft, "one_step": pair.one_step}
-        drafts, alone = models[setting.draft], setting.gamma is None
+        models = {"target": pair.target, "draft": pair.draft, **pair.one_step}
+        drafts, alone = models[setting.model], setting.gamma is None
         self.runner = SpecDecodeRunner(
             drafts,
             drafts if alone else pair.target,
@@ -68,7 +68,7 @@ class Measured:
         row["target_calls"] = float(np.mean([_calls(s, self.setting.steps) for s in self.stats]))
         rounds = [s.steps_per_round for s in self.stats if s.steps_per_round is not None]
         row["steps_per_round"] = float(np.mean(rounds)) if rounds else None
-        if self.setting.draft != "target" and self.setting.gamma is None:  # alone, a draft stands in the target's place
+        if self.setting.model != "target" and self.setting.gamma is None:  # alone, a draft stands in the target's place
             row["target_calls"], row["draft_calls"], row["target_rows"] = 0.0, row["target_calls"], 0.0
         drafted = sum(s.drafted for s in self.stats)
         for name in ("acceptance", "raw_acceptance", "fallback"):
@@ -158,7 +158,7 @@ def main() -> None:
     if args.json and not args.json.resolve().parent.is_dir():
         parser.error(f"expected a folder for {args.json} to exist, found none")
     pair = load(args.pair)
-    chosen = settings(pair.steps, pair.fewer, pair.one_step is not None)
+    chosen = settings(pair.steps, pair.fewer, tuple(pair.one_step))
     if args.quick:
         chosen = [setting for setting in chosen if setting.quick]
     if args.only:

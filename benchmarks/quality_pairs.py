@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ class Pair:
     name: str
     target: torch.nn.Module
     draft: torch.nn.Module
-    one_step: torch.nn.Module | None  # the draft with a head of one step
+    one_step: dict[str, torch.nn.Module]  # the draft with a head of one step, by the width that is stated of it
     steps: int  # of the target, at its best
     fewer: tuple[int, ...]  # of its honest alternatives
     batch: int
@@ -33,8 +34,10 @@ class Pair:
 
 def _digits() -> Pair:
     target, draft = digits.load_pair()
+    log_variance = target.diffloss.gen_diffusion.schedule.fixed_log_variance[0]
+    one_step = {"measured width": load_drift(), "the target's sigma": load_drift(width=math.exp(0.5 * log_variance))}
     return Pair(
-        "digits", target, draft, load_drift(), 16, (8, 4, 2), 512, lambda n: torch.arange(n) % 10,
+        "digits", target, draft, one_step, 16, (8, 4, 2), 512, lambda n: torch.arange(n) % 10,
         frechet_distance, "Frechet distance of pixels to the real digits",
     )  # fmt: skip
 
@@ -43,7 +46,7 @@ def _cloth() -> Pair:
     target, draft = cloth.load_pair(Path(__file__).parent / "pairs")
     steps = cloth.SIDE**2  # a token a step
     return Pair(
-        "cloth", target, draft, None, steps, (steps // 2, steps // 4, steps // 8), 256,
+        "cloth", target, draft, {}, steps, (steps // 2, steps // 4, steps // 8), 256,
         lambda n: torch.zeros(n, dtype=torch.int64), cloth.frechet_distance,
         "Frechet distance of pixels to the formula",
     )  # fmt: skip

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 import cspd
 
@@ -20,6 +21,7 @@ class Setting:
         steps: autoregressive steps. gamma: steps a window, or a policy; None draws everything alone.
         options: of :class:`cspd.SpecDecodeRunner`.
         quick: whether ``--quick`` runs it, too.
+        model: which of a pair's models drafts, or draws alone: "target", "draft", or a width of a one-step draft.
         twin: name of a setting that gives the very same tokens: strict ones depend on neither gamma nor branches. Only
             the time of this one is then measured, on one batch a seed; its figure is its twin's.
     """
@@ -30,14 +32,8 @@ class Setting:
     gamma: object = None
     options: dict = field(default_factory=dict)
     quick: bool = False
+    model: str = "draft"
     twin: str | None = None
-
-    @property
-    def draft(self) -> str:
-        """Which of a pair's models drafts, or draws alone."""
-        if self.kind.startswith("target"):
-            return "target"
-        return "one_step" if self.kind == "one step" else "draft"
 
     def describe(self) -> dict:
         """Ready for JSON: policies by their ``repr``."""
@@ -47,11 +43,17 @@ class Setting:
         return {"kind": self.kind, "name": self.name, "steps": self.steps, "gamma": gamma, "options": options}
 
 
-def settings(steps: int, fewer: tuple[int, ...], one_step: bool) -> list[Setting]:
-    """All rows of a pair that is sampled in ``steps`` steps; the target alone in ``fewer``, too."""
+def settings(steps: int, fewer: tuple[int, ...], one_step: Sequence[str] = ()) -> list[Setting]:
+    """All rows of a pair that is sampled in ``steps`` steps; the target alone in ``fewer``, too.
+
+    ``one_step``: widths that are stated of its draft of one step, where it has one.
+    """
     rows = [Setting("target", f"target, {n} steps", n, quick=n in (steps, fewer[-1])) for n in (steps, *fewer)]
+    rows = [replace(row, model="target") for row in rows]
     noisy = {"criterion": EXACT["criterion"]}
-    rows += [Setting("target with noise", f"target, {steps} steps, noise in the last", steps, None, noisy, quick=True)]
+    rows += [
+        Setting("target with noise", f"target, {steps} steps, noise in the last", steps, None, noisy, True, "target")
+    ]
     rows += [Setting("draft", f"draft, {steps} steps", steps, quick=True)]
     for relaxation in (1, 10, 42):
         for gamma in (4, 8):
@@ -83,12 +85,14 @@ def settings(steps: int, fewer: tuple[int, ...], one_step: bool) -> list[Setting
         Setting("strict", "2 branches, gamma 4, relaxation by context", steps, 4,
                 {**exact4, "branches": 2, "relaxation": context}),
     ]  # fmt: skip
-    if one_step:
-        own = {"target_sigma": True}
+    for width in one_step:
+        own = {} if width == "the target's sigma" else {"target_sigma": True}
+        name = f"one-step draft, {width}"
         rows += [
-            Setting("one step", f"one-step draft alone, {steps} steps", steps),
-            Setting("one step", "one-step draft, exact, gamma 2", steps, 2, {**EXACT, **own}),
-            Setting("one step", "one-step draft, window, relaxation 42, gamma 4", steps, 4,
-                    {**EXACT, **own, "verify": "window", "relaxation": 42.0}),
+            Setting("one step", f"{name}, exact, gamma 2", steps, 2, {**EXACT, **own}, model=width),
+            Setting("one step", f"{name}, window, relaxation 42, gamma 4", steps, 4,
+                    {**EXACT, **own, "verify": "window", "relaxation": 42.0}, model=width),
         ]  # fmt: skip
+    if one_step:
+        rows += [Setting("one step", f"one-step draft alone, {steps} steps", steps, model=one_step[0])]
     return rows

@@ -148,6 +148,10 @@ def benchmarks(monkeypatch):
     import kernels
     import parallel
     import quality
+    import quality_docs
+    import quality_equal
+    import quality_pairs
+    import quality_settings
     import report
     import spent
     import tables
@@ -166,6 +170,10 @@ def benchmarks(monkeypatch):
         judging,
         parallel,
         quality,
+        quality_docs,
+        quality_equal,
+        quality_pairs,
+        quality_settings,
         report,
         spent,
         tables,

@@ -6,9 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from importlib.machinery import ModuleSpec
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
@@ -244,56 +242,6 @@ def test_a_wrong_verdict_is_seen(benchmarks, monkeypatch):
     report = benchmarks.report.Report()
     verdicts.accept_reject_rows(200, ["torch"], 2, torch.device("cpu"), report)
     assert [row.correct for row in report.rows] == [False, False]
-
-
-def test_quality_of_a_few_digits(benchmarks, monkeypatch, tmp_path):
-    quality, lines = benchmarks.quality, []
-    rows = quality.measure(6, 1, (42,), (8,), ("closed_form",), echo=lines.append)
-    assert [row["kind"] for row in rows] == ["target"] * 4 + ["draft", "closed_form"] + ["policy"] * 3
-    assert [row["target_calls"] for row in rows[:6]] == [16, 8, 4, 2, 0, 5]
-    assert [row["draft_calls"] for row in rows[:6]] == [0, 0, 0, 0, 16, 13]
-    assert all(row["frechet_distance"] > 0 for row in rows)
-    assert len(lines) == 1 + len(rows)
-    assert json.loads(json.dumps(rows)) == rows
-    page = tmp_path / "quality.md"
-    page.write_text(f"before\n{quality.START}old\n{quality.END}\nafter\n")
-    monkeypatch.setattr(quality, "plot", lambda rows, path, pair: path.touch())
-    for _ in range(2):  # writing again replaces what was written
-        quality.write_docs(tmp_path, rows)
-    text = page.read_text()
-    assert text.startswith("before\n")
-    assert text.endswith("\nafter\n")
-    assert "old" not in text
-    assert text.count("target, 16 steps") == 1
-    assert len(quality.markdown(rows).splitlines()) == 2 + len(rows)
-
-
-def test_quality_of_a_little_cloth(benchmarks, monkeypatch, tmp_path):
-    quality = benchmarks.quality
-    pair = quality.PAIRS["cloth"]
-    monkeypatch.setattr(quality, "POLICIES", ())
-    rows = quality.measure(2, 1, (42,), (8,), pair.residuals, echo=lambda _: None, pair=pair)
-    assert [row["kind"] for row in rows] == ["target"] * 4 + ["draft", "rejection"]
-    assert [row["target_calls"] for row in rows] == [36, 18, 9, 4, 0, 10]
-    page = tmp_path / "quality.md"
-    page.write_text(f"{quality.START}digits\n{quality.END}\n<!-- TABLE-cloth -->\nold\n<!-- /TABLE-cloth -->\n")
-    monkeypatch.setattr(quality, "plot", lambda rows, path, pair: path.touch())
-    quality.write_docs(tmp_path, rows, pair)
-    assert (tmp_path / "quality-cloth.png").exists()
-    text = page.read_text()
-    assert "digits" in text
-    assert "old" not in text
-    assert text.count("target, 36 steps") == 1
-
-
-@pytest.mark.parametrize("page", [None, "no marks\n", "<!-- TABLE -->\nno end\n"])
-def test_a_page_without_marks_stops_before_measuring(benchmarks, tmp_path, monkeypatch, page):
-    monkeypatch.setitem(sys.modules, "matplotlib", ModuleType("matplotlib"))
-    sys.modules["matplotlib"].__spec__ = ModuleSpec("matplotlib", None)
-    if page is not None:
-        (tmp_path / "quality.md").write_text(page)
-    with pytest.raises(SystemExit, match="to hold the marks <!-- TABLE --> and <!-- /TABLE --> once each"):
-        benchmarks.quality.check_docs(tmp_path)
 
 
 @pytest.mark.parametrize("script", ["kernels.py", "generate.py", "parallel.py", "quality.py"])

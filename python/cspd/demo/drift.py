@@ -140,8 +140,12 @@ def measure(head: DriftLoss, seen: Places) -> dict[str, float]:
     }
 
 
-def load_drift(data: str | Path = DATA) -> MAR:
-    """The shipped draft with the head of one step, in eval mode on the CPU; ``diffloss.std`` is the measured width.
+def load_drift(data: str | Path = DATA, width: float | None = None) -> MAR:
+    """The shipped draft with the head of one step, in eval mode on the CPU.
+
+    ``diffloss.std`` is the width of the Gaussian that is stated of its tokens: the measured one, or ``width``. Any is
+    exact in a draft, whose tokens are drawn with it. The measured one covers all that the target might draw, and is so
+    wide that next to nothing is accepted; the sigma of the target's last step accepts most.
 
     Raises:
         FileNotFoundError, ValueError: its weights are missing, or are others.
@@ -158,5 +162,7 @@ def load_drift(data: str | Path = DATA) -> MAR:
         head.load_state_dict(load_file(path))
     except (RuntimeError, SafetensorError) as error:
         raise ValueError(f"{path} does not hold the weights of the one-step head: {error}") from error
+    if width is not None:
+        head.set_extra_state((width, *head.entropies, head.least))
     draft.diffloss = head.eval()
     return draft
