@@ -140,7 +140,7 @@ def check_verify(draft, target, verify, num_candidates, branches, criterion) -> 
 
 def _warn_of_candidates(draft, target, num_candidates) -> None:
     """Say so where no candidate that ends a chain of its own can be accepted but the first."""
-    learned = any(_learned_variance(model.diffloss) for model in (draft, target))
+    learned = any(learned_variance(model.diffloss) for model in (draft, target))
     ours, theirs = (Schedule.from_diffusion(m.diffloss.gen_diffusion).fixed_log_variance for m in (draft, target))
     if not learned and len(ours) == len(theirs) and np.allclose(ours, theirs):
         _logger.warning(
@@ -157,7 +157,7 @@ def check_residual(draft, target, residual, target_sigma, num_candidates: int = 
     if (residual != "closed_form" and num_candidates == 1) or target_sigma:
         return
     # With a fixed variance the last step's is the same, whichever kind: it follows from the noise schedule.
-    learned = [role for role, model in (("draft", draft), ("target", target)) if _learned_variance(model.diffloss)]
+    learned = [role for role, model in (("draft", draft), ("target", target)) if learned_variance(model.diffloss)]
     if learned:
         what = "residual='closed_form'" if num_candidates == 1 else f"num_candidates={num_candidates}"
         other = "residual='rejection'" if num_candidates == 1 else "one candidate"
@@ -167,7 +167,8 @@ def check_residual(draft, target, residual, target_sigma, num_candidates: int = 
         )
 
 
-def _learned_variance(diffloss) -> bool:
+def learned_variance(diffloss) -> bool:
+    """Whether a head's network has its variance for an output, too."""
     return diffloss.net.final_layer.linear.out_features == 2 * diffloss.in_channels
 
 

@@ -15,7 +15,7 @@ def add_parser(commands) -> None:
     parser.add_argument("--patch-size", type=_positive, metavar="P", help="of the checkpoints")
     parser.add_argument("--vae-stride", type=_positive, metavar="S", help="of the checkpoints")
     parser.add_argument("--num-sampling-steps", type=_positive, metavar="N", help="denoising steps (default 100)")
-    parser.add_argument("--relaxation", type=float, default=42.0, help="of the accept test (default 42)")
+    parser.add_argument("--relaxation", type=float, default=42.0, help="of the accept test in windows (default 42)")
     parser.add_argument("--device", default="auto", help="default: a GPU if there is one; the digits pair: the CPU")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default bfloat16 on a GPU")
     parser.add_argument(

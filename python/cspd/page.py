@@ -70,8 +70,8 @@ def build_page(studio: Studio):
                     [("Window", "window"), ("Strict", "strict")],
                     value="window",
                     label="Verification",
-                    info="Strict: every step is judged given those before it; what follows a rejected token is drafted "
-                    "again.",
+                    info="Strict draws as the target itself does"
+                    + ("." if studio.one_sigma else ", with one candidate and but for fallbacks."),
                 )
                 candidates = gr.Slider(1, MOST_CANDIDATES, 1, step=1, label="Candidates of a token")
                 branches = gr.Slider(1, MAX_BRANCHES, 1, step=1, label="Branches: strict only")

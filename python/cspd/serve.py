@@ -17,7 +17,7 @@ from PIL import Image
 
 from cspd_kernels.ops.accept_reject import MOST_CANDIDATES
 
-from .checks import VERIFY
+from .checks import VERIFY, learned_variance
 from .demo.picture import COLOURS, to_pixels
 from .speculative import SpecDecodeRunner
 from .stats import OUTCOMES
@@ -69,7 +69,11 @@ class Studio:
 
     Args:
         vae: the decoder of :func:`cspd.vae.load_vae`; None for the digits pair, whose tokens are pixels.
-        classes: how many labels there are; options: further arguments of :class:`SpecDecodeRunner`.
+        classes: how many labels there are; options: further arguments of :class:`SpecDecodeRunner`, of which
+            ``relaxation`` is that of windows.
+
+    Attributes:
+        one_sigma: both heads have a fixed variance.
     """
 
     def __init__(self, target, draft, vae=None, *, limits: Limits, steps: int, classes: int, name: str, **options):
@@ -77,6 +81,8 @@ class Studio:
         self.device = target.fake_latent.device
         self.pair = SpecDecodeRunner(draft, target, **options)
         self.alone = SpecDecodeRunner(target, target, 1.0, 1.0, **{k: v for k, v in options.items() if k == "dtype"})
+        self.one_sigma = not any(learned_variance(model.diffloss) for model in (target, draft))
+        self._relaxation = self.pair.relaxation
         self._lock = threading.Lock()  # the runners hold the statistics of their last run
 
     @property
@@ -88,7 +94,8 @@ class Studio:
         """Draw ``images`` images of one class, by the pair and by the target alone.
 
         With strict verification or several candidates the last denoising step adds its noise, of both pictures
-        (``criterion="last_step"`` of :class:`SpecDecodeRunner`).
+        (``criterion="last_step"`` of :class:`SpecDecodeRunner`). Strict verification is exact where the pair can be:
+        without relaxation, and with one sigma without fallbacks.
 
         Raises:
             ValueError: something is no number, out of range, or does not go together. What a page allows is not
@@ -101,6 +108,9 @@ class Studio:
         images = whole("the number of images", images, 1, self.limits.images)
         guidance = number("guidance", guidance, 1, MAX_GUIDANCE)
         options = verification(verify, candidates, branches)
+        strict = verify == "strict"
+        options["relaxation"] = 1.0 if strict else self._relaxation
+        options["residual"] = "closed_form" if strict and self.one_sigma else "rejection"
         with self._lock, _threads(1 if self.vae is None else None):
             self._set(options)
             labels = torch.full((images,), label)

@@ -9,9 +9,11 @@ import socket
 
 import pytest
 import torch
+from small_models import small_mar
 
 from cspd import cli_serve, page
 from cspd.demo.pair import load_pair
+from cspd.demo.picture import to_pixels
 from cspd.serve import MAX_SEED, Limits, Made, Studio, render
 from cspd.speculative import SpecDecodeRunner
 
@@ -79,21 +81,43 @@ def test_verification_that_does_not_go_together(studio, monkeypatch, wrong, mess
         studio.make(**GOOD, **wrong)
 
 
-def test_a_strict_request_and_a_window_behind_it(studio):
-    before = studio.make(**GOOD)
-    strict = studio.make(**GOOD, verify="strict", candidates=3.0, branches=2.0)
+def test_a_strict_request_is_exact():
+    """It knows no relaxation and no fallback; the windows behind it are as they were."""
+    studio = cli_serve.load_studio(arguments())
+    window = studio.make(**GOOD)
+    strict = studio.make(**GOOD, verify="strict", candidates=3.0, branches=2.0)  # what a page sends
     target, draft = load_pair()
-    rule = dict(verify="strict", num_candidates=3, branches=2, criterion="last_step")
-    runner, labels = SpecDecodeRunner(draft, target, 1.0, **rule), torch.tensor([3, 3])
-    runner.run(2, 4, 2, labels=labels, seed=5)
-    assert torch.equal(strict.outcome, runner.stats.outcome)
-    assert (strict.verify, strict.rounds) == ("strict", runner.stats.rounds)
+    labels, noisy = torch.tensor([3, 3]), dict(criterion="last_step")
+    rule = noisy | dict(verify="strict", residual="closed_form", num_candidates=3, branches=2)
+    runner = SpecDecodeRunner(draft, target, 1.0, **rule)
+    images = runner.run(2, 4, 2, labels=labels, seed=5)
+    assert torch.equal(strict.speculative, to_pixels(images)) and torch.equal(strict.outcome, runner.stats.outcome)
+    alone = SpecDecodeRunner(target, target, 1.0, 1.0, **noisy).run(2, 4, 2, labels=labels, seed=5)
+    assert torch.equal(strict.alone, to_pixels(alone))
+    assert (strict.rounds, strict.steps_per_round) == (runner.stats.rounds, runner.stats.steps_per_round)
     assert f"{strict.rounds} rounds, each {strict.steps_per_round:.1f} steps of an image." in render(strict)
-    assert not torch.equal(strict.alone, before.alone)  # its last step adds its noise, too
     again = studio.make(**GOOD)
-    assert torch.equal(again.speculative, before.speculative) and torch.equal(again.alone, before.alone)
+    assert torch.equal(again.speculative, window.speculative) and torch.equal(again.alone, window.alone)
     assert " rounds, " not in render(again)
-    SpecDecodeRunner(draft, target, 1.0, **rule, target_sigma=True)  # what a request sets is what a runner takes
+    few = studio.make(**GOOD, candidates=2)
+    runner = SpecDecodeRunner(draft, target, num_candidates=2, **noisy)
+    assert torch.equal(few.speculative, to_pixels(runner.run(2, 4, 2, labels=labels, seed=5)))
+
+
+def test_learned_variances_take_what_a_runner_takes():
+    """No closed form for one candidate, the target's sigma for several."""
+    pytest.importorskip("cspd.vae")
+    target, draft = (small_mar(width=width, img_size=4) for width in (32, 16))
+    studio = Studio(target, draft, Vae(), limits=Limits(4, 4, 2), steps=4, classes=target.num_classes, name="x")
+    assert not studio.one_sigma
+    for verify, candidates in (("strict", 1), ("strict", 2), ("window", 2), ("window", 1)):
+        made = studio.make(1, 4, 2, 1.0, 5, 1, verify, candidates)
+        rule = {name: getattr(studio.pair, name) for name in ("residual", "target_sigma", "criterion")}
+        runner = SpecDecodeRunner(
+            draft, target, studio.pair.relaxation, verify=verify, num_candidates=candidates, **rule
+        )
+        runner.run(1, 4, 2, labels=torch.tensor([1]), seed=5)
+        assert torch.equal(made.outcome, runner.stats.outcome)
 
 
 def test_what_is_shown():
