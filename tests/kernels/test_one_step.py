@@ -44,7 +44,7 @@ def test_its_token_is_the_networks_output(backend, module, shape, guided, noise)
     got = denoise(head, cond, x, drawn, **options)
     assert relative_error(got.sample, output(module, cond, x)) < 1e-5
     assert torch.equal(got.sample, got.mean)
-    assert relative_error(got.log_std, torch.full_like(got.log_std, math.log(WIDTH))) < 1e-6
+    assert relative_error(got.log_std, torch.full_like(got.log_std, math.log(0.7 * WIDTH))) < 1e-6
     assert not got.path_log_std.any()
     assert_agrees(head, cond, x, drawn, **options)
 
