@@ -74,7 +74,8 @@ class DriftLoss(nn.Module):
     The network's output at x_T is the token (:meth:`cspd_kernels.Schedule.one_step`). Speculative decoding needs a
     density of it, which there is none of: a Gaussian of measured ``std`` about the output stands for it.
 
-    ``std``, ``entropies`` and ``least`` are in the state dict, as its extra state; :meth:`set_extra_state` changes them.
+    ``std``, ``entropies`` and ``least`` are in the state dict, as its extra state, and :meth:`set_extra_state` changes
+    them.
 
     Args:
         target_channels, z_channels, depth, width: as of ``DiffLoss``.
