@@ -97,7 +97,7 @@ def test_the_gradient_goes_through_the_samples_alone():
     assert drifting_loss(torch.zeros(1, 3, 2), torch.zeros(1, 3, 2)).isfinite()
 
 
-def trained(repelled: bool, monkeypatch, steps=300):
+def trained(repelled: bool, monkeypatch, steps=1000):
     """Of a head that was shown -1 and 1 for one condition and 0.5 for another: which fraction of the one's samples is
     near each of the two, and samples of the other."""
     if not repelled:
@@ -110,7 +110,7 @@ def trained(repelled: bool, monkeypatch, steps=300):
         monkeypatch.setattr(drift, "drift", attracted)
     torch.manual_seed(0)
     head = DriftLoss(1, 2, 1, 32)
-    optimiser = torch.optim.Adam(head.parameters(), lr=1e-2)
+    optimiser = torch.optim.Adam(head.parameters(), lr=3e-3)
     z = torch.eye(2)
     data = torch.stack([torch.tensor([-1.0, 1.0]).repeat(8), torch.full((16,), 0.5)])[..., None]
     for _ in range(steps):

@@ -87,8 +87,6 @@ class DriftLoss(nn.Module):
         super().__init__()
         self.in_channels = target_channels
         self.net = SimpleMLPAdaLN(target_channels, width, target_channels, z_channels, depth)
-        # Not zero, as a diffusion's starts: samples that are all in one place are all moved alike.
-        nn.init.xavier_uniform_(self.net.final_layer.linear.weight)
         self.set_extra_state((std, *entropies, least))
 
     def get_extra_state(self) -> torch.Tensor:
