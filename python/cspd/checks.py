@@ -30,8 +30,8 @@ _MODEL_INTERFACE = (
 _METHODS = {"forward_mae_encoder": ("x", "mask", "class_embedding"), "forward_mae_decoder": ("x", "mask")}
 
 
-def check_models(draft, target) -> None:
-    """Raise where one of the models is no MAR object, or the two do not fit together."""
+def check_models(draft, target, criterion: str = "trajectory") -> None:
+    """Raise where one of the models is no MAR object, or the two do not fit together by the criterion."""
     for role, model in (("draft", draft), ("target", target)):
         missing = [name for name in _MODEL_INTERFACE if not hasattr(model, name)]
         if missing:
@@ -49,7 +49,14 @@ def check_models(draft, target) -> None:
             raise ValueError(f"expected the {role}'s diffloss as a diffusion head: {problem}")
         check_sampling(role, model.diffloss)
     ours, theirs = (Schedule.from_diffusion(model.diffloss.gen_diffusion) for model in (draft, target))
+    if ours.num_steps == 1 and criterion == "last_step":  # no trajectory, and none is compared
+        return
     if ours.num_steps != theirs.num_steps:
+        if ours.num_steps == 1:
+            raise ValueError(
+                f"expected criterion='last_step' for a draft of one denoising step and a target of {theirs.num_steps}, "
+                f"which have no trajectories to compare, got criterion={criterion!r}"
+            )
         raise ValueError(
             "expected draft and target with the same number of denoising steps (their trajectories are aligned "
             f"step by step), got {ours.num_steps} and {theirs.num_steps}"
@@ -156,15 +163,23 @@ def check_residual(draft, target, residual, target_sigma, num_candidates: int = 
     check_method("SpecDecodeRunner", residual, target_sigma, num_candidates)
     if (residual != "closed_form" and num_candidates == 1) or target_sigma:
         return
-    # With a fixed variance the last step's is the same, whichever kind: it follows from the noise schedule.
+    what = "residual='closed_form'" if num_candidates == 1 else f"num_candidates={num_candidates}"
+    other = "residual='rejection'" if num_candidates == 1 else "one candidate"
+    instead = f"pass target_sigma=True to redraw with the target's sigma, or {other}"
     learned = [role for role, model in (("draft", draft), ("target", target)) if learned_variance(model.diffloss)]
     if learned:
-        what = "residual='closed_form'" if num_candidates == 1 else f"num_candidates={num_candidates}"
-        other = "residual='rejection'" if num_candidates == 1 else "one candidate"
         raise ValueError(
             f"expected heads with a fixed variance for {what}, got a learned one in the "
-            f"{' and the '.join(learned)}: pass target_sigma=True to redraw with the target's sigma, or {other}"
+            f"{' and the '.join(learned)}: {instead}"
         )
+    # Of one noise schedule the last step's is the same, whichever kind of fixed variance; a head of one step has its
+    # own.
+    ours, theirs = (
+        math.exp(0.5 * Schedule.from_diffusion(model.diffloss.gen_diffusion).fixed_log_variance[0])
+        for model in (draft, target)
+    )
+    if not math.isclose(ours, theirs, rel_tol=1e-6):
+        raise ValueError(f"expected heads with one sigma for {what}, got {ours:.4g} and {theirs:.4g}: {instead}")
 
 
 def learned_variance(diffloss) -> bool:
@@ -191,6 +206,16 @@ def check_attention(draft) -> None:
             "expected a draft whose transformer runs over packed weights for a gamma that looks at its attention, got "
             f"{draft.name}, which runs its own blocks or methods: the log says why"
         )
+
+
+def check_initial_scale(models: dict) -> None:
+    """Raise where a head scales its x_T by its transformer's attention, which that does not show."""
+    for role, model in models.items():
+        if model.initial_scale is not None and not model.transformer.shows_attention:
+            raise ValueError(
+                f"expected a {role} whose transformer runs over packed weights for a head that scales its first noise "
+                f"by the attention's entropy, got {model.name}, which runs its own blocks or methods: the log says why"
+            )
 
 
 def check_run(draft, target, bsz, labels, temperature, cfg, seed, first_image, orders) -> None:

@@ -27,6 +27,7 @@ class Model:
     head: DiffusionHead
     transformer: ByWeights | ByTables | ByMasks
     embedding: torch.Tensor  # (B or 2 B, E): of the classes, then, under guidance, of no class
+    initial_scale: Callable[[torch.Tensor], torch.Tensor] | None = None  # of x_T, by the entropy of the attention
 
 
 def class_embedding(model, bsz: int, labels: torch.Tensor | None, guided: bool) -> torch.Tensor:

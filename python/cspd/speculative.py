@@ -11,7 +11,15 @@ import torch
 from cspd_kernels.backends import implementation
 from cspd_kernels.ops.denoise.parallel import AUTO, check_tolerance
 
-from .checks import check_gamma, check_models, check_options, check_residual, check_run, check_verify
+from .checks import (
+    check_gamma,
+    check_initial_scale,
+    check_models,
+    check_options,
+    check_residual,
+    check_run,
+    check_verify,
+)
 from .loops import end_by, run_rounds, run_windows
 from .model_pair import ModelPair
 from .order import Plan, by_token, plan_steps, random_orders, to_device
@@ -61,7 +69,9 @@ class SpecDecodeRunner:
 
     Args:
         draft_model, target_model: MAR objects (``cspd.models.MAR``, LTH14/mar, MarkXCloud/CSpD) with the same
-            sequence, token width and number of denoising steps, on one device.
+            sequence, token width and number of denoising steps, on one device. With ``criterion="last_step"`` the
+            draft may have a head of one step (:class:`cspd.models.drift.DriftLoss`). A head with a method
+            ``initial_scale`` is given x_T scaled by it, by the entropy of its transformer's attention.
         relaxation: > 0, of the accept test; 1 is the paper's formula, 42 the released default. A number; (L,) with
             one per position; or a policy, a function of a :class:`cspd.Window` that gives one per token
             (:class:`cspd.SimilarityRelaxation`). ``inner_temperature`` in the released code.
@@ -114,7 +124,7 @@ class SpecDecodeRunner:
     ):
         implementation("accept_reject", backend)
         check_tolerance("SpecDecodeRunner", parallel_tol)
-        check_models(draft_model, target_model)
+        check_models(draft_model, target_model, criterion)
         check_options(target_model.seq_len, relaxation, prefill, sigma, max_tries)
         check_verify(draft_model, target_model, verify, num_candidates, branches, criterion)
         check_residual(draft_model, target_model, residual, target_sigma, num_candidates)
@@ -266,10 +276,15 @@ class SpecDecodeRunner:
         plan = Plan(orders, images, planned, guided, tables)
         models = {
             role: Model(
-                type(model).__name__, heads[role], transformers[role], class_embedding(model, bsz, labels, guided)
+                type(model).__name__,
+                heads[role],
+                transformers[role],
+                class_embedding(model, bsz, labels, guided),
+                getattr(model.diffloss, "initial_scale", None),
             )
             for role, model in self._pair.models.items()
         }
+        check_initial_scale(models)
         state = RunState(
             tokens=torch.zeros(bsz, self.seq_len, self.token_embed_dim, dtype=torch.float32, device=device),
             outcome=torch.full(orders.shape, PREFILLED, dtype=torch.int8, device=device),

@@ -156,7 +156,7 @@ class _Ends:
 
     def behind(self, plan: Pass, entropy: torch.Tensor | None) -> None:
         """A step has been drawn with the entropies (rows, m)."""
-        if entropy is None:
+        if self._ends is None:
             return
         mean = torch.where(plan.valid, entropy, torch.zeros_like(entropy)).sum(dim=1) / plan.valid.sum(dim=1)
         self._state, goes_on = self._ends.step(self._state, mean.to(self._state.dtype))  # NaN of no step at all
@@ -185,7 +185,7 @@ class _Ends:
 def _draw(state: RunState, model: Model, plan: Pass, tokens: torch.Tensor) -> Drawn:
     """A step of the rows of a pass, given the tokens (rows, L, C) that each takes for known."""
     z, entropy = conditions(state, model, tokens, plan, _embedding(state, model, plan))
-    return Drawn(chains_of(state, model, plan, z, None, state.chains), z[: len(plan.where)], entropy)
+    return Drawn(chains_of(state, model, plan, z, None, state.chains, entropy), z[: len(plan.where)], entropy)
 
 
 def _look(state: RunState, plan: Pass, tokens, steps, room: int, guess) -> tuple[Drawn, torch.Tensor | None]:
@@ -194,10 +194,10 @@ def _look(state: RunState, plan: Pass, tokens, steps, room: int, guess) -> tuple
     model, most = state.target, plan.where.shape[1]
     ahead = getattr(state.relaxation, "looks_ahead", False)
     seen = state.plan.ragged(steps, plan.image, room, steps=2) if ahead else plan
-    z = model.transformer.conditions(tokens, seen, _embedding(state, model, plan))
+    z, entropy = conditions(state, model, tokens, seen, _embedding(state, model, plan))
     next_z = z[: len(plan.where), most:] if ahead else None
-    z = z[:, :most]
-    return Drawn(chains_of(state, model, plan, z, guess, state.chains), z[: len(plan.where)]), next_z
+    z, entropy = z[:, :most], None if entropy is None else entropy[:, :most]
+    return Drawn(chains_of(state, model, plan, z, guess, state.chains, entropy), z[: len(plan.where)]), next_z
 
 
 def _embedding(state: RunState, model: Model, plan: Pass) -> torch.Tensor:

@@ -44,7 +44,7 @@ def draft(state: RunState, plan: Pass) -> torch.Tensor | None:
     x = _tokens(state, plan, drawn.chain)
     state.drafted.write(plan.columns, drawn, x)
     state.write(plan, x[:, 0])
-    return None if drawn.entropy is None else drawn.entropy.mean().view(1)
+    return None if state.ends is None else drawn.entropy.mean().view(1)
 
 
 @torch.no_grad()
@@ -162,7 +162,7 @@ def run_window(state: RunState, window: WindowPlan, phase: Phase = untimed) -> J
 class Drawn(NamedTuple):
     chain: Denoised | DenoisedInParallel  # of B n tokens, image by image, and of each token's chains
     z: torch.Tensor  # (B, n, Z) hidden states of the conditional rows
-    entropy: torch.Tensor | None = None  # (B, n) of the draft's attention, where it is wanted
+    entropy: torch.Tensor | None = None  # (B, n) of the model's attention, where it is wanted
 
 
 def _draw(state: RunState, model: Model, plan: Pass, guess: torch.Tensor | None = None) -> Drawn:
@@ -175,21 +175,25 @@ def _draw(state: RunState, model: Model, plan: Pass, guess: torch.Tensor | None 
 
 def _draw_chains(state: RunState, model: Model, plan: Pass, guess=None, chains: int = 1) -> Drawn:
     z, entropy = conditions(state, model, state.tokens, plan, model.embedding)
-    return Drawn(chains_of(state, model, plan, z, guess, chains), z[: len(plan.where)], entropy)
+    return Drawn(chains_of(state, model, plan, z, guess, chains, entropy), z[: len(plan.where)], entropy)
 
 
 def conditions(
     state: RunState, model: Model, tokens, plan: Pass, embedding
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """z (R, n, Z), and where it is wanted the entropy (B, n) of the attention."""
-    if state.ends is not None and model is state.draft:
+    """z (R, n, Z), and the entropy (B, n) of the attention where windows end by it or x_T is scaled by it."""
+    if model.initial_scale is not None or (state.ends is not None and model is state.draft):
         return model.transformer.conditions(tokens, plan, embedding, attention=True)
     return model.transformer.conditions(tokens, plan, embedding), None
 
 
-def chains_of(state: RunState, model: Model, plan: Pass, z, guess=None, chains: int = 1):
-    """The chains (N chains, ...) of the N tokens of a pass, token by token, from their conditions z (R, n, Z)."""
+def chains_of(state: RunState, model: Model, plan: Pass, z, guess=None, chains: int = 1, entropy=None):
+    """The chains (N chains, ...) of the N tokens of a pass, token by token, from their conditions z (R, n, Z) and the
+    entropies (B, n) of the attention, which a head that scales its x_T needs."""
     x_T, noise = state.noise.of(plan, model.head, chains)  # noqa: N806
+    if model.initial_scale is not None:
+        scale = model.initial_scale(entropy).flatten()[:, None]
+        x_T = x_T * (scale if chains == 1 else scale.repeat_interleave(chains, dim=0)).to(x_T.dtype)  # noqa: N806
     tolerance = tolerance_of(state, model.head, len(x_T))
     if tolerance is None:
         guess = None

@@ -74,7 +74,8 @@ class DriftLoss(nn.Module):
     The network's output at x_T is the token (:meth:`cspd_kernels.Schedule.one_step`). Speculative decoding needs a
     density of it, which there is none of: a Gaussian of measured ``std`` about the output stands for it.
 
-    ``std`` and ``entropies`` are in the state dict, as its extra state.
+    ``std``, ``entropies`` and ``least`` are in the state dict, as its extra state, and :meth:`set_extra_state` changes
+    them.
 
     Args:
         target_channels, z_channels, depth, width: as of ``DiffLoss``.
@@ -89,12 +90,34 @@ class DriftLoss(nn.Module):
         self.set_extra_state((std, *entropies, least))
 
     def get_extra_state(self) -> torch.Tensor:
-        return torch.tensor([self.std, *self.entropies, self.least], dtype=torch.float64, device="cpu")
+        return torch.tensor(self._state, dtype=torch.float64, device="cpu")
 
     def set_extra_state(self, state) -> None:
-        self.std, low, high, self.least = (float(value) for value in state)
-        self.entropies = (low, high)
-        self.gen_diffusion = GaussianDiffusion(Schedule.one_step(self.std))
+        """(std, low, high, least), numbers or a tensor."""
+        std, low, high, least = (float(value) for value in state)
+        if not low < high or not 0 < least <= 1:
+            raise ValueError(
+                "DriftLoss expected entropies (low, high) with low < high and least in (0, 1], got "
+                f"({low!r}, {high!r}) and {least!r}"
+            )
+        # A new one every time: what was made for the old numbers, as a CUDA graph, goes by it.
+        self.gen_diffusion = GaussianDiffusion(Schedule.one_step(std))
+        self._state = (std, low, high, least)
+
+    @property
+    def std(self) -> float:
+        """Of a token about the network's output."""
+        return self._state[0]
+
+    @property
+    def entropies(self) -> tuple[float, float]:
+        """Between which :meth:`initial_scale` grows."""
+        return self._state[1:3]
+
+    @property
+    def least(self) -> float:
+        """The smallest scale of x_T."""
+        return self._state[3]
 
     def initial_scale(self, entropy: torch.Tensor) -> torch.Tensor:
         """Scale of x_T, in [least, 1], for an entropy of the attention in [0, 1]; of any shape.

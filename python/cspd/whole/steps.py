@@ -252,7 +252,8 @@ def tensors(state: RunState) -> list[torch.Tensor]:
 def signature(state: RunState) -> tuple:
     """What a run's graphs depend on beside the values of its tensors."""
     models = tuple(
-        None if model is None else (model.head.handle, model.transformer) for model in (state.draft, state.target)
+        None if model is None else (model.head.handle, model.transformer, model.initial_scale)
+        for model in (state.draft, state.target)
     )
     shapes = tuple((tuple(value.shape), value.dtype) for value in tensors(state))
     relaxation = None if isinstance(state.relaxation, torch.Tensor) else state.relaxation
