@@ -12,14 +12,8 @@ from cspd_kernels.backends import implementation
 from cspd_kernels.ops.denoise.parallel import AUTO, check_tolerance
 
 from .checks import (
-    check_gamma,
-    check_initial_scale,
-    check_models,
-    check_options,
-    check_residual,
-    check_run,
-    check_verify,
-)
+    check_gamma, check_initial_scale, check_models, check_options, check_residual, check_run, check_verify,
+)  # fmt: skip
 from .loops import end_by, run_rounds, run_windows
 from .model_pair import ModelPair
 from .order import Plan, by_token, plan_steps, random_orders, to_device
@@ -276,12 +270,9 @@ class SpecDecodeRunner:
         plan = Plan(orders, images, planned, guided, tables)
         models = {
             role: Model(
-                type(model).__name__,
-                heads[role],
-                transformers[role],
-                class_embedding(model, bsz, labels, guided),
+                type(model).__name__, heads[role], transformers[role], class_embedding(model, bsz, labels, guided),
                 getattr(model.diffloss, "initial_scale", None),
-            )
+            )  # fmt: skip
             for role, model in self._pair.models.items()
         }
         check_initial_scale(models)
