@@ -6,8 +6,10 @@ import torch
 
 from cspd_kernels import DiffusionHead
 
+from .checks import check_initial_scale
 from .diffusions import Tables
 from .heads import HeadCache, unwrapped
+from .run_state import Model, class_embedding
 from .whole.chosen import ChosenTransformer, training
 from .whole.transformers import ByMasks, ByTables, ByWeights
 
@@ -37,6 +39,20 @@ class ModelPair:
     def heads(self, dtype: torch.dtype | None) -> dict[str, DiffusionHead]:
         """As their weights, their networks and their schedules are now."""
         return {role: self._head(role, dtype) for role in self.models}
+
+    def of_run(self, heads, transformers, bsz: int, labels: torch.Tensor | None, guided: bool) -> dict[str, Model]:
+        """What a run of ``bsz`` images needs of them; labels on the models' device.
+
+        Raises:
+            ValueError: a head scales its first noise by an attention that its transformer does not show.
+        """
+        models = {}
+        for role, model in self.models.items():
+            embedding = class_embedding(model, bsz, labels, guided)
+            scale = getattr(model.diffloss, "initial_scale", None)
+            models[role] = Model(type(model).__name__, heads[role], transformers[role], embedding, scale)
+        check_initial_scale(models)
+        return models
 
     def packed(self) -> list[ByWeights]:
         """Whose weights are kept."""

@@ -11,21 +11,13 @@ import torch
 from cspd_kernels.backends import implementation
 from cspd_kernels.ops.denoise.parallel import AUTO, check_tolerance
 
-from .checks import (
-    check_gamma,
-    check_initial_scale,
-    check_models,
-    check_options,
-    check_residual,
-    check_run,
-    check_verify,
-)
+from .checks import check_gamma, check_models, check_options, check_residual, check_run, check_verify
 from .loops import end_by, run_rounds, run_windows
 from .model_pair import ModelPair
 from .order import Plan, by_token, plan_steps, random_orders, to_device
 from .policies import Window
 from .released_names import released_attribute, released_names
-from .run_state import Model, RunState, class_embedding
+from .run_state import RunState
 from .stats import PREFILLED, Recorder, RunStats
 from .whole.noise import PhiloxSource
 from .whole.steps import PlainSteps, Steps, keep_current, signature, why_not_graphs
@@ -274,17 +266,7 @@ class SpecDecodeRunner:
         images = torch.arange(first_image, first_image + bsz, device=device)
         orders = random_orders(seed, images, self.seq_len) if orders is None else orders
         plan = Plan(orders, images, planned, guided, tables)
-        models = {
-            role: Model(
-                type(model).__name__,
-                heads[role],
-                transformers[role],
-                class_embedding(model, bsz, labels, guided),
-                getattr(model.diffloss, "initial_scale", None),
-            )
-            for role, model in self._pair.models.items()
-        }
-        check_initial_scale(models)
+        models = self._pair.of_run(heads, transformers, bsz, labels, guided)
         state = RunState(
             tokens=torch.zeros(bsz, self.seq_len, self.token_embed_dim, dtype=torch.float32, device=device),
             outcome=torch.full(orders.shape, PREFILLED, dtype=torch.int8, device=device),

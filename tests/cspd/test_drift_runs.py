@@ -23,7 +23,8 @@ STD = 0.5
 
 def one_step(model, **options):
     """The model with a head of one step."""
-    options = {"std": STD, "entropies": (0.85, 1.0), "least": 0.3, **options}
+    options = {"std": STD, "entropies": (0.91, 0.98), "least": 0.3, **options}
+    torch.manual_seed(0)
     channels = model.token_embed_dim
     head = DriftLoss(channels, model.diffloss.net.cond_embed.in_features, 1, 32, **options)
     randomize_(head.net, 3)
@@ -37,7 +38,7 @@ def pair():
     return one_step(near(target, 0.3)), target
 
 
-def runner(models, relaxation=8.0, **options):
+def runner(models, relaxation=4.0, **options):
     options = {"verify": "strict", "criterion": "last_step", "prefill": 0.0, **options}
     return cspd.SpecDecodeRunner(*models, relaxation, **options)
 
@@ -50,7 +51,7 @@ def by_hand(state, diffloss, tokens, step, seed, scaled=True):
     x, rows = noise.x_T(4), len(step.rows)
     if scaled:
         scale = diffloss.initial_scale(entropy)
-        assert scale.std() > 5e-3  # of different entropies
+        assert scale.std() > 1e-2  # of different entropies
         x = x * scale.flatten()[:, None]
     z = z.flatten(0, 1)
     out = diffloss.net(x.repeat(len(z) // rows, 1), torch.zeros(len(z), dtype=torch.int64), z)
@@ -101,6 +102,7 @@ def test_alone_it_draws_whole_images(pair):
         made = runner((draft, draft), 1.0, verify=verify)
         made.run(3, 9, 1, seed=7, labels=LABELS)
         assert made.stats.acceptance == 1.0
+        assert made.stats.raw_acceptance == pytest.approx(1.0, abs=1e-4)
 
 
 @pytest.mark.parametrize("verify", ["window", "strict"])
@@ -131,7 +133,7 @@ def test_other_numbers_of_a_head_are_found(monkeypatch):
     target = gentle()
     draft = one_step(near(target, 0.3))
     made, drawn = runner((draft, draft), prefill=1.0), []
-    for state in ((STD, 0.85, 1.0, 0.3), (STD, 0.2, 0.3, 0.3), (1.0, 0.85, 1.0, 0.3), (STD, 0.85, 1.0, 0.3)):
+    for state in ((STD, 0.91, 0.98, 0.3), (STD, 0.2, 0.3, 0.3), (1.0, 0.91, 0.98, 0.3), (STD, 0.91, 0.98, 0.3)):
         draft.diffloss.set_extra_state(state)
         drawn.append([made.run(3, 5, seed=1) for _ in range(3)][-1])
     assert torch.equal(drawn[0], drawn[3])
