@@ -108,7 +108,7 @@ def measure(pair: Pair, images: int, seeds: list[int], chosen: list[Setting], ec
     for seed in seeds:
         for first in range(0, images, pair.batch):
             for one in made:
-                if first == 0 or one.setting.twin is None:
+                if one.setting.twin is None or (seed, first) == (seeds[0], 0):
                     one.run(labels[first : first + pair.batch], seed, first)
             echo(f"seed {seed}: {min(first + pair.batch, images)} of {images} images")
             done = first + pair.batch >= images

@@ -23,7 +23,7 @@ class Setting:
         quick: whether ``--quick`` runs it, too.
         model: which of a pair's models drafts, or draws alone: "target", "draft", or a width of a one-step draft.
         twin: name of a setting that gives the very same tokens: strict ones depend on neither gamma nor branches. Only
-            the time of this one is then measured, on one batch a seed; its figure is its twin's.
+            the time of this one is then measured, on one batch; its figure is its twin's.
     """
 
     kind: str
