@@ -18,7 +18,8 @@ Layout of one Philox call, four 32-bit words in and out::
     stream 3  proposal of try ``index`` of accept_reject, channels as above
     stream 4  generation order          (index 0), word 0 is the sort key of (image, position)
 
-Candidate i of a token, where it has several, has the address of the token + i ``CANDIDATE_STRIDE``.
+Candidate i of a token, where it has several, has the address of the token + i ``CANDIDATE_STRIDE``. Addresses wrap
+around at 64 bits; those of tokens that lie a multiple of the stride apart would meet.
 
 Words become uniforms in (0, 1] by ``float32(word) 2^-32 + 2^-33``; words (0, 1) and (2, 3) become
 two normals each by Box-Muller: ``sqrt(-2 ln u_0) (cos, sin)(2 pi u_1)``.

@@ -105,7 +105,10 @@ class Schedule:
         return len(self.betas)
 
     def last(self, steps: int) -> Schedule:
-        """The last ``steps`` of the steps taken, or all where there are no more."""
+        """The last ``steps`` of the steps taken, or all where there are no more.
+
+        One step alone has no neighbour whose posterior variance could stand in for its own, 0: its beta does.
+        """
         return replace(self, betas=self.betas[:steps], timesteps=self.timesteps[:steps])
 
     def __repr__(self) -> str:
@@ -161,8 +164,9 @@ class Schedule:
     def one_step(cls, width: float) -> Schedule:
         """Of a network that makes a token of x_T in one call: its output is the token, ``x0 = mean = eps``.
 
-        ``width`` > 0: the standard deviation that is stated of the token about that output, 2 log(width) as the fixed
-        log variance; the output itself has no density. The network is called with timestep 0.
+        ``width`` > 0 is the standard deviation of the token about that output that :class:`Denoised` is to state, so
+        that the fixed log variance is 2 log(width); the output itself has no density. The network is called with
+        timestep 0.
         """
         return cls(np.ones(1), np.zeros(1), "fixed_small", float(width))
 

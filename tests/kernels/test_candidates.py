@@ -203,7 +203,7 @@ def test_a_candidate_that_is_not_finite_is_never_accepted_and_spoils_no_other(ju
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_after_a_candidate_that_is_not_finite_the_next_is_judged_as_if_it_had_not_been(judge, value):
+def test_after_a_candidate_that_is_not_finite_the_others_are_still_judged(judge, value):
     draft, target = chain_of([0.0, 0.0]), chain_of([1.0, 0.0])
     for last, candidate in ((9.0, 2), (-50.0, -1)):
         x = torch.tensor([[-50.0, 0.0], [0.0, value], [last, 0.0]])[None]
@@ -345,13 +345,26 @@ def test_a_verdict_that_differs_in_one_field_shows():
             assert_candidates(verdict._replace(**{field: value}), *chains, seed=0, rows=rows)
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton", "cuda"])
 @pytest.mark.parametrize("shape", [(5, 4), (5, 1, 4), (5, 3, 4)])
-def test_a_chain_of_whatever_kind(shape):
-    """What counts are a chain's fields: of sweeps, or of an object without a draft's sample."""
+def test_a_chain_of_whatever_kind(shape, backend, device_of):
+    """What counts are a chain's fields: of sweeps, or of an object without a draft's sample, or with any."""
     generator = torch.Generator().manual_seed(3)
     x, mean_q, mean_p, sample = (torch.randn(shape, generator=generator) for _ in range(4))
-    zeros, path = torch.zeros(shape), torch.zeros(shape[:-1])
-    expected = accept_reject(x, Denoised(x, mean_q, zeros, path), Denoised(sample, mean_p, zeros, path), seed=1)
-    draft = SimpleNamespace(mean=mean_q, log_std=zeros, path_log_std=path)
-    actual = accept_reject(x, draft, DenoisedInParallel(sample, mean_p, zeros, path, None, None), seed=1)
-    assert all(map(torch.equal, expected, actual))
+    device = torch.device("cpu") if backend == "torch" else device_of(backend)
+    x, mean_q, mean_p, sample = (v.to(device) for v in (x, mean_q, mean_p, sample))
+    zeros, path = torch.zeros_like(x), torch.zeros_like(x[..., 0])
+    judge = partial(accept_reject, x, seed=1, backend=backend)
+    expected = judge(Denoised(x, mean_q, zeros, path), Denoised(sample, mean_p, zeros, path))
+    target = DenoisedInParallel(sample, mean_p, zeros, path, None, None)
+    bare = SimpleNamespace(mean=mean_q, log_std=zeros, path_log_std=path)
+    for draft in (bare, Denoised(None, mean_q, zeros, path), Denoised(path.flatten(), mean_q, zeros, path)):
+        assert all(map(torch.equal, expected, judge(draft, target)))
+
+
+@pytest.mark.parametrize("candidates", [1, 3])
+def test_sigmas_of_which_one_is_0_are_infinitely_far_apart(candidates):
+    x, draft, target = own_chains(4, candidates, 5, 0)
+    draft = draft._replace(log_std=torch.full_like(x, -math.inf))
+    with pytest.raises(ValueError, match="differ by up to inf: pass target_sigma=True to compute with the target's"):
+        accept_reject(x, draft, target, seed=0, residual="closed_form")

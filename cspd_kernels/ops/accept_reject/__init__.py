@@ -75,10 +75,11 @@ def accept_reject(
     ``(e^delta p - c_i q)_+``, of total mass Z_i, is what the rejections before it have left to be drawn, delta the
     difference of the path terms, and ``c_1 = 1``, ``c_{i+1} = c_i + Z_i``. After K rejections the token is redrawn
     from ``(e^delta p - c_K q)_+`` of candidate 0's chains. Candidates that differ in nothing but the last step's
-    noise (one mean, one sigma that both models share, no path term) leave the token's distribution exactly the
-    target's, as one candidate does; whether any is accepted has the probability ``1 - Z(c_K)``. Candidates
-    with chains of their own are compared as trajectories, as one is: a surrogate. With more than one candidate both
-    models need the same sigma, or ``target_sigma``: Z is computed with the target's.
+    noise (each model has one mean for all of them, both have one sigma, there is no path term and no relaxation) leave
+    the token's distribution the target's, as one candidate does, but for rows that take ``target.sample``; whether any
+    is accepted has the probability ``1 - Z(c_K)``. Candidates with chains of their own are compared as trajectories, as
+    one is: a surrogate. With more than one candidate both models need the same sigma, or ``target_sigma``: Z is
+    computed with the target's.
 
     Random numbers are addressed by (seed; row, try), see :mod:`cspd_kernels.noise`: a token's fate
     depends on neither its batch nor the backend (outside a rounding band of the comparisons).
@@ -89,12 +90,14 @@ def accept_reject(
             (N, K, ...) or, where the candidates share it, (N, 1, ...), relaxation a number, (N,) or (N, K).
         seed: int in [0, 2^64); or a tensor of one int64 element on the device of x, its 64 bits, which the host never
             reads: a CUDA graph is replayed with what it holds then. rows: (N,) int64 addresses, default 0..N-1;
-            candidate i's uniform is that of row + i :data:`cspd_kernels.noise.CANDIDATE_STRIDE`.
+            candidate i's uniform is that of row + i :data:`cspd_kernels.noise.CANDIDATE_STRIDE`, so that rows of one
+            call should not lie multiples of that apart.
         max_tries: >= 0; the closed form takes one of them.
         residual: "rejection" or "closed_form", as above.
-        target_sigma: for the closed form, and for several candidates, compute what is left to be drawn with the
-            target's sigma in the draft's place, too. Without it the two ``log_std`` must be equal, which is
-            looked at on the CPU only (elsewhere it would wait for the device; the target's is then used).
+        target_sigma: compute the closed form, and the masses Z of several candidates, with the target's sigma in the
+            draft's place, too (ratios, and the tries of ``"rejection"``, have each model's own). Without it the two
+            ``log_std`` must be equal where those are computed, which is looked at on the CPU only (elsewhere it would
+            wait for the device; the target's is then used).
 
     Returns:
         :class:`Verdict`; of x (N, K, C) :class:`CandidateVerdict`.
@@ -149,6 +152,6 @@ def _check_residual(draft, target, residual, target_sigma, candidates) -> None:
                 what, otherwise = f"{candidates} candidates a token", ", or one candidate and residual='rejection'"
             raise ValueError(
                 f"accept_reject expected draft and target with the same log_std for {what}, got values "
-                f"that differ by up to {float(difference.nan_to_num().max()):.2g}: pass target_sigma=True to redraw "
-                f"with the target's{otherwise}"
+                f"that differ by up to {float(difference[~difference.isnan()].max()):.2g}: pass target_sigma=True to "
+                f"compute with the target's{otherwise}"
             )

@@ -1,11 +1,13 @@
 """Several candidates of one token, tried in order: the part of ``accept_reject``'s definition before the redraw.
 
 Given that candidates 0..i-1 were rejected, the token must still follow the density ``(e^delta p - c_i q)_+ / Z_i``,
-with ``c_0 = 0``, ``Z_0 = 1`` and delta the path term. Candidate i, drawn from q, is accepted with probability
-``(r_i - c_i)_+ / Z_i``; what then is left is proportional to ``(e^delta p - (c_i + Z_i) q)_+``: the same family again,
-with
+with delta the path term. Candidate i, drawn from q, is accepted with probability ``min(1, (r_i - c_i)_+ / Z_i)``; what
+then is left is proportional to ``(e^delta p - (c_i + Z_i) q)_+``: the same family again, with
 
     c_{i+1} = c_i + Z_i,        Z_i = Z(c_i) = integral of (e^delta p - c_i q)_+ .
+
+It starts at ``c_0 = 0`` and ``Z_0 = 1``, the test of one candidate. Without a path term that is Z(0), and the token
+follows p; with one Z(0) is e^delta, and what is compared are trajectories, as with one candidate.
 
 One number per row is all that a rejection leaves behind. Of two Gaussians of one sigma, D sigma apart, Z is a
 difference of two of the normal's upper tails Q::
@@ -28,7 +30,7 @@ SHORTEST = 1e-6  # below this distance of the means, in sigma, the distribution'
 
 def with_candidates(x, draft, target, relaxation):
     """(x (N, K, C), draft, target, relaxation with an axis of candidates, whether x had it already)."""
-    draft, target = plain(draft), plain(target)
+    draft, target = without_sample(draft), plain(target)
     if named := x.dim() == 3:
         return x, draft, target, relaxation, named
     draft, target = (Denoised(*(None if v is None else v[:, None] for v in chain)) for chain in (draft, target))
@@ -37,8 +39,13 @@ def with_candidates(x, draft, target, relaxation):
 
 
 def plain(chain) -> Denoised:
-    """The fields that count of a chain of whatever kind; a draft's sample is not looked at, and may be missing."""
+    """The fields that count of a chain of whatever kind."""
     return Denoised(*(getattr(chain, name, None) for name in Denoised._fields))
+
+
+def without_sample(draft) -> Denoised:
+    """Likewise of a draft, whose sample is not looked at: it may be missing, or of any shape."""
+    return plain(draft)._replace(sample=None)
 
 
 def one_of(value, i):

@@ -12,6 +12,7 @@ from ...cuda_support import extension, launch_stream, multiprocessors
 from ...devices import on
 from ..denoise import Denoised
 from ..density_ratio.cuda import operands, plain, pointers, why_unsupported
+from .candidates import without_sample
 
 __all__ = ["accept_reject", "why_unsupported"]
 
@@ -29,7 +30,7 @@ def accept_reject(x, draft, target, seed, rows, relaxation, sigma, max_tries, re
     if n:
         with on(device):
             if count is not None:
-                draft, target = _without_copies(draft), _without_copies(target)
+                draft, target = _without_copies(without_sample(draft)), _without_copies(target)
             tensors, relaxation = operands(x, draft, target, relaxation)
             sample, rows, own, chosen = plain(target.sample), rows.contiguous(), 0, 0
             if count is not None:

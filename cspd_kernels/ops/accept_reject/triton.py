@@ -10,7 +10,7 @@ from ...devices import on
 from ...triton_launch import launch
 from ..density_ratio.triton import operands, row_log_ratio, why_unsupported
 from ..density_ratio.triton_terms import load, load_line, path_term
-from .candidates import one_of
+from .candidates import one_of, without_sample
 from .triton_candidates import later_candidates, operands_of_candidates
 from .triton_redraw import by_rejection, in_closed_form, uniform_of
 
@@ -112,7 +112,7 @@ def accept_reject(x, draft, target, seed, rows, relaxation, sigma, max_tries, re
     log_ratio = torch.empty(*x.shape[:-1], dtype=torch.float32, device=device)
     if n:
         if named and candidates == 1:
-            x, draft, target, relaxation = (one_of(v, 0) for v in (x, draft, target, relaxation))
+            x, draft, target, relaxation = (one_of(v, 0) for v in (x, without_sample(draft), target, relaxation))
         sample = target.sample
         others = (sample, rows, token, accepted, *((candidate,) if named else ()), tries, log_ratio)
         seeds, seed = ((seed,), 0) if isinstance(seed, torch.Tensor) else ((), seed)
