@@ -43,7 +43,7 @@ struct Redraw {
 struct Candidates {
   int count = 1;                     // K
   std::int32_t* accepted = nullptr;  // [N], which one was, -1: none; may be null where K = 1
-  // Of the rows a token: 1 or K.
+  // How many rows a token has of each matrix: 1 or K.
   struct Rows {
     int mean = 1, log_std = 1, path = 1;
   } draft, target;
