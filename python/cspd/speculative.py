@@ -45,7 +45,7 @@ class SpecDecodeRunner:
     ``stats.fallback`` (:mod:`cspd.strict`). They depend on neither ``gamma`` nor ``branches``.
 
     Noise is addressed by (seed; image, position, step, channel): it takes no memory, and an image does not depend on
-    its batch, up to rounding.
+    its batch, up to rounding, unless a gamma policy, which looks at the batch, ends its windows.
 
     The transformers run over packed weights (:mod:`cspd.whole`), and on a GPU every step of the draft and every look
     of the target is one CUDA graph, its head included, as is a whole round of strict verification; batches that keep

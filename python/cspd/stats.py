@@ -38,7 +38,7 @@ class RunStats:
         steps_per_round: steps that a window moves an image by, in the mean over windows and over images that were not
             done; None without windows.
         target_rows: prefixes that the target looked at when it verified: one for an image and a window, in strict runs
-            one for every drafted step. Guidance doubles them.
+            one for every drafted step of each branch. Guidance doubles them.
         candidates: how many tokens were accepted as their first, second, ... candidate.
     """
 

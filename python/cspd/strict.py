@@ -16,8 +16,9 @@ new, and how many steps a round drafts, in how many branches, or what ends a win
 not so with a relaxation policy that looks at more than that, at the steps behind, say.
 
 **What is not.** Tokens that fell back to the target's aligned sample (``RunStats.fallback``: out of tries, or a
-closed form beyond six sigma). ``target_sigma`` where the sigmas differ. A relaxation other than 1. The criterion
-``"trajectory"``, a surrogate as in windows, though each token is judged in its exact context.
+closed form beyond six sigma). ``target_sigma`` where the sigmas differ. Sweeps to a ``parallel_tol`` coarser than
+rounding. A relaxation other than 1. The criterion ``"trajectory"``, a surrogate as in windows, though each token is
+judged in its exact context.
 """
 
 from __future__ import annotations
