@@ -11,17 +11,19 @@ import numpy as np
 import torch
 
 from cspd_kernels import Schedule
-from cspd_kernels.noise import check_seed
+from cspd_kernels.noise import CANDIDATE_STRIDE, check_seed
 from cspd_kernels.ops.accept_reject import MOST_CANDIDATES, check_method
 from cspd_kernels.ops.density_ratio import SIGMAS
 from cspd_kernels.structure import why_not_a_head, why_not_plain
 
 from .candidates import CRITERIA
 from .heads import FoundHead, unwrapped
+from .order import is_count
 from .twin import CannotRunError
 from .verify import DiffersError, check_sample
 
 VERIFY = ("window", "strict")
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _logger = logging.getLogger("cspd")
 _MODEL_INTERFACE = (
     "seq_len", "token_embed_dim", "diffloss", "fake_latent", "class_emb",
@@ -116,17 +118,24 @@ def check_options(seq_len: int, relaxation, prefill, sigma, max_tries) -> None:
     elif isinstance(relaxation, Real):
         if not 0 < relaxation < math.inf:
             raise ValueError(f"expected a finite relaxation > 0, got {relaxation!r}")
-    elif not callable(relaxation):
+    elif not callable(relaxation) or isinstance(relaxation, type):
         raise TypeError(
             "expected relaxation as a number, a tensor or a policy (a function of a cspd.Window), got "
-            f"{type(relaxation).__name__}"
+            f"{_kind(relaxation)}"
         )
     if isinstance(max_tries, bool) or not isinstance(max_tries, int) or max_tries < 0:
         raise ValueError(f"expected max_tries as an int >= 0, got {max_tries!r}")
 
 
-def check_verify(draft, target, verify, num_candidates, branches, criterion) -> None:
-    """Raise where a way to verify does not exist."""
+def check_dtype(dtype) -> None:
+    """Raise where products cannot be in a type."""
+    if dtype is not None and dtype not in _DTYPES:
+        names = ", ".join(str(known).removeprefix("torch.") for known in _DTYPES)
+        raise ValueError(f"expected dtype as a torch.dtype out of {names}, or None, got {dtype!r}")
+
+
+def check_verify(draft, target, relaxation, verify, num_candidates, branches, criterion) -> None:
+    """Raise where a way to verify does not exist, or a policy wants what it does not compute."""
     if verify not in VERIFY:
         raise ValueError(f"expected verify one of {VERIFY}, got {verify!r}")
     if criterion not in CRITERIA:
@@ -141,6 +150,11 @@ def check_verify(draft, target, verify, num_candidates, branches, criterion) -> 
         )
     if branches > 1 and verify != "strict":
         raise ValueError(f"expected branches={branches} with verify='strict' only, got verify={verify!r}")
+    if verify != "strict" and getattr(relaxation, "looks_ahead", False):
+        raise ValueError(
+            f"expected {type(relaxation).__name__} with verify='strict' only, which computes what the target makes of "
+            f"the tokens that follow, got verify={verify!r}"
+        )
     if num_candidates > 1 and criterion == "trajectory":
         _warn_of_candidates(draft, target, num_candidates)
 
@@ -190,8 +204,12 @@ def learned_variance(diffloss) -> bool:
 def check_gamma(gamma) -> None:
     """Raise where ``gamma`` is neither a number of steps nor a policy."""
     number = isinstance(gamma, Integral) and not isinstance(gamma, bool)
-    if not callable(gamma) and not wants_entropy(gamma) and not (number and gamma >= 1):
-        raise ValueError(f"expected gamma >= 1, an int or a function of the windows so far, got {gamma!r}")
+    policy = (callable(gamma) or wants_entropy(gamma)) and not isinstance(gamma, type)
+    if not policy and not (number and gamma >= 1):
+        raise ValueError(
+            "expected gamma >= 1, an int or a function of the windows so far, got "
+            + (_kind(gamma) if isinstance(gamma, type) else repr(gamma))
+        )
 
 
 def wants_entropy(gamma) -> bool:
@@ -221,19 +239,20 @@ def check_initial_scale(models: dict) -> None:
 def check_run(draft, target, bsz, labels, temperature, cfg, seed, first_image, orders) -> None:
     """Raise on an argument of a run that does not fit; values of tensors are looked at on the CPU only."""
     length = target.seq_len
-    if bsz < 1:
-        raise ValueError(f"expected bsz >= 1, got {bsz}")
-    if not 0 <= temperature < math.inf or not math.isfinite(cfg):
+    _check_count("bsz", bsz, 1)
+    if not _is_finite(temperature) or temperature < 0 or not _is_finite(cfg):
         raise ValueError(f"expected a finite temperature >= 0 and a finite cfg, got {temperature!r} and {cfg!r}")
     if labels is not None and (
-        not isinstance(labels, torch.Tensor) or labels.shape != (bsz,) or labels.is_floating_point()
+        not isinstance(labels, torch.Tensor) or labels.shape != (bsz,) or labels.dtype not in (torch.int64, torch.int32)
     ):
-        got = tuple(labels.shape) if isinstance(labels, torch.Tensor) else type(labels).__name__
+        got = f"{tuple(labels.shape)} {labels.dtype}" if isinstance(labels, torch.Tensor) else type(labels).__name__
         raise ValueError(f"expected labels as an integer tensor of shape ({bsz},) or None, got {got}")
     if labels is not None and labels.device.type == "cpu":
         classes = [getattr(model, "num_classes", math.inf) for model in (draft, target)]
         if not ((labels >= 0) & (labels < min(classes))).all():
             raise ValueError(f"expected labels in 0..{min(classes) - 1}, got {labels.tolist()}")
+    if orders is not None and not isinstance(orders, torch.Tensor):
+        raise ValueError(f"expected orders as int64 ({bsz}, {length}) or None, got {type(orders).__name__}")
     if orders is not None and (orders.shape != (bsz, length) or orders.dtype != torch.int64):
         raise ValueError(f"expected orders as int64 ({bsz}, {length}), got {orders.dtype} {tuple(orders.shape)}")
     on_cpu = orders is not None and orders.device.type == "cpu"
@@ -241,8 +260,26 @@ def check_run(draft, target, bsz, labels, temperature, cfg, seed, first_image, o
         raise ValueError(f"expected every row of orders to be a permutation of 0..{length - 1}")
     if seed is not None:
         check_seed(seed)
-    if first_image < 0:
-        raise ValueError(f"expected first_image >= 0, got {first_image}")
+    _check_count("first_image", first_image, 0)
+    if (first_image + bsz) * length > CANDIDATE_STRIDE:  # addresses of noise; behind them are those of candidates
+        most = CANDIDATE_STRIDE // length - bsz
+        raise ValueError(f"expected first_image <= {most} with {bsz} images, got {first_image}")
     devices = {model.fake_latent.device for model in (draft, target)}
     if len(devices) > 1:
         raise ValueError(f"expected draft and target on one device, got {sorted(map(str, devices))}")
+
+
+def _is_finite(value) -> bool:
+    try:
+        return math.isfinite(value)
+    except TypeError:
+        return False
+
+
+def _check_count(name: str, value, least: int) -> None:
+    if not is_count(value, least):
+        raise ValueError(f"expected {name} >= {least}, got {value!r}")
+
+
+def _kind(value) -> str:
+    return f"the class {value.__name__} itself" if isinstance(value, type) else type(value).__name__

@@ -58,6 +58,12 @@ class EntropyDraft:
     def __repr__(self) -> str:
         return f"EntropyDraft({self.most}, {self.factor}, {self.memory}, ends={self.ends!r})"
 
+    def __eq__(self, other) -> bool:
+        return type(other) is type(self) and vars(other) == vars(self)
+
+    def __hash__(self) -> int:  # of its numbers as they are now: they are part of the graphs of a run
+        return hash((type(self), self.most, self.factor, self.memory, self.ends))
+
     def start(self, batch: int, device: torch.device | str = "cpu") -> torch.Tensor:
         """The state before an image's first step: (B,) float32 running means, NaN for none."""
         return torch.full((batch,), torch.nan, dtype=torch.float32, device=device)

@@ -8,12 +8,21 @@ from __future__ import annotations
 
 import copy
 import math
+import operator
 from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 
 from cspd_kernels.noise import STREAM_ORDER, words
+
+
+def is_count(value, least: int) -> bool:
+    """Whether a value is an int from ``least`` on, or stands for one as NumPy's and tensors of one number do."""
+    try:
+        return not isinstance(value, bool) and operator.index(value) >= least
+    except TypeError:
+        return False
 
 
 def mask_lengths(seq_len: int, steps: int) -> list[int]:
@@ -23,8 +32,8 @@ def mask_lengths(seq_len: int, steps: int) -> list[int]:
     before and at least one, until the last step draws all that remain (MaskGIT, arXiv 2202.04200;
     MAR). Length K + 1, from L down to 0; equal neighbours mean a step with nothing to draw.
     """
-    if steps < 1:
-        raise ValueError(f"expected steps >= 1 (num_iter of MAR's sample_tokens), got {steps}")
+    if not is_count(steps, 1):
+        raise ValueError(f"expected steps >= 1, an int (num_iter of MAR's sample_tokens), got {steps!r}")
     lengths = [seq_len]
     for step in range(steps - 1):
         cosine = math.floor(seq_len * math.cos(math.pi / 2.0 * (step + 1) / steps))

@@ -32,8 +32,9 @@ class Window:
     Tokens stand step by step, and by ascending position within a step. Under guidance the hidden states are those
     of the conditional rows. A policy must not write into any of them.
 
-    In strict verification B is images times branches, an image's branches one after the other, and every step takes up
-    the same room: what only fills up has ``valid`` False and anything finite in the other fields.
+    In strict verification B is images times branches, an image's branches one after the other, and it changes from
+    round to round: on a CPU images that are done are left out. There every step takes up the same room: what only
+    fills up has ``valid`` False and anything finite in the other fields.
 
     Attributes:
         positions: (B, n) int64, where in the sequence each token is.
@@ -153,7 +154,8 @@ class AdaptiveDraft:
     there. The next window ends before the first step whose expectation is below ``bound``. Steps
     that no window has reached count as accepted, but no window is longer than twice the longest so far, nor
     than ``most``, nor shorter than 1. It is a function of the run's own windows alone: nothing is kept between
-    runs, and a seed gives the same images again.
+    runs, and a seed gives the same images again. In windows an image then depends on its batch, whose mean it is; in
+    strict verification it does not, unless a relaxation policy looks at the window.
 
     In the manner of acceptance- and entropy-informed draft lengths (Drift-AR, arXiv 2603.28049). For
     ``SpecDecodeRunner.run(gamma=...)``, which then reads the acceptance of every window from the device: one

@@ -11,7 +11,7 @@ import torch
 from cspd_kernels.backends import implementation
 from cspd_kernels.ops.denoise.parallel import AUTO, check_tolerance
 
-from .checks import check_gamma, check_models, check_options, check_residual, check_run, check_verify
+from .checks import check_dtype, check_gamma, check_models, check_options, check_residual, check_run, check_verify
 from .loops import end_by, run_rounds, run_windows
 from .model_pair import ModelPair
 from .order import Plan, by_token, plan_steps, random_orders, to_device
@@ -45,7 +45,7 @@ class SpecDecodeRunner:
     ``stats.fallback`` (:mod:`cspd.strict`). They depend on neither ``gamma`` nor ``branches``.
 
     Noise is addressed by (seed; image, position, step, channel): it takes no memory, and an image does not depend on
-    its batch, up to rounding.
+    its batch, up to rounding, unless a gamma policy, which looks at the batch, ends its windows.
 
     The transformers run over packed weights (:mod:`cspd.whole`), and on a GPU every step of the draft and every look
     of the target is one CUDA graph, its head included, as is a whole round of strict verification; batches that keep
@@ -77,7 +77,8 @@ class SpecDecodeRunner:
         criterion: ``"trajectory"``, the paper's surrogate: a candidate is the end of a chain of its own.
             ``"last_step"``: the last denoising step adds its noise, in both models; candidates share a chain, and the
             test is of that step's Gaussians alone.
-        sigma: ``"paper"`` or ``"released"``, see :func:`cspd_kernels.log_density_ratio`.
+        sigma: ``"paper"`` or ``"released"``, see :func:`cspd_kernels.log_density_ratio`: the sign of the path's term,
+            which ``"last_step"`` does not have.
         backend: as in :func:`cspd.patch`.
         dtype: type of the matrix products' operands in transformers and heads, as autocast has it; None follows
             autocast, else the weights' type. The residual streams stay float32.
@@ -118,7 +119,8 @@ class SpecDecodeRunner:
         check_tolerance("SpecDecodeRunner", parallel_tol)
         check_models(draft_model, target_model, criterion)
         check_options(target_model.seq_len, relaxation, prefill, sigma, max_tries)
-        check_verify(draft_model, target_model, verify, num_candidates, branches, criterion)
+        check_dtype(dtype)
+        check_verify(draft_model, target_model, relaxation, verify, num_candidates, branches, criterion)
         check_residual(draft_model, target_model, residual, target_sigma, num_candidates)
         self.seq_len, self.token_embed_dim = target_model.seq_len, target_model.token_embed_dim
         self.relaxation, self.prefill, self.sigma = relaxation, float(prefill), sigma
@@ -185,7 +187,8 @@ class SpecDecodeRunner:
             temperature: >= 0; at 0 every token is the target's own.
             progress: show a tqdm bar over the steps.
             seed: int in [0, 2^64); None draws one from torch's CPU generator.
-            first_image: number of the first image: an image is addressed by (seed; its number).
+            first_image: number of the first image: an image is addressed by (seed; its number). Numbers times the
+                sequence's length go to 2^48.
             orders: (bsz, L) int64 generation orders; None derives them from the seed.
 
         Returns:

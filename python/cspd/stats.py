@@ -26,8 +26,10 @@ class RunStats:
         raw_acceptance: mean of min(1, r) over the first candidates of the same tokens at relaxation 1.
         acceptance_per_window, raw_acceptance_per_window: the same, window by window.
         fallback: fraction of drafted tokens that took the target's own sample: out of tries, or without a closed form.
-        target_calls, draft_calls: passes through each transformer with its head, of steps that were judged.
-        gammas: steps of each window, drafted ones.
+            At temperature 0 all that were not accepted.
+        target_calls, draft_calls: passes through each transformer with its head. In strict runs with the steps that
+            were undone; in windows without the one that an :class:`cspd.EntropyDraft` has drawn and left out.
+        gammas: steps of each window, drafted ones: in strict runs with those that were undone.
         drafted, prefilled: tokens drawn by the draft first, and by the target alone.
         seconds: by phase: ``"draft"``, ``"target"`` (pre-filling and verification passes), ``"verify"``
             (the acceptance test and redraw), ``"round"`` (all of a round that is one CUDA graph), ``"total"``.
@@ -36,7 +38,7 @@ class RunStats:
         steps_per_round: steps that a window moves an image by, in the mean over windows and over images that were not
             done; None without windows.
         target_rows: prefixes that the target looked at when it verified: one for an image and a window, in strict runs
-            one for every drafted step. Guidance doubles them.
+            one for every drafted step of each branch. Guidance doubles them.
         candidates: how many tokens were accepted as their first, second, ... candidate.
     """
 

@@ -7,13 +7,18 @@ go on at different places, each by one step a round at least.
 **What is exact.** By the criterion ``"last_step"``, at relaxation 1, the tokens have exactly the distribution of the
 target whose last denoising step adds its noise, up to rounding. A token's context is the one that the target alone
 would have had; given it and the noise of the other steps the draft's token and the target's are two Gaussians, and
-the test and the redrawing keep the target's (:func:`cspd_kernels.accept_reject`); and a step that is undone is
-drafted again from the same noise, which is right because nothing of it decided that it was. With several candidates
-that needs heads with one sigma.
+the test and the redrawing keep the target's (:func:`cspd_kernels.accept_reject`). With several candidates that needs
+heads with one sigma.
+
+A step that is undone is drafted again from the same noise. What is kept of a step is a function of the tokens before it
+and of its own noise, whenever it is drafted; and no token before it depends on its noise. So that noise is as good as
+new, and how many steps a round drafts, in how many branches, or what ends a window, has no part in the tokens. It is
+not so with a relaxation policy that looks at more than that, at the steps behind, say.
 
 **What is not.** Tokens that fell back to the target's aligned sample (``RunStats.fallback``: out of tries, or a
-closed form beyond six sigma). ``target_sigma`` where the sigmas differ. A relaxation other than 1. The criterion
-``"trajectory"``, a surrogate as in windows, though each token is judged in its exact context.
+closed form beyond six sigma). ``target_sigma`` where the sigmas differ. Sweeps to a ``parallel_tol`` coarser than
+rounding. A relaxation other than 1. The criterion ``"trajectory"``, a surrogate as in windows, though each token is
+judged in its exact context.
 """
 
 from __future__ import annotations

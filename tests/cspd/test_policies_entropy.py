@@ -125,3 +125,14 @@ def test_what_a_run_asks_of_it():
     policy = EntropyDraft(3, 1.2, 0.5, ends="above")
     assert (policy.most, policy.wants_entropy) == (3, True)
     assert repr(policy) == "EntropyDraft(3, 1.2, 0.5, ends='above')"
+
+
+def test_one_of_the_same_numbers_is_the_same():
+    """Graphs of a run are found by it: made anew for every run it is the same one, and changed it is another."""
+    policy, kept = EntropyDraft(3, 0.5), {EntropyDraft(3, 0.5): 1}
+    assert policy in kept
+    assert EntropyDraft(3, 0.6) not in kept
+    assert EntropyDraft(3, 0.5, ends="above") != policy
+    assert type("Other", (EntropyDraft,), {})(3, 0.5) != policy
+    policy.factor = 0.6
+    assert policy not in kept

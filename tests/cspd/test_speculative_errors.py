@@ -29,6 +29,9 @@ def pair():
         ({"backend": "metal"}, "expected backend one of"),
         ({"max_tries": -1}, "expected max_tries as an int >= 0, got -1"),
         ({"relaxation": torch.tensor([torch.inf] * 16)}, "expected relaxation finite and > 0"),
+        ({"dtype": "bfloat16"}, "expected dtype as a torch.dtype out of float32, .*got 'bfloat16'"),
+        ({"dtype": torch.int32}, "expected dtype as .*got torch.int32"),
+        ({"relaxation": cspd.ContextRelaxation()}, "ContextRelaxation with verify='strict' only.*got verify='window'"),
         ({"residual": "exact"}, "expected residual one of .*, got 'exact'"),
         ({"target_sigma": True}, "True only with residual='closed_form' or several candidates, got True"),
         ({"residual": "closed_form", "target_sigma": 1}, "expected target_sigma as a bool.*got 1"),
@@ -43,6 +46,8 @@ def test_bad_runner_options(pair, options, match):
 def test_a_relaxation_of_another_kind(pair):
     with pytest.raises(TypeError, match=r"a number, a tensor or a policy .*, got str"):
         cspd.SpecDecodeRunner(*pair, "42")
+    with pytest.raises(TypeError, match=r"a policy .*got the class SimilarityRelaxation itself"):
+        cspd.SpecDecodeRunner(*pair, cspd.SimilarityRelaxation)
 
 
 @pytest.mark.parametrize(
@@ -63,6 +68,17 @@ def test_models_that_do_not_fit(pair, changes, match):
     ("options", "match"),
     [
         ({"bsz": 0}, "expected bsz >= 1"),
+        ({"bsz": 2.0}, "expected bsz >= 1, got 2.0"),
+        ({"bsz": "2"}, "expected bsz >= 1, got '2'"),
+        ({"gamma": cspd.AdaptiveDraft}, "got the class AdaptiveDraft itself"),
+        ({"gamma": cspd.EntropyDraft}, "got the class EntropyDraft itself"),
+        ({"steps": 4.0}, "expected steps >= 1, an int .*got 4.0"),
+        ({"temperature": "1"}, "expected a finite temperature >= 0 and a finite cfg, got '1'"),
+        ({"cfg": None}, "finite cfg, got 1.0 and None"),
+        ({"labels": torch.tensor([True, False])}, r"integer tensor .*got \(2,\) torch.bool"),
+        ({"first_image": 1.5}, "expected first_image >= 0, got 1.5"),
+        ({"first_image": 2**44 - 1}, f"expected first_image <= {2**44 - 2} with 2 images"),
+        ({"orders": [[0]]}, "expected orders as int64 .*got list"),
         ({"gamma": 0}, "gamma >= 1"),
         ({"gamma": 2.0}, "an int or a function of the windows so far, got 2.0"),
         ({"steps": 0}, "expected steps >= 1"),

@@ -126,6 +126,23 @@ def test_the_tokens_do_not_depend_on_the_windows(pair):
         assert relative_error(images, drawn[1, 1]) < 1e-5
 
 
+def test_nor_on_what_says_how_long_they_are(pair):
+    policies = (
+        cspd.AdaptiveDraft(0.7),
+        cspd.EntropyDraft(5, 1.0),
+        lambda windows: 1 + int(1000 * sum(map(sum, windows))) % 5,  # by whatever was drawn
+    )
+    runner, chosen = strictly(pair, criterion="last_step", num_candidates=2, branches=2), set()
+    expected = runner.run(3, 16, 1, seed=2)
+    for policy in policies:
+        assert relative_error(runner.run(3, 16, policy, seed=2), expected) < 1e-5
+        chosen.add((runner.stats.rounds, *runner.stats.gammas))
+    assert len(chosen) == len(policies)
+    # It is not so where the relaxation is made from the rest of the window.
+    runner = strictly(pair, cspd.ContextRelaxation(), criterion="last_step")
+    assert relative_error(runner.run(3, 16, policies[0], seed=2), runner.run(3, 16, 1, seed=2)) > 1e-2
+
+
 def test_tables_of_the_models_blocks_and_their_own_methods_give_the_same(pair, monkeypatch):
     expected = strictly(pair).run(3, 7, 3, labels=LABELS, cfg=2.0, seed=4)
     for name in ("why_not_by_weights", "why_not_by_tables"):
