@@ -121,7 +121,9 @@ def test_the_kernel_copies_what_has_changed_and_writes_nothing_else(source, pack
 def test_the_kernel_sees_a_change_of_every_value_also_before_its_first_call(source, change, triton_device):
     from cspd_kernels.triton_refresh import Refresh
 
-    for values in (torch.ones(3, 4096), torch.randn(3, 4096)):
+    # Of few bits: float32 holds them after the change, too. Others are rounded once or twice on the way from float64 to
+    # half, which libraries do differently.
+    for values in (torch.ones(3, 4096), torch.randn(3, 4096).bfloat16()):
         value = values.to(triton_device, source)
         copy = value.half()
         refresh = Refresh(((copy, value),))

@@ -19,6 +19,8 @@ The scheme is that of SpecInfer (arXiv 2305.09781) and of recursive rejection (a
 
 from __future__ import annotations
 
+from numbers import Real
+
 import torch
 
 from ...noise import CANDIDATE_STRIDE, uniforms
@@ -52,7 +54,7 @@ def one_of(value, i):
     """What belongs to candidate i of a chain, or of a value per row and candidate; one of all candidates is its too."""
     if isinstance(value, torch.Tensor):
         return value[:, min(i, value.shape[1] - 1)]
-    if value is None or isinstance(value, float):
+    if value is None or isinstance(value, Real):
         return value
     return Denoised(*(one_of(v, i) for v in plain(value)))
 
