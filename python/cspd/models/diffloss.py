@@ -159,18 +159,23 @@ class DiffLoss(nn.Module):
         """Tokens for conditions z: (N, Z) -> (N, C); with guidance z and the result have 2N rows,
         conditional first. The first noise comes from the CPU generator, the others from the device's.
         """
-        guided = cfg != 1.0
-        noise = first_noise(len(z) // 2 if guided else len(z), self.in_channels, z.device)
-        noise = torch.cat([noise, noise]) if guided else noise
-        return self.gen_diffusion.p_sample_loop(
-            self.net.forward_with_cfg if guided else self.net.forward,
-            noise.shape,
-            noise,
-            clip_denoised=False,
-            model_kwargs=dict(c=z, cfg_scale=cfg) if guided else dict(c=z),
-            progress=False,
-            temperature=temperature,
-        )
+        noise = first_noise(len(z) if cfg == 1.0 else len(z) // 2, self.in_channels, z.device)
+        return sample_from(self, noise, z, temperature, cfg)
+
+
+def sample_from(diffloss, noise: torch.Tensor, z: torch.Tensor, temperature, cfg) -> torch.Tensor:
+    """What ``sample`` of a head gives from x_T (N, C): under guidance of both halves of z the same."""
+    guided = cfg != 1.0
+    noise = torch.cat([noise, noise]) if guided else noise
+    return diffloss.gen_diffusion.p_sample_loop(
+        diffloss.net.forward_with_cfg if guided else diffloss.net.forward,
+        noise.shape,
+        noise,
+        clip_denoised=False,
+        model_kwargs=dict(c=z, cfg_scale=cfg) if guided else dict(c=z),
+        progress=False,
+        temperature=temperature,
+    )
 
 
 def first_noise(rows: int, channels: int, device: torch.device) -> torch.Tensor:

@@ -15,7 +15,7 @@ import torch.nn as nn
 
 from cspd_kernels import Schedule
 
-from .diffloss import SimpleMLPAdaLN, first_noise
+from .diffloss import SimpleMLPAdaLN, first_noise, sample_from
 from .diffusion import GaussianDiffusion
 
 TAUS = (0.05, 0.2, 1.0)  # of distances whose mean is 1
@@ -143,17 +143,7 @@ class DriftLoss(nn.Module):
 
     def sample(self, z, temperature=1.0, cfg=1.0, entropy=None):
         """As of ``DiffLoss``, in one step; entropy (N,) scales the first noise. ``temperature`` changes nothing."""
-        guided = cfg != 1.0
-        noise = first_noise(len(z) // 2 if guided else len(z), self.in_channels, z.device)
+        noise = first_noise(len(z) if cfg == 1.0 else len(z) // 2, self.in_channels, z.device)
         if entropy is not None:
             noise = noise * self.initial_scale(entropy)[:, None]
-        noise = torch.cat([noise, noise]) if guided else noise
-        return self.gen_diffusion.p_sample_loop(
-            self.net.forward_with_cfg if guided else self.net.forward,
-            noise.shape,
-            noise,
-            clip_denoised=False,
-            model_kwargs=dict(c=z, cfg_scale=cfg) if guided else dict(c=z),
-            progress=False,
-            temperature=temperature,
-        )
+        return sample_from(self, noise, z, temperature, cfg)
