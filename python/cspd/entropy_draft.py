@@ -21,8 +21,8 @@ class EntropyDraft:
     The first step of a window is drafted in any case, and no window is longer than ``most``. Nothing is kept between
     runs, and a seed gives the same images again.
 
-    In the manner of Drift-AR's entropy-informed speculation (Zou et al. 2026, arXiv 2603.28049), where drafts of
-    low entropy are the overconfident ones that the target rejects. On the digits of ``cspd.demo`` it is so, too:
+    After the idea of Drift-AR's entropy-informed speculation (Zou et al. 2026, arXiv 2603.28049), by summaries of it;
+    its own rule may differ. On the digits of ``cspd.demo`` drafts of low entropy are the ones that the target rejects:
     the entropy is 0.82 in the mean, its rank correlation with the log ratio of the draft's own tokens +0.43, and at
     the defaults the 30 % of the steps that lie below the threshold have an expected acceptance of 0.29 at
     relaxation 1, the others of 0.48 (a token a step; 0.24 and 0.31 at two). ``ends="above"`` with a factor > 1 is
