@@ -36,8 +36,8 @@ def evaluate(
         timesteps: as the network takes them, of any integer or floating type: (M,) or (M, 1); (M, K) with one column
             for each of K time embeddings whose mean is taken; a number or a tensor of one element (on the head's device
             or the CPU) for all rows and embeddings.
-        cond: (M, Z) floating; (M, W) for a head whose conditions are given embedded. What is made of it is kept for the
-            next call with the same tensor, as long as neither its values nor the weights may have changed.
+        cond: (M, Z) floating; (M, W) for a head whose conditions are given embedded. On the CPU what is made of it is
+            kept for the next call with the same values.
         backend: "torch", "triton", "cuda", or None: ``CSPD_BACKEND``, else automatic.
         workspace_bytes: bound on the memory of the modulations.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
 
 import torch
@@ -12,31 +11,27 @@ from ...time_embedding import embed
 
 
 class KeptCondition:
-    """What was made of one condition, until another comes, or its values or the weights may have changed.
+    """What was made of the last condition, by its values: the CPU's alone, as looking at a device's would wait for it.
 
-    A condition is the same where it is the same object, alive, in the same memory and form, and of the same version,
-    which moves with its values; on the CPU these are compared, too. Inference tensors have no version, and are never
-    the same. Weights may change unseen: those of a head that follows its module are compared on the CPU; on a device,
-    where looking would wait, nothing is kept for such a head.
+    No version counter shows what a replayed graph or foreign code has written into a tensor. The weights, too, are
+    compared by their values, unless the head is one that does not follow its module.
     """
 
     def __init__(self):
         self._last: tuple | None = None  # replaced at once: another thread may be about to read it
 
     def get(self, head, cond: torch.Tensor, make: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """``make()``, or what it returned for the same."""
-        on_cpu = cond.device.type == "cpu"
-        if cond.is_inference() or head.cond_weight is None or (head.watched and not on_cpu):
+        """``make()``, or what it returned for the same values."""
+        if cond.device.type != "cpu" or head.cond_weight is None:
             return make()
-        state = (cond._version, cond.data_ptr(), cond.shape, cond.stride(), cond.dtype)
-        looked_at = (cond, *((head.cond_weight, head.cond_bias) if head.watched else ()))
-        prints = [fingerprint(tensor) for tensor in looked_at] if on_cpu else []
+        weights = (head.cond_weight, head.cond_bias) if head.watched else ()
+        prints = [fingerprint(weight) for weight in weights]
         if self._last is not None:
-            of, before, printed, made = self._last
-            if of() is cond and before == state and all(map(same, prints, printed)):
+            before, printed, made = self._last
+            if cond.dtype == before.dtype and torch.equal(cond, before) and all(map(same, prints, printed)):
                 return made
         made = make()
-        self._last = weakref.ref(cond), state, prints, made
+        self._last = cond.detach().clone(), prints, made
         return made
 
 
