@@ -135,8 +135,8 @@ def _flow(method: str, times, data_at: float, sizes, timesteps):
             raise ValueError(f"Schedule.{method} expected finite sizes of shape (T,) beside times, got {sizes}")
     if not np.all(sizes > 0) or not np.all((share >= 0) & (share < 1)) or np.any(np.diff(share) <= 0):
         raise ValueError(
-            f"Schedule.{method} expected times that go from noise, at {1 - data_at:g}, towards data, at {data_at:g}, where "
-            f"no step begins, got {times}"
+            f"Schedule.{method} expected times that go from noise, at {1 - data_at:g}, towards data, at {data_at:g}, "
+            f"where no step begins, got {times}"
         )
     now = times[: len(share)]
     timesteps = now if timesteps is None else np.array(timesteps, dtype=np.float64)
