@@ -23,10 +23,10 @@ FINAL = {
     "modulation behind SiLU": ("ada_ln_modulation", "linear_1"),
 }  # fmt: skip
 # Of a block: name of the MLP ("" for the block itself), gate, up (None: in one layer with the gate), down.
-SWIGLUS = (
+SWIGLUS = [
     ("ffn", "gate_proj", "up_proj", "down_proj"), ("mlp", "gate_proj", "up_proj", "down_proj"),
     ("ffn", "w1", "w3", "w2"), ("mlp", "w1", "w3", "w2"), ("", "w1", None, "w2"),
-)  # fmt: skip
+]  # fmt: skip
 _EPS = ("eps", "variance_epsilon", "rms_norm_eps")
 _NORM_WEIGHT = ("weight", "alpha")
 
