@@ -99,6 +99,8 @@ class Chain:
 
     error: torch.Tensor | None = None
     memory: torch.Tensor | None = None  # of the modulations
+    out: torch.Tensor | None = None  # of the network, where it is evaluated by itself
+    v: torch.Tensor | None = None
     own = False  # whether steps and sweeps call no library and allocate nothing: then they may be a graph's loop
 
     def __init__(
