@@ -57,8 +57,8 @@ def clip_table(head: DiffusionHead) -> torch.Tensor | None:
     """(2, C) float32 on the host: what x0 of every channel is limited to, low then high; None without limits."""
     if head.schedule.clip is None:
         return None
-    low, high = torch.from_numpy(head.schedule.clip.copy()).float()
-    return torch.stack([low.expand(head.channels), high.expand(head.channels)]).contiguous()
+    clip = torch.tensor(head.schedule.clip, dtype=torch.float32, device="cpu")
+    return clip.reshape(2, -1).expand(2, head.channels).contiguous()
 
 
 def modulations_of(head: DiffusionHead) -> tuple[int, ...]:
