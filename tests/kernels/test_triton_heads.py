@@ -101,6 +101,13 @@ def test_blocks_that_share_a_modulation_have_it_made_once(network, monkeypatch, 
     assert_agrees(head, *inputs, backend="triton")
 
 
+@pytest.mark.parametrize("hidden", [40, 12304])
+def test_hidden_widths_that_are_not_covered(network, hidden):
+    head = network(hidden=hidden, width=16, depth=1)
+    with pytest.raises(RuntimeError, match=f"hidden widths .* this head's is {hidden}: use backend='torch'"):
+        denoise(head, *grouped_inputs(head, 1), backend="triton")
+
+
 # --- samplers ---
 
 SAMPLERS = {
