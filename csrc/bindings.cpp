@@ -73,9 +73,9 @@ void randn(int type, int first, std::uint64_t seed, std::uint64_t counter, std::
   check(cspd::randn(operand(type), operand(first), draw, out, stream), "randn");
 }
 
-void condition(int type, Address y, Address time_embedding, Address out, int steps, int rows, int width,
+void condition(int type, Address y, Address time_embedding, Address out, int steps, int rows, int width, bool own,
                Address stream) {
-  check(cspd::condition(operand(type), y, time_embedding, out, steps, rows, width, stream), "condition");
+  check(cspd::condition(operand(type), y, time_embedding, out, steps, rows, width, own, stream), "condition");
 }
 
 // The modulations of the block at hand and of the next layer, whose shift and scale are followed by a gate or not.

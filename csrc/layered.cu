@@ -28,13 +28,13 @@ Grid elements(std::int64_t chunks, bool early) {
 }  // namespace
 
 cudaError_t condition(Operand type, const void* y, const float* time_embedding, void* out, int steps, int rows,
-                      int width, cudaStream_t stream) {
-  if (!covered(width)) return cudaErrorInvalidValue;
+                      int width, bool own, cudaStream_t stream) {
+  if (!covered(width) || (own && steps != 1)) return cudaErrorInvalidValue;
   const std::int64_t chunks = static_cast<std::int64_t>(steps) * rows * width / kOwn;
   return with_type(type, [&](auto value) {
     using T = decltype(value);
     return launch(condition_kernel<T>, elements(chunks, false), stream, static_cast<const T*>(y), time_embedding,
-                  static_cast<T*>(out), rows, width, chunks);
+                  static_cast<T*>(out), rows, width, own, chunks);
   });
 }
 
@@ -64,8 +64,8 @@ cudaError_t input(Operand type, const float* x, const float* weight, const float
         return launch(input_kernel<T, Out, kTokens>, grid, stream, x, weight, bias, h, modulation,
                       static_cast<Out*>(operand), tokens, groups, channels, width, period, live);
       };
-      return tokens <= kLoneTokens ? with_tokens(std::integral_constant<int, 1>{})
-                                   : with_tokens(std::integral_constant<int, kSharing>{});
+      return tokens <= kLoneTokens || width > kSharedWidth ? with_tokens(std::integral_constant<int, 1>{})
+                                                           : with_tokens(std::integral_constant<int, kSharing>{});
     });
   });
 }

@@ -9,6 +9,7 @@ namespace cspd {
 constexpr int kMaxWidth = 4096;
 constexpr int kOwn = 8;  // columns of a thread
 constexpr int kMostThreads = kMaxWidth / kOwn;
+constexpr int kSharedWidth = 2048;  // up to here a block may have several rows, for which a thread takes many registers
 constexpr int kMostWarps = kMostThreads / kWarp;
 
 // Of a block that has rows of this width.

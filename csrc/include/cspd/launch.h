@@ -25,7 +25,7 @@ cudaError_t randn(Operand type, Operand first, const Randn& draw, void* out, cud
 
 // Widths are multiples of 16 up to 4096, ``hidden`` any multiple of 16. ``live``: see ``idle``.
 cudaError_t condition(Operand type, const void* y, const float* time_embedding, void* out, int steps, int rows,
-                      int width, cudaStream_t stream);
+                      int width, bool own, cudaStream_t stream);
 // ``value`` is [rows, hidden], or of a swiglu layer [rows, 2 hidden], of which the first half becomes the activations.
 cudaError_t bias_silu(Operand type, void* value, const void* bias, const Ahead& ahead, std::int64_t rows, int hidden,
                       bool swiglu, cudaStream_t stream, const std::int32_t* live = nullptr);

@@ -10,15 +10,17 @@ namespace cspd {
 
 constexpr int kElementThreads = 256;
 
-// out [steps, rows, W] = silu(time_embedding [steps, W] + y [rows, W]): what every modulation is a projection of.
+// out [steps, rows, W] = silu(time_embedding [steps, W] + y [rows, W]): what every modulation is a projection of. Of
+// one step rows may have embeddings of their ``own``, [rows, W].
 template <typename T>
 __global__ void __launch_bounds__(kElementThreads)
-    condition_kernel(const T* y, const float* time_embedding, T* out, int rows, int width, std::int64_t chunks) {
+    condition_kernel(const T* y, const float* time_embedding, T* out, int rows, int width, bool own,
+                     std::int64_t chunks) {
   const std::int64_t chunk = static_cast<std::int64_t>(blockIdx.x) * kElementThreads + threadIdx.x;
   if (chunk >= chunks) return;
   const std::int64_t row = chunk * kOwn / width;
   const int column = static_cast<int>(chunk * kOwn % width);
-  const auto time = load_packed(time_embedding + row / rows * width + column);
+  const auto time = load_packed(time_embedding + (own ? row : row / rows) * width + column);
   const auto condition = load_packed(y + row % rows * width + column);
   Eight value;
 #pragma unroll
@@ -65,7 +67,7 @@ __global__ void __launch_bounds__(kElementThreads) bias_swiglu_kernel(T* value, 
 // h of the first layer from x [N, C] and weight [C, W], for all groups, and the first block's operand.
 // A block has ``Tokens``, which share its reading of the weights: these are a copy that the chain makes.
 template <typename T, typename Out, int Tokens>
-__global__ void __launch_bounds__(kMostThreads)
+__global__ void __launch_bounds__(Tokens == 1 ? kMostThreads : kSharedWidth / kOwn, Tokens == 1 ? 1 : 0)
     input_kernel(const float* x, const float* weight, const float* bias, float* h, Modulation<T> modulation,
                  Out* operand, std::int64_t tokens, int groups, int channels, int width, std::int64_t period,
                  const std::int32_t* live) {

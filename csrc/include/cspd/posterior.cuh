@@ -22,19 +22,18 @@ CSPD_HD float guided_output(const Output& out, int groups, const float (&scales)
   return groups == 2 ? out.of[1] + scales[0] * (out.of[0] - out.of[1]) : out.of[0];
 }
 
-// Of a channel, where x0 is limited.
+// What x0 of a channel is limited to: nothing where there is no ``clip`` [2, C].
 struct Limits {
-  bool any = false;
-  float low = 0.0f, high = 0.0f;
+  float low = -INFINITY, high = INFINITY;
 
   Limits() = default;
-  CSPD_HD Limits(const float* clip, int channel, int channels) : any(clip != nullptr) {
-    if (!any) return;
+  CSPD_HD Limits(const float* clip, int channel, int channels) {
+    if (!clip) return;
     low = clip[channel];
     high = clip[channels + channel];
   }
-  CSPD_HD bool beyond(float x0) const { return any && (x0 < low || x0 > high); }
-  CSPD_HD float of(float x0) const { return !any ? x0 : x0 < low ? low : x0 > high ? high : x0; }  // NaN stays
+  CSPD_HD bool beyond(float x0) const { return x0 < low || x0 > high; }
+  CSPD_HD float of(float x0) const { return x0 < low ? low : x0 > high ? high : x0; }  // NaN stays NaN
 };
 
 CSPD_HD float log_std_of(float v, const StepTable& table, bool learned) {

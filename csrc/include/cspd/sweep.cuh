@@ -52,29 +52,27 @@ struct SweepChunk {
 
 // Of one step and channel of a token whose network has been called; leaves x and x0 where the next sweep looks for
 // them. Where x0 is limited its slope is 0.
-__device__ __forceinline__ StepOfSweep step_of_sweep(const Sweep& sweep, const StepTable& table, std::int64_t at,
-                                                     const float (&scales)[kMostGroups - 1], const Limits& limits,
-                                                     bool first) {
+__device__ __forceinline__ StepOfSweep step_of_sweep(const Sweep& sweep, const StepTable& table, std::int64_t token,
+                                                     std::int64_t at, const Limits& limits, bool first) {
   StepOfSweep step;
   const float x = step.x = sweep.x[at], x_before = first ? 0.0f : sweep.before[at];
-  const std::int64_t group_stride = sweep.steps * sweep.tokens * sweep.channels;
-  float x0_after = 0.0f, slope_after = 0.0f;
-#pragma unroll
-  for (int g = kMostGroups - 1; g >= 0; --g) {  // from the last one on: guided_output
-    if (g >= sweep.groups) continue;
-    const float x0 = table.x0_x * x + table.x0_out * sweep.out[g * group_stride + at];
-    float& stored = sweep.x0[g * group_stride + at];
-    const float slope = first ? 0.0f : slope_of(x0, stored, x, x_before);
-    stored = x0;
+  float after[2] = {};  // x0 and its slope in the group after this one
+#pragma unroll 1
+  for (int g = sweep.groups - 1; g >= 0; --g) {  // as in guided_output
+    const std::int64_t of_group = g * sweep.steps * sweep.tokens * sweep.channels + at;
+    const float x0 = table.x0_x * x + table.x0_out * sweep.out[of_group];
+    const float slope = first ? 0.0f : slope_of(x0, sweep.x0[of_group], x, x_before);
+    sweep.x0[of_group] = x0;
     if (g == sweep.groups - 1) {
       step.x0 = x0;
       step.slope = slope;
     } else {
-      step.x0 += scales[g] * (x0 - x0_after);
-      step.slope += scales[g] * (slope - slope_after);
+      const float scale = sweep.scale[g * sweep.tokens + token];
+      step.x0 += scale * (x0 - after[0]);
+      step.slope += scale * (slope - after[1]);
     }
-    x0_after = x0;
-    slope_after = slope;
+    after[0] = x0;
+    after[1] = slope;
   }
   sweep.before[at] = x;
   if (limits.beyond(step.x0)) step.slope = 0.0f;
@@ -96,11 +94,6 @@ __global__ void __launch_bounds__(kSweepThreads) sweep_kernel(Sweep sweep) {
   if (!sweep.begin && (idle(sweep.live) || sweep.settled[token])) return;
   const bool first = sweep.begin || *sweep.done == 0, guessed = sweep.begin && sweep.guessed;
   const float temperature = *sweep.temperature;
-  float scales[kMostGroups - 1] = {};
-#pragma unroll
-  for (int g = 0; g < kMostGroups - 1; ++g) {
-    if (g < sweep.groups - 1) scales[g] = sweep.scale[g * sweep.tokens + token];
-  }
   // The state of the recursion, of the threads that run it.
   const bool runs = static_cast<int>(threadIdx.x) < group;
   const std::int64_t own = token * channels + first_channel + static_cast<int>(threadIdx.x);
@@ -127,7 +120,7 @@ __global__ void __launch_bounds__(kSweepThreads) sweep_kernel(Sweep sweep) {
         const Limits limits(sweep.clip, first_channel + from + k, channels);
         StepOfSweep values = {0.0f, limits.of(0.0f), 0.0f, 0.0f, table.log_std_lower};
         if (!sweep.begin) {
-          values = step_of_sweep(sweep, table, step * step_stride + of_token + k, scales, limits, first);
+          values = step_of_sweep(sweep, table, token, step * step_stride + of_token + k, limits, first);
         }
         if (step > 0) {
           if (sweep.noise.noise) normals.v[k] = sweep.noise.noise[step * sweep.noise.stride + of_token + k];
