@@ -9,11 +9,10 @@ input projection and the first LayerNorm run once for all.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 
 from .parallel import Parallel
 from .reference import guided, limits_of, log_of
-from .torch_network import layers_of, modulations, network
+from .torch_network import embedded, layers_of, modulations, network
 from .torch_parallel import in_parallel
 from .workspace import in_blocks_of_rows
 
@@ -43,7 +42,7 @@ def _sequential(head, cond, x, noise, temperature, scales, steps_at_once):
     """cond [G, N, Z], x [N, C] -> the fields of Denoised."""
     schedule, channels = head.schedule, head.channels
     layers, path_log_std, limits = layers_of(head), x.new_zeros(x.shape[0]), limits_of(head, x)
-    y = F.linear(cond.to(head.dtype), head.cond_weight, head.cond_bias).to(x.dtype)  # [G, N, W]
+    y = embedded(head, cond)  # [G, N, W]
     mean = log_std = x
     for stop in range(schedule.num_steps, 0, -steps_at_once):
         start = max(0, stop - steps_at_once)

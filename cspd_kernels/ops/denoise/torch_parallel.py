@@ -14,11 +14,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 
 from .parallel import Parallel
 from .reference import guided, limited, limits_of, log_of, most_sweeps
-from .torch_network import layers_of, modulations, network
+from .torch_network import embedded, layers_of, modulations, network
 from .workspace import of_rows
 
 
@@ -70,7 +69,7 @@ class _Sweeps:
         self.index = torch.arange(len(x_T), device=x_T.device)
         self.scales, self.limits = scales, limits_of(head, x_T)
         self.x0_x, self.x0_out, self.mean_x0, self.mean_x, self.upper, self.lower = _tables(head, x_T)
-        y = F.linear(cond.to(head.dtype), head.cond_weight, head.cond_bias).to(x_T.dtype)  # [G, N, W]
+        y = embedded(head, cond)  # [G, N, W]
         self.block_mods, self.final_mods = modulations(head, self.layers, y, 0, self.steps)
         z = noise if isinstance(noise, torch.Tensor) else noise.steps(0, self.steps, head.channels).to(x_T.dtype)
         self.noise = temperature * z
