@@ -118,7 +118,7 @@ __global__ void __launch_bounds__(kSweepThreads) sweep_kernel(Sweep sweep) {
       for (int k = 0; k < kQuad; ++k) {
         if (from + k >= group) continue;
         const Limits limits(sweep.clip, first_channel + from + k, channels);
-        StepOfSweep values = {0.0f, limits.of(0.0f), 0.0f, 0.0f, table.log_std_lower};
+        StepOfSweep values = {0.0f, 0.0f, 0.0f, 0.0f, table.log_std_lower};
         if (!sweep.begin) {
           values = step_of_sweep(sweep, table, token, step * step_stride + of_token + k, limits, first);
         }
