@@ -57,8 +57,8 @@ def clip_table(head: DiffusionHead) -> torch.Tensor | None:
     """(2, C) float32 on the host: what x0 of every channel is limited to, low then high; None without limits."""
     if head.schedule.clip is None:
         return None
-    low, high = torch.from_numpy(head.schedule.clip.copy()).float()
-    return torch.stack([low.expand(head.channels), high.expand(head.channels)]).contiguous()
+    clip = torch.tensor(head.schedule.clip, dtype=torch.float32, device="cpu")
+    return clip.reshape(2, -1).expand(2, head.channels).contiguous()
 
 
 def modulations_of(head: DiffusionHead) -> tuple[int, ...]:
@@ -99,6 +99,8 @@ class Chain:
 
     error: torch.Tensor | None = None
     memory: torch.Tensor | None = None  # of the modulations
+    out: torch.Tensor | None = None  # of the network, where it is evaluated by itself
+    v: torch.Tensor | None = None
     own = False  # whether steps and sweeps call no library and allocate nothing: then they may be a graph's loop
 
     def __init__(
