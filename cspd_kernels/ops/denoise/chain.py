@@ -62,11 +62,9 @@ def clip_table(head: DiffusionHead) -> torch.Tensor | None:
 
 
 def modulations_of(head: DiffusionHead) -> tuple[int, ...]:
-    """Which modulation every block takes, counted as they first appear: blocks of one weight share theirs."""
+    """Which modulation every block takes; kept, as every call asks."""
     if "modulations" not in head.shared:
-        known: dict[tuple[int, int], int] = {}
-        pairs = [(id(b.mod_weight), id(b.mod_bias)) for b in head.blocks]
-        head.shared["modulations"] = tuple(known.setdefault(pair, len(known)) for pair in pairs)
+        head.shared["modulations"] = head.modulation_of
     return head.shared["modulations"]
 
 
@@ -146,7 +144,7 @@ class Chain:
         self.y = self.cond.view(rows, width) if head.cond_weight is None else empty(rows, width, dtype=dtype)
         self._filled: dict[str | tuple[str, int], float] = {}  # what whole buffers hold
         if noise is None:
-            self.out, self.v = empty(groups, tokens, head.final_weight.shape[0]), None
+            self.out, self.v = empty(groups, tokens, head.outputs), None
             return
         self.scale = empty(max(1, groups - 1), tokens).zero_()
         self.temperature = empty(1)
