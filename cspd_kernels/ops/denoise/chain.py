@@ -99,6 +99,7 @@ class Chain:
     memory: torch.Tensor | None = None  # of the modulations
     out: torch.Tensor | None = None  # of the network, where it is evaluated by itself
     v: torch.Tensor | None = None
+    reads_copies = True  # whether its kernels read the tables' copies of weights
     own = False  # whether steps and sweeps call no library and allocate nothing: then they may be a graph's loop
 
     def __init__(

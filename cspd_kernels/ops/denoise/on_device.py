@@ -24,7 +24,7 @@ from .parallel_chain import ParallelChain
 from .workspace import in_blocks_of_rows
 
 GRAPH_BYTES = 1 << 30  # of the buffers of a head's graphs together, for each backend; the modulations are shared
-_MAX_CHANNELS, _MAX_WIDTH, _WIDTH_MULTIPLE = 64, 2048, 16
+_MAX_CHANNELS, _MAX_WIDTH, _MAX_HIDDEN, _WIDTH_MULTIPLE = 64, 4096, 12288, 16
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,8 @@ class HeadPlans:
             self.uploaded.record()
 
 
-_HEADS: weakref.WeakKeyDictionary[DiffusionHead, dict[str, HeadPlans]] = weakref.WeakKeyDictionary()
+Plans = weakref.WeakKeyDictionary[DiffusionHead, dict[str, HeadPlans]]
+_HEADS: Plans = weakref.WeakKeyDictionary()
 
 
 def why_not_covered(head: DiffusionHead) -> str | None:
@@ -66,6 +67,11 @@ def why_not_covered(head: DiffusionHead) -> str | None:
         return (
             f"its kernels cover widths that are multiples of {_WIDTH_MULTIPLE} up to {_MAX_WIDTH}, and this head's "
             f"is {head.width}: use backend='torch'"
+        )
+    if head.hidden > _MAX_HIDDEN or head.hidden % _WIDTH_MULTIPLE:
+        return (
+            f"its kernels cover hidden widths that are multiples of {_WIDTH_MULTIPLE} up to {_MAX_HIDDEN}, and this "
+            f"head's is {head.hidden}: use backend='torch'"
         )
     return None
 
@@ -105,9 +111,7 @@ def _chain(kernels, head, cond, x, noise, temperature, scales, parallel, limit, 
     """
     rows, groups = len(x), 1 + len(scales)
     reason = why_not_here(head.device)
-    shared = _plans(head, kernels.backend, reason)
-    if shared.uploaded is not None and reason != CALLER_CAPTURES:
-        torch.cuda.current_stream().wait_event(shared.uploaded)
+    shared = plans_of(_HEADS, "denoise", head, kernels.backend, reason)
     shared.tables.check()
     tokens, philox, kind = min(bucket(rows), limit), isinstance(noise, PhiloxNoise), kernels.layered
     steps = head.num_steps if parallel is not None else _evenly(head.num_steps, limit // tokens)
@@ -154,15 +158,18 @@ def _evenly(steps: int, at_most: int) -> int:
     return -(-steps // groups)
 
 
-def _plans(head: DiffusionHead, backend: str, reason: str | None) -> HeadPlans:
-    """What earlier calls have left behind; ``reason`` as :func:`why_not_here` has it."""
-    shared = _HEADS.get(head, {}).get(backend)
+def plans_of(heads: Plans, op: str, head: DiffusionHead, backend: str, reason: str | None) -> HeadPlans:
+    """What earlier calls of an op have left behind, for which the current stream waits; ``reason`` as
+    :func:`why_not_here` has it."""
+    shared = heads.get(head, {}).get(backend)
     if shared is None:
         if reason == CALLER_CAPTURES:
             raise RuntimeError(
-                "denoise expected a first call with this head before a CUDA graph of the caller's is captured, which "
+                f"{op} expected a first call with this head before a CUDA graph of the caller's is captured, which "
                 f"cannot hold the upload of its tables: call it once with these sizes and backend={backend!r}, then "
                 "capture"
             )
-        shared = _HEADS.setdefault(head, {}).setdefault(backend, HeadPlans(head))
+        shared = heads.setdefault(head, {}).setdefault(backend, HeadPlans(head))
+    if shared.uploaded is not None and reason != CALLER_CAPTURES:
+        torch.cuda.current_stream().wait_event(shared.uploaded)
     return shared

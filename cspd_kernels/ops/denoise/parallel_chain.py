@@ -83,7 +83,8 @@ class ParallelChain:
             network.sweep(tables, chain, state, begin=False)
             network.settle(state, begin=False)
 
-        tables.refresh(head)
+        if chain.reads_copies:
+            tables.refresh(head)
         chain.start(head)
         chain.hoist(head, 0, head.num_steps)
         network.sweep(tables, chain, state, begin=True)

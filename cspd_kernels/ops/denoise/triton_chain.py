@@ -53,6 +53,8 @@ def dot_dtype(dtype: torch.dtype):
 class LayeredChain(Chain):
     """A chain of a few kernels a block; see ``triton_layered`` for their order."""
 
+    reads_copies = False
+
     def __init__(self, head, tokens, groups, noise, steps, static, sweeps_of=None):
         super().__init__(head, tokens, groups, noise, steps, static, sweeps_of)
         rows, width, dtype = self.rows, head.width, head.dtype
@@ -103,8 +105,8 @@ class LayeredChain(Chain):
         # maxnreg: two programs fit an SM; left out, the assembler may spill to fit more.
         ends = norm | {"C": outputs, "GROUPS": self.groups, "G": group, "maxnreg": 128}
         self._output_options = ends | {"LEARNED": self.v is not None}
-        self._update_options = ends | {"LEARNED": head.learned_variance, "PHILOX": self.philox}
         if head.schedule is not None:
+            self._update_options = ends | {"LEARNED": head.learned_variance, "PHILOX": self.philox}
             self._prepare_sweeps(head, early)
         self._norm_options = norm
         if not self.products:
