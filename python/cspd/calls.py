@@ -18,6 +18,7 @@ import torch.nn as nn
 
 from cspd_kernels import Denoised, DenoisedInParallel, DiffusionHead, PhiloxNoise, denoise
 from cspd_kernels.head import stream_dtype
+from cspd_kernels.parts import part_of
 from cspd_kernels.released_noise import randn_steps
 
 from .diffusions import NotServedError
@@ -85,12 +86,12 @@ def read_call(loop: str, arguments: dict, parameters, found: tuple[nn.Module, st
     if unknown := [name for name, value in kwargs.items() if value is not None]:
         raise NotServedError(f"the network is also given {', '.join(unknown)}")
     noise, shape = arguments.get("noise"), tuple(arguments["shape"])
-    channels = net.input_proj.in_features
+    channels = part_of(net, "input").in_features
     guided = method == "forward_with_cfg"
     if len(shape) != 2 or shape[1] != channels or (noise is not None and tuple(noise.shape) != shape):
         got = shape if noise is None else tuple(noise.shape)
         raise NotServedError(f"the loop starts from {got}, not from (N, {channels})")
-    expected = (shape[0], net.cond_embed.in_features)
+    expected = (shape[0], part_of(net, "cond").in_features)
     if not isinstance(cond, torch.Tensor) or tuple(cond.shape) != expected or (guided and shape[0] % 2):
         got = tuple(cond.shape) if isinstance(cond, torch.Tensor) else type(cond).__name__
         raise NotServedError(f"its conditions are {got}, not {expected} with an even number of rows under guidance")
@@ -193,7 +194,7 @@ def run_call(
 
 def loop_dtype(call: Call, noise: torch.dtype) -> torch.dtype:
     """Type of x after the first step: the loop's tables are float32, its network's output as wide as its weights."""
-    weights = call.net.input_proj.weight.dtype
+    weights = part_of(call.net, "input").weight.dtype
     return torch.promote_types(torch.promote_types(noise, torch.float32), weights)
 
 

@@ -14,6 +14,7 @@ from cspd_kernels import Schedule
 from cspd_kernels.noise import CANDIDATE_STRIDE, check_seed
 from cspd_kernels.ops.accept_reject import MOST_CANDIDATES, check_method
 from cspd_kernels.ops.density_ratio import SIGMAS
+from cspd_kernels.spec import spec_of
 from cspd_kernels.structure import why_not_a_head, why_not_plain
 
 from .candidates import CRITERIA
@@ -198,7 +199,7 @@ def check_residual(draft, target, residual, target_sigma, num_candidates: int = 
 
 def learned_variance(diffloss) -> bool:
     """Whether a head's network has its variance for an output, too."""
-    return diffloss.net.final_layer.linear.out_features == 2 * diffloss.in_channels
+    return spec_of(diffloss.net).outputs == 2 * diffloss.in_channels
 
 
 def check_gamma(gamma) -> None:

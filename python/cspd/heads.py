@@ -13,12 +13,9 @@ import torch.nn as nn
 from cspd_kernels import DiffusionHead, Schedule
 from cspd_kernels.head import call_dtype
 from cspd_kernels.live import LiveWeights
-from cspd_kernels.structure import (
-    compiled_from,
-    why_not_a_network,
-    why_not_as_written,
-    why_not_plain,
-)
+from cspd_kernels.parts import part_of
+from cspd_kernels.spec import HeadSpec, spec_of
+from cspd_kernels.structure import compiled_from, why_not_a_network, why_not_as_written, why_not_plain
 
 from .diffusions import LOOPS, NotServedError, diffusions_of
 from .source import Source
@@ -72,7 +69,7 @@ def look_for_heads(model: nn.Module) -> Found:
             continue
         if reason is None:
             heads.append(FoundHead(name, module, inner, diffusions))
-        elif net is None or hasattr(inner, "res_blocks"):
+        elif net is None or part_of(inner, "blocks") is not None:
             near[name] = reason
     return Found(heads, near)
 
@@ -166,9 +163,10 @@ class HeadCache:
                 self.clear()
                 if (reason := why_not_a_network(self.net) or why_not_plain(self.net)) is not None:
                     raise NotServedError(reason)
-                if self.net.input_proj.weight.is_meta:
+                spec = spec_of(self.net)
+                if spec.parts.input.weight.is_meta:
                     raise NotServedError("its weights are on the meta device: offloaded, or not loaded yet")
-                self._source = Source(self.net, weakref.WeakMethod(self.clear))
+                self._source = Source(self.net, spec, weakref.WeakMethod(self.clear))
             if any(module.training for module in self._source.moody):
                 raise NotServedError("the network computes something else in training mode (dropout?): call .eval()")
             return self._source
@@ -198,7 +196,7 @@ class HeadCache:
                 dtype = call_dtype(self._source.device, self._source.dtype)
             form = self._forms.get(dtype)
             if form is None:
-                form = self._forms[dtype] = _Form(self.net, schedule, dtype, self.weights == "live")
+                form = self._forms[dtype] = _Form(self.net, self._source.spec, schedule, dtype, self.weights == "live")
                 return form.heads[schedule]
             return form.get(schedule)
 
@@ -206,12 +204,11 @@ class HeadCache:
 class _Form:
     """The heads of one operand type, by schedule."""
 
-    def __init__(self, net: nn.Module, schedule: Schedule, dtype: torch.dtype, live: bool):
-        self.net = net
-        self.first = DiffusionHead.from_network(net, schedule, dtype=dtype)
+    def __init__(self, net: nn.Module, spec: HeadSpec, schedule: Schedule | None, dtype: torch.dtype, live: bool):
+        self.first = DiffusionHead.from_network(net, schedule, dtype=dtype, spec=spec)
         object.__setattr__(self.first, "watched", live)
         self.heads = OrderedDict([(schedule, self.first)])
-        self.live = LiveWeights(net, self.first) if live else None
+        self.live = LiveWeights(self.first) if live else None
         self.made: torch.cuda.Event | None = None
         self._made_here()
 
@@ -229,7 +226,7 @@ class _Form:
             known = [] if head is None else [head]
             self.live.refresh(known if self.made is not None else list(self.heads.values()))
         if head is None:
-            head = self.heads[schedule] = self.first.with_schedule(self.net, schedule)
+            head = self.heads[schedule] = self.first.with_schedule(schedule)
             self._made_here()
             if len(self.heads) > _MAX_SCHEDULES:
                 self.heads.popitem(last=False)

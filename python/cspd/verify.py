@@ -14,6 +14,8 @@ from functools import partial
 import torch
 import torch.nn as nn
 
+from cspd_kernels.parts import part_of
+
 from .calls import Call
 from .diffusions import LOOPS
 from .heads import FoundHead
@@ -85,7 +87,7 @@ def _what_runs(found: FoundHead, options: dict) -> tuple[tuple[int, ...], bool]:
     Raises:
         CannotRunError: none.
     """
-    width, failure = found.net.cond_embed.in_features, None
+    width, failure = part_of(found.net, "cond").in_features, None
     for cut in (True, False):  # a fork may have more parts, which fit the full width only
         for shape in ((_ROWS, width), (2, _ROWS // 2, width)):
             try:
@@ -152,14 +154,14 @@ def _compare(make: Callable[..., Copies], run: Callable[[Copies], object], what:
 
 def plain_call(net: nn.Module, loop: str, method: str, inter_noise: torch.Tensor | None = None) -> Call:
     """A call as the released ``sample`` makes it, of no rows."""
-    weight = net.input_proj.weight
-    noise = weight.new_empty(0, net.input_proj.in_features)
+    weight = part_of(net, "input").weight
+    noise = weight.new_empty(0, part_of(net, "input").in_features)
     return Call(
         loop=loop,
         net=net,
         method=method,
         nothing=(),
-        cond=weight.new_empty(0, net.cond_embed.in_features),
+        cond=weight.new_empty(0, part_of(net, "cond").in_features),
         cfg_scale=None if method == "forward" else _GUIDANCE,
         shape=tuple(noise.shape),
         noise=noise,
@@ -173,16 +175,16 @@ def plain_calls(net: nn.Module, loop: str, steps: int) -> list[Call]:
     """Every kind of call that the released code makes of a loop."""
     given = [None]
     if loop != LOOPS[0]:
-        given.append(net.input_proj.weight.new_empty(steps, 0, net.input_proj.in_features))
+        given.append(part_of(net, "input").weight.new_empty(steps, 0, part_of(net, "input").in_features))
     methods = [method for method in ("forward", "forward_with_cfg") if hasattr(net, method)]
     return [plain_call(net, loop, method, noise) for method in methods for noise in given]
 
 
 def _run_loop(call: Call, copies: Copies):
     net, (diffusion,) = copies.trial.net, copies.diffusions
-    hook, channels = LoopHook.of(diffusion), net.input_proj.in_features
+    hook, channels = LoopHook.of(diffusion), part_of(net, "input").in_features
     shape = (_ROWS, channels)
-    kwargs = {"c": normal((_ROWS, net.cond_embed.in_features), net), **dict.fromkeys(call.nothing)}
+    kwargs = {"c": normal((_ROWS, part_of(net, "cond").in_features), net), **dict.fromkeys(call.nothing)}
     if call.method == "forward_with_cfg":
         kwargs["cfg_scale"] = _GUIDANCE
     arguments = {"clip_denoised": False, "model_kwargs": kwargs, "temperature": _TEMPERATURE}
@@ -205,7 +207,7 @@ def _same(own: Run, served: Run, guided_rows: int | None, what: str, net: nn.Mod
         if a.shape != b.shape or a.dtype != b.dtype:
             theirs, ours = (f"{v.dtype} {tuple(v.shape)}" for v in (a, b))
             raise DiffersError(f"{what} returns {theirs}, through the kernels it returns {ours}")
-        if guided_rows and a.numel() == guided_rows * net.input_proj.in_features:
+        if guided_rows and a.numel() == guided_rows * part_of(net, "input").in_features:
             a, b = (v.reshape(guided_rows, -1)[: guided_rows // 2] for v in (a, b))
         error = _difference(a, b)
         if not error <= tolerance(net):
@@ -225,7 +227,7 @@ def _difference(a: torch.Tensor, b: torch.Tensor) -> float:
 def tolerance(net: nn.Module) -> float:
     """Of the largest value. Between rounding and a difference; TF32 products round to three digits."""
     try:
-        tf32 = net.input_proj.weight.is_cuda and torch.get_float32_matmul_precision() != "highest"
+        tf32 = part_of(net, "input").weight.is_cuda and torch.get_float32_matmul_precision() != "highest"
     except RuntimeError:  # set by an interface that the old one does not know
         tf32 = True
     return 5e-2 if tf32 else 1e-4
