@@ -61,10 +61,10 @@ class StandIn:
         return self.replaced.get(name) or getattr(type(self.module), name).__get__(self.module)
 
     def _as_original(self, name: str) -> MethodType:
-        """A method that calls ``run``; name, docstring and signature are the original's."""
+        """A method that comes to ``call``; name, docstring and signature are the original's."""
 
         def method(watched, *args, **kwargs):
-            return watched.run(*args, **kwargs)
+            return watched.call(name, args, kwargs)
 
         if "module" in vars(self):  # else it is being read from a pickle
             original = self.original(name)
@@ -74,6 +74,10 @@ class StandIn:
             function.__signature__ = inspect.Signature([watched, *parameters])
             function.__name__ = name
         return MethodType(method, self)
+
+    def call(self, name: str, args: tuple, kwargs: dict):
+        """A call of the method of that name."""
+        return self.run(*args, **kwargs)
 
     def present(self) -> list:
         """The users, none of which comes or goes meanwhile."""

@@ -147,7 +147,7 @@ def _compare(make: Callable[..., Copies], run: Callable[[Copies], object], what:
         if copies.trial.served != len(trial.calls):  # its own code ran twice, which compares nothing
             raise CannotRunError(f"the kernels did not serve it: {'; '.join(copies.trial.reasons)}")
         guided = [call for call in trial.calls if call.cfg_scale is not None]
-        _same(own, served, len(guided[0].cond) if guided else None, what, copies.trial.net)
+        same(own, served, len(guided[0].cond) if guided else None, what, copies.trial.net)
         answer = answer or (trial, copies.trial, served.result)
     return answer
 
@@ -198,7 +198,7 @@ def _run_loop(call: Call, copies: Copies):
     return getattr(diffusion, call.loop)(getattr(net, call.method), shape, **arguments)
 
 
-def _same(own: Run, served: Run, guided_rows: int | None, what: str, net: nn.Module) -> None:
+def same(own: Run, served: Run, guided_rows: int | None, what: str, net: nn.Module) -> None:
     """Raise where two runs differ. ``guided_rows``: 2N under guidance, of which callers drop the last N."""
     expected, actual = (_tensors(run.result) for run in (own, served))
     if not expected or len(expected) != len(actual):

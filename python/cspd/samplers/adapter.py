@@ -18,14 +18,15 @@ class Draws:
     Attributes:
         rows: (rows, C) of a draw, repeated down the N tokens; None: N.
         first: whose generator x_T comes from, ``"cpu"`` or ``"device"``. The steps draw on the device.
-        dtype: of the draws.
-        last: whether the last step draws, too, and adds nothing of it. scale: of x_T.
+        steps: whether the steps draw. last: whether the last one does, too, and adds nothing of it.
+        dtype: of the draws. scale: of x_T.
     """
 
     rows: int | None = None
     first: str = "device"
-    dtype: torch.dtype = torch.float32
+    steps: bool = True
     last: bool = False
+    dtype: torch.dtype = torch.float32
     scale: float = 1.0
 
 

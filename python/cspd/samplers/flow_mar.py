@@ -21,7 +21,7 @@ class FlowMar(Adapter):
 
     def sample(self, head, z, temperature=1.0, cfg=1.0) -> Reading:
         scales = () if cfg == 1.0 else (cfg,)
-        return Reading(steps(), z, scales, Draws(first="cpu"), copies=1 + len(scales))
+        return Reading(steps(), z, scales, Draws(first="cpu", steps=False), copies=1 + len(scales))
 
     def trials(self, head, z):
         for cfg in (1.0, 2.5):

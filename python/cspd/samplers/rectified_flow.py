@@ -29,13 +29,13 @@ class RectifiedFlow(Adapter):
     def _read(self, head, cond, scales, temperature, copies: int) -> Reading:
         if head.flow_solver != "euler" or cond.dtype != torch.float32:
             raise ValueError(f"its flow is solved by {head.flow_solver} in {cond.dtype}, not by euler in float32")
-        draws = Draws(scale=float(temperature))
+        draws = Draws(steps=False, scale=float(temperature))
         return Reading(steps(max(1, int(head.num_flow_steps))), cond, scales, draws, copies=copies)
 
     def trials(self, head, z):
         yield "sample", dict(z=z(4), temperature=0.8)
         yield "sample", dict(z=z(4), temperature=0.8, cfg=2.5)
-        yield "sample_additive_cfg", dict(z_nn=z(3), z_tn=z(4)[1:], z_tr=z(5)[2:])
+        yield "sample_additive_cfg", dict(z_nn=z(3), z_tn=z(3), z_tr=z(3), temperature=0.8)
 
 
 @lru_cache(maxsize=64)
