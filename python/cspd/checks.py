@@ -19,10 +19,12 @@ from cspd_kernels.structure import why_not_a_head, why_not_plain
 from .candidates import CRITERIA
 from .heads import FoundHead, unwrapped
 from .order import is_count
+from .sampling import OWN, Sampling
 from .twin import CannotRunError
 from .verify import DiffersError, check_sample
 
 VERIFY = ("window", "strict")
+_STEP = ("timesteps", "x0_x", "x0_out", "mean_x0", "mean_x")  # tables of a schedule that both models share
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _logger = logging.getLogger("cspd")
 _MODEL_INTERFACE = (
@@ -50,7 +52,7 @@ def check_models(draft, target, criterion: str = "trajectory") -> None:
         if (problem := why_not_a_head(model.diffloss)) is not None:
             raise ValueError(f"expected the {role}'s diffloss as a diffusion head: {problem}")
         check_sampling(role, model.diffloss)
-    ours, theirs = (Schedule.from_diffusion(model.diffloss.gen_diffusion) for model in (draft, target))
+    ours, theirs = (schedule_of(model.diffloss) for model in (draft, target))
     if ours.num_steps == 1 and criterion == "last_step":  # no trajectory, and none is compared
         return
     if ours.num_steps != theirs.num_steps:
@@ -63,11 +65,42 @@ def check_models(draft, target, criterion: str = "trajectory") -> None:
             "expected draft and target with the same number of denoising steps (their trajectories are aligned "
             f"step by step), got {ours.num_steps} and {theirs.num_steps}"
         )
-    if not np.allclose(ours.betas, theirs.betas, rtol=1e-6):
+    if not all(np.allclose(getattr(ours, name), getattr(theirs, name), rtol=1e-6, atol=1e-12) for name in _STEP):
         raise ValueError(
             "expected draft and target with the same noise schedule (their trajectories are compared step by "
-            "step), got different betas"
+            f"step), got others: {ours!r} and {theirs!r}"
         )
+
+
+def check_sampler(draft, target, sampling: Sampling, verify: str, drafts: bool) -> None:
+    """Raise where a sampler cannot be made of the models' schedules, or does not go with what is to be verified.
+
+    Args:
+        drafts: whether there is anything to verify; the target alone needs no densities.
+    """
+    for role, model in (("draft", draft), ("target", target)):
+        for step in range(2 if sampling.anneals else 1):
+            made = sampled(sampling, schedule_of(model.diffloss), step, 2)
+            if drafts and made.deterministic:
+                raise ValueError(
+                    f"expected a {role} whose steps add noise, which gives its tokens a density, got {made!r}: pass "
+                    "eta > 0 with sampler='ddim'; a flow needs Euler-Maruyama"
+                )
+    if sampling.anneals and verify == "strict":
+        raise ValueError(
+            f"expected sampling_steps as one number with verify='strict', whose images are at different steps, got "
+            f"{sampling.steps}"
+        )
+
+
+def schedule_of(diffloss) -> Schedule:
+    """A head's own."""
+    return Schedule.from_diffusion(diffloss.gen_diffusion)
+
+
+def sampled(sampling: Sampling, schedule: Schedule, step: int = 0, of: int = 1) -> Schedule:
+    """What a run makes of a schedule at an autoregressive step; one step stays what it is."""
+    return schedule if schedule.num_steps == 1 else sampling.schedule(schedule, step, of)
 
 
 def _check_method(role: str, model, name: str, parameters: tuple[str, ...]) -> None:
@@ -134,7 +167,9 @@ def check_dtype(dtype) -> None:
         raise ValueError(f"expected dtype as a torch.dtype out of {names}, or None, got {dtype!r}")
 
 
-def check_verify(draft, target, relaxation, verify, num_candidates, branches, criterion) -> None:
+def check_verify(
+    draft, target, relaxation, verify, num_candidates, branches, criterion, sampling: Sampling = OWN
+) -> None:
     """Raise where a way to verify does not exist, or a policy wants what it does not compute."""
     if verify not in VERIFY:
         raise ValueError(f"expected verify one of {VERIFY}, got {verify!r}")
@@ -156,13 +191,13 @@ def check_verify(draft, target, relaxation, verify, num_candidates, branches, cr
             f"the tokens that follow, got verify={verify!r}"
         )
     if num_candidates > 1 and criterion == "trajectory":
-        _warn_of_candidates(draft, target, num_candidates)
+        _warn_of_candidates(draft, target, num_candidates, sampling)
 
 
-def _warn_of_candidates(draft, target, num_candidates) -> None:
+def _warn_of_candidates(draft, target, num_candidates, sampling: Sampling) -> None:
     """Say so where no candidate that ends a chain of its own can be accepted but the first."""
-    learned = any(learned_variance(model.diffloss) for model in (draft, target))
-    ours, theirs = (Schedule.from_diffusion(m.diffloss.gen_diffusion).fixed_log_variance for m in (draft, target))
+    learned = any(learned_variance(model.diffloss, sampling) for model in (draft, target))
+    ours, theirs = (sampled(sampling, schedule_of(m.diffloss)).log_std_lower for m in (draft, target))
     if not learned and len(ours) == len(theirs) and np.allclose(ours, theirs):
         _logger.warning(
             "num_candidates=%d is of no use with criterion='trajectory' and heads of one fixed variance: at the end of "
@@ -172,7 +207,7 @@ def _warn_of_candidates(draft, target, num_candidates) -> None:
         )
 
 
-def check_residual(draft, target, residual, target_sigma, num_candidates: int = 1) -> None:
+def check_residual(draft, target, residual, target_sigma, num_candidates: int = 1, sampling: Sampling = OWN) -> None:
     """Raise where rejected tokens cannot be redrawn in the way that is asked for."""
     check_method("SpecDecodeRunner", residual, target_sigma, num_candidates)
     if (residual != "closed_form" and num_candidates == 1) or target_sigma:
@@ -180,25 +215,26 @@ def check_residual(draft, target, residual, target_sigma, num_candidates: int = 
     what = "residual='closed_form'" if num_candidates == 1 else f"num_candidates={num_candidates}"
     other = "residual='rejection'" if num_candidates == 1 else "one candidate"
     instead = f"pass target_sigma=True to redraw with the target's sigma, or {other}"
-    learned = [role for role, model in (("draft", draft), ("target", target)) if learned_variance(model.diffloss)]
+    pair = (("draft", draft), ("target", target))
+    learned = [role for role, model in pair if learned_variance(model.diffloss, sampling)]
     if learned:
         raise ValueError(
             f"expected heads with a fixed variance for {what}, got a learned one in the "
             f"{' and the '.join(learned)}: {instead}"
         )
     # Of one noise schedule the last step's is the same, whichever kind of fixed variance; a head of one step has its
-    # own.
+    # own. Annealed windows are compared at both ends.
     ours, theirs = (
-        math.exp(0.5 * Schedule.from_diffusion(model.diffloss.gen_diffusion).fixed_log_variance[0])
-        for model in (draft, target)
+        math.exp(sampled(sampling, schedule_of(model.diffloss)).log_std_lower[0]) for model in (draft, target)
     )
     if not math.isclose(ours, theirs, rel_tol=1e-6):
         raise ValueError(f"expected heads with one sigma for {what}, got {ours:.4g} and {theirs:.4g}: {instead}")
 
 
-def learned_variance(diffloss) -> bool:
-    """Whether a head's network has its variance for an output, too."""
-    return diffloss.net.final_layer.linear.out_features == 2 * diffloss.in_channels
+def learned_variance(diffloss, sampling: Sampling = OWN) -> bool:
+    """Whether the variance of a head's steps is an output of its network."""
+    wide = diffloss.net.final_layer.linear.out_features == 2 * diffloss.in_channels
+    return wide and sampled(sampling, schedule_of(diffloss)).learned
 
 
 def check_gamma(gamma) -> None:

@@ -49,7 +49,7 @@ class Sampling:
     @property
     def changes(self) -> bool:
         """Whether what is drawn is another than the head's own sampler draws."""
-        return self != Sampling()
+        return self != OWN
 
     @property
     def anneals(self) -> bool:
@@ -93,3 +93,6 @@ class Sampling:
         parts = [f"sampler {self.sampler!r}, eta {self.eta:g}"] if self.sampler else []
         parts += [f"sampling_steps {self.steps}"] if self.steps is not None else []
         return ", ".join(parts) or "its own sampler"
+
+
+OWN = Sampling()  # the head's own sampler
