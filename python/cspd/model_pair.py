@@ -6,7 +6,8 @@ import torch
 
 from cspd_kernels import DiffusionHead
 
-from .checks import check_initial_scale, sampled
+from .check_heads import sampled
+from .checks import check_initial_scale
 from .diffusions import Tables
 from .heads import HeadCache, unwrapped
 from .order import Step

@@ -12,16 +12,8 @@ import torch
 from cspd_kernels.backends import implementation
 from cspd_kernels.ops.denoise.parallel import AUTO, check_tolerance
 
-from .checks import (
-    check_dtype,
-    check_gamma,
-    check_models,
-    check_options,
-    check_residual,
-    check_run,
-    check_sampler,
-    check_verify,
-)
+from .check_heads import check_residual, check_sampler
+from .checks import check_dtype, check_gamma, check_models, check_options, check_run, check_verify
 from .loops import end_by, run_rounds, run_windows
 from .model_pair import ModelPair
 from .order import Plan, by_token, plan_steps, random_orders, to_device
