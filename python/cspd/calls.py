@@ -309,7 +309,7 @@ def finish(call: Call, out: Denoised | DenoisedInParallel, diffusion) -> torch.T
     double = call.groups
     tokens = out.sample.to(dtype).repeat(double, 1).view(call.shape)
     manager = getattr(diffusion, "manager", None)
-    if manager is not None:
+    if manager is not None and call.loop != DDIM:
         manager.sample, manager.mean = tokens, out.mean.to(dtype).repeat(double, 1)
         manager.variance = out.log_std.exp().to(dtype).repeat(double, 1)  # a standard deviation, despite its name
         if call.loop == "p_sample_loop_with_noise":  # only its sum over the channels is ever used

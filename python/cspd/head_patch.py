@@ -240,17 +240,19 @@ class HeadPatch:
         Raises:
             NotServedError: the loop's own code must run; nothing was drawn.
         """
-        own, kind, source = hook.tables.schedule(), hook.kind(call), self.cache.look()
+        kind, source = hook.kind(call), self.cache.look()
+        if source.spec is not call.spec:
+            call = replace(call, spec=source.spec)
         if source.written is not self.written:
             if source.written != self.written:  # what was compared was something else
                 self.verdicts = {}
             self.written = source.written
-        capturing = call.cond.is_cuda and torch.cuda.is_current_stream_capturing()
-        if kind not in self.verdicts:
+        verdicts, capturing = self.verdicts, call.cond.is_cuda and torch.cuda.is_current_stream_capturing()
+        if kind not in verdicts:
             if capturing:
                 self._refuse_capture()
-            self._compare_now(kind, call, hook)
-        meaning, options = self.verdicts[kind], self.options
+            self._compare_now(kind, call, hook, verdicts)
+        meaning, options = verdicts[kind], self.options
         if isinstance(meaning, str):
             raise NotServedError(meaning)
         schedule = self._schedule(call, meaning, hook)
@@ -273,7 +275,7 @@ class HeadPatch:
         Raises:
             NotServedError: as of :meth:`HeadCache.look`.
         """
-        return self.cache.look().spec
+        return self.cache.spec()
 
     def _schedule(self, call: Call, meaning: Meaning, hook: LoopHook) -> Schedule:
         """The steps of a call: its loop's, or those that were asked for in their place."""
@@ -314,15 +316,15 @@ class HeadPatch:
             "which cannot hold what is made once: call it once, then capture"
         )
 
-    def _compare_now(self, kind: tuple, call: Call, hook: LoopHook) -> None:
+    def _compare_now(self, kind: tuple, call: Call, hook: LoopHook, verdicts: dict) -> None:
         """A kind of call that was not seen when the head was patched: it is compared before it is served."""
         with LOCK:
             try:
-                self.verdicts[kind] = check_loop(call, hook.diffusion)
+                verdicts[kind] = check_loop(call, hook.diffusion)
             except CannotRunError as error:
-                self.verdicts[kind] = f"its own loop does not run on a copy to be compared with: {error}"
+                verdicts[kind] = f"its own loop does not run on a copy to be compared with: {error}"
             except (DiffersError, NotServedError) as error:
-                self.verdicts[kind] = f"{error}"
+                verdicts[kind] = f"{error}"
 
     def left_behind(self) -> str | None:
         """Why the head does not come to this patch any more, None where it does."""

@@ -108,7 +108,8 @@ class LoopHook:
             found = bound_network(arguments["model"])
             patch = self._patch(found)
             if patch is not None:
-                return patch.take(read_call(name, arguments, parameters, found, patch.spec()), self)
+                spec = None if found is None else patch.spec()
+                return patch.take(read_call(name, arguments, parameters, found, spec), self)
         except NotServedError as reason:
             if (patch := patch or self._any_user()) is not None:
                 patch.tell(str(reason))

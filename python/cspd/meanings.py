@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -44,14 +45,16 @@ class Meaning:
 
     def scales(self, given: list) -> tuple:
         """The scales of :func:`cspd_kernels.denoise` for those of a call: sums of the weights of the first groups."""
-        scales, total = [], np.zeros(1 + len(given))
-        for weights in self.weights[:-1]:
-            total = total + np.array(weights)
-            constant, *factors = total.tolist()
+        scales = []
+        for constant, *factors in self._sums:
             terms = [g if f == 1.0 else f * g for f, g in zip(factors, given) if f != 0.0]
             scale = sum(terms[1:], start=terms[0]) if terms else constant
             scales.append(scale + constant if terms and constant != 0.0 else scale)
         return tuple(scales)
+
+    @cached_property
+    def _sums(self) -> list[list[float]]:
+        return np.cumsum(np.array(self.weights), axis=0)[:-1].tolist() if self.weights else []
 
 
 PLAIN = Meaning()

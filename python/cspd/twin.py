@@ -84,7 +84,7 @@ class Trial:
         return self.tokens
 
     def spec(self) -> HeadSpec:
-        return self.cache.look().spec
+        return self.cache.spec()
 
     def tell(self, reason: str) -> None:
         if reason:
