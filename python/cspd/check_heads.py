@@ -8,6 +8,7 @@ import math
 
 from cspd_kernels import Schedule
 from cspd_kernels.ops.accept_reject import check_method
+from cspd_kernels.spec import spec_of
 from cspd_kernels.structure import why_not_plain
 
 from .heads import FoundHead, unwrapped
@@ -30,7 +31,7 @@ def sampled(sampling: Sampling, schedule: Schedule, step: int = 0, of: int = 1) 
 
 def learned_variance(diffloss, sampling: Sampling = OWN) -> bool:
     """Whether the variance of a head's steps is an output of its network."""
-    wide = diffloss.net.final_layer.linear.out_features == 2 * diffloss.in_channels
+    wide = spec_of(diffloss.net).outputs == 2 * diffloss.in_channels
     return wide and sampled(sampling, schedule_of(diffloss)).learned
 
 

@@ -11,6 +11,7 @@ from cspd_kernels import DiffusionHead, Schedule
 from cspd_kernels.backends import implementation
 from cspd_kernels.head import call_dtype
 from cspd_kernels.ops.denoise.parallel import AUTO
+from cspd_kernels.spec import spec_of
 
 from .diffusions import LOOPS
 from .heads import FoundHead, look_for_heads
@@ -105,7 +106,8 @@ def describe(model: nn.Module) -> Description:
 
 def describe_head(found: FoundHead, head_patch=None) -> HeadDescription:
     """One head; ``head_patch`` is its patch, if it has one."""
-    net, weight = found.net, found.net.input_proj.weight
+    net, spec = found.net, spec_of(found.net)
+    weight = spec.parts.input.weight
     options = head_patch.options if head_patch is not None else None
     dtype = options.dtype if options is not None and options.dtype is not None else None
     dtype = dtype or call_dtype(weight.device, weight.dtype)
@@ -120,10 +122,10 @@ def describe_head(found: FoundHead, head_patch=None) -> HeadDescription:
         samplers[name] = what if samplers.get(name, what) == what else f"{samplers[name]}, {what}"
     return HeadDescription(
         name=found.name,
-        channels=net.input_proj.in_features,
-        width=net.input_proj.out_features,
-        depth=len(net.res_blocks),
-        cond_channels=net.cond_embed.in_features,
+        channels=spec.channels,
+        width=spec.width,
+        depth=spec.depth,
+        cond_channels=spec.cond_channels,
         samplers=samplers,
         dtype=dtype,
         weights=weight.dtype,

@@ -15,6 +15,9 @@ from functools import partial
 import torch
 import torch.nn as nn
 
+from cspd_kernels.parts import part_of
+from cspd_kernels.spec import HeadSpec
+
 from .calls import Call
 from .diffusions import DDIM, LOOPS
 from .heads import FoundHead
@@ -90,7 +93,7 @@ def _what_runs(found: FoundHead, options: dict) -> tuple[tuple[int, ...], bool]:
     Raises:
         CannotRunError: none.
     """
-    width, failure = found.net.cond_embed.in_features, None
+    width, failure = _fan_in(part_of(found.net, "cond")), None
     for cut in (True, False):  # a fork may have more parts, which fit the full width only
         for shape in ((_ROWS, width), (2, _ROWS // 2, width)):
             try:
@@ -103,6 +106,12 @@ def _what_runs(found: FoundHead, options: dict) -> tuple[tuple[int, ...], bool]:
         if any(word in str(failure) for word in ("CUDA", "NVIDIA")):  # of any size
             break
     raise CannotRunError(first_line(failure)) from failure
+
+
+def _fan_in(cond: nn.Module) -> int:
+    """Channels of the conditions that a module embeds, as far as its layers say."""
+    fan_in = (layer.in_features for layer in cond.modules() if isinstance(layer, nn.Linear))
+    return next(fan_in, 1)
 
 
 def check_loop(call: Call, diffusion) -> Meaning:
@@ -263,7 +272,7 @@ def _difference(a: torch.Tensor, b: torch.Tensor) -> float:
 def tolerance(net: nn.Module) -> float:
     """Of the largest value. Between rounding and a difference; TF32 products round to three digits."""
     try:
-        tf32 = next(net.parameters()).is_cuda and torch.get_float32_matmul_precision() != "highest"
+        tf32 = part_of(net, "input").weight.is_cuda and torch.get_float32_matmul_precision() != "highest"
     except RuntimeError:  # set by an interface that the old one does not know
         tf32 = True
     return 5e-2 if tf32 else 1e-4

@@ -226,6 +226,8 @@ def _check(head, cond, x_T, noise, temperature, cfg_scale, workspace_bytes) -> N
     """
     if not isinstance(head, DiffusionHead):
         raise TypeError(f"denoise expected a DiffusionHead, got {type(head).__name__}: use DiffusionHead.from_module")
+    if head.schedule is None:
+        raise ValueError("denoise expected a head with a schedule, got one without, which can only be evaluated")
     _check_tensor("x_T", x_T, head, ("N", head.channels))
     rows = x_T.shape[0]
     _check_tensor("cond", cond, head, ("N or 2N", head.cond_channels))

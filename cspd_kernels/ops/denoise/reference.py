@@ -17,7 +17,7 @@ def denoise(head, cond, x_T, noise, temperature, cfg_scale, workspace_bytes=None
     """
     head, schedule = head.to(torch.float64) if dtype == torch.float64 else head.to(torch.float32), head.schedule
     x, cond = x_T.to(dtype), cond.to(dtype)
-    c = F.linear(cond, head.cond_weight, head.cond_bias)
+    c = embedded(head, cond)
     path_log_std = x.new_zeros(x.shape[0])
     for i in reversed(range(schedule.num_steps)):
         rows = x if cfg_scale is None else torch.cat([x, x])
@@ -130,7 +130,7 @@ def sweeps(
         upper = lower = 0.5 * table(schedule.fixed_log_variance)
     z = noise if isinstance(noise, torch.Tensor) else noise.steps(0, steps, channels)
     z = z.to(dtype)
-    c = F.linear(cond, head.cond_weight, head.cond_bias)
+    c = embedded(head, cond)
     y = (head.time_embedding[:, None] + c).flatten(0, 1)  # [T G N, W]
 
     def evaluate(x):
@@ -180,18 +180,31 @@ def _where(done, old, new):
     return torch.where(done.view(-1, *[1] * (old.dim() - 1)), old, new)
 
 
+def embedded(head, cond):
+    """The condition's part of y, (N, W), of conditions (N, Z); or those that are given embedded."""
+    return cond if head.cond_weight is None else F.linear(cond, head.cond_weight, head.cond_bias)
+
+
 def network(head, x, y):
-    """(eps, v) of rows x (N, C) with embedded time and condition y (N, W)."""
+    """Outputs (N, O), such as (eps, v), of rows x (N, C) with embedded time and condition y (N, W)."""
 
     def norm(h, weight=None, bias=None):
-        return F.layer_norm(h, (head.width,), weight, bias, head.norm_eps)
+        if head.norm == "layer":
+            return F.layer_norm(h, (head.width,), weight, bias, head.norm_eps)
+        h = h * torch.rsqrt(h.square().mean(dim=-1, keepdim=True) + head.norm_eps)
+        return h if weight is None else h * weight + bias
 
     h = F.linear(x, head.input_weight, head.input_bias)
     y = F.silu(y)
     for b in head.blocks:
         shift, scale, gate = F.linear(y, b.mod_weight, b.mod_bias).chunk(3, dim=-1)
         a = norm(h, b.norm_weight, b.norm_bias) * (1 + scale) + shift
-        a = F.silu(F.linear(a, b.weight0, b.bias0))
+        a = F.linear(a, b.weight0, b.bias0)
+        if head.mlp == "silu":
+            a = F.silu(a)
+        else:
+            a, up = a.chunk(2, dim=-1)
+            a = F.silu(a) * up
         h = h + gate * F.linear(a, b.weight1, b.bias1)
     shift, scale = F.linear(y, head.final_mod_weight, head.final_mod_bias).chunk(2, dim=-1)
     return F.linear(norm(h) * (1 + scale) + shift, head.final_weight, head.final_bias)

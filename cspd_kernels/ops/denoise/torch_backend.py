@@ -11,10 +11,9 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 
 from .parallel import Parallel
-from .torch_network import layers_of, modulations, network
+from .torch_network import embedded, layers_of, modulations, network
 from .torch_parallel import in_parallel
 from .workspace import in_blocks_of_rows
 
@@ -44,7 +43,7 @@ def _sequential(head, cond, x, noise, temperature, cfg_scale, steps_at_once):
     """cond [G, N, Z] with G = 2 under guidance, x [N, C] -> the fields of Denoised."""
     schedule, channels = head.schedule, head.channels
     layers, path_log_std = layers_of(head), x.new_zeros(x.shape[0])
-    y = F.linear(cond.to(head.dtype), head.cond_weight, head.cond_bias).to(x.dtype)  # [G, N, W]
+    y = embedded(head, cond)  # [G, N, W]
     mean = log_std = x
     for stop in range(schedule.num_steps, 0, -steps_at_once):
         start = max(0, stop - steps_at_once)

@@ -15,12 +15,11 @@ import math
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 
 from ...schedule import Schedule
 from .parallel import Parallel
 from .reference import most_sweeps
-from .torch_network import layers_of, modulations, network
+from .torch_network import embedded, layers_of, modulations, network
 
 
 def in_parallel(
@@ -73,7 +72,7 @@ class _Sweeps:
         self.index = torch.arange(len(x_T), device=x_T.device)
         self.temperature, self.scale = temperature, cfg_scale
         self.recip, self.recipm1, self.coef1, self.coef2, self.upper, self.lower = _tables(head, x_T)
-        y = F.linear(cond.to(head.dtype), head.cond_weight, head.cond_bias).to(x_T.dtype)  # [G, N, W]
+        y = embedded(head, cond)  # [G, N, W]
         self.block_mods, self.final_mods = modulations(head, self.layers, y, 0, self.steps)
         z = noise if isinstance(noise, torch.Tensor) else noise.steps(0, self.steps, head.channels).to(x_T.dtype)
         self.noise = temperature * z

@@ -17,6 +17,7 @@ from cspd_kernels import DiffusionHead
 from cspd_kernels.backends import implementation, untraced
 from cspd_kernels.head import OPERAND_DTYPES
 from cspd_kernels.ops.denoise.parallel import AUTO, check_tolerance
+from cspd_kernels.parts import part_of
 
 from ..checks import check_run
 from ..diffusions import NotServedError, Tables
@@ -179,7 +180,7 @@ class Sampler:
                 state.noise.seed_on_device()
             steps = self._graphs(state) if graphs else PlainSteps(state)
             with steps.of(state):
-                self._draw(steps, self._cache.net.input_proj.weight.dtype, progress)
+                self._draw(steps, part_of(self._cache.net, "input").weight.dtype, progress)
                 images = model.unpatchify(steps.state.tokens)
                 return images.clone() if graphs else images
 
@@ -256,7 +257,7 @@ class Sampler:
             own(diffusion),
         )
         if self._head_seen != seen:
-            self._first_on = where_it_starts(model.diffloss, net, self._head(net.input_proj.weight.dtype))
+            self._first_on = where_it_starts(model.diffloss, net, self._head(part_of(net, "input").weight.dtype))
             self._head_seen = seen
 
     def _head(self, dtype: torch.dtype | None) -> DiffusionHead:
