@@ -187,7 +187,7 @@ class HeadCache:
             if source is None:
                 return False
             form = self._forms.get(call_dtype(source.device, source.dtype) if dtype is None else dtype)
-            return form is not None and schedule in (form.given if given else form.heads)
+            return form is not None and schedule in (form.given if given and form.first.cond_weight is not None else form.heads)
 
     def get(
         self,
