@@ -58,7 +58,7 @@ def look_for_heads(model: nn.Module) -> Found:
             continue
         name = f"{_plain(path) or 'the model itself'} ({type(module).__name__})"
         inner, reason = (None, "it lacks net") if net is None else unwrapped(net)
-        reason = reason or _why_sharded(inner) or why_not_a_network(inner) or why_not_plain(inner)
+        reason = reason or _why_sharded(inner) or why_not_a_network(inner, given=True) or why_not_plain(inner)
         diffusions = diffusions_of(module) or everywhere
         if reason is None and not diffusions:
             reason = f"it holds no diffusion object with {LOOPS[0]}, so it has a sampling loop of its own"
@@ -161,7 +161,7 @@ class HeadCache:
         with self._lock:
             if self._source is None or (self.weights == "live" and not self._source.is_current()):
                 self.clear()
-                if (reason := why_not_a_network(self.net) or why_not_plain(self.net)) is not None:
+                if (reason := why_not_a_network(self.net, given=True) or why_not_plain(self.net)) is not None:
                     raise NotServedError(reason)
                 spec = spec_of(self.net)
                 if spec.parts.input.weight.is_meta:

@@ -141,7 +141,8 @@ def _prepare(model: nn.Module, options: Options) -> list[HeadPatch]:
         ValueError: there is no head, or one samples differently.
     """
     found = find_heads(model)
-    patches = [HeadPatch(head, options, _model_of(model, head, options) if options.watches else None) for head in found.heads]
+    around = [_model_of(model, head, options) if options.watches else None for head in found.heads]
+    patches = [HeadPatch(head, options, its) for head, its in zip(found.heads, around)]
     for head_patch in patches:
         head_patch.compare()
         head_patch.check_sampling()

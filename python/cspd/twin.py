@@ -85,7 +85,7 @@ class Trial:
         return self.tokens
 
     def spec(self) -> HeadSpec:
-        return self.cache.spec()
+        return spec_of(self.net)
 
     def tell(self, reason: str) -> None:
         if reason:

@@ -52,7 +52,10 @@ class Widening(Limited):
 
     def estimate(self, model, x, i, *rest):
         self.factor = 1.0 + i
-        return super().estimate(model, x, i, *rest)
+        try:
+            return super().estimate(model, x, i, *rest)
+        finally:
+            del self.factor
 
     def limited(self, x0):
         return self.factor * super().limited(x0 / self.factor)
@@ -107,7 +110,7 @@ def test_ddim_of_another_kind(caplog):
 
     head = made(Chosen, Other())
     reason = "its sampling loop and the kernels' differ by"
-    assert_own_code(head, lambda h: h.sample(Z, loop="ddim_sample_loop"), caplog, "args, which the kernels do not know")
+    assert_own_code(head, lambda h: h.sample(Z, loop="ddim_sample_loop"), caplog, "does not say by name what model")
     Other.ddim_sample_loop = lambda self, model, shape, noise, clip_denoised=True, model_kwargs=None: (
         1.01 * Spaced.ddim_sample_loop(self, model, shape, noise, clip_denoised, model_kwargs=model_kwargs)
     )
