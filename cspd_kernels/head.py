@@ -255,7 +255,7 @@ class DiffusionHead:
             *packer.linear(parts.input, packer.stream),
             tuple(Block(*packer.block(block)) for block in parts.blocks),
             *packer.modulation(parts.final_modulation, spec.final_modulation),
-            *packer.linear(parts.final, packer.stream),
+            *(weight[: spec.outputs] for weight in packer.linear(parts.final, packer.stream)),
             norm=spec.norm,
             mlp=spec.mlp,
             time=times,
