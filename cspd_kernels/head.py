@@ -157,8 +157,8 @@ class DiffusionHead:
 
     @property
     def learned_variance(self) -> bool:
-        """Whether the network puts out (eps, v) rather than eps alone."""
-        return self.final_weight.shape[0] == 2 * self.channels
+        """Whether the variance is what the network puts out behind the first C channels."""
+        return self.schedule.learned and self.final_weight.shape[0] == 2 * self.channels
 
     @property
     def device(self) -> torch.device:
@@ -255,7 +255,7 @@ class DiffusionHead:
             *packer.linear(parts.input, packer.stream),
             tuple(Block(*packer.block(block)) for block in parts.blocks),
             *packer.modulation(parts.final_modulation, spec.final_modulation),
-            *packer.linear(parts.final, packer.stream),
+            *(weight[: spec.outputs] for weight in packer.linear(parts.final, packer.stream)),
             norm=spec.norm,
             mlp=spec.mlp,
             time=times,

@@ -57,7 +57,7 @@ class HeadSpec:
     """What a head's network computes, as plain data, and the modules that it computes it with (``parts``)."""
 
     channels: int  # C
-    outputs: int  # O: C, or 2C with a variance
+    outputs: int  # O: C, or 2C with a variance; the first ones where the network keeps no more of its last layer's
     width: int  # W
     hidden: int  # H, of the blocks' MLPs
     depth: int  # D
@@ -89,8 +89,8 @@ class HeadSpec:
     def sizes(self) -> dict[str, int]:
         """By the letters that :meth:`layers` uses."""
         return {
-            "C": self.channels, "O": self.outputs, "W": self.width, "H": self.hidden, "Z": self.cond_channels,
-            "F": self.times[0].size,
+            "C": self.channels, "O": self.parts.final.out_features, "W": self.width, "H": self.hidden,
+            "Z": self.cond_channels, "F": self.times[0].size,
         }  # fmt: skip
 
     def layers(self) -> Iterator[tuple[str, nn.Linear, Size, Size]]:
@@ -142,14 +142,15 @@ def specs_of(net: nn.Module, channels: int | None = None) -> list[HeadSpec] | st
         "scale": _first(known.get("scale"), (1.0, 1000.0)),
         "cosines_first": (True, False),
         "time_norm": (None,) if parts.times[0].norm is None else ("variance", "rms"),
+        "outputs": tuple(range(sizes["O"], 0, -sizes["C"])),
     }
 
-    def spec(norm, modulation, gate_first, scale, cosines_first, time_norm) -> HeadSpec:
+    def spec(norm, modulation, gate_first, scale, cosines_first, time_norm, outputs) -> HeadSpec:
         time_eps = 0.0 if time_norm is None else norm_eps(parts.times[0].norm)
         times = [TimeSpec(time.fc0.in_features, scale, 10000.0, cosines_first, time_norm, time_eps)
                  for time in parts.times]  # fmt: skip
         return HeadSpec(
-            channels=sizes["C"], outputs=sizes["O"], width=sizes["W"], hidden=sizes["H"], depth=len(blocks),
+            channels=sizes["C"], outputs=outputs, width=sizes["W"], hidden=sizes["H"], depth=len(blocks),
             cond_channels=sizes["W"] if given else sizes["Z"], norm=norm, norm_eps=eps,
             mlp=blocks[0].form if blocks else "silu", modulation=modulation, gate_first=gate_first,
             modulation_of=parts.modulation_of, condition="given" if given else "linear", times=tuple(times),

@@ -30,6 +30,7 @@ class HeadDescription:
         dtype: operand type that a call would have now. weights: type of the weights. device: theirs.
         backend: what would serve it, or why nothing can.
         patched: whether its loops are taken over. parallel_tol: as patched, else patch's default.
+        sampling: the steps that are made in place of the loops' own; empty where those are.
         whole: whether ``sample_tokens`` of the model around it is taken over, too.
         own_code: reasons that calls have run their own code for, so far.
         untouched: sampling methods that patch does not look at; a loop that they call may be served.
@@ -47,6 +48,7 @@ class HeadDescription:
     backend: str
     patched: bool
     parallel_tol: float | str | None
+    sampling: str
     whole: bool
     own_code: tuple[str, ...]
     untouched: tuple[str, ...]
@@ -56,6 +58,7 @@ class HeadDescription:
         """The first line of the page."""
         kinds = _short(self.dtype) if self.dtype == self.weights else f"{_short(self.dtype)} of {_short(self.weights)}"
         taken = "patched, whole images" if self.whole else "patched"
+        taken += f", {self.sampling}" if self.sampling else ""
         patched = f"{taken}, parallel_tol={self.parallel_tol}" if self.patched else "not patched"
         return (
             f"{self.name}: C={self.channels} W={self.width} D={self.depth} Z={self.cond_channels}, "
@@ -130,6 +133,7 @@ def describe_head(found: FoundHead, head_patch=None) -> HeadDescription:
         backend=_backend(net, schedule, dtype, weight.device, options.backend if options is not None else None),
         patched=head_patch is not None,
         parallel_tol=options.parallel_tol if options is not None else AUTO,
+        sampling=str(options.sampling) if options is not None and options.sampling.changes else "",
         whole=options is not None and options.whole,
         own_code=tuple(head_patch.told) if head_patch is not None else (),
         untouched=_untouched(found),
