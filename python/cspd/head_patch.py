@@ -20,6 +20,7 @@ from .diffusions import DDIM, LOOPS, NotServedError, Steps
 from .heads import FoundHead, HeadCache, unwrapped
 from .loop import LOCK, PATCHES, LoopHook
 from .meanings import Meaning
+from .samplers.served import OwnSampler, ServedSample
 from .sampling import Sampling
 from .source import written
 from .standins import StandIn, WatchedMoves, WatchedSample, WholeSampling, passes_begun
@@ -80,6 +81,7 @@ class HeadPatch:
         self.hooks: list[LoopHook | StandIn] = []
         self._model = None if model is None else weakref.ref(model)  # whose sample_tokens is taken over, too
         self.sampler: Sampler | None = None
+        self.own_sampler = OwnSampler.of(found)  # of a loop that is no diffusion object's
 
     @property
     def name(self) -> str:
@@ -112,6 +114,9 @@ class HeadPatch:
         found = self.found
         _check_values(found, self.options.dtype)
         try:
+            if self.own_sampler is not None:
+                self._compare_sampler()
+                return
             self._compare(found)
         except DiffersError as error:
             raise ValueError(f"{self.name} samples differently and is left unpatched: {error}") from None
@@ -136,6 +141,13 @@ class HeadPatch:
             except TypeError as error:
                 raise NotServedError(f"{error}") from None
         return self.sampler
+
+    def _compare_sampler(self) -> None:
+        """Raises DiffersError where its own sampler is another than the adapter says."""
+        try:
+            self.own_sampler.check(getattr(self.cache, "choice", 0))
+        except CannotRunError as error:
+            _logger.info("cspd.patch: %s: its own code does not run here, so its first call compares: %s", self.name, error)
 
     def _compare(self, found: FoundHead) -> None:
         try:
@@ -184,7 +196,9 @@ class HeadPatch:
         self.net.__dict__.setdefault(PATCHES, []).append(self)
         module = self.found.module
         self._hook(WatchedMoves, self.net)
-        if callable(getattr(module, "sample", None)):
+        if self.own_sampler is not None:
+            self._hook(ServedSample, self.own_sampler.module)
+        elif callable(getattr(module, "sample", None)):
             self._hook(WatchedSample, module)
         model = self._model and self._model()
         if model is not None and WholeSampling.of(model) is None:

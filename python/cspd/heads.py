@@ -60,8 +60,6 @@ def look_for_heads(model: nn.Module) -> Found:
         inner, reason = (None, "it lacks net") if net is None else unwrapped(net)
         reason = reason or _why_sharded(inner) or why_not_a_network(inner, given=True) or why_not_plain(inner)
         diffusions = diffusions_of(module) or everywhere
-        if reason is None and not diffusions:
-            reason = f"it holds no diffusion object with {LOOPS[0]}, so it has a sampling loop of its own"
         if (first := next((head for head in heads if inner is head.net), None)) is not None:
             for held, diffusion in diffusions.items():  # two heads share a network, or one is around the other
                 if not any(diffusion is known for known in first.samplers):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import sys
 from collections.abc import Callable
 from types import FunctionType, MethodType
 from typing import TYPE_CHECKING
@@ -86,7 +87,7 @@ class OwnSampler:
         if plan.cond.is_cuda and torch.cuda.is_current_stream_capturing():
             ready = self._state() in self.verdicts and patch.cache.has(plan.reading.schedule, options.dtype)
             patch.check_capture(ready)
-        agreed = self._agreed(patch.cache.choice)
+        agreed = self._agreed(getattr(patch.cache, "choice", 0))
         if isinstance(agreed, str):
             raise NotServedError(agreed)
         if plan.kind not in agreed:
@@ -226,7 +227,8 @@ def _recorded(values: list) -> bool:
 def _eagerly() -> contextlib.AbstractContextManager:
     """What forks have under ``torch.compile`` runs as it is written: a comparison is no reason to compile."""
     stance = getattr(torch.compiler, "set_stance", None)  # since PyTorch 2.6
-    return contextlib.nullcontext() if stance is None else stance("force_eager")
+    compiled = "torch._dynamo" in sys.modules  # else nothing is, and this would import it
+    return stance("force_eager") if compiled and stance is not None else contextlib.nullcontext()
 
 
 def _conditions(source: Source) -> Callable[[int], torch.Tensor]:
