@@ -32,7 +32,7 @@ class BitDance(Adapter):
 
 @lru_cache(maxsize=64)
 def steps(count: int, shift: float) -> Schedule:
-    """``v = (out - x) / max(1 - t, LEAST)``, drift ``(1 + t) v - x``; the last step is ``x + LAST v`` at ``1 - LAST``."""
+    """``v = (out - x) / max(1 - t, LEAST)``, the drift is ``(1 + t) v - x``; last ``x + LAST v`` at ``1 - LAST``."""
     times = torch.linspace(0, 1 - LAST, count + 1, device="cpu")
     times = ((1 / shift) / ((1 / shift) + (1 / times - 1))).double().numpy()
     dt, t = np.append(np.diff(times), LAST)[::-1], np.append(times[:-1], 1 - LAST)[::-1]

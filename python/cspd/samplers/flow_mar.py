@@ -19,7 +19,7 @@ class FlowMar(Adapter):
     source = "lavinal712/flow_mar"
     attributes = ("in_channels", "gen_transport", "transport_sampler")
 
-    def sample(self, head, z, temperature=1.0, cfg=1.0) -> Reading:
+    def sample(self, head, z, temperature, cfg) -> Reading:
         scales = () if cfg == 1.0 else (cfg,)
         return Reading(steps(), z, scales, Draws(first="cpu", steps=False), copies=1 + len(scales))
 

@@ -18,9 +18,7 @@ class NextStep(Adapter):
     attributes = ("input_dim", "get_score_from_velocity", "get_velocity_from_cfg")
     records = False
 
-    def sample(
-        self, head, c, cfg=1.0, cfg2=1.0, timesteps_shift=1.0, num_sampling_steps=20, last_step_size=0.04, noise_repeat=1
-    ) -> Reading:
+    def sample(self, head, c, cfg, cfg2, timesteps_shift, num_sampling_steps, last_step_size, noise_repeat) -> Reading:
         scales = {1: (), 2: (cfg,), 3: (cfg, cfg2)}[1 + (cfg > 1.0) + (cfg2 > 1.0)]
         return Reading(
             schedule=steps(num_sampling_steps, timesteps_shift, last_step_size, c.dtype),
@@ -37,7 +35,7 @@ class NextStep(Adapter):
 
 @lru_cache(maxsize=64)
 def steps(count: int, shift: float, last: float, dtype: torch.dtype) -> Schedule:
-    """The last step is of the size that is asked for, whatever the shift made of the times; the network sees ``dtype``."""
+    """The last step is of the size asked for, whatever the shift made of the times; the network sees ``dtype``."""
     times = torch.linspace(0, 1 - last, count, device="cpu")
     times = times / (shift - (shift - 1) * times)
     sizes = torch.cat([times.diff(), torch.tensor([last])])

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 
-from cspd_kernels import DiffusionHead, PhiloxNoise, Schedule, denoise
+from cspd_kernels import DiffusionHead, PhiloxNoise, denoise
 from cspd_kernels.head import stream_dtype
 
 from ..calls import draw_steps
@@ -42,7 +42,7 @@ class Plan:
     def kind(self) -> tuple:
         """What decides whether the kernels compute the same; the numbers do not."""
         reading, draws = self.reading, self.reading.draws
-        drawn = (draws.rows is None, draws.first, draws.steps, draws.last, draws.scale == 1.0)
+        drawn = (draws.rows is None, draws.first, draws.steps, draws.last)
         return (self.method, reading.groups, reading.copies, *drawn, self.cond.device.type)
 
 

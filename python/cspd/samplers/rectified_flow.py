@@ -19,11 +19,11 @@ class RectifiedFlow(Adapter):
     attributes = ("in_channels", "num_flow_steps", "flow_solver")
     methods = ("sample", "sample_additive_cfg")
 
-    def sample(self, head, z, temperature=1.0, cfg=1.0) -> Reading:
+    def sample(self, head, z, temperature, cfg) -> Reading:
         scales = (cfg,) if cfg != 1.0 else ()
         return self._read(head, z, scales, temperature, copies=1 + len(scales))
 
-    def sample_additive_cfg(self, head, z_nn, z_tn, z_tr, s_t=6.0, s_r=2.0, temperature=1.0) -> Reading:
+    def sample_additive_cfg(self, head, z_nn, z_tn, z_tr, s_t, s_r, temperature) -> Reading:
         return self._read(head, torch.cat([z_tr, z_tn, z_nn]), (float(s_r), float(s_t)), temperature, copies=1)
 
     def _read(self, head, cond, scales, temperature, copies: int) -> Reading:

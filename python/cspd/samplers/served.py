@@ -249,7 +249,8 @@ def _numbers(arguments: dict) -> str:
 
 def _is_object(value) -> bool:
     """Whether a value is an object of a fork's own, such as a transport, whose attributes tell what it does."""
-    return hasattr(value, "__dict__") and not isinstance(value, (nn.Module, type, FunctionType, MethodType, torch.Tensor))
+    plain = (nn.Module, type, FunctionType, MethodType, torch.Tensor)
+    return hasattr(value, "__dict__") and not isinstance(value, plain)
 
 
 def _told(value, depth: int):
