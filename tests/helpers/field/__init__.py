@@ -158,7 +158,7 @@ FIELD: dict[str, Case] = {
          {"cfg": 2.0, "timesteps_shift": 0.5}, {"rows": 34, "last_step_size": 0.1, "noise_repeat": 2}),
     ),
     "mardm, flow": _case(_f.DiffMLPs_SiT, served=NETWORK),
-    "flow_mar": _case(_f.FlowLoss, calls=PLAIN[:3]),
+    "flow_mar": _case(_f.FlowLoss, calls=PLAIN[1:3]),
     "msa-t2m": _case(_f.RectifiedFlowHead, additive, (*PLAIN, {"additive": True}, {"additive": True, "rows": 1})),
     "bitdance": _case(_o.DiffHead, bit_dance, ({}, {"cfg": 3.0}, {"double": True}, {"cfg": 2.0, "rows": 33})),
     "bitdance, shifted": _case(_o.DiffHead, bit_dance, ({}, {"cfg": 3.0}), time_shift=2.5),

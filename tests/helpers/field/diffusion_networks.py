@@ -1,4 +1,4 @@
-"""Small heads that sample with a diffusion object and whose network is not quite MAR's, as other code bases have them."""
+"""Small heads that sample with a diffusion object, and whose network is not quite MAR's."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from foreign import CHANNELS, COND, DEPTH, WIDTH
 
 from cspd.models.diffloss import SimpleMLPAdaLN, TimestepEmbedder
 
-from .flow_heads import euler_maruyama, guided
+from .flow_heads import guided
 from .schedulers import DDIMScheduler
 
 
@@ -99,7 +99,8 @@ def to_data(channels, network, c, cfg=1.0, num_sampling_steps=20, last_step_size
     t = torch.zeros((), device=c.device)
     for dt in grid[1:] - grid[:-1]:
         v = velocity(t)
-        x = euler_maruyama(x, v, t, dt, torch.randn_like(x))
+        score = (t * v - x) / ((1 - t) ** 2 + t * (1 - t))
+        x = x + (v + (1 - t) * score) * dt + (2 * (1 - t) * dt) ** 0.5 * torch.randn_like(x)
         t = t + dt
     x = x + velocity(torch.full((), 1 - last_step_size, device=c.device)) * last_step_size
     return torch.cat([x] * groups)
