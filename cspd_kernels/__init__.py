@@ -20,6 +20,7 @@ _EXPORTS = {
     "accept_reject": ".ops.accept_reject",
     "available_backends": ".backends",
     "denoise": ".ops.denoise",
+    "evaluate": ".ops.evaluate",
     "log_density_ratio": ".ops.density_ratio",
 }
 __all__ = sorted(_EXPORTS)

@@ -114,12 +114,12 @@ _remembered: dict[tuple, Callable] = {}
 def remembered(op: str, backend: str | None, x: torch.Tensor) -> Callable:
     """:func:`implementation` for tokens x (N, C), looked up for a shape, device and environment that it was chosen for
     before: choosing takes as long as a launch."""
-    return _remember((op, x.shape), backend, x.device, lambda: implementation(op, backend, x.device, x, x.shape[0]))
+    return remember((op, x.shape), backend, x.device, lambda: implementation(op, backend, x.device, x, x.shape[0]))
 
 
 def remembered_chain(backend: str | None, head, tokens: int, guided: bool, parallel: bool = False) -> Callable:
     """The same for ``denoise`` with so many tokens of a head."""
-    return _remember(
+    return remember(
         (head.handle, tokens, guided, parallel),
         backend,
         head.device,
@@ -139,11 +139,11 @@ def prefers_parallel(backend: str | None, head, tokens: int, guided: bool) -> bo
         call = "denoise", head.device, head, tokens, guided, None
         return ranked(*call)[0].endswith(PARALLEL) and choice(*call)[0].endswith(PARALLEL)
 
-    return _remember((head.handle, tokens, guided), None, head.device, look)
+    return remember((head.handle, tokens, guided), None, head.device, look)
 
 
-def _remember(key: tuple, backend: str | None, device: torch.device, choose: Callable):
-    """What ``choose()`` returned for a key, a device and an environment."""
+def remember(key: tuple, backend: str | None, device: torch.device, choose: Callable):
+    """What ``choose()`` returned for a key, a device and an environment, or returns now."""
     if device.type != "cuda" or not (backend is None or isinstance(backend, str)):
         return choose()
     key = (key, backend, device, *map(os.environ.get, _LOOKED_AT.get(backend, _EVERYTHING)))

@@ -11,26 +11,22 @@ or everything is copied where it cannot run.
 from __future__ import annotations
 
 import torch
-import torch.nn as nn
 
 from .backends import interpreting, log_once, why_unavailable
-from .head import DiffusionHead, time_embedding
+from .head import DiffusionHead
+from .time_embedding import embed_schedule
 
 _LANES = 4093  # a prime: rows and columns of a matrix fall on other lanes, so their order counts
 _SMALL = 1 << 14  # elements; below, a copy is compared
 
 
 class LiveWeights:
-    """What of one packed head, and of those that share its weights, must follow the module.
+    """What of one head, packed by :meth:`DiffusionHead.from_network`, and of those that share its weights, must follow
+    the module."""
 
-    Args:
-        net: the network that ``head`` was packed from by :meth:`DiffusionHead.from_network`.
-    """
-
-    def __init__(self, net: nn.Module, head: DiffusionHead):
-        self.net, self.copies, self.device = net, head.copies, head.device
-        layers = (net.time_embed.mlp[0], net.time_embed.mlp[2])
-        self._time = [weight for layer in layers for weight in (layer.weight, layer.bias)]
+    def __init__(self, head: DiffusionHead):
+        self.copies, self.device = head.copies, head.device
+        self._time = [weight for time in head.time for weight in time.tensors()]
         self._on_device = None
         if self.device.type == "cpu":
             self._prints = [fingerprint(source) for _, source in self.copies]
@@ -64,8 +60,8 @@ class LiveWeights:
 
     def _embed(self, heads: list[DiffusionHead]) -> None:
         for head in heads:
-            embedding = head.time_embedding
-            embedding.copy_(time_embedding(self.net.time_embed, head.schedule, self.device, embedding.dtype))
+            if head.schedule is not None:
+                head.time_embedding.copy_(embed_schedule(head.time, head.schedule))
 
 
 def fingerprint(weight: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -3,102 +3,53 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 from types import FunctionType
 
 import torch
 import torch.nn as nn
 
-_NETWORK = (
-    "input_proj", "cond_embed", "res_blocks", "time_embed.mlp", "time_embed.frequency_embedding_size",
-    "final_layer.norm_final", "final_layer.linear", "final_layer.adaLN_modulation",
-)  # fmt: skip
+from .parts import parts_of, torchs_rms
+from .spec import HeadSpec, spec_of
+
 GLOBAL_HOOKS = (nn.modules.module._global_forward_hooks, nn.modules.module._global_forward_pre_hooks)
+_LACKS = "it lacks "
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def why_not_a_head(module: nn.Module) -> str | None:
     """None when the module has the structure of a diffusion head, else what is missing or different."""
-    paths = ["in_channels", "gen_diffusion", *(f"net.{path}" for path in _NETWORK)]
-    if missing := [path for path in paths if _find(module, path) is None]:
-        return "it lacks " + ", ".join(missing)
-    return why_not_a_network(module.net, module.in_channels)
+    missing = [name for name in ("in_channels", "gen_diffusion") if getattr(module, name, None) is None]
+    net = getattr(module, "net", None)
+    reason = parts_of(net)
+    if isinstance(reason, str) and reason.startswith(_LACKS):
+        missing.append(reason.removeprefix(_LACKS))
+    if missing:
+        return _LACKS + ", ".join(missing)
+    return why_not_a_network(net, module.in_channels)
 
 
-def why_not_a_network(net: nn.Module, channels: int | None = None) -> str | None:
-    """None when ``net`` has the structure of a head's network (C ``channels``, if given), else what is different."""
-    if missing := [path for path in _NETWORK if _find(net, path) is None]:
-        return "it lacks " + ", ".join(f"net.{path}" for path in missing)
-    for i, block in enumerate(net.res_blocks):
-        missing = [name for name in ("in_ln", "mlp", "adaLN_modulation") if _find(block, name) is None]
-        if missing:
-            return f"net.res_blocks[{i}] lacks " + ", ".join(missing)
-        if not _is_mlp(block.mlp):
-            return f"net.res_blocks[{i}].mlp is not Linear, SiLU, Linear"
-    if not _is_mlp(net.time_embed.mlp):
-        return "net.time_embed.mlp is not Linear, SiLU, Linear"
-    return _why_not_layers(net, channels) or why_not_weights(net)
+def why_not_a_network(net: nn.Module, channels: int | None = None, *, given: bool = False) -> str | None:
+    """None when ``net`` has the structure of a head's network (C ``channels``, if given), else what is different.
+
+    Args:
+        given: its own module may embed the condition, whatever that is: see :meth:`HeadSpec.given`.
+    """
+    spec = spec_of(net, channels)
+    if isinstance(spec, str):
+        return spec
+    if spec.condition == "given" and not given:
+        cond, name = spec.parts.cond, spec.parts.names[id(spec.parts.cond)]
+        if not isinstance(cond, nn.Linear):
+            return f"{name} is {kind_of(cond)}, not torch.nn.Linear"
+        return f"{name} is {cond.in_features} -> {cond.out_features}, expected any -> {spec.width}"
+    return why_not_weights(spec)
 
 
-def _why_not_layers(net: nn.Module, channels: int | None) -> str | None:
-    width = getattr(net.input_proj, "out_features", 0)
-    channels = getattr(net.input_proj, "in_features", 0) if channels is None else channels
-    out = getattr(net.final_layer.linear, "out_features", 0)
-    sizes = {"net.input_proj": (channels, width), "net.cond_embed": (None, width)}
-    sizes["net.final_layer.linear"] = (width, out)
-    sizes["net.final_layer.adaLN_modulation[-1]"] = (width, 2 * width)
-    features = net.time_embed.frequency_embedding_size
-    sizes["net.time_embed.mlp[0]"], sizes["net.time_embed.mlp[2]"] = (features, width), (width, width)
-    for i in range(len(net.res_blocks)):
-        sizes[f"net.res_blocks[{i}].adaLN_modulation[-1]"] = (width, 3 * width)
-        sizes[f"net.res_blocks[{i}].mlp[0]"] = sizes[f"net.res_blocks[{i}].mlp[2]"] = (width, width)
-    for name, layer in linears(net):
-        if not isinstance(layer, nn.Linear):
-            return f"{name} is {kind_of(layer)}, not torch.nn.Linear"
-        fan_in, fan_out = sizes[name]
-        if layer.out_features != fan_out or fan_in not in (None, layer.in_features):
-            got = f"{layer.in_features} -> {layer.out_features}"
-            return f"{name} is {got}, expected {fan_in or 'any'} -> {fan_out}"
-    if out not in (channels, 2 * channels):
-        return f"net.final_layer puts out {out} channels; {channels} (eps) or {2 * channels} (eps, v) are understood"
-    epsilons = set()
-    for name, norm in norms(net):
-        if not isinstance(norm, nn.LayerNorm) or tuple(norm.normalized_shape) != (width,):
-            return f"{name} is {norm}, not a LayerNorm of width {width}"
-        epsilons.add(norm.eps)
-    if net.final_layer.norm_final.weight is not None:
-        return "net.final_layer.norm_final has affine parameters"
-    if len(epsilons) != 1:
-        return f"its LayerNorms differ in eps: {sorted(epsilons)}"
-    return None
-
-
-def linears(net: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Every linear layer of a network with its name."""
-    yield "net.input_proj", net.input_proj
-    yield "net.cond_embed", net.cond_embed
-    yield "net.final_layer.linear", net.final_layer.linear
-    yield "net.final_layer.adaLN_modulation[-1]", _last(net.final_layer.adaLN_modulation)
-    yield "net.time_embed.mlp[0]", net.time_embed.mlp[0]
-    yield "net.time_embed.mlp[2]", net.time_embed.mlp[2]
-    for i, block in enumerate(net.res_blocks):
-        yield f"net.res_blocks[{i}].adaLN_modulation[-1]", _last(block.adaLN_modulation)
-        yield f"net.res_blocks[{i}].mlp[0]", block.mlp[0]
-        yield f"net.res_blocks[{i}].mlp[2]", block.mlp[2]
-
-
-def norms(net: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Every LayerNorm of a network with its name."""
-    for i, block in enumerate(net.res_blocks):
-        yield f"net.res_blocks[{i}].in_ln", block.in_ln
-    yield "net.final_layer.norm_final", net.final_layer.norm_final
-
-
-def why_not_weights(net: nn.Module) -> str | None:
+def why_not_weights(spec: HeadSpec) -> str | None:
     """None when the weights are plain floating tensors in one place, else which are not."""
     devices = set()
-    for name, layer in itertools.chain(linears(net), norms(net)):
-        for role in ("weight", "bias"):
+    for name, layer in itertools.chain(spec.linears(), spec.norms()):
+        for role in ("weight", "bias", *(() if isinstance(layer, nn.Linear) else ("alpha",))):
             weight = getattr(layer, role, None)
             if weight is None:
                 continue
@@ -111,7 +62,7 @@ def why_not_weights(net: nn.Module) -> str | None:
                 return f"{name}.{role} is {weight.dtype}: quantised weights are not read"
             if weight.numel() and not weight.is_meta and weight.untyped_storage().nbytes() == 0:
                 return f"{name}.{role} has no memory: its values are sharded or offloaded elsewhere"
-            if tuple(weight.shape) != (shape := _shape(layer, role)):
+            if tuple(weight.shape) != (shape := _shape(layer, role, spec)):
                 return (
                     f"{name}.{role} is of shape {tuple(weight.shape)}, expected {shape}: sharded weights are not read"
                 )
@@ -122,15 +73,10 @@ def why_not_weights(net: nn.Module) -> str | None:
     return None
 
 
-def _shape(layer: nn.Module, role: str) -> tuple[int, ...]:
-    if isinstance(layer, nn.LayerNorm):
-        return tuple(layer.normalized_shape)
+def _shape(layer: nn.Module, role: str, spec: HeadSpec) -> tuple[int, ...]:
+    if not isinstance(layer, nn.Linear):
+        return (spec.width,)
     return (layer.out_features, layer.in_features)[: 2 if role == "weight" else 1]
-
-
-def constants(net: nn.Module) -> list:
-    """The numbers beside its weights that a network is packed with."""
-    return [net.time_embed.frequency_embedding_size, *(norm.eps for _, norm in norms(net))]
 
 
 def why_not_plain(net: nn.Module) -> str | None:
@@ -144,11 +90,13 @@ def why_not_plain(net: nn.Module) -> str | None:
     for name, module in net.named_modules(prefix="net"):
         if (reason := why_not_as_written(module)) is not None:
             return f"{name} {reason}"
-    plain = {nn.Linear: linears(net), nn.LayerNorm: norms(net)}
-    for base, layers in plain.items():
-        for name, layer in layers:
-            if type(layer).forward is not base.forward:
-                return f"{name} is {kind_of(layer)}, whose forward is its own"
+    spec = spec_of(net)
+    if isinstance(spec, str):
+        return spec
+    for name, layer in itertools.chain(spec.linears(), spec.norms()):
+        base = next((base for base in (nn.Linear, nn.LayerNorm, *torchs_rms()) if isinstance(layer, base)), None)
+        if base is not None and type(layer).forward is not base.forward:
+            return f"{name} is {kind_of(layer)}, whose forward is its own"
     return None
 
 
@@ -188,20 +136,3 @@ def compiled_from(function):
 def kind_of(value) -> str:
     """The full name of a value's type."""
     return f"{type(value).__module__}.{type(value).__qualname__}"
-
-
-def _find(module, path: str):
-    for name in path.split("."):
-        module = getattr(module, name, None)
-    return module
-
-
-def _is_mlp(module) -> bool:
-    """Linear, SiLU, Linear; what kind of Linear is looked at elsewhere."""
-    return isinstance(module, nn.Sequential) and len(module) == 3 and isinstance(module[1], nn.SiLU)
-
-
-def _last(module):
-    """The layer after the SiLU of a modulation, None if it is not SiLU, layer."""
-    fits = isinstance(module, nn.Sequential) and len(module) == 2 and isinstance(module[0], nn.SiLU)
-    return module[1] if fits else None

@@ -11,6 +11,7 @@ from cspd_kernels import DiffusionHead, Schedule
 from cspd_kernels.backends import implementation
 from cspd_kernels.head import call_dtype
 from cspd_kernels.ops.denoise.parallel import AUTO
+from cspd_kernels.spec import spec_of
 
 from .diffusions import LOOPS
 from .heads import FoundHead, look_for_heads
@@ -29,6 +30,7 @@ class HeadDescription:
         dtype: operand type that a call would have now. weights: type of the weights. device: theirs.
         backend: what would serve it, or why nothing can.
         patched: whether its loops are taken over. parallel_tol: as patched, else patch's default.
+        sampling: the steps that are made in place of the loops' own; empty where those are.
         whole: whether ``sample_tokens`` of the model around it is taken over, too.
         own_code: reasons that calls have run their own code for, so far.
         untouched: sampling methods that patch does not look at; a loop that they call may be served.
@@ -46,6 +48,7 @@ class HeadDescription:
     backend: str
     patched: bool
     parallel_tol: float | str | None
+    sampling: str
     whole: bool
     own_code: tuple[str, ...]
     untouched: tuple[str, ...]
@@ -55,6 +58,7 @@ class HeadDescription:
         """The first line of the page."""
         kinds = _short(self.dtype) if self.dtype == self.weights else f"{_short(self.dtype)} of {_short(self.weights)}"
         taken = "patched, whole images" if self.whole else "patched"
+        taken += f", {self.sampling}" if self.sampling else ""
         patched = f"{taken}, parallel_tol={self.parallel_tol}" if self.patched else "not patched"
         return (
             f"{self.name}: C={self.channels} W={self.width} D={self.depth} Z={self.cond_channels}, "
@@ -102,7 +106,8 @@ def describe(model: nn.Module) -> Description:
 
 def describe_head(found: FoundHead, head_patch=None) -> HeadDescription:
     """One head; ``head_patch`` is its patch, if it has one."""
-    net, weight = found.net, found.net.input_proj.weight
+    net, spec = found.net, spec_of(found.net)
+    weight = spec.parts.input.weight
     options = head_patch.options if head_patch is not None else None
     dtype = options.dtype if options is not None and options.dtype is not None else None
     dtype = dtype or call_dtype(weight.device, weight.dtype)
@@ -117,10 +122,10 @@ def describe_head(found: FoundHead, head_patch=None) -> HeadDescription:
         samplers[name] = what if samplers.get(name, what) == what else f"{samplers[name]}, {what}"
     return HeadDescription(
         name=found.name,
-        channels=net.input_proj.in_features,
-        width=net.input_proj.out_features,
-        depth=len(net.res_blocks),
-        cond_channels=net.cond_embed.in_features,
+        channels=spec.channels,
+        width=spec.width,
+        depth=spec.depth,
+        cond_channels=spec.cond_channels,
         samplers=samplers,
         dtype=dtype,
         weights=weight.dtype,
@@ -128,6 +133,7 @@ def describe_head(found: FoundHead, head_patch=None) -> HeadDescription:
         backend=_backend(net, schedule, dtype, weight.device, options.backend if options is not None else None),
         patched=head_patch is not None,
         parallel_tol=options.parallel_tol if options is not None else AUTO,
+        sampling=str(options.sampling) if options is not None and options.sampling.changes else "",
         whole=options is not None and options.whole,
         own_code=tuple(head_patch.told) if head_patch is not None else (),
         untouched=_untouched(found),

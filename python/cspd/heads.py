@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import OrderedDict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn as nn
@@ -13,12 +13,9 @@ import torch.nn as nn
 from cspd_kernels import DiffusionHead, Schedule
 from cspd_kernels.head import call_dtype
 from cspd_kernels.live import LiveWeights
-from cspd_kernels.structure import (
-    compiled_from,
-    why_not_a_network,
-    why_not_as_written,
-    why_not_plain,
-)
+from cspd_kernels.parts import part_of
+from cspd_kernels.spec import HeadSpec, spec_of
+from cspd_kernels.structure import compiled_from, why_not_a_network, why_not_as_written, why_not_plain
 
 from .diffusions import LOOPS, NotServedError, diffusions_of
 from .source import Source
@@ -61,7 +58,7 @@ def look_for_heads(model: nn.Module) -> Found:
             continue
         name = f"{_plain(path) or 'the model itself'} ({type(module).__name__})"
         inner, reason = (None, "it lacks net") if net is None else unwrapped(net)
-        reason = reason or _why_sharded(inner) or why_not_a_network(inner) or why_not_plain(inner)
+        reason = reason or _why_sharded(inner) or why_not_a_network(inner, given=True) or why_not_plain(inner)
         diffusions = diffusions_of(module) or everywhere
         if reason is None and not diffusions:
             reason = f"it holds no diffusion object with {LOOPS[0]}, so it has a sampling loop of its own"
@@ -72,7 +69,7 @@ def look_for_heads(model: nn.Module) -> Found:
             continue
         if reason is None:
             heads.append(FoundHead(name, module, inner, diffusions))
-        elif net is None or hasattr(inner, "res_blocks"):
+        elif net is None or part_of(inner, "blocks") is not None:
             near[name] = reason
     return Found(heads, near)
 
@@ -164,29 +161,47 @@ class HeadCache:
         with self._lock:
             if self._source is None or (self.weights == "live" and not self._source.is_current()):
                 self.clear()
-                if (reason := why_not_a_network(self.net) or why_not_plain(self.net)) is not None:
+                if (reason := why_not_a_network(self.net, given=True) or why_not_plain(self.net)) is not None:
                     raise NotServedError(reason)
-                if self.net.input_proj.weight.is_meta:
+                spec = spec_of(self.net)
+                if spec.parts.input.weight.is_meta:
                     raise NotServedError("its weights are on the meta device: offloaded, or not loaded yet")
-                self._source = Source(self.net, weakref.WeakMethod(self.clear))
+                self._source = Source(self.net, spec, weakref.WeakMethod(self.clear))
             if any(module.training for module in self._source.moody):
                 raise NotServedError("the network computes something else in training mode (dropout?): call .eval()")
             return self._source
 
-    def has(self, schedule: Schedule, dtype: torch.dtype | None = None) -> bool:
+    def spec(self) -> HeadSpec:
+        """What the network computes, as :meth:`look` last saw it.
+
+        Raises:
+            NotServedError: as :meth:`look`, the first time.
+        """
+        source = self._source
+        return (self.look() if source is None else source).spec
+
+    def has(self, schedule: Schedule, dtype: torch.dtype | None = None, given: bool = False) -> bool:
         """Whether :meth:`get` would pack nothing."""
         with self._lock:
             source = self._source
             if source is None:
                 return False
             form = self._forms.get(call_dtype(source.device, source.dtype) if dtype is None else dtype)
-            return form is not None and schedule in form.heads
+            return form is not None and schedule in (form.given if given and form.first.cond_weight is not None else form.heads)
 
-    def get(self, schedule: Schedule, dtype: torch.dtype | None = None, source: Source | None = None) -> DiffusionHead:
+    def get(
+        self,
+        schedule: Schedule,
+        dtype: torch.dtype | None = None,
+        source: Source | None = None,
+        *,
+        given: bool = False,
+    ) -> DiffusionHead:
         """The head with operands of ``dtype``; None follows autocast, else the weights' type.
 
         Args:
             source: what :meth:`look` has just returned.
+            given: of conditions that are embedded already.
 
         Raises:
             NotServedError: as :meth:`look`.
@@ -198,20 +213,19 @@ class HeadCache:
                 dtype = call_dtype(self._source.device, self._source.dtype)
             form = self._forms.get(dtype)
             if form is None:
-                form = self._forms[dtype] = _Form(self.net, schedule, dtype, self.weights == "live")
-                return form.heads[schedule]
-            return form.get(schedule)
+                form = self._forms[dtype] = _Form(self.net, self._source.spec, schedule, dtype, self.weights == "live")
+            return form.embedded(form.get(schedule)) if given else form.get(schedule)
 
 
 class _Form:
     """The heads of one operand type, by schedule."""
 
-    def __init__(self, net: nn.Module, schedule: Schedule, dtype: torch.dtype, live: bool):
-        self.net = net
-        self.first = DiffusionHead.from_network(net, schedule, dtype=dtype)
+    def __init__(self, net: nn.Module, spec: HeadSpec, schedule: Schedule | None, dtype: torch.dtype, live: bool):
+        self.first = DiffusionHead.from_network(net, schedule, dtype=dtype, spec=spec)
         object.__setattr__(self.first, "watched", live)
         self.heads = OrderedDict([(schedule, self.first)])
-        self.live = LiveWeights(net, self.first) if live else None
+        self.given: dict[Schedule, DiffusionHead] = {}
+        self.live = LiveWeights(self.first) if live else None
         self.made: torch.cuda.Event | None = None
         self._made_here()
 
@@ -229,13 +243,25 @@ class _Form:
             known = [] if head is None else [head]
             self.live.refresh(known if self.made is not None else list(self.heads.values()))
         if head is None:
-            head = self.heads[schedule] = self.first.with_schedule(self.net, schedule)
+            head = self.heads[schedule] = self.first.with_schedule(schedule)
             self._made_here()
             if len(self.heads) > _MAX_SCHEDULES:
                 self.heads.popitem(last=False)
         else:
             self.heads.move_to_end(schedule)
         return head
+
+
+    def embedded(self, head: DiffusionHead) -> DiffusionHead:
+        """One of these heads for conditions that are embedded already; what follows the weights' values is shared."""
+        if head.cond_weight is None:
+            return head
+        made = self.given.get(head.schedule)
+        if made is None or made.time_embedding is not head.time_embedding:
+            self.given = {schedule: made for schedule, made in self.given.items() if schedule in self.heads}
+            made = self.given[head.schedule] = replace(head, cond_weight=None, cond_bias=None)
+            object.__setattr__(made, "watched", head.watched)
+        return made
 
 
 def bound_network(function) -> tuple[nn.Module, str] | None:

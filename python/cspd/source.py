@@ -10,7 +10,8 @@ import torch
 import torch.nn as nn
 
 from cspd_kernels.live import fingerprint
-from cspd_kernels.structure import GLOBAL_HOOKS, constants, linears, norms
+from cspd_kernels.spec import HeadSpec
+from cspd_kernels.structure import GLOBAL_HOOKS
 
 from .diffusions import Code
 
@@ -27,13 +28,14 @@ class Source:
     that moves on leaves none behind; when that memory goes, ``released`` is called at once.
 
     Attributes:
+        spec: what the network computes.
         code: the functions of the network's classes.
         written: those, and whatever else than weights their results may depend on.
         moody: modules that may compute something else in training mode.
     """
 
-    def __init__(self, net: nn.Module, released: weakref.WeakMethod):
-        self.net, self.modules = net, list(net.modules())
+    def __init__(self, net: nn.Module, spec: HeadSpec, released: weakref.WeakMethod):
+        self.spec, self.modules = spec, list(net.modules())
         self.kinds = [*map(type, self.modules)]
         self.code = Code(dict.fromkeys(self.kinds))
         self.own = [m.__dict__ for m in self.modules]
@@ -42,13 +44,13 @@ class Source:
         self.hooks = [*GLOBAL_HOOKS, *(h for m in self.modules for h in (m._forward_hooks, m._forward_pre_hooks))]
         self.tables = [table for m in self.modules for table in (m._modules, m._parameters, m._buffers) if table]
         self.members = [*chain.from_iterable(map(dict.values, self.tables))]
-        layers = [layer for _, layer in chain(linears(net), norms(net))]
-        weights = (getattr(layer, role, None) for layer in layers for role in ("weight", "bias"))
+        layers = [layer for _, layer in chain(spec.linears(), spec.norms())]
+        weights = (getattr(layer, role, None) for layer in layers for role in ("weight", "bias", "alpha"))
         self.weights = list({id(weight): weight for weight in weights if weight is not None}.values())
         self.weight_kinds = [*map(type, self.weights)]
-        self.device, self.dtype = net.input_proj.weight.device, net.input_proj.weight.dtype
-        self.norms = [norm for _, norm in norms(net)]
-        self.constants, self.state = constants(net), self._state()
+        first = spec.parts.input.weight
+        self.device, self.dtype = first.device, first.dtype
+        self.constants, self.state = spec.constants(), self._state()
         self.moody = [m for m in self.modules if _is_moody(m)]
         self.theirs = [m for m in self.modules if not _is_torchs(type(m))]
         self.buffers = list(net.buffers())
@@ -76,9 +78,8 @@ class Source:
             return False
         if [*map(type, self.weights)] != self.weight_kinds or not self.code.is_current():
             return False
-        numbers = [self.net.time_embed.frequency_embedding_size, *[norm.eps for norm in self.norms]]
         return (
-            numbers == self.constants
+            self.spec.constants() == self.constants
             and self._state() == self.state
             and settings(self.theirs, self.buffers) == self.settings
         )

@@ -19,16 +19,18 @@ from torch.overrides import TorchFunctionMode
 
 from cspd_kernels import Schedule
 from cspd_kernels.head import without_autocast
-from cspd_kernels.structure import compiled_from, linears, norms
+from cspd_kernels.parts import part_of
+from cspd_kernels.spec import HeadSpec, spec_of
+from cspd_kernels.structure import compiled_from
 
 from .calls import Call, finish, run_call
-from .diffusions import LOOPS, NotServedError
+from .cut import SEED, Cut
+from .diffusions import LOOPS, NotServedError, Steps
 from .heads import HeadCache
 from .loop import PATCHES, LoopHook
+from .meanings import PLAIN, Meaning
 from .standins import StandIn
 
-WIDTH = 32
-_SEED = 20240617
 _LIKE = {"randn_like": "normal_", "rand_like": "uniform_"}
 _RANDOM = (
     "randn", "rand", "randint", "randperm", "normal", "bernoulli", "multinomial", "normal_", "uniform_", "random_",
@@ -47,9 +49,9 @@ class Trial:
     net: nn.Module
     serving: bool
     steps: int | None = None  # only so many of the last ones
-    draw: str = "cpu"
+    meanings: dict[tuple, Meaning] = field(default_factory=dict)  # by kind of call
     calls: list[Call] = field(default_factory=list)
-    kinds: set[tuple] = field(default_factory=set)
+    kinds: dict[tuple, tuple] = field(default_factory=dict)  # what a meaning of each is looked for with
     reasons: list[str] = field(default_factory=list)
     evaluations: int = 0  # of the network by its own loop
     served: int = 0  # calls
@@ -58,26 +60,32 @@ class Trial:
     def __post_init__(self):
         self.cache = HeadCache(self.net)
         if not self.serving:
-            self.net.time_embed.register_forward_pre_hook(self._count)
+            spec_of(self.net).parts.times[0].fc0.register_forward_pre_hook(self._count)
 
     def _count(self, *_) -> None:
         self.evaluations += 1
 
     def take(self, call: Call, hook: LoopHook) -> torch.Tensor:
-        schedule, steps = hook.tables.schedule(), self.steps
+        kind, steps = hook.kind(call), self.steps
+        own = hook.tables.schedule()
         self.calls.append(call)
-        self.kinds.add(hook.kind(call))
+        self.kinds.setdefault(kind, (call, hook.diffusion, own))
         if not self.serving:
             raise NotServedError("")
+        meaning = self.meanings.get(kind, PLAIN)
+        schedule = hook.tables.schedule(Steps(call.eta, meaning.clip))
         if steps is not None and steps < schedule.num_steps:
             schedule = schedule.last(steps)
         if call.inter_noise is not None:
             call = replace(call, inter_noise=call.inter_noise[: schedule.num_steps])
-        head = self.cache.get(schedule, torch.float32)
+        head = self.cache.get(schedule, torch.float32, given=meaning.way is not None)
         # Step by step, whatever was asked for: what is compared is code, which a tolerance would hide.
-        out = run_call(call, head, backend="torch", philox=False, parallel_tol=None, draw=self.draw)
+        out = run_call(call, head, meaning, backend="torch", philox=False, parallel_tol=None)
         self.tokens, self.served = finish(call, out, hook.diffusion), self.served + 1
         return self.tokens
+
+    def spec(self) -> HeadSpec:
+        return spec_of(self.net)
 
     def tell(self, reason: str) -> None:
         if reason:
@@ -97,44 +105,19 @@ def copies_of(
     net: nn.Module, diffusions: list, module: nn.Module | None = None, *, cut: bool, serving: bool, steps: int | None
 ) -> Copies:
     """Copies with random weights, cut to a small width or not, that sample in all steps or in the last few."""
-    memo, sizes, width = {}, [], net.input_proj.out_features
-    small = min(width, WIDTH) if cut else width
-    generator = torch.Generator("cpu").manual_seed(_SEED)
-
-    def fresh(parameter: torch.Tensor | None, *shape: int, scale: float, around: float = 0.0) -> None:
-        if parameter is not None and id(parameter) not in memo:
-            values = around + scale * torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
-            memo[id(parameter)] = nn.Parameter(values.to(parameter.device), requires_grad=False)
-
-    for name, layer in linears(net):
-        narrow = name in ("net.input_proj", "net.cond_embed", "net.time_embed.mlp[0]")
-        fan_in = layer.in_features if narrow else layer.in_features // width * small
-        last = name == "net.final_layer.linear"
-        fan_out = layer.out_features if last else layer.out_features // width * small
-        fresh(layer.weight, fan_out, fan_in, scale=fan_in**-0.5)
-        fresh(layer.bias, fan_out, scale=0.1)
-        sizes.append((fan_in, fan_out))
-    for _, norm in norms(net):
-        fresh(norm.weight, small, scale=0.1, around=1.0)
-        fresh(norm.bias, small, scale=0.1)
-    for parameter in net.parameters():  # of parts that are not known: they may be trained to anything later
-        if parameter.is_floating_point():
-            fresh(parameter, *parameter.shape, scale=0.5)
+    cut_copy = Cut(net, spec_of(net), cut=cut)
+    memo = cut_copy.memo
     for part in [net, *(module.modules() if module is not None else ())]:
         if (patches := part.__dict__.get(PATCHES)) is not None:  # a copy is nobody's yet
             memo[id(patches)] = []
     wrapper = module.net if module is not None else net
-    net_copy, layers = copy.deepcopy((net, [layer for _, layer in linears(net)]), memo)
+    net_copy = cut_copy.make()
     while wrapper is not net:  # compiled, or made parallel: the copy is neither
         memo[id(wrapper)] = net_copy
         wrapper = wrapper._modules.get("_orig_mod") or wrapper._modules["module"]
     module, diffusions = copy.deepcopy((module, diffusions), memo)
     for part in [*net_copy.modules(), *(module.modules() if module is not None else ()), *diffusions]:
         _uncompile(part)
-    for layer, size in zip(layers, sizes):
-        layer.in_features, layer.out_features = size
-    for _, norm in norms(net_copy):
-        norm.normalized_shape = (small,)
     for part in (net_copy, module):
         if part is not None:
             part.float().eval()
@@ -170,9 +153,9 @@ def _last_steps(diffusion, steps: int) -> None:
 
 
 def normal(shape: tuple, net: nn.Module) -> torch.Tensor:
-    generator = torch.Generator("cpu").manual_seed(_SEED + 1)
+    generator = torch.Generator("cpu").manual_seed(SEED + 1)
     values = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
-    return values.to(net.input_proj.weight.device)
+    return values.to(part_of(net, "input").weight.device)
 
 
 @dataclass
@@ -216,7 +199,7 @@ class OwnNumbers(TorchFunctionMode):
     def _of(self, device) -> torch.Generator:
         device = torch.device(device)
         if device.type not in self.generators:
-            self.generators[device.type] = torch.Generator(device).manual_seed(_SEED)
+            self.generators[device.type] = torch.Generator(device).manual_seed(SEED)
         return self.generators[device.type]
 
 
@@ -239,7 +222,7 @@ def _attributes(diffusions: list) -> dict[str, object]:
 @contextlib.contextmanager
 def quiet(net: nn.Module) -> Iterator[None]:
     """Nothing of the caller's state has a part in a comparison, and nothing is left of it afterwards."""
-    device = net.input_proj.weight.device
+    device = part_of(net, "input").weight.device
     if device.type == "meta":
         raise CannotRunError("its weights are on the meta device")
     dtype, numbers, python = torch.get_default_dtype(), np.random.get_state(), random.getstate()

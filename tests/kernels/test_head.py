@@ -171,8 +171,7 @@ def change_epsilon(module):
     ("change", "message"),
     [(remove(path), f"it lacks {path}$") for path in (
         "in_channels", "gen_diffusion", "net.input_proj", "net.cond_embed", "net.res_blocks", "net.time_embed.mlp",
-        "net.time_embed.frequency_embedding_size", "net.final_layer.norm_final", "net.final_layer.linear",
-        "net.final_layer.adaLN_modulation",
+        "net.final_layer.norm_final", "net.final_layer.linear", "net.final_layer.adaLN_modulation",
     )]
     + [
         (remove("net.res_blocks.1.in_ln"), r"net.res_blocks\[1\] lacks in_ln$"),

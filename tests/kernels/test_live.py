@@ -12,7 +12,7 @@ from cspd_kernels.live import LiveWeights, fingerprint, same
 def test_every_weight_is_followed(make_diffloss, dtype):
     module = make_diffloss("mild", 2)
     head = DiffusionHead.from_module(module, dtype=dtype)
-    live = LiveWeights(module.net, head)
+    live = LiveWeights(head)
     for name, parameter in module.net.named_parameters():
         parameter.data.view(-1)[-1] += 0.5  # no version counter moves
         live.refresh([head])
@@ -26,21 +26,21 @@ def test_every_weight_is_followed(make_diffloss, dtype):
 def test_the_embeddings_of_all_schedules_are_followed(make_diffloss):
     module, other = make_diffloss("mild", 1), make_diffloss("linear", 1)
     head = DiffusionHead.from_module(module)
-    twin = head.with_schedule(module.net, other.gen_diffusion.schedule)
+    twin = head.with_schedule(other.gen_diffusion.schedule)
     assert twin.cond_weight is head.cond_weight
     assert twin.num_steps == other.gen_diffusion.num_timesteps
-    live = LiveWeights(module.net, head)
+    live = LiveWeights(head)
     module.net.time_embed.mlp[2].bias.data += 1
     live.refresh([head, twin])
     for one in (head, twin):
-        expected = head.with_schedule(module.net, one.schedule)
+        expected = head.with_schedule(one.schedule)
         assert torch.equal(one.time_embedding, expected.time_embedding)
 
 
 def test_what_has_not_changed_is_not_written(make_diffloss):
     module = make_diffloss("mild", 1)
     head = DiffusionHead.from_module(module, dtype=torch.bfloat16)
-    live = LiveWeights(module.net, head)
+    live = LiveWeights(head)
     head.cond_weight[0, 0] = 99.0  # a mark
     live.refresh([head])
     assert head.cond_weight[0, 0] == 99.0
@@ -137,7 +137,7 @@ def test_the_kernel_sees_a_change_of_every_value_also_before_its_first_call(sour
 def test_weights_are_followed_on_a_gpu_without_a_wait(make_diffloss, dtype):
     module = make_diffloss("mild", 2).cuda()
     head = DiffusionHead.from_module(module, dtype=dtype)
-    live = LiveWeights(module.net, head)
+    live = LiveWeights(head)
     live.refresh([head])
     for parameter in module.net.parameters():
         parameter.data.view(-1)[-1] += 0.5
@@ -156,7 +156,7 @@ def test_weights_are_followed_on_a_gpu_without_a_wait(make_diffloss, dtype):
 def test_a_captured_refresh_sees_weights_that_changed_before_the_replay(make_diffloss):
     module = make_diffloss("mild", 1).cuda()
     head = DiffusionHead.from_module(module, dtype=torch.bfloat16)
-    live = LiveWeights(module.net, head)
+    live = LiveWeights(head)
     live.refresh([head])
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

@@ -212,7 +212,7 @@ def test_the_chain_equals_its_definition(make_diffloss, guided, parallel_tol):
 def test_the_chain_sees_changed_weights_of_a_head(make_diffloss, dtype):
     module = make_diffloss("mild", 2, width=WIDTH)
     head = DiffusionHead.from_module(module, dtype=dtype)
-    twin = head.with_schedule(module.net, make_diffloss("linear", 1).gen_diffusion.schedule)
+    twin = head.with_schedule(make_diffloss("linear", 1).gen_diffusion.schedule)
     inputs = random_inputs(head, 3, 1)
 
     def run(head):

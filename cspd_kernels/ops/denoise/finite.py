@@ -11,7 +11,7 @@ from ...head import Block, DiffusionHead
 from ...late import LateReport
 
 _OVERFLOW = (
-    "denoise overflowed: {call} tokens are NaN or infinite, and this head's operands are float16, which ends at 65504. "
+    "{op} overflowed: {call} tokens are NaN or infinite, and this head's operands are float16, which ends at 65504. "
     "Use bfloat16, which has float32's range (dtype=torch.bfloat16, or autocast with it), or float32"
 )
 _late: weakref.WeakKeyDictionary[DiffusionHead, LateReport] = weakref.WeakKeyDictionary()
@@ -31,11 +31,11 @@ def late_overflows(head: DiffusionHead) -> LateReport | None:
             return None  # its memory cannot be made here
         report = _late[head] = LateReport(head.device)
     if not torch.cuda.is_current_stream_capturing() and report.news():
-        raise RuntimeError(_OVERFLOW.format(call="an earlier call's"))
+        raise RuntimeError(_OVERFLOW.format(op="the head", call="an earlier call's"))
     return report
 
 
-def check_result(head: DiffusionHead, tokens: torch.Tensor, overflows: LateReport | None) -> None:
+def check_result(head: DiffusionHead, tokens: torch.Tensor, overflows: LateReport | None, op: str = "denoise") -> None:
     """Look at a call's tokens, on the CPU now, on a device when it gets so far.
 
     Finite inputs and weights may diverge under a steep schedule in any type; that is left to the caller.
@@ -51,6 +51,6 @@ def check_result(head: DiffusionHead, tokens: torch.Tensor, overflows: LateRepor
     tensors += [getattr(block, f.name) for block in head.blocks for f in fields(Block)]
     weights = all(bool(torch.isfinite(v).all()) for v in tensors if isinstance(v, torch.Tensor))
     if head.dtype == torch.float16:
-        raise RuntimeError(_OVERFLOW.format(call="this call's"))
+        raise RuntimeError(_OVERFLOW.format(op=op, call="this call's"))
     if not weights:
-        raise ValueError("denoise expected finite weights in the head, got NaN or infinity: its tokens would be NaN")
+        raise ValueError(f"{op} expected finite weights in the head, got NaN or infinity: its tokens would be NaN")

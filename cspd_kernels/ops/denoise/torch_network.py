@@ -14,7 +14,7 @@ class Layers(NamedTuple):
     """The head's products but for the narrow ones, at x, and the condition's, which run once a call."""
 
     blocks: list[tuple[Product, Product]]  # mlp0, mlp1
-    mods: list[Product]
+    mods: list[Product]  # each once, however many blocks use it
     final_mod: Product
 
 
@@ -22,9 +22,10 @@ def layers_of(head) -> Layers:
     """As the head's weights are now."""
     layers = head.shared.get("layers")
     if layers is None:
+        mods = {id(b.mod_weight): Product(b.mod_weight, b.mod_bias) for b in head.blocks}
         layers = head.shared["layers"] = Layers(
             [(Product(b.weight0, b.bias0), Product(b.weight1, b.bias1)) for b in head.blocks],
-            [Product(b.mod_weight, b.mod_bias) for b in head.blocks],
+            list(mods.values()),
             Product(head.final_mod_weight, head.final_mod_bias),
         )
     elif head.watched:
@@ -33,33 +34,61 @@ def layers_of(head) -> Layers:
     return layers
 
 
+def embedded(head, cond):
+    """The condition's part of y, [..., W] in the stream's type."""
+    stream = head.input_weight.dtype
+    if head.cond_weight is None:
+        return cond.to(stream)
+    return F.linear(cond.to(head.dtype), head.cond_weight, head.cond_bias).to(stream)
+
+
 def modulations(head, layers: Layers, y, start, stop):
     """Steps start..stop-1: per block [3, K, G, N, W] (shift, 1 + scale, gate), last layer [2, K, G, N, W]."""
-    s = F.silu(head.time_embedding[start:stop, None, None] + y).to(head.dtype)  # [K, G, N, W]
+    return modulations_of(head, layers, head.time_embedding[start:stop, None, None] + y)
+
+
+def modulations_of(head, layers: Layers, y):
+    """The same of embedded time and condition y [..., W]."""
+    s = F.silu(y).to(head.dtype)  # [K, G, N, W]
 
     def project(product):
         out = product(s).unflatten(-1, (-1, head.width))
         out[..., 1, :] += 1
         return out.movedim(-2, 0)
 
-    return [project(product) for product in layers.mods], project(layers.final_mod)
+    made = [project(product) for product in layers.mods]
+    return [made[i] for i in head.modulation_of], project(layers.final_mod)
+
+
+def normed(head, h, weight=None, bias=None):
+    """The head's norm of h [..., W]."""
+    if head.norm == "layer":
+        return F.layer_norm(h, (head.width,), weight, bias, head.norm_eps)
+    h = h * torch.rsqrt(h.square().mean(dim=-1, keepdim=True) + head.norm_eps)
+    return h if weight is None else torch.addcmul(bias, h, weight)
+
+
+def multiplied(head, mlp0: Product, mlp1: Product, a):
+    """The MLP of a block."""
+    if head.mlp == "silu":
+        return mlp1(mlp0(a, "silu"))
+    gate, up = mlp0(a).chunk(2, dim=-1)
+    return mlp1(F.silu(gate) * up)
 
 
 def network(head, layers: Layers, x, block_mods, final_mod):
-    """x [..., N, C] -> [(eps, v) of the conditional rows] and, under guidance, [eps of the unconditional rows].
+    """x [..., N, C] -> [all outputs of the first group of rows], and of every other the first C.
 
     Modulations are [3 or 2, ..., G, N, W].
     """
-    dtype, width = head.dtype, (head.width,)
-    h = F.linear(x, head.input_weight, head.input_bias).unsqueeze(-3)  # [..., 1, N, W], shared by both halves
+    dtype = head.dtype
+    h = F.linear(x, head.input_weight, head.input_bias).unsqueeze(-3)  # [..., 1, N, W], shared by all groups
     for b, (mlp0, mlp1), (shift, scale, gate) in zip(head.blocks, layers.blocks, block_mods):
-        a = F.layer_norm(h, width, b.norm_weight, b.norm_bias, head.norm_eps)
+        a = normed(head, h, b.norm_weight, b.norm_bias)
         a = torch.addcmul(shift, a, scale).to(dtype)  # [..., G, N, W] from here on
-        h = torch.addcmul(h, gate, mlp1(mlp0(a, "silu")))
+        h = torch.addcmul(h, gate, multiplied(head, mlp0, mlp1, a))
     shift, scale = final_mod
-    a = torch.addcmul(shift, F.layer_norm(h, width, None, None, head.norm_eps), scale)
+    a = torch.addcmul(shift, normed(head, h), scale)
     out = [F.linear(a[..., 0, :, :], head.final_weight, head.final_bias)]
-    if a.shape[-3] == 2:
-        channels = head.channels
-        out.append(F.linear(a[..., 1, :, :], head.final_weight[:channels], head.final_bias[:channels]))
-    return out
+    weight, bias = head.final_weight[: head.channels], head.final_bias[: head.channels]
+    return [*out, *(F.linear(a[..., g, :, :], weight, bias) for g in range(1, a.shape[-3]))]

@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from cspd_kernels import DiffusionHead, denoise
 from cspd_kernels.head import stream_dtype, without_autocast
+from cspd_kernels.parts import part_of
 
 from ..calls import draw_steps
 from ..diffusions import NotServedError
@@ -79,14 +80,14 @@ def _sample_differs(module, net, head: DiffusionHead, cfg: float, first_on: str)
     z = torch.randn(rows, head.cond_channels, generator=generator, device="cpu").to(device)
     _seed(device)
     try:
-        with _here_instead(device), _cast(net.input_proj.weight):
+        with _here_instead(device), _cast(part_of(net, "input").weight):
             expected = module.sample(z, _TEMPERATURE, cfg)[:n].float()
     except Exception as error:  # noqa: BLE001  (whatever a fork's code raises)
         return f"its head's sample does not run here to be compared with ({type(error).__name__}: {error})"
     theirs = _states(device)
     _seed(device)
     x = torch.randn(n, head.channels, device="cpu" if first_on == "cpu" else device)
-    wide = torch.promote_types(torch.float32, net.input_proj.weight.dtype)
+    wide = torch.promote_types(torch.float32, part_of(net, "input").weight.dtype)
     noise = draw_steps(head.num_steps, (rows, head.channels), x.dtype, wide, device, "torch")[:, :n]
     if not all(map(torch.equal, theirs, _states(device))):
         return "its head's sample draws other random numbers"
