@@ -49,6 +49,11 @@ class ClippedByChannel(Spaced):
     def __init__(self, mean):
         super().__init__(mean=mean)
 
+    def p_mean_variance(self, model, x, t, clip_denoised=True, denoised_fn=None, model_kwargs=None):
+        step, kwargs = int(t[0]), model_kwargs or {}
+        x0, mean, log_variance = self.estimate(lambda x, _: model(x, t), x, step, clip_denoised, denoised_fn, kwargs)
+        return {"mean": mean, "log_variance": log_variance, "pred_xstart": x0}
+
     def limited(self, x0):
         if x0.shape[-1] != CHANNELS:
             raise ValueError(f"expected {CHANNELS} channels, got {x0.shape[-1]}")
