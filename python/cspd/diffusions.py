@@ -18,6 +18,8 @@ _CONTAINERS, _PLAIN = (list, set, tuple, dict), (str, bool, int, float, type(Non
 _STEPS = ("timestep_map", "use_timesteps")  # which timesteps are kept: of as many sorts as there are T
 LOOPS = ("p_sample_loop", "p_sample_loop_with_noise")  # of LTH14/mar; of MarkXCloud/CSpD
 
+NO_DIFFUSION = f"it holds no diffusion object with {LOOPS[0]}"
+
 
 class NotServedError(ValueError):
     """The kernels cannot stand in for a module's own code; the message says why."""

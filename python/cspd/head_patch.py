@@ -15,9 +15,11 @@ from cspd_kernels.head import OPERAND_DTYPES
 from cspd_kernels.ops.denoise.parallel import AUTO, check_tolerance
 
 from .calls import Call, finish, run_call
-from .diffusions import LOOPS, NotServedError
+from .diffusions import LOOPS, NO_DIFFUSION, NotServedError
 from .heads import FoundHead, HeadCache, unwrapped
 from .loop import LOCK, PATCHES, LoopHook
+from .network import FastNetwork
+from .network_patch import NetworkForward
 from .source import written
 from .standins import StandIn, WatchedMoves, WatchedSample, WholeSampling
 from .twin import CannotRunError
@@ -26,7 +28,7 @@ from .whole.chosen import training
 from .whole.sampler import SampleOptions, Sampler
 
 _logger = logging.getLogger("cspd")
-_NOISES, _WEIGHTS = ("upstream", "philox"), ("live", "frozen")
+_NOISES, _WEIGHTS, _LOOPS = ("upstream", "philox"), ("live", "frozen"), (None, "own")
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class Options:
     parallel_tol: float | str | None = AUTO
     whole: bool = False
     compile: bool = False
+    loop: str | None = None
 
     def check(self) -> None:
         if self.noise not in _NOISES:
@@ -50,6 +53,10 @@ class Options:
             raise ValueError(f"patch expected dtype None or one of {OPERAND_DTYPES}, got {self.dtype!r}")
         if self.compile and not self.whole:
             raise ValueError("patch expected compile=True together with whole=True: heads have kernels of their own")
+        if self.loop not in _LOOPS:
+            raise ValueError(f"patch expected loop one of {_LOOPS}, got {self.loop!r}")
+        if self.loop == "own" and self.whole:
+            raise ValueError("patch expected loop='own' without whole=True, which takes the loop over, too")
         check_tolerance("patch", self.parallel_tol)
         implementation("denoise", self.backend)
 
@@ -71,6 +78,8 @@ class HeadPatch:
         self.hooks: list[LoopHook | StandIn] = []
         self._model = None if model is None else weakref.ref(model)  # whose sample_tokens is taken over, too
         self.sampler: Sampler | None = None
+        self.own_loop: str | None = None  # why its loops stay its own, None where they are taken over
+        self.network: FastNetwork | None = None  # of loops of its own
 
     @property
     def name(self) -> str:
@@ -102,16 +111,51 @@ class HeadPatch:
         """
         found = self.found
         _check_values(found, self.options.dtype)
+        if self.options.loop == "own" or not found.diffusions:
+            self._keep_loop("loop='own' was asked for" if self.options.loop else NO_DIFFUSION)
+            return
         try:
             self._compare(found)
         except DiffersError as error:
-            raise ValueError(f"{self.name} samples differently and is left unpatched: {error}") from None
+            self._keep_loop(f"{error}")
+            return
         model = self._model and self._model()
         if model is not None and not training(model):
             try:
                 self.sampler_of(model).check()
             except NotServedError as error:
                 self.tell_of_model(model, f"{error}")
+
+    def _keep_loop(self, why: str) -> None:
+        """Its loops stay as they are, and its network's calls are taken over.
+
+        Raises:
+            ValueError: those differ, too.
+        """
+        self.own_loop, self.verdicts, self.draws = why, {}, {}
+        self.network = FastNetwork(self.net, self.cache, self.options.backend, self.options.dtype)
+        try:
+            self.network.check()
+        except CannotRunError as error:
+            _logger.info(
+                "cspd.patch: %s: its network's first call compares, as it does not run here: %s", self.name, error
+            )
+        except DiffersError as error:
+            raise ValueError(
+                f"{self.name} samples differently and is left unpatched: {why}; and its network: {error}"
+            ) from None
+        if self.options.loop is None:
+            _logger.warning("cspd.patch: %s keeps its own loop, its network is accelerated: %s", self.name, why)
+        if (model := self._model and self._model()) is not None:
+            self.tell_of_model(model, why)
+
+    def _add_network(self) -> None:
+        """For loops that run their own code; where it differs, they run all of it."""
+        self.network = FastNetwork(self.net, self.cache, self.options.backend, self.options.dtype)
+        try:
+            self.network.check()
+        except (CannotRunError, DiffersError):
+            self.network = None
 
     def sampler_of(self, model: nn.Module) -> Sampler:
         """Of whole images, where that was asked for.
@@ -134,6 +178,8 @@ class HeadPatch:
             self.verdicts = dict.fromkeys(outcome.kinds)
             for loop in LOOPS[1:]:  # which sample does not call
                 self._compare_loops(loop)
+            if outcome.own:
+                self._add_network()
             for reason in outcome.own:
                 self.tell(reason)
         except CannotRunError as error:
@@ -176,6 +222,10 @@ class HeadPatch:
         self.net.__dict__.setdefault(PATCHES, []).append(self)
         module = self.found.module
         self._hook(WatchedMoves, self.net)
+        if self.network is not None:
+            self._hook(NetworkForward, self.net)
+        if self.own_loop is not None:
+            return
         if callable(getattr(module, "sample", None)):
             self._hook(WatchedSample, module)
         model = self._model and self._model()
@@ -232,6 +282,8 @@ class HeadPatch:
         Raises:
             NotServedError: the loop's own code must run; nothing was drawn.
         """
+        if self.own_loop is not None:  # its diffusion object is another head's, too
+            raise NotServedError(self.own_loop)
         schedule, kind, source = hook.tables.schedule(), hook.kind(call), self.cache.look()
         if source.written is not self.written:
             if source.written != self.written:  # what was compared was something else
@@ -288,7 +340,15 @@ class HeadPatch:
             _logger.warning("cspd.patch: sample_tokens of %s runs its own code, its head is patched: %s", kind, reason)
 
     def tell(self, reason: str) -> None:
-        """Log once why the head's own code runs."""
+        """Log once why the head's own loop runs."""
+        if self.network is None:
+            self.tell_of_network(reason)
+        elif reason not in self.told:
+            self.told.append(reason)
+            _logger.warning("cspd.patch: %s keeps its own loop, its network is accelerated: %s", self.name, reason)
+
+    def tell_of_network(self, reason: str) -> None:
+        """Log once why the head's own code runs, with its own network."""
         if reason not in self.told:
             self.told.append(reason)
             _logger.warning("cspd.patch: %s runs its own code, unaccelerated: %s", self.name, reason)

@@ -29,6 +29,7 @@ def patch(
     parallel_tol: float | str | None = "auto",
     whole: bool = False,
     compile: bool = False,
+    loop: str | None = None,
 ) -> nn.Module:
     """Make every diffusion head of a model sample through :func:`cspd_kernels.denoise`.
 
@@ -45,6 +46,10 @@ def patch(
     Before anything is changed, a small copy of each head with random weights samples with and without
     the kernels; a difference refuses. Where its own code does not run here, the first call that can
     compares.
+
+    A head whose loop is none of these (a solver or a scheduler of its own), or computes something else, keeps it, and
+    its network's ``forward`` is taken over: the kernels make each of the loop's calls (docs/loops.md). The log tells
+    so, and :func:`describe`.
 
     Under guidance 2N rows come back as before; the last N, which callers drop, repeat the first. On a
     GPU the host waits nowhere that the replaced code does not; a temperature there is read. Weights are
@@ -70,6 +75,7 @@ def patch(
             with the model's own first; where they differ, in training mode and with hooks, its own method runs with
             the patched head, and the log tells why. ``dtype`` is then also that of the transformer's products.
         compile: with ``whole``, the transformer's blocks under ``torch.compile``, on a GPU.
+        loop: ``"own"`` leaves every loop as it is and takes over the networks alone. None: where that is all there is.
 
     Returns:
         The same model.
@@ -78,7 +84,7 @@ def patch(
         TypeError, ValueError: nothing to patch, or a head that samples differently; nothing was changed.
         RuntimeError: the backend cannot serve.
     """
-    options = Options(backend, dtype, noise, weights, parallel_tol, whole, compile)
+    options = Options(backend, dtype, noise, weights, parallel_tol, whole, compile, loop)
     options.check()
     with LOCK:
         patches = _prepare(model, options)

@@ -209,7 +209,7 @@ def _same(own: Run, served: Run, guided_rows: int | None, what: str, net: nn.Mod
             raise DiffersError(f"{what} returns {theirs}, through the kernels it returns {ours}")
         if guided_rows and a.numel() == guided_rows * part_of(net, "input").in_features:
             a, b = (v.reshape(guided_rows, -1)[: guided_rows // 2] for v in (a, b))
-        error = _difference(a, b)
+        error = difference(a, b)
         if not error <= tolerance(net):
             raise DiffersError(f"{what} and the kernels' differ by {error:.2g} of the largest value")
     if len(own.states) != len(served.states) or not all(map(torch.equal, own.states, served.states)):
@@ -219,7 +219,8 @@ def _same(own: Run, served: Run, guided_rows: int | None, what: str, net: nn.Mod
         raise DiffersError(f"{what} also sets {names} of its diffusion object, which the kernels do not")
 
 
-def _difference(a: torch.Tensor, b: torch.Tensor) -> float:
+def difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Of the largest value of ``a``."""
     a, b = a.double(), b.double()
     return float((a - b).abs().max() / a.abs().max().clamp_min(1e-30)) if a.numel() else 0.0
 
