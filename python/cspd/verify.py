@@ -254,7 +254,7 @@ def same(own: Run, served: Run, guided: Call | None, what: str, net: nn.Module) 
             raise DiffersError(f"{what} returns {theirs}, through the kernels it returns {ours}")
         if guided is not None and a.numel() == math.prod(guided.shape):
             a, b = (v.reshape(-1, guided.shape[-1])[: guided.rows] for v in (a, b))
-        error = _difference(a, b)
+        error = difference(a, b)
         if not error <= tolerance(net):
             raise DiffersError(f"{what} and the kernels' differ by {error:.2g} of the largest value")
     if len(own.states) != len(served.states) or not all(map(torch.equal, own.states, served.states)):
@@ -264,7 +264,8 @@ def same(own: Run, served: Run, guided: Call | None, what: str, net: nn.Module) 
         raise DiffersError(f"{what} also sets {names} of its diffusion object, which the kernels do not")
 
 
-def _difference(a: torch.Tensor, b: torch.Tensor) -> float:
+def difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Of the largest value of ``a``."""
     a, b = a.double(), b.double()
     return float((a - b).abs().max() / a.abs().max().clamp_min(1e-30)) if a.numel() else 0.0
 

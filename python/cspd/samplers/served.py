@@ -85,9 +85,9 @@ class OwnSampler:
         if self.adapter.records and _recorded([*source.weights, plan.cond]):
             raise NotServedError(RECORDS)
         if plan.cond.is_cuda and torch.cuda.is_current_stream_capturing():
-            ready = self._state() in self.verdicts and patch.cache.has(plan.reading.schedule, options.dtype)
-            patch.check_capture(ready)
-        agreed = self._agreed(getattr(patch.cache, "choice", 0))
+            if self._state() not in self.verdicts or not patch.cache.has(plan.reading.schedule, options.dtype):
+                patch.refuse_capture()
+        agreed = self._agreed(patch.cache.choice)
         if isinstance(agreed, str):
             raise NotServedError(agreed)
         if plan.kind not in agreed:
