@@ -113,7 +113,9 @@ def orthus(model, scales=()) -> torch.Tensor:
     return model(conditions(1 + len(scales), 1, COND), *scales)
 
 
-def additive(model, rows=ROWS, additive=False, **options) -> torch.Tensor:
+@torch.no_grad()
+def unrecorded(model, rows=ROWS, additive=False, **options) -> torch.Tensor:
+    """Of heads whose own code autograd would record."""
     if not additive:
         return as_mar(model, rows, **options)
     return model.sample_additive_cfg(*conditions(3, rows, COND), **options)
@@ -158,8 +160,8 @@ FIELD: dict[str, Case] = {
          {"cfg": 2.0, "timesteps_shift": 0.5}, {"rows": 34, "last_step_size": 0.1, "noise_repeat": 2}),
     ),
     "mardm, flow": _case(_f.DiffMLPs_SiT, served=NETWORK),
-    "flow_mar": _case(_f.FlowLoss, calls=PLAIN[1:3]),
-    "msa-t2m": _case(_f.RectifiedFlowHead, additive, (*PLAIN, {"additive": True}, {"additive": True, "rows": 1})),
+    "flow_mar": _case(_f.FlowLoss, unrecorded, PLAIN[1:3]),
+    "msa-t2m": _case(_f.RectifiedFlowHead, unrecorded, (*PLAIN, {"additive": True}, {"additive": True, "rows": 1})),
     "bitdance": _case(_o.DiffHead, bit_dance, ({}, {"cfg": 3.0}, {"double": True}, {"cfg": 2.0, "rows": 33})),
     "bitdance, shifted": _case(_o.DiffHead, bit_dance, ({}, {"cfg": 3.0}), time_shift=2.5),
     "vibevoice": _case(_v.VibeVoice, speech, ({}, {"cfg_scale": 1.3, "rows": 3}), **_VIBE),

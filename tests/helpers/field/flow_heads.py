@@ -142,9 +142,8 @@ class EulerSampler:
             kwargs.pop("temperature", None)
             t = torch.linspace(0, 1, num_steps).to(x.device)
             out = [x]
-            with torch.no_grad():
-                for now, after in itertools.pairwise(t):
-                    out.append(out[-1] + (after - now) * model(out[-1], now.expand(len(x)), **kwargs))
+            for now, after in itertools.pairwise(t):
+                out.append(out[-1] + (after - now) * model(out[-1], now.expand(len(x)), **kwargs))
             return torch.stack(out)
 
         return sample
@@ -186,7 +185,6 @@ class RectifiedFlowHead(nn.Module):
         self.in_channels, self.num_flow_steps, self.flow_solver = CHANNELS, num_flow_steps, "euler"
         self.net = OneOutputNet()
 
-    @torch.no_grad()
     def _walk(self, z, groups, temperature, velocity):
         rows, steps = len(z) // groups, self.num_flow_steps
         x = torch.randn(rows, self.in_channels, device=z.device, dtype=z.dtype) * float(temperature)
