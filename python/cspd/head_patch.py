@@ -170,7 +170,7 @@ class HeadPatch:
                 continue
             hook = LoopHook.of(diffusion) or LoopHook(diffusion)
             try:
-                for call in plain_calls(self.spec(), self.net, loop, hook.tables.schedule().num_steps):
+                for call in plain_calls(self.net, loop, hook.tables.schedule().num_steps):
                     kind = hook.kind(call)
                     if not isinstance(self.verdicts.get(kind), Meaning):
                         self.verdicts[kind] = check_loop(call, diffusion)
