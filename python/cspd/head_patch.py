@@ -14,6 +14,7 @@ from cspd_kernels import Schedule
 from cspd_kernels.backends import implementation
 from cspd_kernels.head import OPERAND_DTYPES
 from cspd_kernels.ops.denoise.parallel import AUTO, check_tolerance
+from cspd_kernels.spec import HeadSpec
 
 from .calls import Call, finish, run_call
 from .diffusions import DDIM, LOOPS, NotServedError, Steps
