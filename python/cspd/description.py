@@ -117,13 +117,13 @@ def describe_head(found: FoundHead, head_patch=None) -> HeadDescription:
     options = head_patch.options if head_patch is not None else None
     dtype = options.dtype if options is not None and options.dtype is not None else None
     dtype = dtype or call_dtype(weight.device, weight.dtype)
-    samplers, schedule = {}, None
+    samplers, schedule, why = {}, None, NO_DIFFUSION
     for path, diffusion in found.diffusions.items():
         try:
             schedule = Schedule.from_diffusion(diffusion)
             what = f"{schedule.num_steps} steps"
         except (TypeError, ValueError) as error:
-            what = f"own code: {error}"
+            what, why = f"own code: {error}", str(error)
         name = path.partition("[")[0]  # of a list, all in one line
         samplers[name] = what if samplers.get(name, what) == what else f"{samplers[name]}, {what}"
     return HeadDescription(
@@ -138,7 +138,7 @@ def describe_head(found: FoundHead, head_patch=None) -> HeadDescription:
         device=weight.device,
         backend=_backend(net, schedule, dtype, weight.device, options.backend if options is not None else None),
         patched=head_patch is not None,
-        own_loop=head_patch.own_loop if head_patch is not None else None if found.diffusions else NO_DIFFUSION,
+        own_loop=head_patch.own_loop if head_patch is not None else None if schedule is not None else why,
         parallel_tol=options.parallel_tol if options is not None else AUTO,
         whole=options is not None and options.whole,
         own_code=tuple(head_patch.told) if head_patch is not None else (),
