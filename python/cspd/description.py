@@ -16,6 +16,7 @@ from cspd_kernels.spec import spec_of
 from .diffusions import LOOPS, NO_DIFFUSION
 from .heads import FoundHead, look_for_heads
 from .loop import patch_of
+from .samplers.served import OwnSampler
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class HeadDescription:
         name: path and class of the module that holds it.
         channels, width, depth, cond_channels: C, W, D and Z of its network.
         samplers: its diffusion objects by the attribute that holds them: their T, or why the kernels
-            cannot stand in for them.
+            cannot stand in for them. Or its own methods of sampling that are stood in for, and whose they are like.
         dtype: operand type that a call would have now. weights: type of the weights. device: theirs.
         backend: what would serve it, or why nothing can.
         patched: whether its loops, or its network, are taken over.
@@ -120,15 +121,18 @@ def describe_head(found: FoundHead, head_patch=None) -> HeadDescription:
     options = head_patch.options if head_patch is not None else None
     dtype = options.dtype if options is not None and options.dtype is not None else None
     dtype = dtype or call_dtype(weight.device, weight.dtype)
-    samplers, schedule = {}, None
+    samplers, schedule, why = {}, None, NO_DIFFUSION
     for path, diffusion in found.diffusions.items():
         try:
             schedule = Schedule.from_diffusion(diffusion)
             what = f"{schedule.num_steps} steps"
         except (TypeError, ValueError) as error:
-            what = f"own code: {error}"
+            what, why = f"own code: {error}", str(error)
         name = path.partition("[")[0]  # of a list, all in one line
         samplers[name] = what if samplers.get(name, what) == what else f"{samplers[name]}, {what}"
+    own = OwnSampler.of(found) if head_patch is None else head_patch.own_sampler
+    if own is not None:
+        samplers |= dict.fromkeys(own.adapter.methods, f"as of {own.adapter}")
     return HeadDescription(
         name=found.name,
         channels=spec.channels,
@@ -141,12 +145,12 @@ def describe_head(found: FoundHead, head_patch=None) -> HeadDescription:
         device=weight.device,
         backend=_backend(net, schedule, dtype, weight.device, options.backend if options is not None else None),
         patched=head_patch is not None,
-        own_loop=head_patch.own_loop if head_patch is not None else None if found.diffusions else NO_DIFFUSION,
+        own_loop=head_patch.own_loop if head_patch is not None else None if schedule is not None else why,
         parallel_tol=options.parallel_tol if options is not None else AUTO,
         sampling=str(options.sampling) if options is not None and options.sampling.changes else "",
         whole=options is not None and options.whole,
         own_code=tuple(head_patch.told) if head_patch is not None else (),
-        untouched=_untouched(found),
+        untouched=tuple(name for name in _untouched(found) if name not in samplers),
     )
 
 

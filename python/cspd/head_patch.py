@@ -365,6 +365,8 @@ class HeadPatch:
         sampling = self.options.sampling
         if not sampling.changes:
             return
+        if self.own_loop is not None or self.own_sampler is not None:
+            raise ValueError(f"{self.name} is left unpatched: expected a diffusion object to sample by {sampling}")
         for path, diffusion in self.found.diffusions.items():
             try:
                 schedule = (LoopHook.of(diffusion) or LoopHook(diffusion)).tables.schedule()

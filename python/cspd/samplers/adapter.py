@@ -75,6 +75,9 @@ class Adapter:
     methods: tuple[str, ...] = ("sample",)
     records: bool = True
 
+    def __str__(self) -> str:
+        return self.source or type(self).__name__
+
     def recognises(self, head: nn.Module) -> bool:
         """Whether a module looks like one of its heads; whether it samples like one is compared."""
         has = all(hasattr(head, name) for name in self.attributes)

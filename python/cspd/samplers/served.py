@@ -60,9 +60,6 @@ class OwnSampler:
     def __getstate__(self) -> dict:
         return {**self.__dict__, "verdicts": {}, "_code": None}
 
-    def __str__(self) -> str:
-        return f"{' and '.join(self.adapter.methods)} as of {self.adapter.source or type(self.adapter).__name__}"
-
     def check(self, choice: int) -> None:
         """Compare as the head is now.
 
@@ -147,7 +144,7 @@ class OwnSampler:
             same(own, served, None, what, self.net)
             agreed.add(plan.kind)
         if not agreed:
-            raise failure or CannotRunError(f"nothing is known of how {self} is called")
+            raise failure or CannotRunError(f"nothing is known of how {type(self.module).__name__} is called")
         return frozenset(agreed)
 
     def _copy(self, choice: int, cut: bool) -> tuple[nn.Module, HeadCache]:
