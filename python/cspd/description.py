@@ -133,6 +133,7 @@ def describe_head(found: FoundHead, head_patch=None) -> HeadDescription:
     own = OwnSampler.of(found) if head_patch is None else head_patch.own_sampler
     if own is not None:
         samplers |= dict.fromkeys(own.adapter.methods, f"as of {own.adapter}")
+        why = None
     return HeadDescription(
         name=found.name,
         channels=spec.channels,

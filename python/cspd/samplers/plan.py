@@ -137,7 +137,7 @@ def _draw(plan: Plan, head: DiffusionHead, backend: str | None, philox: bool):
         drawn = draw_steps(head.num_steps - 1 + draws.last, shape, draws.dtype, draws.dtype, device, backend).to(stream)
         if not draws.last:  # which has a place, and adds nothing
             drawn = torch.cat([drawn.new_zeros(1, *shape), drawn])
-        return x_T, drawn.repeat(1, times, 1) if times > 1 else drawn
+        return x_T, drawn if times == 1 else drawn.repeat(1, times, 1)
     tokens, seed = torch.arange(plan.rows, device=device), 0
     if draws.steps:
         tokens, seed = tokens % plan.drawn, int(torch.randint(2**63 - 1, (), device="cpu"))
