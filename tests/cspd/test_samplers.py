@@ -279,6 +279,19 @@ def test_a_method_that_had_been_replaced(caplog):
     assert torch.equal(bit_dance(cspd.unpatch(head)), torch.ones(2))
 
 
+def test_a_method_that_had_been_replaced_by_its_like(caplog):
+    def as_before(self, z, cfg, num_sampling_steps):
+        return DiffHead.sample(self, z, cfg, num_sampling_steps)
+
+    head = made(DiffHead)
+    head.sample = as_before.__get__(head)
+    expected = run(head, bit_dance)[0]
+    with caplog.at_level(logging.WARNING, "cspd"):
+        assert relative_error(run(cspd.patch(head), bit_dance)[0], expected) < 1e-5
+    assert "its sample had been replaced on the instance" in caplog.text
+    assert cspd.unpatch(head).sample.__func__ is as_before
+
+
 def test_a_network_that_was_exchanged(caplog):
     head, other = cspd.patch(made(FlowMatchingHead)), made(FlowMatchingHead)
     for parameter in other.net.parameters():
