@@ -64,10 +64,11 @@ def check_models(draft, target, criterion: str = "trajectory") -> None:
             "expected draft and target with the same number of denoising steps (their trajectories are aligned "
             f"step by step), got {ours.num_steps} and {theirs.num_steps}"
         )
-    if not np.allclose(ours.betas, theirs.betas, rtol=1e-6):
+    # These say the noise schedule and the sampler, whatever the networks predict.
+    if not all(np.allclose(getattr(ours, name), getattr(theirs, name), rtol=1e-6) for name in ("mean_x0", "mean_x")):
         raise ValueError(
             "expected draft and target with the same noise schedule (their trajectories are compared step by "
-            "step), got different betas"
+            "step), got different steps"
         )
 
 
@@ -163,7 +164,7 @@ def check_verify(draft, target, relaxation, verify, num_candidates, branches, cr
 def _warn_of_candidates(draft, target, num_candidates) -> None:
     """Say so where no candidate that ends a chain of its own can be accepted but the first."""
     learned = any(learned_variance(model.diffloss) for model in (draft, target))
-    ours, theirs = (Schedule.from_diffusion(m.diffloss.gen_diffusion).fixed_log_variance for m in (draft, target))
+    ours, theirs = (Schedule.from_diffusion(m.diffloss.gen_diffusion).log_std_lower for m in (draft, target))
     if not learned and len(ours) == len(theirs) and np.allclose(ours, theirs):
         _logger.warning(
             "num_candidates=%d is of no use with criterion='trajectory' and heads of one fixed variance: at the end of "
@@ -190,16 +191,16 @@ def check_residual(draft, target, residual, target_sigma, num_candidates: int = 
     # Of one noise schedule the last step's is the same, whichever kind of fixed variance; a head of one step has its
     # own.
     ours, theirs = (
-        math.exp(0.5 * Schedule.from_diffusion(model.diffloss.gen_diffusion).fixed_log_variance[0])
-        for model in (draft, target)
+        math.exp(Schedule.from_diffusion(model.diffloss.gen_diffusion).log_std_lower[0]) for model in (draft, target)
     )
     if not math.isclose(ours, theirs, rel_tol=1e-6):
         raise ValueError(f"expected heads with one sigma for {what}, got {ours:.4g} and {theirs:.4g}: {instead}")
 
 
 def learned_variance(diffloss) -> bool:
-    """Whether a head's network has its variance for an output, too."""
-    return spec_of(diffloss.net).outputs == 2 * diffloss.in_channels
+    """Whether a head's variance is an output of its network."""
+    doubled = spec_of(diffloss.net).outputs == 2 * diffloss.in_channels
+    return doubled and Schedule.from_diffusion(diffloss.gen_diffusion).learned
 
 
 def check_gamma(gamma) -> None:

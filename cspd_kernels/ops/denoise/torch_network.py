@@ -7,13 +7,13 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from ...products import Product
+from ...products import PlainProduct, Product
 
 
 class Layers(NamedTuple):
     """The head's products but for the narrow ones, at x, and the condition's, which run once a call."""
 
-    blocks: list[tuple[Product, Product]]  # mlp0, mlp1
+    blocks: list[tuple[Product, Product]]  # mlp0, mlp1; or of PlainProduct, like the others
     mods: list[Product]  # each once, however many blocks use it
     final_mod: Product
 
@@ -22,16 +22,28 @@ def layers_of(head) -> Layers:
     """As the head's weights are now."""
     layers = head.shared.get("layers")
     if layers is None:
-        mods = {id(b.mod_weight): Product(b.mod_weight, b.mod_bias) for b in head.blocks}
-        layers = head.shared["layers"] = Layers(
-            [(Product(b.weight0, b.bias0), Product(b.weight1, b.bias1)) for b in head.blocks],
-            list(mods.values()),
-            Product(head.final_mod_weight, head.final_mod_bias),
-        )
+        layers = head.shared["layers"] = _layers(head, Product)
     elif head.watched:
         for product in (*layers.mods, layers.final_mod, *(p for both in layers.blocks for p in both)):
             product.look()
     return layers
+
+
+def plain_layers_of(head) -> Layers:
+    """Layers that read the head's weights where they are, at every call."""
+    layers = head.shared.get("plain layers")
+    if layers is None:
+        layers = head.shared["plain layers"] = _layers(head, PlainProduct)
+    return layers
+
+
+def _layers(head, product) -> Layers:
+    mods = {id(b.mod_weight): product(b.mod_weight, b.mod_bias) for b in head.blocks}
+    return Layers(
+        [(product(b.weight0, b.bias0), product(b.weight1, b.bias1)) for b in head.blocks],
+        list(mods.values()),
+        product(head.final_mod_weight, head.final_mod_bias),
+    )
 
 
 def embedded(head, cond):
@@ -77,12 +89,12 @@ def multiplied(head, mlp0: Product, mlp1: Product, a):
 
 
 def network(head, layers: Layers, x, block_mods, final_mod):
-    """x [..., N, C] -> [(eps, v) of the conditional rows] and, under guidance, [eps of the unconditional rows].
+    """x [..., N, C] -> [all outputs of the first group of rows], and of every other the first C.
 
     Modulations are [3 or 2, ..., G, N, W].
     """
     dtype = head.dtype
-    h = F.linear(x, head.input_weight, head.input_bias).unsqueeze(-3)  # [..., 1, N, W], shared by both halves
+    h = F.linear(x, head.input_weight, head.input_bias).unsqueeze(-3)  # [..., 1, N, W], shared by all groups
     for b, (mlp0, mlp1), (shift, scale, gate) in zip(head.blocks, layers.blocks, block_mods):
         a = normed(head, h, b.norm_weight, b.norm_bias)
         a = torch.addcmul(shift, a, scale).to(dtype)  # [..., G, N, W] from here on
@@ -90,7 +102,5 @@ def network(head, layers: Layers, x, block_mods, final_mod):
     shift, scale = final_mod
     a = torch.addcmul(shift, normed(head, h), scale)
     out = [F.linear(a[..., 0, :, :], head.final_weight, head.final_bias)]
-    if a.shape[-3] == 2:
-        channels = head.channels
-        out.append(F.linear(a[..., 1, :, :], head.final_weight[:channels], head.final_bias[:channels]))
-    return out
+    weight, bias = head.final_weight[: head.channels], head.final_bias[: head.channels]
+    return [*out, *(F.linear(a[..., g, :, :], weight, bias) for g in range(1, a.shape[-3]))]
