@@ -158,7 +158,7 @@ class DiffusionHead:
     @property
     def learned_variance(self) -> bool:
         """Whether the variance is what the network puts out behind the first C channels."""
-        return self.schedule.learned and self.final_weight.shape[0] == 2 * self.channels
+        return self.schedule is not None and self.schedule.learned and self.outputs == 2 * self.channels
 
     @property
     def device(self) -> torch.device:

@@ -85,7 +85,8 @@ def read_call(
     Raises:
         NotServedError: something that the kernels do not know.
     """
-    if found is None or spec is None:
+    function = None if found is None else getattr(type(found[0]), found[1], None)
+    if function is None or spec is None:
         name = getattr(arguments["model"], "__qualname__", type(arguments["model"]).__name__)
         raise NotServedError(f"the loop is given {name}, not the network's forward or forward_with_cfg")
     net, method = found
@@ -132,7 +133,7 @@ def read_call(
         temperature=_temperature(arguments.get("temperature", 1.0)),
         clip=_clip(arguments.get("clip_denoised", False)),
         eta=_eta(arguments.get("eta", 0.0)) if loop == DDIM else None,
-        function=getattr(type(net), method),
+        function=function,
     )
 
 

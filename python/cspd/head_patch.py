@@ -14,6 +14,7 @@ from cspd_kernels import Schedule
 from cspd_kernels.backends import implementation
 from cspd_kernels.head import OPERAND_DTYPES
 from cspd_kernels.ops.denoise.parallel import AUTO, check_tolerance
+from cspd_kernels.spec import HeadSpec
 
 from .calls import Call, finish, run_call
 from .diffusions import DDIM, LOOPS, NotServedError, Steps
@@ -170,7 +171,7 @@ class HeadPatch:
                 continue
             hook = LoopHook.of(diffusion) or LoopHook(diffusion)
             try:
-                for call in plain_calls(self.spec(), self.net, loop, hook.tables.schedule().num_steps):
+                for call in plain_calls(self.net, loop, hook.tables.schedule().num_steps):
                     kind = hook.kind(call)
                     if not isinstance(self.verdicts.get(kind), Meaning):
                         self.verdicts[kind] = check_loop(call, diffusion)

@@ -187,7 +187,9 @@ class HeadCache:
             if source is None:
                 return False
             form = self._forms.get(call_dtype(source.device, source.dtype) if dtype is None else dtype)
-            return form is not None and schedule in (form.given if given and form.first.cond_weight is not None else form.heads)
+            return form is not None and schedule in (
+                form.given if given and form.first.cond_weight is not None else form.heads
+            )
 
     def get(
         self,
@@ -250,7 +252,6 @@ class _Form:
         else:
             self.heads.move_to_end(schedule)
         return head
-
 
     def embedded(self, head: DiffusionHead) -> DiffusionHead:
         """One of these heads for conditions that are embedded already; what follows the weights' values is shared."""

@@ -138,4 +138,3 @@ def limits_of(diffusion, schedule: Schedule, call: Call) -> tuple | None:
     clear = lows[0] == lows[1] and highs[0] == highs[1] and all(low < high for low, high in zip(lows[0], highs[0]))
     near = clear and max(map(abs, (*lows[0], *highs[0]))) < _FAR / 1e4
     return (tuple(lows[0]), tuple(highs[0])) if near else None
-

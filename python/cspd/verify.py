@@ -16,7 +16,7 @@ import torch
 import torch.nn as nn
 
 from cspd_kernels.parts import part_of
-from cspd_kernels.spec import HeadSpec
+from cspd_kernels.spec import spec_of
 
 from .calls import Call
 from .diffusions import DDIM, LOOPS
@@ -184,8 +184,9 @@ def _serve(make, run, what: str, meanings: dict, steps: int | None, own: Run, tr
     return copies.trial, served.result
 
 
-def plain_call(spec: HeadSpec, net: nn.Module, loop: str, method: str, inter_noise: torch.Tensor | None = None) -> Call:
+def plain_call(net: nn.Module, loop: str, method: str, inter_noise: torch.Tensor | None = None) -> Call:
     """A call as the released ``sample`` makes it, of no rows."""
+    spec = spec_of(net)
     weight = spec.parts.input.weight
     noise = weight.new_empty(0, spec.channels)
     return Call(
@@ -207,15 +208,20 @@ def plain_call(spec: HeadSpec, net: nn.Module, loop: str, method: str, inter_noi
     )
 
 
-def plain_calls(spec: HeadSpec, net: nn.Module, loop: str, steps: int) -> list[Call]:
-    """Every kind of call that the released code makes of a loop."""
+def plain_calls(net: nn.Module, loop: str, steps: int) -> list[Call]:
+    """Every kind of call that the released code makes of a loop.
+
+    Raises:
+        CannotRunError: they depend on what it is given.
+    """
+    spec = spec_of(net)
     if spec.condition != "linear":
         raise CannotRunError("what its condition is made of is not known before it is called")
     given = [None]
     if loop == LOOPS[1]:
         given.append(spec.parts.input.weight.new_empty(steps, 0, spec.channels))
     methods = [method for method in ("forward", "forward_with_cfg") if hasattr(net, method)]
-    return [plain_call(spec, net, loop, method, noise) for method in methods for noise in given]
+    return [plain_call(net, loop, method, noise) for method in methods for noise in given]
 
 
 def _run_loop(call: Call, copies: Copies):

@@ -9,12 +9,12 @@ import pytest
 import torch
 import torch.nn as nn
 from foreign import Head, Spaced, conditions, made, run
-from small_models import sample, small_mar
+from small_models import CSpDDiffLoss, sample, small_mar
 
 import cspd
 from cspd import head_patch
 from cspd.models import GaussianDiffusion
-from cspd_kernels.testing import relative_error
+from cspd_kernels.testing import randomize_, relative_error
 
 Z = conditions()
 
@@ -138,9 +138,8 @@ def test_it_is_told_once_and_described(caplog):
 
 
 def test_a_loop_whose_noise_is_given_runs_its_own_code():
-    from test_twists_loops import cspd_head
-
-    head, z, noise, inter = cspd_head(), torch.randn(5, 32), torch.randn(5, 4), torch.randn(12, 5, 4)
+    head = randomize_(CSpDDiffLoss(4, 32, 2, 32, "12", schedule="linear"), 1)
+    z, noise, inter = torch.randn(5, 32), torch.randn(5, 4), torch.randn(12, 5, 4)
     expected = head.sample_with_inter_noise(z, noise, inter)
     cspd.patch(head, sampling_steps=6)
     assert torch.equal(head.sample_with_inter_noise(z, noise, inter), expected)

@@ -186,7 +186,9 @@ def test_weights_of_groups_add_up(scales):
         assert sum(values) == pytest.approx(1.0)
         outs = torch.randn(1 + scales, 5)
         expected = sum(value * out for value, out in zip(values, outs))
-        actual = outs[-1] + sum(s * (outs[g] - outs[g + 1]) for g, s in enumerate(Meaning(weights=weights).scales(given)))
+        actual = outs[-1] + sum(
+            s * (outs[g] - outs[g + 1]) for g, s in enumerate(Meaning(weights=weights).scales(given))
+        )
         assert torch.allclose(actual, expected, atol=1e-5)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from numbers import Real
 from typing import NamedTuple
@@ -11,37 +10,20 @@ import torch
 
 from ...backends import prefers_parallel, remembered_chain
 from ...head import DiffusionHead, stream_dtype, without_autocast
+from ...library import define
 from ...noise import PhiloxNoise, signed_seed
 from .finite import check_result, late_overflows
 from .parallel import AUTO, ROUNDING, Parallel, check_tolerance, switched_off
 
 WORKSPACE_BYTES = 256 << 20
 
-# One coarse op for the whole chain: torch.compile, fake tensors and dispatch modes see a single opaque call. A
-# Library, not custom_op, which costs several times as much a call. The head travels as its handle: passing its
-# tensors, up to a hundred, would take longer than the rest of the call, they never change, and what backends derive
-# from a head hangs on the object.
-#
-# It captures and replays CUDA graphs of its own, in memory that outlives the call: not for torch.compile's graphs.
-#
-# Imported again in one process, these modules have heads and handles of their own: they get an operator of their own,
-# beside that of the modules before them, which objects of theirs still call.
-_operators = torch.ops.cspd_kernels
-_name = next(
-    name
-    for name in itertools.chain(["denoise"], (f"denoise_{count}" for count in itertools.count(2)))
-    if not hasattr(_operators, name)
-)
-_TAGS = (torch.Tag.pt2_compliant_tag, *([torch.Tag.cudagraph_unsafe] if hasattr(torch.Tag, "cudagraph_unsafe") else []))
-_library = torch.library.Library("cspd_kernels", "FRAGMENT")
-_library.define(
-    f"{_name}(int head, Tensor cond, Tensor x_T, Tensor? noise, Tensor? rows, SymInt seed, float temperature, "
+# One coarse op for the whole chain.
+_SCHEMA = (
+    "(int head, Tensor cond, Tensor x_T, Tensor? noise, Tensor? rows, SymInt seed, float temperature, "
     "Tensor? cfg_scale, str? backend, int workspace_bytes, float? parallel_tol=None, Tensor? guess=None, "
     "Tensor? seeds=None, Tensor? second_scale=None, Tensor? temperatures=None) -> "
-    "(Tensor mean, Tensor log_std, Tensor path_log_std, Tensor sweeps, Tensor trajectory)",
-    tags=_TAGS,
+    "(Tensor mean, Tensor log_std, Tensor path_log_std, Tensor sweeps, Tensor trajectory)"
 )
-_operator = getattr(_operators, _name).default
 
 
 class Denoised(NamedTuple):
@@ -244,8 +226,7 @@ def _fake(head, cond, x_T, *arguments):  # noqa: N803
     return mean, torch.empty_like(mean), mean.new_empty(mean.shape[:1]), sweeps, trajectory
 
 
-_library.impl(_name, run, "CompositeExplicitAutograd")
-torch.library.register_fake(f"cspd_kernels::{_name}", _fake, lib=_library)
+_operator = define("denoise", _SCHEMA, run, _fake)
 
 
 def _check(head, cond, x_T, noise, temperature, cfg_scale, workspace_bytes) -> None:  # noqa: N803
