@@ -6,6 +6,7 @@ That the heads of the field sample as before is in test_field.py.
 from __future__ import annotations
 
 import copy
+import itertools
 import logging
 import pickle
 import re
@@ -17,7 +18,7 @@ import torch
 import torch.nn as nn
 from field.flow_heads import FlowMatchingHead, OneOutputNet, RectifiedFlowHead, guided
 from field.other_networks import DiffHead
-from foreign import CHANNELS, COND, conditions, made, own_messages, run
+from foreign import CHANNELS, conditions, made, own_messages, run
 from patch_checks import assert_accelerated, assert_own_loop
 
 import cspd
@@ -375,7 +376,7 @@ class SigmaHead(nn.Module):
     def sample(self, z, steps):
         sigmas = [*np.geomspace(self.sigma_max, self.sigma_min, steps).tolist(), 0.0]
         x = self.sigma_max * torch.randn(len(z), CHANNELS)
-        for now, after in zip(sigmas, sigmas[1:]):
+        for now, after in itertools.pairwise(sigmas):
             out = self.net(x, torch.full((len(z),), np.log(now)), z)
             x = out + (x - out) * (after / now)
         return x
@@ -391,7 +392,7 @@ def test_the_example_of_contributing(caplog, monkeypatch):
     monkeypatch.setattr(samplers, "ADAPTERS", [*samplers.ADAPTERS])
     code = example()
     assert len(code.splitlines()) < 50
-    exec(code, {"__name__": "example"})  # noqa: S102
+    exec(code, {"__name__": "example"})
     assert_accelerated(made(SigmaHead), lambda h: h.sample(Z, steps=9), caplog, 9)
 
 
@@ -414,4 +415,3 @@ def test_what_register_expects():
     with pytest.raises(TypeError, match="expected Half to read sample_more"):
         samplers.register(Half())
     assert before == samplers.ADAPTERS
-    assert COND == Z.shape[1]

@@ -81,9 +81,9 @@ class OwnSampler:
         plan = plan_of(self.adapter, self.module, name, _bound(name, original, args, kwargs), source)
         if self.adapter.records and _recorded([*source.weights, plan.cond]):
             raise NotServedError(RECORDS)
-        if plan.cond.is_cuda and torch.cuda.is_current_stream_capturing():
-            if self._state() not in self.verdicts or not patch.cache.has(plan.reading.schedule, options.dtype):
-                patch.refuse_capture()
+        ready = self._state() in self.verdicts and patch.cache.has(plan.reading.schedule, options.dtype)
+        if not ready and plan.cond.is_cuda and torch.cuda.is_current_stream_capturing():
+            patch.refuse_capture()
         agreed = self._agreed(patch.cache.choice)
         if isinstance(agreed, str):
             raise NotServedError(agreed)
