@@ -188,7 +188,7 @@ class HeadPatch:
         """Raises DiffersError where its own sampler is another one than its adapter says."""
         self._add_network()  # for the calls that are not served; and which of its candidates the network is, is known
         try:
-            self.own_sampler.check(self.cache.choice)
+            self.own_sampler.check(self.cache.choice, self.written)
         except CannotRunError as error:
             _logger.info(
                 "cspd.patch: %s: its own code does not run here, so its first call compares: %s", self.name, error

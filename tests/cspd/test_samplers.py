@@ -23,7 +23,7 @@ from patch_checks import assert_accelerated, assert_own_loop
 
 import cspd
 from cspd import samplers
-from cspd.samplers import Adapter, Draws, Reading
+from cspd.samplers import Adapter, Draws, Reading, served
 from cspd.samplers.bitdance import steps as bitdance_steps
 from cspd.samplers.nextstep import NextStep
 from cspd.samplers.nextstep import steps as nextstep_steps
@@ -129,6 +129,17 @@ def test_what_is_bound_to_other_numbers_is_compared_with_them(caplog):
     assert re.search("keeps its own loop, its network is accelerated: its sample at .* differ by", message)
     head.time_shift = 1.0
     assert run(head, bit_dance)[2] == 0
+
+
+def test_a_head_that_always_changes_is_not_compared_for_ever(caplog, monkeypatch):
+    monkeypatch.setattr(served, "_MOST", 3)
+    head = cspd.patch(made(FlowMatchingHead))
+    with caplog.at_level(logging.WARNING, "cspd"):
+        for seen in range(4):
+            head.seen = seen
+            in_parts(head)
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert message.endswith("its attributes change from call to call, and each time it would have to be compared again")
 
 
 # --- calls ---

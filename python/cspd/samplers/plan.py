@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from numbers import Real
 
 import numpy as np
@@ -55,8 +57,8 @@ def plan_of(adapter: Adapter, head: nn.Module, name: str, bound: inspect.BoundAr
     Raises:
         NotServedError: something that is not known.
     """
-    read, parameters = getattr(adapter, name), bound.signature.parameters
-    known, arguments = inspect.signature(read).parameters, {}
+    read, parameters, arguments = getattr(adapter, name), bound.signature.parameters, {}
+    known = _parameters(read.__func__)
     for key, value in bound.arguments.items():
         if key in known:
             arguments[key] = value
@@ -80,6 +82,11 @@ def plan_of(adapter: Adapter, head: nn.Module, name: str, bound: inspect.BoundAr
         _check_number("a scale of its guidance", scale, rows)
     _check_number("its temperature", reading.temperature, 1)
     return Plan(name, reading, rows, drawn)
+
+
+@lru_cache(maxsize=64)
+def _parameters(read: Callable) -> frozenset[str]:
+    return frozenset(inspect.signature(read).parameters)
 
 
 def _is_default(value, parameter: inspect.Parameter) -> bool:

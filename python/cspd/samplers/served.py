@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 _PLAIN = (str, bool, int, float, type(None), torch.dtype, torch.device)
 _SEED = 20261127
+_MOST = 64  # states of a head that are compared
 RECORDS = "autograd records what its sample computes: call it under torch.no_grad() or torch.inference_mode()"
 
 
@@ -44,6 +45,8 @@ class OwnSampler:
     def __init__(self, module: nn.Module, net: nn.Module, adapter: Adapter):
         self.module, self.net, self.adapter = module, net, adapter
         self.verdicts: dict[tuple, frozenset[tuple] | str] = {}  # what the head is like -> kinds of calls, or why none
+        self.written: tuple | None = None  # what the network was like
+        self._signatures: dict[Callable, inspect.Signature] = {}
         self._code: Code | None = None
 
     @staticmethod
@@ -58,17 +61,18 @@ class OwnSampler:
         return None
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "verdicts": {}, "_code": None}
+        return {**self.__dict__, "verdicts": {}, "written": None, "_signatures": {}, "_code": None}
 
-    def check(self, choice: int) -> None:
+    def check(self, choice: int, written: tuple) -> None:
         """Compare as the head is now.
 
         Args:
-            choice: which of :func:`cspd_kernels.spec.specs_of` the network is.
+            choice: which of :func:`cspd_kernels.spec.specs_of` the network is. written: as ``Source.written``.
 
         Raises:
             DiffersError: with the figure. CannotRunError: its own method does not run here.
         """
+        self.written = written
         self.verdicts[self._state()] = self._compare(choice)
 
     def serve(self, patch: HeadPatch, name: str, original: Callable, args: tuple, kwargs: dict) -> torch.Tensor:
@@ -77,14 +81,21 @@ class OwnSampler:
         Raises:
             NotServedError: the method itself must run; nothing was drawn.
         """
-        source, options = patch.cache.look(), patch.options
-        plan = plan_of(self.adapter, self.module, name, _bound(name, original, args, kwargs), source)
+        source, options, function = patch.cache.look(), patch.options, getattr(original, "__func__", original)
+        if function not in self._signatures:
+            self._signatures[function] = inspect.signature(original)
+        bound = _bound(name, self._signatures[function], args, kwargs)
+        plan, state = plan_of(self.adapter, self.module, name, bound, source), self._state()
         if self.adapter.records and _recorded([*source.weights, plan.cond]):
             raise NotServedError(RECORDS)
-        ready = self._state() in self.verdicts and patch.cache.has(plan.reading.schedule, options.dtype)
+        if source.written is not self.written:
+            if source.written != self.written:  # what was compared was something else
+                self.verdicts = {}
+            self.written = source.written
+        ready = state in self.verdicts and patch.cache.has(plan.reading.schedule, options.dtype)
         if not ready and plan.cond.is_cuda and torch.cuda.is_current_stream_capturing():
             patch.refuse_capture()
-        agreed = self._agreed(patch.cache.choice)
+        agreed = self._agreed(state, patch.cache.choice)
         if isinstance(agreed, str):
             raise NotServedError(agreed)
         if plan.kind not in agreed:
@@ -92,23 +103,26 @@ class OwnSampler:
         head = patch.cache.get(plan.reading.schedule, options.dtype, source)
         return run(plan, head, options.backend, options.noise == "philox", options.parallel_tol)
 
-    def _agreed(self, choice: int) -> frozenset[tuple] | str:
-        state = self._state()
-        if state not in self.verdicts:
-            with LOCK:
-                try:
-                    self.verdicts[state] = self._compare(choice)
-                except CannotRunError as error:
-                    self.verdicts[state] = f"it does not run on a copy to be compared with: {error}"
-                except DiffersError as error:
-                    self.verdicts[state] = f"{error}"
-        return self.verdicts[state]
+    def _agreed(self, state: tuple, choice: int) -> frozenset[tuple] | str:
+        if (agreed := self.verdicts.get(state)) is not None:
+            return agreed
+        if len(self.verdicts) >= _MOST:
+            return "its attributes change from call to call, and each time it would have to be compared again"
+        with LOCK:
+            try:
+                agreed = self._compare(choice)
+            except CannotRunError as error:
+                agreed = f"it does not run on a copy to be compared with: {error}"
+            except DiffersError as error:
+                agreed = f"{error}"
+        self.verdicts[state] = agreed
+        return agreed
 
     def _state(self) -> tuple:
-        """What the method may depend on beside the network's weights: code, and attributes of the head."""
+        """What the methods may depend on beside the network: code and attributes of the head."""
         if self._code is None or not self._code.is_current():
             held = [type(value) for value in vars(self.module).values() if _is_object(value)]
-            self._code = Code(dict.fromkeys([*map(type, self.net.modules()), type(self.module), *held]))
+            self._code = Code(dict.fromkeys([type(self.module), *held]))
         aside = ("training", *self.adapter.methods)
         own = {name: value for name, value in vars(self.module).items() if name[:1] != "_" and name not in aside}
         return self._code.functions, _told(own, depth=3)
@@ -135,7 +149,7 @@ class OwnSampler:
                 failure = failure or CannotRunError(first_line(error))
                 continue
             try:
-                plan = plan_of(self.adapter, ours, name, _bound(name, getattr(ours, name), (), again), source)
+                plan = plan_of(self.adapter, ours, name, _bound(name, inspect.signature(getattr(ours, name)), (), again), source)
                 head = cache.get(plan.reading.schedule, torch.float32)
                 # Step by step, whatever was asked for: what is compared is code, which a tolerance would hide.
                 served = seeded(lambda: run(plan, head, "torch", False, None), [])  # noqa: B023
@@ -205,10 +219,10 @@ def _is_of_class(method, module: nn.Module, name: str) -> bool:
     return getattr(compiled_from(method), "__func__", None) is getattr(type(module), name)
 
 
-def _bound(name: str, original: Callable, args: tuple, kwargs: dict) -> inspect.BoundArguments:
+def _bound(name: str, signature: inspect.Signature, args: tuple, kwargs: dict) -> inspect.BoundArguments:
     try:
-        bound = inspect.signature(original).bind(*args, **kwargs)
-    except (TypeError, ValueError) as error:  # its own error, if it is one
+        bound = signature.bind(*args, **kwargs)
+    except TypeError as error:  # its own error
         raise NotServedError(f"its {name} is not called as it says: {error}") from None
     bound.apply_defaults()
     return bound
