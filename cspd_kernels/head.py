@@ -264,9 +264,10 @@ class DiffusionHead:
         return head
 
     @torch.no_grad()
-    def with_schedule(self, schedule: Schedule) -> DiffusionHead:
-        """The same weights under another schedule."""
-        head = replace(self, schedule=schedule, time_embedding=embed_schedule(self.time, schedule))
+    def with_schedule(self, schedule: Schedule | None) -> DiffusionHead:
+        """The same weights under another schedule; None: to be evaluated."""
+        embedding = None if schedule is None else embed_schedule(self.time, schedule)
+        head = replace(self, schedule=schedule, time_embedding=embedding)
         object.__setattr__(head, "shared", self.shared)
         object.__setattr__(head, "watched", self.watched)
         return head
