@@ -55,7 +55,7 @@ def graphable_denoise(diffloss, dtype):
     net = copy.deepcopy(diffloss.net).to(dtype)
     net.time_embed = EmbeddingOnDevice(net.time_embed)
     diffusion = diffloss.gen_diffusion
-    timesteps = torch.tensor(diffusion.schedule.timesteps, device=next(net.parameters()).device)
+    timesteps = torch.tensor(diffusion.schedule.timesteps, dtype=torch.int64, device=next(net.parameters()).device)
 
     def denoise(cond, x_t, noise):
         x, cond = x_t, cond.to(dtype)
@@ -78,15 +78,15 @@ def compiled_denoise(diffloss, dtype, mode="reduce-overhead"):
     net = copy.deepcopy(diffloss.net).to(dtype)
     diffusion, schedule = diffloss.gen_diffusion, diffloss.gen_diffusion.schedule
     device = next(diffloss.parameters()).device
-    names = ("sqrt_recip_acp", "sqrt_recipm1_acp", "coef1", "coef2", "log_beta", "log_posterior")
+    names = ("x0_x", "x0_out", "mean_x0", "mean_x", "log_std_upper", "log_std_lower")
     table = torch.tensor(np.stack([getattr(schedule, n) for n in names], 1), dtype=torch.float32, device=device)
-    timesteps = torch.tensor(schedule.timesteps, device=device)
+    timesteps = torch.tensor(schedule.timesteps, dtype=torch.int64, device=device)
 
     def step(x, cond, noise, t, row):
         out, channels = net(x, t.expand(len(x)), cond).float(), x.shape[1]
-        mean = row[2] * (row[0] * x - row[1] * out[:, :channels]) + row[3] * x
+        mean = row[2] * (row[0] * x + row[1] * out[:, :channels]) + row[3] * x
         frac = (out[:, channels:] + 1) / 2
-        return mean, mean + torch.exp(0.5 * (frac * row[4] + (1 - frac) * row[5])) * noise
+        return mean, mean + torch.exp(frac * row[4] + (1 - frac) * row[5]) * noise
 
     compiled = torch.compile(step, mode=mode, dynamic=False)
 

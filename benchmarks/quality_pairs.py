@@ -34,8 +34,8 @@ class Pair:
 
 def _digits() -> Pair:
     target, draft = digits.load_pair()
-    log_variance = target.diffloss.gen_diffusion.schedule.fixed_log_variance[0]
-    one_step = {"measured width": load_drift(), "the target's sigma": load_drift(width=math.exp(0.5 * log_variance))}
+    log_std = target.diffloss.gen_diffusion.schedule.log_std_lower[0]
+    one_step = {"measured width": load_drift(), "the target's sigma": load_drift(width=math.exp(log_std))}
     return Pair(
         "digits", target, draft, one_step, 16, (8, 4, 2), 512, lambda n: torch.arange(n) % 10,
         frechet_distance, "Frechet distance of pixels to the real digits",

@@ -144,8 +144,8 @@ class DiffusionHead:
 
     @property
     def learned_variance(self) -> bool:
-        """Whether the network puts out (eps, v) rather than eps alone."""
-        return self.final_weight.shape[0] == 2 * self.channels
+        """Whether the variance is what the network puts out behind the first C channels."""
+        return self.schedule.learned and self.final_weight.shape[0] == 2 * self.channels
 
     @property
     def device(self) -> torch.device:

@@ -1,136 +1,272 @@
-"""The noise schedule of the reverse diffusion, as the float64 tables every backend reads."""
+"""How a token is sampled: the update of every step, as the float64 tables that every backend reads."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from numbers import Real
 
 import numpy as np
 
-_VARIANCES = ("learned", "fixed_small", "fixed_large")
+from . import samplers
+from .samplers import PREDICTIONS, VARIANCES
+
+_TABLE = ("timesteps", "x0_x", "x0_out", "mean_x0", "mean_x", "log_std_upper", "log_std_lower")
 # Names of a diffusion object's tables and of ours.
-_TABLES = {
-    "sqrt_recip_alphas_cumprod": "sqrt_recip_acp",
-    "sqrt_recipm1_alphas_cumprod": "sqrt_recipm1_acp",
-    "posterior_mean_coef1": "coef1",
-    "posterior_mean_coef2": "coef2",
+_THEIRS = {
+    "sqrt_recip_alphas_cumprod": "recip",
+    "sqrt_recipm1_alphas_cumprod": "recipm1",
+    "posterior_mean_coef1": "mean_x0",
+    "posterior_mean_coef2": "mean_x",
     "posterior_log_variance_clipped": "log_posterior",
 }
+_MEANS = {"EPSILON": "epsilon", "START_X": "x0", "V": "v", "V_PREDICTION": "v", "VELOCITY": "v"}
 
 
 @dataclass(frozen=True, eq=False)
 class Schedule:
-    """Coefficients of the T reverse steps, float64 on the host, index 0 the last step taken.
+    """The T steps that make a token of noise, float64 on the host, index 0 the last step taken.
 
-    With ``acp`` the cumulative product of ``1 - betas`` and ``acp_prev`` the one before it::
+    Step i, with ``out`` what the network puts out, and v its second half where the variance is learned::
 
-        x0   = sqrt_recip_acp x - sqrt_recipm1_acp eps
-        mean = coef1 x0 + coef2 x
-        logvar = f log_beta + (1 - f) log_posterior,   f = (v + 1) / 2       (learned variance)
-        logvar = fixed_log_variance                                          (fixed variance)
+        x0   = x0_x[i] x + x0_out[i] out             limited to [clip[0], clip[1]] where there is a clip
+        mean = mean_x0[i] x0 + mean_x[i] x
+        log_std = f log_std_upper[i] + (1 - f) log_std_lower[i],   f = (v + 1) / 2      where it is learned
+        log_std = log_std_lower[i]                                                      elsewhere
+        x   <- mean + [i > 0] temperature exp(log_std) noise[i]
 
-    Source: Ho et al. 2020 (arXiv 2006.11239, eq. 6-7 and 15) and Nichol & Dhariwal 2021
-    (arXiv 2102.09672, eq. 15 for the learned variance, eq. 17 for the cosine schedule,
-    section 4 for respacing).
+    Diffusions and their samplers, flows and a network of one call are all such steps: make one by a class method; the
+    constructor takes the table of any other.
 
     Attributes:
-        betas: (T,) in (0, 1], after respacing.
-        timesteps: (T,) int64, what the time embedding of the network receives at each step.
-        variance: ``"learned"``, ``"fixed_small"`` or ``"fixed_large"``.
+        timesteps: (T,) what the time embedding of the network receives at each step.
+        x0_x, x0_out, mean_x0, mean_x: (T,) as above.
+        log_std_lower, log_std_upper: (T,) log standard deviation; -inf where a step adds no noise. The last step adds
+            none whatever its own says, which is the deviation stated of the token.
+        learned: whether the variance is for the network to say, if it puts it out.
+        clip: None, or (2,) or (2, C) the lower and the upper limits of x0.
+        name: of the sampler.
+        prediction: what the network puts out: ``"epsilon"``, ``"x0"``, ``"v"`` or ``"velocity"``.
+        variance: of a :meth:`diffusion`: ``"learned"``, ``"fixed_small"`` or ``"fixed_large"``; else None.
+        betas, alphas_cumprod: (T,) of a diffusion, after respacing; else None.
         width: of a :meth:`one_step` schedule, else None.
     """
 
-    betas: np.ndarray
     timesteps: np.ndarray
-    variance: str = "learned"
+    x0_x: np.ndarray
+    x0_out: np.ndarray
+    mean_x0: np.ndarray
+    mean_x: np.ndarray
+    log_std_lower: np.ndarray
+    log_std_upper: np.ndarray | None = None  # None: as the lower
+    learned: bool = False
+    clip: np.ndarray | None = None
+    name: str = "custom"
+    prediction: str = "epsilon"
+    variance: str | None = None
+    betas: np.ndarray | None = None
+    alphas_cumprod: np.ndarray | None = None
     width: float | None = None
 
     def __post_init__(self):
-        betas = np.array(self.betas, dtype=np.float64)
-        timesteps = np.array(self.timesteps, dtype=np.int64)
-        if betas.ndim != 1 or betas.size == 0:
-            raise ValueError(f"Schedule expected betas of shape (T,) with T >= 1, got {betas.shape}")
-        if not np.all((betas > 0) & (betas <= 1)):  # false for NaN too
-            raise ValueError("Schedule expected every beta in (0, 1], got values outside")
-        if timesteps.shape != betas.shape:
-            raise ValueError(f"Schedule expected timesteps of shape {betas.shape}, got {timesteps.shape}")
-        if self.variance not in _VARIANCES:
-            raise ValueError(f"Schedule expected variance one of {_VARIANCES}, got {self.variance!r}")
-        tables = self._one_step(betas) if self.width is not None else self._diffusion(betas)
-        for name, table in {"betas": betas, "timesteps": timesteps, **tables}.items():
-            table.setflags(write=False)
-            object.__setattr__(self, name, table)
+        if self.log_std_upper is None:
+            object.__setattr__(self, "log_std_upper", self.log_std_lower)
+        shape = np.shape(self.timesteps)
+        if len(shape) != 1 or shape[0] == 0:
+            raise ValueError(f"Schedule expected timesteps of shape (T,) with T >= 1, got {shape}")
+        for name in (*_TABLE, "betas", "alphas_cumprod"):
+            if getattr(self, name) is None and name not in _TABLE:
+                continue
+            values = self._keep(name)
+            if values.shape != shape:
+                raise ValueError(f"Schedule expected {name} of shape {shape}, got {values.shape}")
+            finite = np.isfinite(values)
+            if name.startswith("log_std") and not self.learned:
+                finite |= np.isneginf(values)
+            if not finite.all():
+                raise ValueError(f"Schedule expected finite values in {name}, got {values[~finite][0]}")
+        if self.clip is not None:
+            values = self._keep("clip")
+            low, high = values if values.ndim in (1, 2) and len(values) == 2 else (np.ones(1), np.zeros(1))
+            if not np.all(low <= high):  # false for NaN, too
+                raise ValueError(
+                    "Schedule expected clip as (2,) or (2, C), no lower limit above its upper one, got "
+                    f"{values.tolist()}"
+                )
+        if self.prediction not in PREDICTIONS:
+            raise ValueError(f"Schedule expected prediction one of {PREDICTIONS}, got {self.prediction!r}")
 
-    def _diffusion(self, betas: np.ndarray) -> dict[str, np.ndarray]:
-        """The tables that follow from betas."""
-        acp = np.cumprod(1.0 - betas)
-        # beta = 1 destroys the signal: x0 would be divided by zero.
-        if acp[-1] <= 0:
-            raise ValueError("Schedule expected a positive cumulative product of 1 - betas, got 0: lower the betas")
-        acp_prev = np.append(1.0, acp[:-1])
-        posterior = betas * (1.0 - acp_prev) / (1.0 - acp)
-        # The posterior variance of the last step is 0; its neighbour's stands in for it (with one
-        # step there is no neighbour, and beta does).
-        posterior[0] = posterior[1] if betas.size > 1 else betas[0]
-        large = betas.copy()
-        large[0] = posterior[0]
-        return {
-            "sqrt_recip_acp": np.sqrt(1.0 / acp),
-            "sqrt_recipm1_acp": np.sqrt(1.0 / acp - 1.0),
-            "coef1": betas * np.sqrt(acp_prev) / (1.0 - acp),
-            "coef2": (1.0 - acp_prev) * np.sqrt(1.0 - betas) / (1.0 - acp),
-            "log_beta": np.log(betas),
-            "log_posterior": np.log(posterior),
-            "fixed_log_variance": np.log(large if self.variance == "fixed_large" else posterior),
-            "alphas_cumprod": acp,
-        }
-
-    def _one_step(self, betas: np.ndarray) -> dict[str, np.ndarray]:
-        """The tables of :meth:`one_step`: beta is 1, and nothing follows from it."""
-        if betas.tolist() != [1.0] or not 0 < self.width < math.inf:
-            raise ValueError(
-                f"Schedule expected a finite width > 0 of one step with beta 1, got width {self.width!r} and betas "
-                f"{betas.tolist()}"
-            )
-        log_variance = 2.0 * math.log(self.width)
-        values = {
-            "sqrt_recip_acp": 0.0, "sqrt_recipm1_acp": -1.0, "coef1": 1.0, "coef2": 0.0, "log_beta": log_variance,
-            "log_posterior": log_variance, "fixed_log_variance": log_variance, "alphas_cumprod": 0.0,
-        }  # fmt: skip
-        return {name: np.array([value]) for name, value in values.items()}
+    def _keep(self, name: str) -> np.ndarray:
+        """A copy of the caller's values, which stay theirs."""
+        values = np.array(getattr(self, name), dtype=np.float64)
+        values.setflags(write=False)
+        object.__setattr__(self, name, values)
+        return values
 
     @property
     def num_steps(self) -> int:
-        """T, the number of reverse steps."""
-        return len(self.betas)
+        """T, the number of steps, each of which calls the network once."""
+        return len(self.timesteps)
 
-    def last(self, steps: int) -> Schedule:
-        """The last ``steps`` of the steps taken, or all where there are no more.
-
-        One step alone has no neighbour whose posterior variance could stand in for its own, 0: its beta does.
-        """
-        return replace(self, betas=self.betas[:steps], timesteps=self.timesteps[:steps])
+    @property
+    def deterministic(self) -> bool:
+        """Whether a step that should add noise, or the last, has no standard deviation: then a chain has no density."""
+        return bool(np.isneginf(self.log_std_lower).any())
 
     def __repr__(self) -> str:
         if self.width is not None:
             return f"Schedule.one_step({self.width!r})"
-        return f"Schedule(num_steps={self.num_steps}, variance={self.variance!r})"
+        told = [f"{self.name}, num_steps={self.num_steps}, prediction={self.prediction!r}"]
+        told += [f"variance={self.variance!r}"] if self.variance is not None else []
+        told += [f"clip={self.clip.tolist()}"] if self.clip is not None else []
+        return f"Schedule({', '.join(told)})"
 
     @classmethod
-    def from_diffusion(cls, obj) -> Schedule:
-        """Read an existing (respaced) diffusion object, such as ``DiffLoss.gen_diffusion``.
+    def diffusion(
+        cls, betas, timesteps=None, variance: str = "learned", *, prediction: str = "epsilon", clip=None
+    ) -> Schedule:
+        """Ancestral steps of a diffusion with these betas.
+
+        With acp the cumulative product of ``1 - betas``, acp_prev the one before it, and out a noise estimate eps, a
+        data estimate x0 or ``v = sqrt(acp) eps - sqrt(1 - acp) x0``::
+
+            x0   = sqrt(1/acp) x - sqrt(1/acp - 1) eps                           "epsilon"
+            x0   = out                                                           "x0"
+            x0   = sqrt(acp) x - sqrt(1 - acp) v                                 "v"
+            mean = beta sqrt(acp_prev) / (1 - acp) x0 + (1 - acp_prev) sqrt(1 - beta) / (1 - acp) x
+            2 log_std_lower = log(beta (1 - acp_prev) / (1 - acp)),   the posterior variance
+            2 log_std_upper = log(beta)
+
+        The posterior variance of the last step is 0: its neighbour's stands in for it, and beta where there is none.
+
+        Args:
+            betas: (T,) in (0, 1]. timesteps: (T,), None: 0..T-1.
+            variance: ``"learned"``; or ``"fixed_small"``, the lower; or ``"fixed_large"``, the upper, but for the last
+                step's.
+            prediction: what the network puts out. clip: limits of x0, as :meth:`clipped` takes them, in a tuple.
+
+        Source: Ho et al. 2020 (arXiv 2006.11239, eq. 6-7 and 15), Nichol & Dhariwal 2021 (arXiv 2102.09672, eq. 15),
+        Salimans & Ho 2022 (arXiv 2202.00512, v).
+        """
+        betas = np.array(betas, dtype=np.float64)
+        if betas.ndim != 1 or betas.size == 0:
+            raise ValueError(f"Schedule expected betas of shape (T,) with T >= 1, got {betas.shape}")
+        if not np.all((betas > 0) & (betas <= 1)):  # false for NaN too
+            raise ValueError("Schedule expected every beta in (0, 1], got values outside")
+        if variance not in VARIANCES:
+            raise ValueError(f"Schedule expected variance one of {VARIANCES}, got {variance!r}")
+        timesteps = np.arange(betas.size) if timesteps is None else np.array(timesteps)
+        if timesteps.shape != betas.shape:
+            raise ValueError(f"Schedule expected timesteps of shape {betas.shape}, got {timesteps.shape}")
+        made = cls(
+            timesteps=timesteps, **samplers.ancestral(betas, variance, prediction), learned=variance == "learned",
+            name="ddpm", prediction=prediction, variance=variance, betas=betas,
+        )  # fmt: skip
+        return made if clip is None else made.clipped(*clip)
+
+    @classmethod
+    def cosine(
+        cls, num_steps: int, *, train_steps: int = 1000, variance: str = "learned", prediction: str = "epsilon"
+    ) -> Schedule:
+        """The cosine schedule of ``train_steps`` betas, respaced to ``num_steps`` of them.
+
+        Its last betas are near 1, so the first reverse step multiplies the network's error by
+        thousands: small networks diverge under it. ``linear`` is the well-conditioned choice.
+
+        Source: arXiv 2102.09672, eq. 17.
+        """
+        _check_steps(num_steps, train_steps)
+        time = [(i / train_steps + 0.008) / 1.008 for i in range(train_steps + 1)]
+        edges = np.array([math.cos(t * math.pi / 2) ** 2 for t in time])
+        betas = np.minimum(1.0 - edges[1:] / edges[:-1], 0.999)
+        return cls.diffusion(betas, variance=variance, prediction=prediction).respaced(num_steps)
+
+    @classmethod
+    def linear(
+        cls, num_steps: int, *, train_steps: int = 1000, variance: str = "learned", prediction: str = "epsilon"
+    ) -> Schedule:
+        """Betas from 1e-4 to 0.02 (times 1000 / train_steps), respaced to ``num_steps`` of them."""
+        _check_steps(num_steps, train_steps)
+        scale = 1000 / train_steps
+        betas = np.minimum(np.linspace(scale * 1e-4, scale * 0.02, train_steps), 0.999)
+        return cls.diffusion(betas, variance=variance, prediction=prediction).respaced(num_steps)
+
+    @classmethod
+    def euler(cls, times, *, data_at: float = 1.0, prediction: str = "velocity", timesteps=None, clip=None) -> Schedule:
+        """Euler steps of a flow along straight lines, ``x_t = data`` at t = ``data_at``, without noise.
+
+        With ``out = dx/dt`` ("velocity") or the data itself ("x0")::
+
+            x0   = x + (data_at - t) out         or out
+            mean = x + (t_next - t) out = r x0 + (1 - r) x,      r = (t_next - t) / (data_at - t)
+
+        Args:
+            times: (T+1,) from noise to data, the last where the token is read off.
+            timesteps: (T,) what the network receives at the steps, from the first taken, where not ``times[:-1]``.
+            clip: limits of x0.
+
+        Source: Lipman et al. 2022 (arXiv 2210.02747), Liu et al. 2022 (arXiv 2209.03003).
+        """
+        made = cls(name="euler", prediction=prediction, **samplers.euler(times, data_at, prediction, timesteps))
+        return made if clip is None else made.clipped(*clip)
+
+    @classmethod
+    def euler_maruyama(
+        cls, times, *, data_at: float = 1.0, sizes=None, prediction: str = "velocity", timesteps=None, clip=None
+    ) -> Schedule:
+        """Steps of the stochastic equation that has a flow's marginals, the last one without noise.
+
+        With t the share of data, from 0 to 1, and u = data - noise as the network has it, its score is
+        ``(t u - x) / (1 - t)``, and at the diffusion ``sqrt(2 (1 - t))``::
+
+            dx   = (u + (1 - t) score) dt + sqrt(2 (1 - t)) dw
+            mean = x + ((1 + t) u - x) dt,      std = sqrt(2 (1 - t) dt)
+                 = (1 + t) r x0 + (1 - 2 r) x,      r = dt / (1 - t),      x0 = x + (1 - t) u
+            last: mean = x + u dt = r x0 + (1 - r) x
+
+        The standard deviation stated of the last step is its neighbour's, as that of a diffusion is; its own where
+        there is none.
+
+        Args: as :meth:`euler`; with ``data_at`` 0 the network's time and velocity run the other way.
+            sizes: (T,) of the steps, from the first taken, where not the differences of ``times``, which may then be
+                (T,).
+
+        Source: Ma et al. 2024 (arXiv 2401.08740, SiT), NextStep-1 (arXiv 2508.10711, stepfun-ai/NextStep-1).
+        """
+        table = samplers.euler_maruyama(times, data_at, sizes, prediction, timesteps)
+        made = cls(name="euler_maruyama", prediction=prediction, **table)
+        return made if clip is None else made.clipped(*clip)
+
+    @classmethod
+    def one_step(cls, width: float) -> Schedule:
+        """Of a network that makes a token of x_T in one call: its output is the token, ``x0 = mean = out``.
+
+        ``width`` > 0 is the standard deviation of the token about that output that :class:`Denoised` is to state; the
+        output itself has no density. The network is called with timestep 0.
+        """
+        if not isinstance(width, Real) or not 0 < width < math.inf:
+            raise ValueError(f"Schedule expected a finite width > 0 of one step, got {width!r}")
+        table = samplers.table([0.0], [0.0], [1.0], [1.0], [0.0], [math.log(width)])
+        return cls(name="one_step", prediction="x0", width=float(width), **table)
+
+    @classmethod
+    def from_diffusion(cls, obj, *, clip=None) -> Schedule:
+        """Read an existing (respaced) diffusion object, such as ``DiffLoss.gen_diffusion``: its ancestral steps.
 
         Needs ``obj.betas`` (T,); reads ``timestep_map``, ``model_mean_type`` and ``model_var_type``
         where they exist. The tables follow from the betas in float64, as in the object itself.
 
+        Args:
+            clip: limits of x0, as :meth:`clipped` takes them, in a tuple.
+
         Raises:
             TypeError: the object has no betas, or is a list of objects.
-            ValueError: the network predicts something other than the noise (epsilon), or a table of the
-                object does not follow from its betas.
+            ValueError: the network predicts something that is neither noise, data nor v, or a table of the object
+                does not follow from its betas.
         """
         obj = getattr(obj, "schedule", obj)
         if isinstance(obj, cls):
-            return obj
+            return obj if clip is None else obj.clipped(*clip)
         if isinstance(obj, (list, tuple)):
             raise TypeError(
                 f"Schedule.from_diffusion expected one diffusion object, got a {type(obj).__name__} of {len(obj)}: "
@@ -143,63 +279,80 @@ class Schedule:
                 f"{type(obj).__name__} without: another kind of sampler, which these kernels do not compute"
             )
         mean_type = getattr(getattr(obj, "model_mean_type", None), "name", "EPSILON")
-        if mean_type != "EPSILON":
-            raise ValueError(f"Schedule.from_diffusion expected a network that predicts EPSILON, got {mean_type}")
+        if mean_type not in _MEANS:
+            raise ValueError(
+                f"Schedule.from_diffusion expected a network that predicts one of {', '.join(_MEANS)}, got {mean_type}"
+            )
         var_type = getattr(getattr(obj, "model_var_type", None), "name", "LEARNED_RANGE")
         variance = {"FIXED_SMALL": "fixed_small", "FIXED_LARGE": "fixed_large"}.get(var_type, "learned")
         timesteps = getattr(obj, "timestep_map", None)
-        if timesteps is None:
-            timesteps = np.arange(len(betas))
-        schedule = cls(np.asarray(betas), np.asarray(timesteps), variance)
-        for theirs, ours in _TABLES.items():
+        betas, timesteps = np.asarray(betas), None if timesteps is None else np.asarray(timesteps)
+        schedule = cls.diffusion(betas, timesteps, variance, prediction=_MEANS[mean_type], clip=clip)
+        tables = samplers.posterior(schedule.betas)
+        for theirs, ours in _THEIRS.items():
             table = getattr(obj, theirs, None)
-            if table is not None and not np.allclose(table, getattr(schedule, ours), rtol=1e-6, atol=1e-12):
+            if table is not None and not np.allclose(table, tables[ours], rtol=1e-6, atol=1e-12):
                 raise ValueError(
                     f"Schedule.from_diffusion expected {theirs} as it follows from betas, got a table of its own in "
                     f"{type(obj).__name__}"
                 )
         return schedule
 
-    @classmethod
-    def one_step(cls, width: float) -> Schedule:
-        """Of a network that makes a token of x_T in one call: its output is the token, ``x0 = mean = eps``.
+    def last(self, steps: int) -> Schedule:
+        """The last ``steps`` of the steps taken, or all where there are no more."""
+        tables = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{n: v[:steps] for n, v in tables.items() if isinstance(v, np.ndarray) and n != "clip"})
 
-        ``width`` > 0 is the standard deviation of the token about that output that :class:`Denoised` is to state, so
-        that the fixed log variance is 2 log(width); the output itself has no density. The network is called with
-        timestep 0.
+    def respaced(self, steps: int) -> Schedule:
+        """``steps`` evenly strided ones of these; new betas preserve the kept cumulative products.
+
+        Source: arXiv 2102.09672, section 4.
         """
-        return cls(np.ones(1), np.zeros(1), "fixed_small", float(width))
-
-    @classmethod
-    def cosine(cls, num_steps: int, *, train_steps: int = 1000, variance: str = "learned") -> Schedule:
-        """The cosine schedule of ``train_steps`` betas, respaced to ``num_steps`` of them.
-
-        Its last betas are near 1, so the first reverse step multiplies the network's error by
-        thousands: small networks diverge under it. ``linear`` is the well-conditioned choice.
-        """
-        _check_steps(num_steps, train_steps)
-        time = [(i / train_steps + 0.008) / 1.008 for i in range(train_steps + 1)]
-        edges = np.array([math.cos(t * math.pi / 2) ** 2 for t in time])
-        return cls._respaced(np.minimum(1.0 - edges[1:] / edges[:-1], 0.999), num_steps, variance)
-
-    @classmethod
-    def linear(cls, num_steps: int, *, train_steps: int = 1000, variance: str = "learned") -> Schedule:
-        """Betas from 1e-4 to 0.02 (times 1000 / train_steps), respaced to ``num_steps`` of them."""
-        _check_steps(num_steps, train_steps)
-        scale = 1000 / train_steps
-        betas = np.minimum(np.linspace(scale * 1e-4, scale * 0.02, train_steps), 0.999)
-        return cls._respaced(betas, num_steps, variance)
-
-    @classmethod
-    def _respaced(cls, betas: np.ndarray, num_steps: int, variance: str) -> Schedule:
-        """Keep ``num_steps`` evenly strided steps; new betas preserve the kept cumulative products."""
-        stride = (len(betas) - 1) / (num_steps - 1) if num_steps > 1 else 1.0
+        self._needs_ancestral("respaced")
+        _check_steps(steps, self.num_steps)
+        stride = (self.num_steps - 1) / (steps - 1) if steps > 1 else 1.0
         kept, position = [], 0.0
-        for _ in range(num_steps):  # accumulated, not multiplied: existing checkpoints' maps round this way
+        for _ in range(steps):  # accumulated, not multiplied: existing checkpoints' maps round this way
             kept.append(round(position))
             position += stride
-        acp = np.cumprod(1.0 - betas)[kept]
-        return cls(1.0 - acp / np.append(1.0, acp[:-1]), np.array(kept), variance)
+        acp = self.alphas_cumprod[kept]
+        betas = 1.0 - acp / np.append(1.0, acp[:-1])
+        return Schedule.diffusion(
+            betas, self.timesteps[kept], self.variance, prediction=self.prediction, clip=self.clip
+        )  # fmt: skip
+
+    def ddim(self, eta: float = 0.0) -> Schedule:
+        """The same steps of a diffusion by DDIM, without noise at ``eta`` 0; at 1 ancestral with the small variance.
+
+        With acp_prev of the step taken next::
+
+            sigma = eta sqrt((1 - acp_prev) / (1 - acp)) sqrt(1 - acp / acp_prev)
+            mean  = sqrt(acp_prev) x0 + sqrt(1 - acp_prev - sigma^2) (x - sqrt(acp) x0) / sqrt(1 - acp)
+
+        A variance that the network puts out is not used. The deviation stated of the last step is its neighbour's.
+
+        Source: Song et al. 2020 (arXiv 2010.02502, eq. 12 and 16).
+        """
+        self._needs_ancestral("ddim")
+        if not isinstance(eta, Real) or not 0 <= eta <= 1:
+            raise ValueError(f"Schedule.ddim expected eta in [0, 1], got {eta!r}")
+        table = samplers.ddim(self.betas, self.alphas_cumprod, float(eta))
+        return replace(self, name="ddim", learned=False, variance=None, **table)
+
+    def clipped(self, low, high) -> Schedule:
+        """The same steps with x0 limited to [low, high]: numbers, or one a channel (C,); infinite where there is none.
+
+        It is limited after guidance and before the mean.
+        """
+        limits = np.broadcast_arrays(np.asarray(low, np.float64), np.asarray(high, np.float64))
+        return replace(self, clip=np.stack(limits))
+
+    def _needs_ancestral(self, method: str) -> None:
+        if self.variance is None:
+            raise ValueError(
+                f"Schedule.{method} expected the ancestral steps of a diffusion, got {self!r}"
+                + (": respace them first" if self.name == "ddim" and method == "respaced" else "")
+            )
 
 
 def _check_steps(num_steps: int, train_steps: int) -> None:

@@ -115,7 +115,9 @@ def make_diffloss():
             torch.manual_seed(seed)
             module = DiffLoss(channels, cond_channels, depth, width, steps, schedule=kind, **options)
         if schedule == "mild":
-            module.gen_diffusion = GaussianDiffusion(Schedule(np.linspace(0.01, 0.1, steps), 3 * np.arange(steps)))
+            module.gen_diffusion = GaussianDiffusion(
+                Schedule.diffusion(np.linspace(0.01, 0.1, steps), 3 * np.arange(steps))
+            )
         return randomize_(module, seed, scale)
 
     return make

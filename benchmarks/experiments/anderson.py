@@ -23,7 +23,7 @@ def inputs_of_nothing(chain: Chain, x_T: torch.Tensor, noise: torch.Tensor) -> t
     """U (T+1, N, C) of a chain whose x0 is 0: U[i+1] is the input of step i, U[0] the token."""
     U = torch.stack([x_T] * (chain.steps + 1))  # noqa: N806
     for i in reversed(range(chain.steps)):
-        U[i] = chain.coef2[i] * U[i + 1]
+        U[i] = chain.mean_x[i] * U[i + 1]
         U[i] += torch.exp(chain.lower[i]) * noise[i] if i else 0
     return U
 
@@ -37,10 +37,10 @@ def fixed_point(chain: Chain, U: torch.Tensor, noise: torch.Tensor, order: int, 
     index = torch.arange(steps).repeat_interleave(tokens)
     x0, log_std = chain.evaluate(U[1:].flatten(0, 1), index, torch.arange(tokens).repeat(steps))
     x0, log_std = x0.view_as(noise), log_std.view_as(noise)
-    recip, coef1, coef2 = (v[:, None, None] for v in (chain.recip, chain.coef1, chain.coef2))
+    x0_x, mean_x0, mean_x = (v[:, None, None] for v in (chain.x0_x, chain.mean_x0, chain.mean_x))
     last = (torch.arange(steps) > 0)[:, None, None]
-    fixed = coef1 * (x0 if frozen == "x0" else x0 - recip * U[1:]) + last * torch.exp(log_std) * noise
-    rate = coef2 if frozen == "x0" else coef2 + coef1 * recip
+    fixed = mean_x0 * (x0 if frozen == "x0" else x0 - x0_x * U[1:]) + last * torch.exp(log_std) * noise
+    rate = mean_x if frozen == "x0" else mean_x + mean_x0 * x0_x
     F = U[torch.arange(steps).add(order).clamp(max=steps)]  # noqa: N806
     for ahead in reversed(range(order)):  # row i takes step i + ahead
         rows = steps - ahead

@@ -90,7 +90,7 @@ def speculate(chain, x_T: torch.Tensor, length: int, guess: str, generator) -> S
             elif guess == "reused":
                 old = said[s, torch.arange(tokens)]
                 guessed = torch.where(old.isnan(), x0, old)
-            means.append(chain.coef1[s, None] * guessed + chain.coef2[s, None] * x)
+            means.append(chain.mean_x0[s, None] * guessed + chain.mean_x[s, None] * x)
             stds.append(place * chain.upper[s, None] + (1 - place) * chain.lower[s, None])
             z = torch.randn(tokens, channels, generator=generator)
             inputs.append(means[-1] + torch.exp(stds[-1]) * z)
@@ -112,7 +112,7 @@ def speculate(chain, x_T: torch.Tensor, length: int, guess: str, generator) -> S
             s = step[r, None]
             before_x, before_x0 = _put(before_x, r, last_x), _put(before_x0, r, x0)
             last_x, x0 = _put(last_x, r, now), _put(x0, r, true_x0[ahead])
-            mean = chain.coef1[s] * x0[r] + chain.coef2[s] * now[r]
+            mean = chain.mean_x0[s] * x0[r] + chain.mean_x[s] * now[r]
             if chain.learned_variance:
                 u, w = chain.upper[s], chain.lower[s]
                 place[r] = torch.where(u > w, (true_std[ahead][r] - w) / (u - w).clamp_min(1e-30), 0)
@@ -144,10 +144,10 @@ class ToyChain:
     def __init__(self, steps: int = 20, centre: float = 0.7, width: float = 0.5, varies: bool = False):
         s = Schedule.linear(steps, variance="fixed_small")
         self.steps, self.learned_variance = s.num_steps, varies
-        self.coef1, self.coef2 = (torch.tensor(v, dtype=torch.float32) for v in (s.coef1, s.coef2))
-        self.upper = torch.tensor(s.fixed_log_variance, dtype=torch.float32) / 2
+        self.mean_x0, self.mean_x = (torch.tensor(v, dtype=torch.float32) for v in (s.mean_x0, s.mean_x))
+        self.upper = torch.tensor(s.log_std_lower, dtype=torch.float32)
         self.lower = self.upper - 1 if varies else self.upper
-        keep = 1 / np.array(s.sqrt_recip_acp) ** 2
+        keep = s.alphas_cumprod
         gain = np.sqrt(keep) * width**2 / (keep * width**2 + 1 - keep)
         self.gain = torch.tensor(gain, dtype=torch.float32)
         self.offset = torch.tensor(centre - gain * np.sqrt(keep) * centre, dtype=torch.float32)
@@ -161,7 +161,7 @@ class ToyChain:
         """(mean, std) of a token, from x_T ~ N(0, 1)."""
         mean, variance = 0.0, 1.0
         for i in reversed(range(self.steps)):
-            c1, c2, gain = float(self.coef1[i]), float(self.coef2[i]), float(self.gain[i])
+            c1, c2, gain = float(self.mean_x0[i]), float(self.mean_x[i]), float(self.gain[i])
             mean = (c1 * gain + c2) * mean + c1 * float(self.offset[i])
             variance = (c1 * gain + c2) ** 2 * variance + (math.exp(2 * float(self.upper[i])) if i else 0)
         return mean, math.sqrt(variance)
@@ -172,7 +172,7 @@ def sequential(chain, x_T: torch.Tensor, generator) -> torch.Tensor:  # noqa: N8
     x, token = x_T, torch.arange(len(x_T))
     for i in reversed(range(chain.steps)):
         x0, log_std = chain.evaluate(x, torch.full((len(x),), i), token)
-        x = chain.coef1[i] * x0 + chain.coef2[i] * x
+        x = chain.mean_x0[i] * x0 + chain.mean_x[i] * x
         if i:
             x = x + torch.exp(log_std) * torch.randn(x.shape, generator=generator)
     return x

@@ -29,19 +29,17 @@ KNOWN = (0, 4, 10)  # so many tokens of 16 are known where a condition is taken
 
 class Chain:
     """A head's chain without guidance, at temperature 1, in float32: one step is
-    ``x <- coef1[i] x0(x) + coef2[i] x + exp(log_std(x)) z``. Tables are (T,)."""
+    ``x <- mean_x0[i] x0(x) + mean_x[i] x + exp(log_std(x)) z``. Tables are (T,)."""
 
     def __init__(self, head: DiffusionHead, cond: torch.Tensor):
         s = head.schedule
         self.head, self.steps, self.channels, self.tokens = head, head.num_steps, head.channels, len(cond)
         self.c = F.linear(cond, head.cond_weight, head.cond_bias)
-        tables = (s.sqrt_recip_acp, s.sqrt_recipm1_acp, s.coef1, s.coef2)
-        self.recip, self.recipm1, self.coef1, self.coef2 = (torch.tensor(v, dtype=torch.float32) for v in tables)
-        if head.learned_variance:
-            bounds = s.log_beta, s.log_posterior
-        else:
-            bounds = s.fixed_log_variance, s.fixed_log_variance
-        self.upper, self.lower = (0.5 * torch.tensor(v, dtype=torch.float32) for v in bounds)
+        upper = s.log_std_upper if head.learned_variance else s.log_std_lower
+        self.x0_x, self.x0_out, self.mean_x0, self.mean_x, self.upper, self.lower = (
+            torch.tensor(v, dtype=torch.float32)
+            for v in (s.x0_x, s.x0_out, s.mean_x0, s.mean_x, upper, s.log_std_lower)
+        )
         self.learned_variance = head.learned_variance
 
     @torch.no_grad()
@@ -51,7 +49,7 @@ class Chain:
         eps = out[:, : self.channels]
         f = (out[:, self.channels :] + 1) / 2 if self.learned_variance else torch.ones_like(x)
         log_std = f * self.upper[step, None] + (1 - f) * self.lower[step, None]
-        return self.recip[step, None] * x - self.recipm1[step, None] * eps, log_std
+        return self.x0_x[step, None] * x + self.x0_out[step, None] * eps, log_std
 
 
 def heads(quick: bool) -> Iterator[tuple[str, DiffusionHead, torch.Tensor]]:

@@ -56,7 +56,7 @@ def test_a_relaxation_of_another_kind(pair):
         ({"img_size": 4}, "same seq_len, got 4 and 16"),
         ({"vae_embed_dim": 2}, "same token_embed_dim, got 8 and 4"),
         ({"num_sampling_steps": "7"}, "same number of denoising steps.*got 7 and 12"),
-        ({"schedule": "cosine"}, "same noise schedule.*got different betas"),
+        ({"schedule": "cosine"}, "same noise schedule.*got different steps"),
     ],
 )
 def test_models_that_do_not_fit(pair, changes, match):

@@ -25,8 +25,8 @@ class Spaced:
     """A diffusion object with betas, the tables that follow from them, and the loops that read those."""
 
     def __init__(self, steps: int = STEPS, mean=Mean.EPSILON, var=Var.LEARNED_RANGE):
-        schedule = Schedule(np.linspace(0.01, 0.1, steps), 3 * np.arange(steps))
-        self.betas, self.timestep_map = schedule.betas.copy(), schedule.timesteps.tolist()
+        schedule = Schedule.diffusion(np.linspace(0.01, 0.1, steps), 3 * np.arange(steps))
+        self.betas, self.timestep_map = schedule.betas.copy(), schedule.timesteps.astype(int).tolist()
         self.num_timesteps = len(self.betas)
         self.model_mean_type, self.model_var_type = mean, var
         acp = np.cumprod(1 - self.betas)

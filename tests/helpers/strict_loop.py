@@ -100,7 +100,7 @@ def gentle(learned: bool = False, betas=(0.1,) * 5):
     """A small target of few denoising steps, whose tokens are not far larger than its last sigma."""
     model = small_mar(1, width=32, learn_sigma=learned)
     times = np.arange(len(betas)) * (1000 // len(betas))
-    schedule = Schedule(np.array(betas), times, "learned" if learned else "fixed_small")
+    schedule = Schedule.diffusion(np.array(betas), times, "learned" if learned else "fixed_small")
     model.diffloss.gen_diffusion = GaussianDiffusion(schedule)
     return model
 

@@ -48,7 +48,7 @@ def test_torch_backend_never_reads_a_tensor_on_the_host(head, addressed, scale, 
     if addressed:
         noise = PhiloxNoise(0, torch.arange(5), C)
     with torch.no_grad(), NoHostRead():
-        out = torch_backend.denoise(head, cond, x, noise, 0.9, scale, workspace)
+        out = torch_backend.denoise(head, cond, x, noise, 0.9, () if scale is None else (scale,), workspace)
     expected = denoise(head, cond, x, noise, temperature=0.9, cfg_scale=1.0 if scale is None else scale)
     assert all(relative_error(a, b) <= 1e-5 for a, b in zip(out, expected, strict=True))
 
@@ -82,6 +82,6 @@ def test_addressed_noise_and_verdicts_make_no_tensor_from_a_number(head):
     arguments = (x, draft, target, 5, rows, 1.0, "paper", 12)
     with torch.no_grad(), NoTensorFromHost():
         noise = PhiloxNoise(3, rows)
-        torch_backend.denoise(head, cond, noise.x_T(C), noise, 1.0, None, 1 << 20)
+        torch_backend.denoise(head, cond, noise.x_T(C), noise, 1.0, (), 1 << 20)
         for residual in ("rejection", "closed_form"):
             accept_reject_backend.accept_reject(*arguments, residual, compact=False)

@@ -75,31 +75,25 @@ def test_a_network_with_a_variance_has_the_stated_width_all_the_same(make_difflo
 
 def test_tables():
     schedule = Schedule.one_step(WIDTH)
-    values = {name: getattr(schedule, name).tolist() for name in ("sqrt_recip_acp", "sqrt_recipm1_acp", "coef1")}
-    assert values == {"sqrt_recip_acp": [0.0], "sqrt_recipm1_acp": [-1.0], "coef1": [1.0]}
-    assert schedule.coef2.tolist() == schedule.alphas_cumprod.tolist() == schedule.timesteps.tolist() == [0]
-    assert schedule.fixed_log_variance.tolist() == [pytest.approx(2 * math.log(WIDTH))]
-    assert (schedule.num_steps, schedule.variance, schedule.width) == (1, "fixed_small", WIDTH)
+    values = {name: getattr(schedule, name).tolist() for name in ("x0_x", "x0_out", "mean_x0", "mean_x", "timesteps")}
+    assert values == {"x0_x": [0.0], "x0_out": [1.0], "mean_x0": [1.0], "mean_x": [0.0], "timesteps": [0.0]}
+    assert schedule.log_std_lower.tolist() == schedule.log_std_upper.tolist() == [pytest.approx(math.log(WIDTH))]
+    assert (schedule.num_steps, schedule.learned, schedule.deterministic, schedule.width) == (1, False, False, WIDTH)
     assert repr(schedule) == "Schedule.one_step(0.3)"
     for again in (pickle.loads(pickle.dumps(schedule)), copy.deepcopy(schedule), schedule.last(1), schedule.last(10)):
-        assert (again.width, again.coef1.tolist(), again.betas.tolist()) == (WIDTH, [1.0], [1.0])
+        assert (again.width, again.mean_x0.tolist(), again.x0_x.tolist()) == (WIDTH, [1.0], [0.0])
     with pytest.raises(ValueError, match="read-only"):
-        schedule.coef1[0] = 2.0
+        schedule.mean_x0[0] = 2.0
 
 
 def test_the_last_steps_of_a_diffusion():
     whole, last = Schedule.linear(7), Schedule.linear(7).last(3)
     assert (last.num_steps, last.width, last.variance) == (3, None, whole.variance)
-    np.testing.assert_array_equal(last.coef1, whole.coef1[:3])
+    np.testing.assert_array_equal(last.mean_x0, whole.mean_x0[:3])
+    np.testing.assert_array_equal(last.betas, whole.betas[:3])
 
 
 @pytest.mark.parametrize("width", [0.0, -1.0, math.inf, math.nan])
 def test_a_width_that_is_none(width):
     with pytest.raises(ValueError, match="finite width > 0"):
         Schedule.one_step(width)
-
-
-@pytest.mark.parametrize("betas", [[0.5], [1.0, 1.0]])
-def test_betas_that_are_not_one_step(betas):
-    with pytest.raises(ValueError, match="one step with beta 1"):
-        Schedule(betas, np.arange(len(betas)), "fixed_small", WIDTH)

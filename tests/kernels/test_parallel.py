@@ -117,7 +117,7 @@ def test_torch_sweep_by_sweep(name, cfg_scale, kind):
     scale = torch.linspace(0.5, 4, 5)[:, None] if cfg_scale == "per token" else cfg_scale
     halves = cond.reshape(-1, 5, cond.shape[-1])
     parallel = torch_parallel.Parallel(1e-30, None)
-    state = torch_parallel._Sweeps(head, halves, x, noise, 0.9, scale, parallel)
+    state = torch_parallel._Sweeps(head, halves, x, noise, 0.9, reference.as_scales(scale), parallel)
     expected = reference.sweeps(head, cond, x, noise, 0.9, scale)
     for sweep in itertools.islice(expected, min(head.num_steps, 12)):
         state.sweep()
@@ -161,9 +161,7 @@ def test_no_nan_that_the_sequential_chain_has_not():
     out = reference.denoise_in_parallel(head, cond, x, noise, 1.0, None, 1e-4, guess.movedim(0, 1))
     torch.testing.assert_close(out[1], expected.mean, rtol=1e-3, atol=1e-3)
     parallel = torch_parallel.Parallel(1e-4, guess.movedim(0, 1))
-    made = torch_parallel.in_parallel(
-        head, cond[None], x, noise, 1.0, None, parallel, lambda *_: pytest.fail("settles")
-    )
+    made = torch_parallel.in_parallel(head, cond[None], x, noise, 1.0, (), parallel, lambda *_: pytest.fail("settles"))
     torch.testing.assert_close(made[1], expected.mean, rtol=1e-3, atol=1e-3)
 
 

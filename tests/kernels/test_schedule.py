@@ -13,8 +13,7 @@ from cspd.models import GaussianDiffusion
 from cspd_kernels import Schedule
 
 TABLES = (
-    "betas", "timesteps", "sqrt_recip_acp", "sqrt_recipm1_acp", "coef1", "coef2", "log_beta", "log_posterior",
-    "fixed_log_variance", "alphas_cumprod",
+    "timesteps", "x0_x", "x0_out", "mean_x0", "mean_x", "log_std_lower", "log_std_upper", "betas", "alphas_cumprod",
 )  # fmt: skip
 Mean = Enum("Mean", ["EPSILON", "START_X", "PREVIOUS_X"])
 Var = Enum("Var", ["LEARNED_RANGE", "FIXED_SMALL", "FIXED_LARGE"])
@@ -32,20 +31,19 @@ def written_out(betas, variance="learned"):
     fixed = posterior if variance != "fixed_large" else [posterior[1], *betas[1:]]
     return {
         "alphas_cumprod": acp,
-        "sqrt_recip_acp": [a**-0.5 for a in acp],
-        "sqrt_recipm1_acp": [((1 - a) / a) ** 0.5 for a in acp],
-        "coef1": [b * p**0.5 / (1 - a) for b, p, a in zip(betas, before, acp, strict=True)],
-        "coef2": [(1 - p) * (1 - b) ** 0.5 / (1 - a) for b, p, a in zip(betas, before, acp, strict=True)],
-        "log_beta": [math.log(b) for b in betas],
-        "log_posterior": [math.log(p) for p in posterior],
-        "fixed_log_variance": [math.log(p) for p in fixed],
+        "x0_x": [a**-0.5 for a in acp],
+        "x0_out": [-(((1 - a) / a) ** 0.5) for a in acp],
+        "mean_x0": [b * p**0.5 / (1 - a) for b, p, a in zip(betas, before, acp, strict=True)],
+        "mean_x": [(1 - p) * (1 - b) ** 0.5 / (1 - a) for b, p, a in zip(betas, before, acp, strict=True)],
+        "log_std_lower": [math.log(p) / 2 for p in fixed],
+        "log_std_upper": [math.log(b) / 2 for b in (betas if variance == "learned" else fixed)],
     }
 
 
 @pytest.mark.parametrize("variance", ["learned", "fixed_small", "fixed_large"])
 def test_tables_follow_from_betas(variance):
     betas = [0.3, 0.01, 0.2, 0.05, 0.9]
-    schedule = Schedule(betas, np.arange(5), variance)
+    schedule = Schedule.diffusion(betas, variance=variance)
     for name, expected in written_out(betas, variance).items():
         np.testing.assert_allclose(getattr(schedule, name), expected, rtol=1e-12, err_msg=name)
 
@@ -78,7 +76,7 @@ def test_respacing_keeps_timesteps_and_cumulative_products(kind, steps):
     schedule = make(steps)
     assert schedule.num_steps == steps
     assert schedule.timesteps.tolist() == [round(Fraction(999 * i, steps - 1)) for i in range(steps)]
-    expected = make(1000).alphas_cumprod[schedule.timesteps]
+    expected = make(1000).alphas_cumprod[schedule.timesteps.astype(int)]
     np.testing.assert_allclose(schedule.alphas_cumprod, expected, rtol=1e-9, atol=1e-15)
 
 
@@ -87,15 +85,15 @@ def test_one_step_is_finite(make):
     schedule = make(1)
     assert schedule.timesteps.tolist() == [0]
     assert all(np.isfinite(getattr(schedule, name)).all() for name in TABLES)
-    assert (schedule.coef1[0], schedule.coef2[0]) == (1.0, 0.0)  # the mean of the only step is x0
+    assert (schedule.mean_x0[0], schedule.mean_x[0]) == (1.0, 0.0)  # the mean of the only step is x0
 
 
 def test_tables_are_float64_and_read_only():
     betas = np.array([0.1, 0.2])
-    schedule = Schedule(betas, [0, 1])
+    schedule = Schedule.diffusion(betas, [0, 1])
     for name in TABLES:
         table = getattr(schedule, name)
-        assert table.dtype == (np.int64 if name == "timesteps" else np.float64)
+        assert table.dtype == np.float64
         with pytest.raises(ValueError, match="read-only"):
             table[0] = 1
     with pytest.raises(AttributeError):
@@ -124,16 +122,16 @@ def test_from_diffusion_reads_a_foreign_object(convert, variance):
 @pytest.mark.parametrize(
     ("name", "own"),
     [
-        ("sqrt_recip_alphas_cumprod", "sqrt_recip_acp"),
-        ("sqrt_recipm1_alphas_cumprod", "sqrt_recipm1_acp"),
-        ("posterior_mean_coef1", "coef1"),
-        ("posterior_mean_coef2", "coef2"),
-        ("posterior_log_variance_clipped", "log_posterior"),
+        ("sqrt_recip_alphas_cumprod", lambda s: s.x0_x),
+        ("sqrt_recipm1_alphas_cumprod", lambda s: -s.x0_out),
+        ("posterior_mean_coef1", lambda s: s.mean_x0),
+        ("posterior_mean_coef2", lambda s: s.mean_x),
+        ("posterior_log_variance_clipped", lambda s: 2 * s.log_std_lower),
     ],
 )
 def test_from_diffusion_refuses_tables_that_do_not_follow_from_betas(name, own):
     source = Schedule.linear(9)
-    table = getattr(source, own).copy()
+    table = own(source).copy()
     foreign = SimpleNamespace(betas=source.betas, timestep_map=source.timesteps, **{name: table})
     np.testing.assert_array_equal(Schedule.from_diffusion(foreign).betas, source.betas)
     table[4] *= 1.001
@@ -161,7 +159,7 @@ def test_from_diffusion_unwraps_and_passes_schedules_through():
             TypeError,
             "expected a Gaussian diffusion object, with betas, got SimpleNamespace without: another",
         ),
-        (SimpleNamespace(betas=[0.1], model_mean_type=Mean.START_X), ValueError, "EPSILON, got START_X"),
+        (SimpleNamespace(betas=[0.1], model_mean_type=Mean.PREVIOUS_X), ValueError, "EPSILON, .*got PREVIOUS_X"),
         (SimpleNamespace(betas=[0.1, math.nan]), ValueError, r"every beta in \(0, 1\]"),
         (SimpleNamespace(betas=[0.1, 0.2], timestep_map=[0]), ValueError, r"timesteps of shape \(2,\), got \(1,\)"),
     ],
@@ -184,7 +182,7 @@ def test_from_diffusion_errors(obj, error, message):
 )
 def test_constructor_errors(betas, timesteps, variance, message):
     with pytest.raises(ValueError, match=message):
-        Schedule(betas, timesteps, variance)
+        Schedule.diffusion(betas, timesteps, variance)
 
 
 @pytest.mark.parametrize("steps", [0, -1, 1001])

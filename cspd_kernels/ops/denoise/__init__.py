@@ -37,7 +37,7 @@ _library = torch.library.Library("cspd_kernels", "FRAGMENT")
 _library.define(
     f"{_name}(int head, Tensor cond, Tensor x_T, Tensor? noise, Tensor? rows, SymInt seed, float temperature, "
     "Tensor? cfg_scale, str? backend, int workspace_bytes, float? parallel_tol=None, Tensor? guess=None, "
-    "Tensor? seeds=None) -> "
+    "Tensor? seeds=None, Tensor? second_scale=None, Tensor? temperatures=None) -> "
     "(Tensor mean, Tensor log_std, Tensor path_log_std, Tensor sweeps, Tensor trajectory)",
     tags=_TAGS,
 )
@@ -78,8 +78,8 @@ def denoise(
     x_T: torch.Tensor,  # noqa: N803  (the mathematics' name)
     noise: torch.Tensor | PhiloxNoise,
     *,
-    temperature: float = 1.0,
-    cfg_scale: float | torch.Tensor = 1.0,
+    temperature: float | torch.Tensor = 1.0,
+    cfg_scale: float | torch.Tensor | tuple = 1.0,
     backend: str | None = None,
     workspace_bytes: int = WORKSPACE_BYTES,
     parallel_tol: float | str | None = AUTO,
@@ -87,32 +87,39 @@ def denoise(
 ) -> Denoised | DenoisedInParallel:
     """Run the whole reverse chain; same noise in, same tokens out, up to rounding, whatever the backend.
 
-    For i = T-1..0, with (eps, v) the network's output and the tables of ``head.schedule``::
+    For i = T-1..0, with out and v the first and the second C channels of the network's output, and the tables of
+    ``head.schedule``::
 
-        eps  = eps_u + cfg_scale (eps_c - eps_u)                  with guidance; v is the conditional row's
-        x0   = sqrt_recip_acp[i] x - sqrt_recipm1_acp[i] eps
-        mean = coef1[i] x0 + coef2[i] x
-        logvar = f log_beta[i] + (1 - f) log_posterior[i],        f = (v + 1) / 2, not clamped
-        x   <- mean + [i > 0] temperature exp(logvar / 2) noise[i]
+        out  = out_u + cfg_scale (out_c - out_u)                  with guidance; v is the conditional row's
+        x0   = x0_x[i] x + x0_out[i] out                          limited to the schedule's clip, where it has one
+        mean = mean_x0[i] x0 + mean_x[i] x
+        log_std = f log_std_upper[i] + (1 - f) log_std_lower[i],  f = (v + 1) / 2, not clamped
+        log_std = log_std_lower[i]                                where the variance is not learned
+        x   <- mean + [i > 0] temperature exp(log_std) noise[i]
+
+    Which sampler that is, :class:`cspd_kernels.Schedule` says. A step without noise has a log_std of -inf.
 
     Inference only: nothing is recorded for autograd. Rows are independent. Non-finite inputs raise
     on the CPU; on other devices they are not looked for (that would synchronise) and spoil only
     their own row. ``torch.compile`` sees one operator (``fullgraph`` too); it compiles the caller
-    again for another head, temperature or parallel_tol, not for another seed, scale or N. A CUDA graph of the
+    again for another head or parallel_tol, not for another seed, scale, temperature or N. A CUDA graph of the
     caller's that holds the call needs the head as long as it is replayed. A replay reads the tensors on the device
-    anew, a seed and a cfg_scale too; numbers, and a cfg_scale on the CPU, stay those of the capture.
+    anew, a seed, a temperature and a cfg_scale too; numbers, and those on the CPU, stay those of the capture.
 
     Args:
         head: the packed network; its dtype is the GEMM operand type.
-        cond: (N, Z) floating, or (2N, Z) with the conditional rows first when cfg_scale is not 1.
+        cond: (N, Z) floating, or (2N, Z) with the conditional rows first when cfg_scale is not 1, or (3N, Z) when it
+            is two scales.
         x_T: (N, C) floating, the starting points. N = 0 is allowed.
         noise: (T, N, C) floating, indexed by step (noise[0] adds nothing), or a PhiloxNoise of N rows.
-        temperature: >= 0, scales the noise of every step. At 0 the chain is deterministic and
-            log_std is -inf.
+        temperature: >= 0, a number or a floating tensor of one element (on the head's device or the CPU), for which
+            the host never waits; scales the noise of every step. At 0 the chain is deterministic and log_std is -inf.
         cfg_scale: guidance. A number; or a tensor of one element (on the head's device or the CPU) or
             of N (one a token, on the head's device), for which the host never waits: guidance is then
-            on exactly when cond has 2N rows. In a function under ``torch.compile`` PyTorch 2.4 takes a number for a
-            constant: it compiles again for every other one, eight times at most. It does not for a tensor.
+            on exactly when cond has 2N rows. Or a tuple of two of either, (s0, s1), with cond as three groups of N
+            rows, fully conditional first: ``out = out_2 + s1 (out_1 - out_2) + s0 (out_0 - out_1)``. In a function
+            under ``torch.compile`` PyTorch 2.4 takes numbers, also a temperature, for constants: it compiles again
+            for every other one, eight times at most. It does not for a tensor.
         backend: "torch", "triton", "cuda", or None: ``CSPD_BACKEND``, else automatic.
         workspace_bytes: bound on the memory of the hoisted modulations.
         parallel_tol: how the T steps are made. None: one after the other. A number in (0, 1): all at once, in sweeps
@@ -133,7 +140,8 @@ def denoise(
         TypeError, ValueError: an argument does not fit; nothing has been computed.
         RuntimeError: the chosen backend cannot serve.
 
-    Source: LTH14/mar ``diffusion/gaussian_diffusion.py`` (p_sample), arXiv 2406.11838 section 3.2.
+    Source: LTH14/mar ``diffusion/gaussian_diffusion.py`` (p_sample), arXiv 2406.11838 section 3.2; two scales as in
+    arXiv 2211.09800 (eq. 3).
     """
     _check(head, cond, x_T, noise, temperature, cfg_scale, workspace_bytes)
     _check_parallel(head, x_T, parallel_tol, guess)
@@ -146,13 +154,19 @@ def denoise(
             seeds = noise.seed
         else:
             seed = signed_seed(noise.seed)
-    if not isinstance(cfg_scale, torch.Tensor):
-        # A product, as torch.compile would compile the caller again for every new float that enters otherwise.
-        cfg_scale = None if cfg_scale == 1.0 else torch.ones((), dtype=torch.float64, device="cpu") * float(cfg_scale)
+    second, temperatures = None, None
+    if isinstance(cfg_scale, tuple):
+        cfg_scale, second = map(_traced, cfg_scale)
+    elif isinstance(cfg_scale, torch.Tensor) or cfg_scale != 1.0:
+        cfg_scale = _traced(cfg_scale)
+    else:
+        cfg_scale = None
+    if isinstance(temperature, torch.Tensor) or torch.compiler.is_compiling():
+        temperature, temperatures = 1.0, _traced(temperature)
     tolerance = -1.0 if isinstance(parallel_tol, str) else parallel_tol
     mean, log_std, path_log_std, *more = _operator(
         head.handle, cond, x_T, stored, rows, seed, float(temperature), cfg_scale, backend, workspace_bytes,
-        tolerance, guess, seeds,
+        tolerance, guess, seeds, second, temperatures,
     )  # fmt: skip
     # Two fields, one tensor: an op must not return it twice.
     if tolerance is None or tolerance < 0:
@@ -160,42 +174,59 @@ def denoise(
     return DenoisedInParallel(mean, mean, log_std, path_log_std, *more)
 
 
+def _traced(number: float | torch.Tensor) -> torch.Tensor:
+    """As a tensor: a product, as torch.compile would compile the caller again for every new float that enters."""
+    if isinstance(number, torch.Tensor):
+        return number
+    return torch.ones((), dtype=torch.float64, device="cpu") * float(number)
+
+
 def run(
     head, cond, x_T, noise, rows, seed, temperature, cfg_scale, backend, workspace_bytes,  # noqa: N803
-    parallel_tol=None, guess=None, seeds=None,
+    parallel_tol=None, guess=None, seeds=None, second_scale=None, temperatures=None,
 ):  # fmt: skip
     """The op: everything that looks at values or at this machine, which a compiler must not see, then a backend.
 
     Noise is ``noise`` (T, N, C) or, where that is None, addressed by ``rows`` and the seed: ``seeds``, a tensor of one
-    element, or, where that is None, ``seed`` modulo 2**64. Guidance is on exactly when cond has 2N rows.
-    ``parallel_tol`` is -1 for "auto".
+    element, or, where that is None, ``seed`` modulo 2**64. Guidance is on exactly when cond has more rows than x_T, by
+    ``cfg_scale`` and, of three groups of rows, ``second_scale``. ``temperatures``, a tensor of one element, is the
+    temperature where it is not None. ``parallel_tol`` is -1 for "auto".
     """
     head = DiffusionHead.of_handle(head)
-    if cfg_scale is not None and cfg_scale.numel() == 1 and cfg_scale.device.type == "cpu":
-        cfg_scale = float(cfg_scale)
-    _check_values(x_T=x_T, cond=cond, noise=noise, cfg_scale=cfg_scale, guess=guess)
+    stream = stream_dtype(head.dtype)
+    scales = tuple(_number(scale) for scale in (cfg_scale, second_scale) if scale is not None)
+    _check_values(x_T=x_T, cond=cond, noise=noise, cfg_scale=scales, guess=guess)
+    if temperatures is not None:
+        temperature = _number(temperatures)
+        if isinstance(temperature, torch.Tensor):
+            temperature = temperature.to(stream).reshape(1)
+        elif not 0 <= temperature < math.inf:
+            raise ValueError(f"denoise expected a finite temperature >= 0, got {temperature!r}")
     overflows = late_overflows(head)
     guided = len(cond) != len(x_T)
     automatic = parallel_tol is not None and parallel_tol < 0
     if automatic:
         parallel_tol = automatic_tolerance(head, len(x_T), guided, backend)
     function = remembered_chain(backend, head, len(x_T), guided, parallel_tol is not None)
-    stream = stream_dtype(head.dtype)
     seed = seed % 2**64 if seeds is None else seeds
     noise = PhiloxNoise(seed, rows) if noise is None else noise.to(stream)
     if not guided:
-        cfg_scale = None
-    elif isinstance(cfg_scale, torch.Tensor):
-        cfg_scale = cfg_scale.to(stream).reshape(-1, 1)  # [1 or N, 1]
+        scales = ()
+    scales = tuple(s.to(stream).reshape(-1, 1) if isinstance(s, torch.Tensor) else s for s in scales)  # [1 or N, 1]
     parallel = None
     if parallel_tol is not None:
         parallel = Parallel(parallel_tol, None if guess is None else guess.to(stream))
     with without_autocast(head.device):  # the head's dtype decides, not the caller's autocast
-        _, *out = function(head, cond, x_T.to(stream), noise, temperature, cfg_scale, workspace_bytes, parallel)
+        _, *out = function(head, cond, x_T.to(stream), noise, temperature, scales, workspace_bytes, parallel)
     check_result(head, out[0], overflows)
     if parallel is None or automatic:  # as fake tensors have it, which do not know what is faster
         out[3:] = [x_T.new_empty(0, dtype=torch.int32), out[0].new_empty(0)]
     return tuple(value.contiguous() for value in out)
+
+
+def _number(value: torch.Tensor) -> float | torch.Tensor:
+    """A tensor of one element on the CPU as its number."""
+    return float(value) if value.numel() == 1 and value.device.type == "cpu" else value
 
 
 def automatic_tolerance(head: DiffusionHead, tokens: int, guided: bool, backend: str | None) -> float | None:
@@ -228,7 +259,7 @@ def _check(head, cond, x_T, noise, temperature, cfg_scale, workspace_bytes) -> N
         raise TypeError(f"denoise expected a DiffusionHead, got {type(head).__name__}: use DiffusionHead.from_module")
     _check_tensor("x_T", x_T, head, ("N", head.channels))
     rows = x_T.shape[0]
-    _check_tensor("cond", cond, head, ("N or 2N", head.cond_channels))
+    _check_tensor("cond", cond, head, ("N, 2N or 3N", head.cond_channels))
     if isinstance(noise, PhiloxNoise):
         if noise.rows.shape[0] != rows or noise.rows.device != head.device:
             raise ValueError(
@@ -236,23 +267,36 @@ def _check(head, cond, x_T, noise, temperature, cfg_scale, workspace_bytes) -> N
             )
     else:
         _check_tensor("noise", noise, head, (head.num_steps, rows, head.channels))
-    if not isinstance(temperature, Real) or not 0 <= temperature < math.inf:
-        raise ValueError(f"denoise expected a finite temperature >= 0, got {temperature!r}")
-    if isinstance(cfg_scale, torch.Tensor):
-        one = cfg_scale.numel() == 1
-        near = cfg_scale.device == head.device or (one and cfg_scale.device.type == "cpu")
-        if not near or not cfg_scale.is_floating_point() or not (one or cfg_scale.numel() == rows):
+    if isinstance(temperature, torch.Tensor):
+        if temperature.numel() != 1 or not _is_near(temperature, head):
             raise ValueError(
-                f"denoise expected cfg_scale as a number or a floating tensor of 1 or {rows} elements on "
-                f"{head.device}, got {cfg_scale.dtype} {tuple(cfg_scale.shape)} on {cfg_scale.device}"
+                "denoise expected temperature as a number or a floating tensor of 1 element on "
+                f"{head.device} or the CPU, got {temperature.dtype} {tuple(temperature.shape)} on {temperature.device}"
             )
+    elif not isinstance(temperature, Real) or not 0 <= temperature < math.inf:
+        raise ValueError(f"denoise expected a finite temperature >= 0, got {temperature!r}")
+    scales = cfg_scale if isinstance(cfg_scale, tuple) else (cfg_scale,)
+    for scale in scales:
+        if isinstance(scale, torch.Tensor):
+            if not _is_near(scale, head) or not (scale.numel() == 1 or scale.numel() == rows):
+                raise ValueError(
+                    f"denoise expected cfg_scale as a number or a floating tensor of 1 or {rows} elements on "
+                    f"{head.device}, got {scale.dtype} {tuple(scale.shape)} on {scale.device}"
+                )
+        elif not isinstance(scale, Real) or not -math.inf < scale < math.inf:
+            raise ValueError(f"denoise expected a finite cfg_scale, got {scale!r}")
+    if isinstance(cfg_scale, tuple):
+        if len(cfg_scale) != 2:
+            raise ValueError(f"denoise expected cfg_scale as one scale or a tuple of two, got {len(cfg_scale)}")
+        fits = cond.shape[0] == 3 * rows
+    elif isinstance(cfg_scale, torch.Tensor):
         fits = cond.shape[0] == rows or cond.shape[0] == 2 * rows
     else:
-        if not isinstance(cfg_scale, Real) or not -math.inf < cfg_scale < math.inf:
-            raise ValueError(f"denoise expected a finite cfg_scale, got {cfg_scale!r}")
         fits = cond.shape[0] == (rows if cfg_scale == 1.0 else 2 * rows)
     if not fits:
-        if isinstance(cfg_scale, torch.Tensor):
+        if isinstance(cfg_scale, tuple):
+            expected = f"{3 * rows} (fully conditional first)"
+        elif isinstance(cfg_scale, torch.Tensor):
             expected = f"{rows} or {2 * rows}"
         else:
             expected = f"{rows}" if cfg_scale == 1.0 else f"{2 * rows} (conditional first)"
@@ -260,8 +304,21 @@ def _check(head, cond, x_T, noise, temperature, cfg_scale, workspace_bytes) -> N
             f"denoise expected cond to have {expected} rows for cfg_scale {cfg_scale} and the {rows} rows of x_T, "
             f"got {cond.shape[0]}"
         )
+    clip = head.schedule.clip
+    if clip is not None and clip.ndim == 2 and clip.shape[1] != head.channels:
+        raise ValueError(
+            f"denoise expected a schedule with a clip of one limit or of {head.channels}, the head's channels, got "
+            f"{clip.shape[1]}"
+        )
     if not isinstance(workspace_bytes, int) or workspace_bytes <= 0:
         raise ValueError(f"denoise expected workspace_bytes as an int > 0, got {workspace_bytes!r}")
+
+
+def _is_near(value: torch.Tensor, head: DiffusionHead) -> bool:
+    """Whether it is floating and where the host or the head's device can read it without the other's waiting."""
+    return value.is_floating_point() and (
+        value.device == head.device or (value.numel() == 1 and value.device.type == "cpu")
+    )
 
 
 def _check_parallel(head, x_T, parallel_tol, guess) -> None:  # noqa: N803
@@ -292,7 +349,9 @@ def _check_tensor(name: str, tensor, head: DiffusionHead, shape: tuple) -> None:
 
 def _check_values(**values) -> None:
     """Raise on NaN and infinity where the host can see them; on a device, looking would wait for it."""
-    for name, value in values.items():
+    for name, value in (
+        (n, v) for n, several in values.items() for v in (several if isinstance(several, tuple) else (several,))
+    ):
         if isinstance(value, torch.Tensor):
             finite = value.device.type != "cpu" or bool(torch.isfinite(value).all())
         else:

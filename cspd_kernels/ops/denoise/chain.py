@@ -17,12 +17,16 @@ class Tables:
 
     def __init__(self, head: DiffusionHead):
         s = head.schedule
-        upper, lower = (s.log_beta, s.log_posterior) if head.learned_variance else (s.fixed_log_variance,) * 2
-        columns = [s.sqrt_recip_acp, s.sqrt_recipm1_acp, s.coef1, s.coef2, 0.5 * upper, 0.5 * lower]
+        upper = s.log_std_upper if head.learned_variance else s.log_std_lower
+        columns = [s.x0_x, s.x0_out, s.mean_x0, s.mean_x, upper, s.log_std_lower]
         table = torch.zeros(s.num_steps, 8, dtype=torch.float32, device="cpu")
         for i, column in enumerate(columns):
             table[:, i] = torch.from_numpy(column.copy())
         self.coefficients = to_device(table, head.device)  # (T, 8), float32
+        self.clip: torch.Tensor | None = None  # (2, C), float32: the limits of x0
+        if s.clip is not None:
+            clip = torch.tensor(s.clip, dtype=torch.float32, device="cpu").reshape(2, -1).expand(2, head.channels)
+            self.clip = to_device(clip.contiguous(), head.device)
         # (C, W): neighbouring threads make neighbouring columns. A copy, also of one channel: it is written to.
         self.input_weight = head.input_weight.t().clone(memory_format=torch.contiguous_format)
         fields = ("norm_weight", "norm_bias", "weight0", "bias0", "weight1", "bias1")

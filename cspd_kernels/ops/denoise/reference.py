@@ -10,35 +10,68 @@ import torch
 import torch.nn.functional as F
 
 
-def denoise(head, cond, x_T, noise, temperature, cfg_scale, workspace_bytes=None, *, dtype=torch.float32):  # noqa: N803
+def denoise(head, cond, x_T, noise, temperature, scales, workspace_bytes=None, *, dtype=torch.float32):  # noqa: N803
     """As :func:`cspd_kernels.denoise`, every operand converted to ``dtype`` (float32 or float64) first.
 
-    ``cfg_scale`` None means no guidance; otherwise cond has 2N rows, conditional first.
+    ``scales``: a tuple of G - 1 guidance scales, each a number or a tensor (1 or N, 1), where cond has G N rows; or one
+    alone; None is (), no guidance. ``temperature``: a number or a tensor of one element.
     """
     head, schedule = head.to(torch.float64) if dtype == torch.float64 else head.to(torch.float32), head.schedule
-    x, cond = x_T.to(dtype), cond.to(dtype)
-    c = F.linear(cond, head.cond_weight, head.cond_bias)
+    x, cond, scales = x_T.to(dtype), cond.to(dtype), as_scales(scales)
+    c, limits = F.linear(cond, head.cond_weight, head.cond_bias), limits_of(head, x)
     path_log_std = x.new_zeros(x.shape[0])
     for i in reversed(range(schedule.num_steps)):
-        rows = x if cfg_scale is None else torch.cat([x, x])
-        out = network(head, rows, head.time_embedding[i] + c)
-        eps, v = out[:, : head.channels], out[: len(x), head.channels :]
-        if cfg_scale is not None:
-            eps_c, eps_u = eps.chunk(2)
-            eps = eps_u + cfg_scale * (eps_c - eps_u)
-        x0 = float(schedule.sqrt_recip_acp[i]) * x - float(schedule.sqrt_recipm1_acp[i]) * eps
-        mean = float(schedule.coef1[i]) * x0 + float(schedule.coef2[i]) * x
+        out = network(head, torch.cat([x] * (1 + len(scales))), head.time_embedding[i] + c)
+        v = out[: len(x), head.channels :]
+        out = guided(out[:, : head.channels].unflatten(0, (1 + len(scales), len(x))), scales)
+        x0 = float(schedule.x0_x[i]) * x + float(schedule.x0_out[i]) * out
+        if limits is not None:
+            x0 = x0.clamp(*limits)
+        mean = float(schedule.mean_x0[i]) * x0 + float(schedule.mean_x[i]) * x
         if head.learned_variance:
             f = (v + 1) / 2
-            logvar = f * float(schedule.log_beta[i]) + (1 - f) * float(schedule.log_posterior[i])
+            log_std = f * float(schedule.log_std_upper[i]) + (1 - f) * float(schedule.log_std_lower[i])
         else:
-            logvar = torch.full_like(mean, float(schedule.fixed_log_variance[i]))
+            log_std = torch.full_like(mean, float(schedule.log_std_lower[i]))
         if i > 0:
             step_noise = noise[i] if isinstance(noise, torch.Tensor) else noise.step(i, head.channels)
-            x = mean + temperature * torch.exp(0.5 * logvar) * step_noise.to(dtype)
-            path_log_std += 0.5 * logvar.sum(dim=1)
-    log_temperature = math.log(temperature) if temperature > 0 else -math.inf
-    return mean, mean, 0.5 * logvar + log_temperature, path_log_std
+            x = mean + temperature * torch.exp(log_std) * step_noise.to(dtype)
+            path_log_std += log_std.sum(dim=1)
+    return mean, mean, log_std + log_of(temperature), path_log_std
+
+
+def as_scales(scales) -> tuple:
+    """One scale, or none, as backends take them."""
+    if scales is None:
+        return ()
+    return scales if isinstance(scales, tuple) else (scales,)
+
+
+def guided(groups, scales: tuple):
+    """``out_G-1 + sum_g scales[g] (out_g - out_g+1)`` of G groups of rows, the fully conditional first."""
+    out = groups[-1]
+    for g in reversed(range(len(scales))):
+        out = out + scales[g] * (groups[g] - groups[g + 1])
+    return out
+
+
+def limits_of(head, like: torch.Tensor) -> tuple | None:
+    """The schedule's limits of x0: two numbers, or two (C,) of the type and on the device of ``like``, kept with it."""
+    clip = head.schedule.clip
+    if clip is None or clip.ndim == 1:
+        return None if clip is None else tuple(clip.tolist())
+    kept = head.schedule.__dict__.setdefault("_limits", {})
+    key = (like.device, like.dtype)
+    if key not in kept:
+        kept[key] = tuple(torch.tensor(clip, dtype=like.dtype, device=like.device))
+    return kept[key]
+
+
+def log_of(temperature) -> float | torch.Tensor:
+    """-inf of 0."""
+    if isinstance(temperature, torch.Tensor):
+        return torch.log(temperature)
+    return math.log(temperature) if temperature > 0 else -math.inf
 
 
 class Sweep(NamedTuple):
@@ -64,7 +97,7 @@ def most_sweeps(num_steps: int) -> int:
 
 
 def denoise_in_parallel(
-    head, cond, x_T, noise, temperature, cfg_scale, tolerance, guess=None, *, dtype=torch.float32  # noqa: N803
+    head, cond, x_T, noise, temperature, scales, tolerance, guess=None, *, dtype=torch.float32  # noqa: N803
 ):  # fmt: skip
     """As :func:`denoise`, by sweeps, also (N,) dependent network calls of each row, and (N, T, C) inputs of all steps.
 
@@ -74,7 +107,7 @@ def denoise_in_parallel(
     guess = None if guess is None else guess.movedim(1, 0)
     done, result, x = torch.zeros(rows, dtype=torch.bool, device=x_T.device), None, None
     counts = torch.zeros(rows, dtype=torch.int32, device=x_T.device)
-    for count, sweep in enumerate(sweeps(head, cond, x_T, noise, temperature, cfg_scale, guess, dtype=dtype), start=1):
+    for count, sweep in enumerate(sweeps(head, cond, x_T, noise, temperature, scales, guess, dtype=dtype), start=1):
         now = [sweep.mean, sweep.log_std, sweep.path_log_std]
         result = now if result is None else [_where(done, old, new) for old, new in zip(result, now)]
         x = sweep.x if x is None else torch.where(done[:, None], x, sweep.x)
@@ -83,9 +116,9 @@ def denoise_in_parallel(
         if done.all() or count == limit:
             break
     mean, log_std, path_log_std = result
-    log_std = log_std + (math.log(temperature) if temperature > 0 else -math.inf)
+    log_std = log_std + log_of(temperature)
     if not done.all():
-        sequential = denoise(head, cond, x_T, noise, temperature, cfg_scale, dtype=dtype)[1:]
+        sequential = denoise(head, cond, x_T, noise, temperature, scales, dtype=dtype)[1:]
         mean, log_std, path_log_std = (
             _where(done, a, b) for a, b in zip((mean, log_std, path_log_std), sequential)
         )  # fmt: skip
@@ -94,19 +127,20 @@ def denoise_in_parallel(
 
 
 def sweeps(
-    head, cond, x_T, noise, temperature, cfg_scale, guess=None, *, dtype=torch.float32, slopes=True  # noqa: N803
+    head, cond, x_T, noise, temperature, scales, guess=None, *, dtype=torch.float32, slopes=True  # noqa: N803
 ) -> Iterator[Sweep]:  # fmt: skip
     """Sweeps over all T steps at once, without end; the tokens converge to those of :func:`denoise`.
 
     A sweep calls the network at the inputs X_i of all steps. Then it runs the recursion of the chain with x0 of every
     step taken as linear around X_i, each channel by itself::
 
-        x0_i(x) = x0_i + slope_i (x - X_i),      x0_i = sqrt_recip_acp[i] X_i - sqrt_recipm1_acp[i] eps_i
+        x0_i(x) = x0_i + slope_i (x - X_i),      x0_i = x0_x[i] X_i + x0_out[i] out_i
         slope_i = the secant through this sweep and the one before, limited to [0, 1]; 0 in the first
-        Y_i-1   = coef1[i] x0_i(Y_i) + coef2[i] Y_i + temperature exp(logvar_i / 2) noise[i],     Y_T-1 = x_T
+        Y_i-1   = mean_x0[i] x0_i(Y_i) + mean_x[i] Y_i + temperature exp(log_std_i) noise[i],     Y_T-1 = x_T
 
     and Y are the inputs of the next sweep. Where Y = X this is the sequential chain. Steps T-1..T-k are exact after k
-    sweeps, whatever the slopes. Under guidance the conditional and the unconditional x0 have secants of their own.
+    sweeps, whatever the slopes. Under guidance the x0 of every group of rows has secants of its own; what comes of
+    them is limited to the schedule's clip, with a slope of 0 where it was outside.
 
     Args:
         guess: (T, N, C) inputs of the first sweep; None: those of a chain whose x0 is 0.
@@ -115,37 +149,35 @@ def sweeps(
     Sources: arXiv 2305.16317 (sweeps), 2402.09970 (triangular systems), 2309.12252 (Newton's method for recurrences).
     """
     head, schedule = head.to(torch.float64) if dtype == torch.float64 else head.to(torch.float32), head.schedule
-    steps, channels, rows, guided = schedule.num_steps, head.channels, len(x_T), cfg_scale is not None
+    steps, channels, rows, scales = schedule.num_steps, head.channels, len(x_T), as_scales(scales)
     x_T, cond, like = x_T.to(dtype), cond.to(dtype), dict(dtype=dtype, device=x_T.device)  # noqa: N806
 
-    def table(values):  # (T, 1, 1)
-        return torch.tensor(values, **like)[:, None, None]
+    def table(name):  # (T, 1, 1)
+        return torch.tensor(getattr(schedule, name), **like)[:, None, None]
 
-    recip, recipm1, coef1, coef2 = map(
-        table, (schedule.sqrt_recip_acp, schedule.sqrt_recipm1_acp, schedule.coef1, schedule.coef2)
+    x0_x, x0_out, mean_x0, mean_x, lower, upper = map(
+        table, ("x0_x", "x0_out", "mean_x0", "mean_x", "log_std_lower", "log_std_upper")
     )
-    if head.learned_variance:
-        upper, lower = 0.5 * table(schedule.log_beta), 0.5 * table(schedule.log_posterior)
-    else:
-        upper = lower = 0.5 * table(schedule.fixed_log_variance)
     z = noise if isinstance(noise, torch.Tensor) else noise.steps(0, steps, channels)
-    z = z.to(dtype)
+    z, limits = z.to(dtype), limits_of(head, x_T)
     c = F.linear(cond, head.cond_weight, head.cond_bias)
     y = (head.time_embedding[:, None] + c).flatten(0, 1)  # [T G N, W]
 
     def evaluate(x):
         """x0 [G, T, N, C] at the inputs x, and log std."""
-        out = network(head, (torch.cat([x, x], 1) if guided else x).flatten(0, 1), y).view(steps, -1, rows, len_out)
-        eps, v = out[..., :channels].movedim(1, 0), out[:, 0, :, channels:]
-        f = (v + 1) / 2 if head.learned_variance else torch.ones_like(x)
-        return recip * x - recipm1 * eps, f * upper + (1 - f) * lower
+        out = network(head, torch.cat([x] * (1 + len(scales)), 1).flatten(0, 1), y).view(steps, -1, rows, len_out)
+        first, v = out[..., :channels].movedim(1, 0), out[:, 0, :, channels:]
+        if not head.learned_variance:
+            return x0_x * x + x0_out * first, lower.expand_as(x)
+        f = (v + 1) / 2
+        return x0_x * x + x0_out * first, f * upper + (1 - f) * lower
 
     def recursion(x, x0, slope, log_std):
         """(Y, mean of the last step): the chain, with x0 linear around the inputs x."""
         now, inputs = x_T, [x_T] * steps
         for i in reversed(range(steps)):
             inputs[i] = now
-            mean = coef1[i] * (x0[i] + slope[i] * (now - x[i])) + coef2[i] * now
+            mean = mean_x0[i] * (x0[i] + slope[i] * (now - x[i])) + mean_x[i] * now
             now = mean + temperature * torch.exp(log_std[i]) * z[i]
         return torch.stack(inputs), mean
 
@@ -164,16 +196,21 @@ def sweeps(
             secant = (x0 - before[1]) / moved
             slope = torch.where((secant > 0) & (moved != 0), secant.clamp(max=1), 0)  # 0 for NaN, too
         before = x, x0
-        if guided:
-            mixed, slope = (both[1] + cfg_scale * (both[0] - both[1]) for both in (x0, slope))
-        else:
-            mixed, slope = x0[0], slope[0]
+        mixed, slope = limited(guided(x0, scales), guided(slope, scales), limits)
         inputs, last = x, mean
         x, mean = recursion(inputs, mixed, slope, log_std)
         last = torch.full_like(mean, math.inf) if last is None else last
         change = torch.maximum((x - inputs).abs().amax((0, 2)), (mean - last).abs().amax(1))
         size = torch.maximum(x.abs().amax((0, 2)), mean.abs().amax(1))
         yield Sweep(x, mean, log_std[0], log_std[1:].sum((0, 2)), change, size)
+
+
+def limited(x0: torch.Tensor, slope: torch.Tensor, limits) -> tuple[torch.Tensor, torch.Tensor]:
+    """x0 within the limits, and its slope, 0 where it was outside."""
+    if limits is None:
+        return x0, slope
+    inside = x0.clamp(*limits)
+    return inside, torch.where(inside == x0, slope, 0)
 
 
 def _where(done, old, new):

@@ -2,48 +2,47 @@
 
 The modulations (shift, scale, gate) depend on the step and the condition alone, so those of many
 steps are one GEMM per layer before the steps run: 59 % of MAR-B's head is then read once per chunk
-of steps instead of once per step. This is exact. Under guidance the two halves share x, so the
-input projection and the first LayerNorm run once for both.
+of steps instead of once per step. This is exact. Under guidance the groups of rows share x, so the
+input projection and the first LayerNorm run once for all.
 """
 
 from __future__ import annotations
-
-import math
 
 import torch
 import torch.nn.functional as F
 
 from .parallel import Parallel
+from .reference import guided, limits_of, log_of
 from .torch_network import layers_of, modulations, network
 from .torch_parallel import in_parallel
 from .workspace import in_blocks_of_rows
 
 
 def denoise(
-    head, cond, x_T, noise, temperature, cfg_scale, workspace_bytes, parallel: Parallel | None = None  # noqa: N803
+    head, cond, x_T, noise, temperature, scales, workspace_bytes, parallel: Parallel | None = None  # noqa: N803
 ):  # fmt: skip
-    """As :func:`cspd_kernels.denoise`; ``cfg_scale`` None means no guidance. Waits for the device in parallel alone."""
-    rows, halves = x_T.shape[0], 1 if cfg_scale is None else 2
+    """As :func:`cspd_kernels.denoise`, with G - 1 guidance ``scales``. Waits for the device in parallel alone."""
+    rows, groups = x_T.shape[0], 1 + len(scales)
     # Shift, scale and gate of every block, shift and scale of the last layer, silu(y), and y before it is rounded.
-    bytes_per_row = halves * head.width * ((3 * head.depth + 3) * head.dtype.itemsize + 2 * x_T.dtype.itemsize)
-    cond = cond.reshape(halves, rows, cond.shape[-1])
+    bytes_per_row = groups * head.width * ((3 * head.depth + 3) * head.dtype.itemsize + 2 * x_T.dtype.itemsize)
+    cond = cond.reshape(groups, rows, cond.shape[-1])
 
-    def chain(cond, x, noise, cfg_scale, guess, steps):
+    def chain(cond, x, noise, scales, guess, steps):
         if parallel is None:
-            return _sequential(head, cond, x, noise, temperature, cfg_scale, steps)
+            return _sequential(head, cond, x, noise, temperature, scales, steps)
         own = parallel._replace(guess=guess)
-        return in_parallel(head, cond, x, noise, temperature, cfg_scale, own, finish=_sequential)
+        return in_parallel(head, cond, x, noise, temperature, scales, own, finish=_sequential)
 
     if parallel is not None:
         bytes_per_row, guess = head.num_steps * bytes_per_row, parallel.guess
-        return in_blocks_of_rows(chain, cond, x_T, noise, cfg_scale, bytes_per_row, workspace_bytes, guess)
-    return in_blocks_of_rows(chain, cond, x_T, noise, cfg_scale, bytes_per_row, workspace_bytes)
+        return in_blocks_of_rows(chain, cond, x_T, noise, scales, bytes_per_row, workspace_bytes, guess)
+    return in_blocks_of_rows(chain, cond, x_T, noise, scales, bytes_per_row, workspace_bytes)
 
 
-def _sequential(head, cond, x, noise, temperature, cfg_scale, steps_at_once):
-    """cond [G, N, Z] with G = 2 under guidance, x [N, C] -> the fields of Denoised."""
+def _sequential(head, cond, x, noise, temperature, scales, steps_at_once):
+    """cond [G, N, Z], x [N, C] -> the fields of Denoised."""
     schedule, channels = head.schedule, head.channels
-    layers, path_log_std = layers_of(head), x.new_zeros(x.shape[0])
+    layers, path_log_std, limits = layers_of(head), x.new_zeros(x.shape[0]), limits_of(head, x)
     y = F.linear(cond.to(head.dtype), head.cond_weight, head.cond_bias).to(x.dtype)  # [G, N, W]
     mean = log_std = x
     for stop in range(schedule.num_steps, 0, -steps_at_once):
@@ -52,22 +51,26 @@ def _sequential(head, cond, x, noise, temperature, cfg_scale, steps_at_once):
         noises = noise[start:stop] if isinstance(noise, torch.Tensor) else noise.steps(start, stop, channels)
         for i in reversed(range(start, stop)):
             k = i - start
-            out = network(head, layers, x, [m[:, k] for m in block_mods], final_mods[:, k])
-            eps = out[0][:, :channels]
-            if cfg_scale is not None:
-                eps = out[1] + cfg_scale * (eps - out[1])
-            x0 = float(schedule.sqrt_recip_acp[i]) * x - float(schedule.sqrt_recipm1_acp[i]) * eps
-            mean = float(schedule.coef1[i]) * x0 + float(schedule.coef2[i]) * x
+            first, *others = network(head, layers, x, [m[:, k] for m in block_mods], final_mods[:, k])
+            out = guided([first[:, :channels], *others], scales)
+            x0 = float(schedule.x0_x[i]) * x + float(schedule.x0_out[i]) * out
+            if limits is not None:
+                x0 = x0.clamp(*limits)
+            mean = float(schedule.mean_x0[i]) * x0 + float(schedule.mean_x[i]) * x
             if head.learned_variance:
-                # log std = (f log_beta + (1 - f) log_posterior) / 2 with f = (v + 1) / 2
-                upper, lower = 0.5 * float(schedule.log_beta[i]), 0.5 * float(schedule.log_posterior[i])
-                f = (out[0][:, channels:] + 1) / 2
-                log_std = f * upper + (1 - f) * lower
+                f = (first[:, channels:] + 1) / 2
+                log_std = f * float(schedule.log_std_upper[i]) + (1 - f) * float(schedule.log_std_lower[i])
             else:
-                log_std = torch.full_like(mean, 0.5 * float(schedule.fixed_log_variance[i]))
+                log_std = torch.full_like(mean, float(schedule.log_std_lower[i]))
             if i > 0:
-                x = torch.addcmul(mean, torch.exp(log_std), noises[k], value=temperature)
+                x = _moved(mean, log_std, noises[k], temperature)
                 path_log_std += log_std.sum(dim=1)
         del block_mods, final_mods  # before the next ones are made: the workspace holds one group of steps
-    log_temperature = math.log(temperature) if temperature > 0 else -math.inf
-    return mean, mean, log_std + log_temperature, path_log_std
+    return mean, mean, log_std + log_of(temperature), path_log_std
+
+
+def _moved(mean, log_std, noise, temperature):
+    """mean + temperature exp(log_std) noise."""
+    if isinstance(temperature, torch.Tensor):
+        return torch.addcmul(mean, temperature * torch.exp(log_std), noise)
+    return torch.addcmul(mean, torch.exp(log_std), noise, value=temperature)

@@ -46,12 +46,12 @@ def modulations(head, layers: Layers, y, start, stop):
 
 
 def network(head, layers: Layers, x, block_mods, final_mod):
-    """x [..., N, C] -> [(eps, v) of the conditional rows] and, under guidance, [eps of the unconditional rows].
+    """x [..., N, C] -> [all outputs of the first group of rows], and of every other the first C.
 
     Modulations are [3 or 2, ..., G, N, W].
     """
     dtype, width = head.dtype, (head.width,)
-    h = F.linear(x, head.input_weight, head.input_bias).unsqueeze(-3)  # [..., 1, N, W], shared by both halves
+    h = F.linear(x, head.input_weight, head.input_bias).unsqueeze(-3)  # [..., 1, N, W], shared by all groups
     for b, (mlp0, mlp1), (shift, scale, gate) in zip(head.blocks, layers.blocks, block_mods):
         a = F.layer_norm(h, width, b.norm_weight, b.norm_bias, head.norm_eps)
         a = torch.addcmul(shift, a, scale).to(dtype)  # [..., G, N, W] from here on
@@ -59,7 +59,5 @@ def network(head, layers: Layers, x, block_mods, final_mod):
     shift, scale = final_mod
     a = torch.addcmul(shift, F.layer_norm(h, width, None, None, head.norm_eps), scale)
     out = [F.linear(a[..., 0, :, :], head.final_weight, head.final_bias)]
-    if a.shape[-3] == 2:
-        channels = head.channels
-        out.append(F.linear(a[..., 1, :, :], head.final_weight[:channels], head.final_bias[:channels]))
-    return out
+    weight, bias = head.final_weight[: head.channels], head.final_bias[: head.channels]
+    return [*out, *(F.linear(a[..., g, :, :], weight, bias) for g in range(1, a.shape[-3]))]

@@ -4,32 +4,31 @@ The network runs for the steps and the tokens that still change: tokens leave wh
 noise end on, when their inputs do not change any more but by rounding. The recursion is solved for what changes. With
 ``Y = X + d`` and ``F_i`` the step from the inputs X_i it is affine::
 
-    d_i-1 = (F_i(X_i) - X_i-1) + (coef1[i] slope_i + coef2[i]) d_i,        d_T-1 = 0,   Y_i-1 = F_i(X_i) + (...) d_i
+    d_i-1 = (F_i(X_i) - X_i-1) + (mean_x0[i] slope_i + mean_x[i]) d_i,        d_T-1 = 0,   Y_i-1 = F_i(X_i) + (...) d_i
 
 which is composed in pairs, then pairs of pairs: some thirty operations in place of one after another for each step.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 
-from ...schedule import Schedule
 from .parallel import Parallel
-from .reference import most_sweeps
+from .reference import guided, limited, limits_of, log_of, most_sweeps
 from .torch_network import layers_of, modulations, network
+from .workspace import of_rows
 
 
 def in_parallel(
-    head, cond, x_T, noise, temperature, cfg_scale, parallel: Parallel, finish: Callable  # noqa: N803
+    head, cond, x_T, noise, temperature, scales, parallel: Parallel, finish: Callable  # noqa: N803
 ) -> tuple[torch.Tensor, ...]:  # fmt: skip
-    """cond [G, N, Z] with G = 2 under guidance, x_T [N, C] -> the fields of Denoised.
+    """cond [G, N, Z], x_T [N, C] -> the fields of Denoised.
 
     Args:
-        finish: the chain step by step, ``finish(head, cond, x_T, noise, temperature, cfg_scale, steps_at_once)``, of
+        finish: the chain step by step, ``finish(head, cond, x_T, noise, temperature, scales, steps_at_once)``, of
             the tokens that do not settle.
     """
     if x_T.is_cuda and torch.cuda.is_current_stream_capturing():
@@ -39,7 +38,7 @@ def in_parallel(
         )
     rows, steps, channels = len(x_T), head.num_steps, head.channels
     limit = most_sweeps(steps)
-    state = _Sweeps(head, cond, x_T, noise, temperature, cfg_scale, parallel)
+    state = _Sweeps(head, cond, x_T, noise, temperature, scales, parallel)
     mean, log_std, path = (torch.empty_like(x_T) for _ in range(3))
     sweeps = torch.full((rows,), limit + steps, dtype=torch.int32, device=x_T.device)
     trajectory = x_T.new_empty(steps, rows, channels)
@@ -54,12 +53,10 @@ def in_parallel(
         if any_settled and not state.keep(~settled):
             break
     if len(left := state.index):
-        scale = cfg_scale[left] if isinstance(cfg_scale, torch.Tensor) and len(cfg_scale) > 1 else cfg_scale
         own = noise[:, left] if isinstance(noise, torch.Tensor) else noise[left]
-        made = finish(head, cond[:, left], x_T[left], own, temperature, scale, 1)
+        made = finish(head, cond[:, left], x_T[left], own, temperature, of_rows(scales, left), 1)
         mean[left], log_std[left] = made[1], made[2]
-    log_temperature = math.log(temperature) if temperature > 0 else -math.inf
-    log_std, path = log_std + log_temperature, path.sum(1)
+    log_std, path = log_std + log_of(temperature), path.sum(1)
     if len(left):
         log_std[left], path[left] = made[2], made[3]
     return mean, mean, log_std, path, sweeps, trajectory.movedim(0, 1)
@@ -68,11 +65,11 @@ def in_parallel(
 class _Sweeps:
     """The tokens that have not settled: [steps, tokens, channels], index 0 the last step taken."""
 
-    def __init__(self, head, cond, x_T, noise, temperature, cfg_scale, parallel):  # noqa: N803
+    def __init__(self, head, cond, x_T, noise, temperature, scales, parallel):  # noqa: N803
         self.head, self.layers, self.tolerance, self.steps = head, layers_of(head), parallel.tolerance, head.num_steps
         self.index = torch.arange(len(x_T), device=x_T.device)
-        self.temperature, self.scale = temperature, cfg_scale
-        self.recip, self.recipm1, self.coef1, self.coef2, self.upper, self.lower = _tables(head, x_T)
+        self.scales, self.limits = scales, limits_of(head, x_T)
+        self.x0_x, self.x0_out, self.mean_x0, self.mean_x, self.upper, self.lower = _tables(head, x_T)
         y = F.linear(cond.to(head.dtype), head.cond_weight, head.cond_bias).to(x_T.dtype)  # [G, N, W]
         self.block_mods, self.final_mods = modulations(head, self.layers, y, 0, self.steps)
         z = noise if isinstance(noise, torch.Tensor) else noise.steps(0, self.steps, head.channels).to(x_T.dtype)
@@ -89,24 +86,21 @@ class _Sweeps:
 
     def sweep(self) -> torch.Tensor:
         """(tokens,) which of them have settled."""
-        n, guided = self.open, self.scale is not None
+        n = self.open
         x = self.x[:n]
         out = network(self.head, self.layers, x, [mods[:, :n] for mods in self.block_mods], self.final_mods[:, :n])
-        eps = torch.stack([out[0][..., : self.head.channels], *out[1:]])  # [G, n, N, C]
+        first = torch.stack([out[0][..., : self.head.channels], *out[1:]])  # [G, n, N, C]
         if self.head.learned_variance:
             f = (out[0][..., self.head.channels :] + 1) / 2
             self.log_std[:n] = f * self.upper[:n] + (1 - f) * self.lower[:n]
-        x0 = self.recip[:n] * x - self.recipm1[:n] * eps
+        x0 = self.x0_x[:n] * x + self.x0_out[:n] * first
         slope = torch.zeros_like(x0)
         if self.before is not None:
             moved = x - self.before[:n]
             secant = (x0 - self.x0[:, :n]) / moved
             slope = torch.where((secant > 0) & (moved != 0), secant.clamp(max=1), 0)
         self.before, self.x0 = x, x0
-        if guided:
-            x0, slope = (both[1] + self.scale * (both[0] - both[1]) for both in (x0, slope))
-        else:
-            x0, slope = x0[0], slope[0]
+        x0, slope = limited(guided(x0, self.scales), guided(slope, self.scales), self.limits)
         moved, mean = self._moved(x, x0, slope, x[-1])
         self.count += 1
         change, size = (moved - x).abs(), torch.cat([moved, self.x[n:], mean[None]]).abs().amax((0, 2))
@@ -128,9 +122,9 @@ class _Sweeps:
 
     def _moved(self, x, x0, slope, start) -> tuple[torch.Tensor, torch.Tensor]:
         """(Y [n, N, C] from Y[n - 1] = start, mean of the last step): the recursion with x0 linear around x."""
-        n, coef1, coef2 = len(x), self.coef1[: len(x)], self.coef2[: len(x)]
-        to = coef1 * x0 + coef2 * x + torch.exp(self.log_std[:n]) * self.noise[:n]  # from the inputs x
-        factor = (coef1 * slope + coef2).flip(0)
+        n, mean_x0, mean_x = len(x), self.mean_x0[: len(x)], self.mean_x[: len(x)]
+        to = mean_x0 * x0 + mean_x * x + torch.exp(self.log_std[:n]) * self.noise[:n]  # from the inputs x
+        factor = (mean_x0 * slope + mean_x).flip(0)
         to, apart = to.flip(0), torch.zeros_like(x)  # from here on the noise end comes first
         if n > 1:
             r, a = to[:-1] - x.flip(0)[1:], factor[:-1]
@@ -154,8 +148,7 @@ class _Sweeps:
         for i, mods in enumerate(self.block_mods):  # one by one: the memory of two sets is not to be had
             self.block_mods[i] = mods[:, :, :, which]
         self.final_mods = self.final_mods[:, :, :, which]
-        if isinstance(self.scale, torch.Tensor) and len(self.scale) > 1:
-            self.scale = self.scale[which]
+        self.scales = of_rows(self.scales, which)
         self.noise, self.log_std, self.x, self.before = (
             v[:, which] for v in (self.noise, self.log_std, self.x, self.before)
         )
@@ -164,8 +157,7 @@ class _Sweeps:
 
 
 def _tables(head, like: torch.Tensor) -> list[torch.Tensor]:
-    """sqrt_recip_acp, sqrt_recipm1_acp, coef1, coef2, and the log std at v = 1 and at v = -1, [T, 1, 1] each."""
-    s: Schedule = head.schedule
-    upper, lower = (s.log_beta, s.log_posterior) if head.learned_variance else (s.fixed_log_variance,) * 2
-    tables = (s.sqrt_recip_acp, s.sqrt_recipm1_acp, s.coef1, s.coef2, 0.5 * upper, 0.5 * lower)
+    """x0_x, x0_out, mean_x0, mean_x, and the log std at v = 1 and at v = -1, [T, 1, 1] each."""
+    s = head.schedule
+    tables = (s.x0_x, s.x0_out, s.mean_x0, s.mean_x, s.log_std_upper, s.log_std_lower)
     return [torch.tensor(t, dtype=like.dtype, device=like.device)[:, None, None] for t in tables]

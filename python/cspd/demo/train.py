@@ -111,7 +111,7 @@ def draft_loss(model: MAR, batch, target: MAR, match: float = 0.0) -> torch.Tens
     i = torch.where(torch.rand(len(rows)) < 0.5, i // 2, i)
     acp = torch.tensor(schedule.alphas_cumprod, dtype=torch.float32)[i, None]
     x = acp.sqrt() * x0 + (1 - acp).sqrt() * torch.randn_like(x0)
-    t = torch.tensor(schedule.timesteps)[i]
+    t = torch.tensor(schedule.timesteps, dtype=torch.int64)[i]
     with torch.no_grad():
         wanted = target.diffloss.net(x, t, z_target)
     return (model.diffloss.net(x, t, z) - wanted).square().mean() + apart

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
@@ -16,7 +17,7 @@ from cspd_kernels import Schedule
 
 
 class GaussianDiffusion:
-    """Training loss and ancestral sampling under a :class:`cspd_kernels.Schedule`.
+    """Training loss and sampling under a :class:`cspd_kernels.Schedule`; the loss needs one of a diffusion.
 
     Source: Ho et al. 2020 (arXiv 2006.11239), Nichol & Dhariwal 2021 (arXiv 2102.09672, eq. 15-16
     for the learned variance and its variational term).
@@ -37,16 +38,22 @@ class GaussianDiffusion:
         return self._mean(out, self._x0(out, x, i), x, i)
 
     def _x0(self, out: torch.Tensor, x: torch.Tensor, i: int) -> torch.Tensor:
-        eps = _wide(out[:, : x.shape[1]])
-        return float(self.schedule.sqrt_recip_acp[i]) * _wide(x) - float(self.schedule.sqrt_recipm1_acp[i]) * eps
+        s = self.schedule
+        x0 = float(s.x0_x[i]) * _wide(x) + float(s.x0_out[i]) * _wide(out[:, : x.shape[1]])
+        return x0 if s.clip is None else x0.clamp(*torch.tensor(s.clip, dtype=x0.dtype, device=x0.device))
 
     def _mean(self, out, x0, x, i: int) -> tuple[torch.Tensor, torch.Tensor]:
         s, channels = self.schedule, x.shape[1]
-        mean = float(s.coef1[i]) * x0 + float(s.coef2[i]) * _wide(x)
-        if out.shape[1] == channels:
-            return mean, torch.full_like(mean, float(s.fixed_log_variance[i]))
+        mean = float(s.mean_x0[i]) * x0 + float(s.mean_x[i]) * _wide(x)
+        upper, lower = 2 * float(s.log_std_upper[i]), 2 * float(s.log_std_lower[i])
+        if not s.learned or out.shape[1] == channels:
+            return mean, torch.full_like(mean, lower)
         frac = _wide((out[:, channels:] + 1) / 2)
-        return mean, frac * float(s.log_beta[i]) + (1 - frac) * float(s.log_posterior[i])
+        return mean, frac * upper + (1 - frac) * lower
+
+    def _timesteps(self) -> np.ndarray:
+        """(T,) what the network receives: whole numbers of a diffusion."""
+        return self.schedule.timesteps.astype(np.float32 if self.schedule.betas is None else np.int64)
 
     @torch.no_grad()
     def p_sample_loop(
@@ -67,7 +74,7 @@ class GaussianDiffusion:
         Arguments, defaults and random numbers are those of LTH14/mar's loop.
 
         Args:
-            model: ``model(x, t, **model_kwargs)`` with t (N,) int64 -> (N, C) or (N, 2C).
+            model: ``model(x, t, **model_kwargs)`` with t (N,), int64 of a diffusion, -> (N, C) or (N, 2C).
             shape: (N, C). noise: x_T of that shape; None draws it by the CPU's generator.
             clip_denoised: clip x0 to [-1, 1] at every step. denoised_fn: applied to x0 before that.
             cond_fn: ``cond_fn(x, t, **model_kwargs)``, a gradient that the mean is moved along.
@@ -75,8 +82,9 @@ class GaussianDiffusion:
         """
         kwargs = model_kwargs or {}
         x = torch.randn(*shape, device="cpu").to(device or "cpu") if noise is None else noise
+        timesteps = self._timesteps().tolist()
         for i in tqdm(range(self.num_timesteps - 1, -1, -1), disable=not progress):
-            t = torch.full((x.shape[0],), int(self.schedule.timesteps[i]), device=x.device)
+            t = torch.full((x.shape[0],), timesteps[i], device=x.device)
             out = model(x, t, **kwargs)
             x0 = self._x0(out, x, i)
             x0 = x0 if denoised_fn is None else denoised_fn(x0)
@@ -88,32 +96,33 @@ class GaussianDiffusion:
         return x
 
     def training_losses(self, model, x0: torch.Tensor, t: torch.Tensor, model_kwargs=None) -> torch.Tensor:
-        """Per-row loss (N,): MSE of the noise, plus the variational term (bits per channel) that trains the variance.
+        """Per-row loss (N,): MSE of the prediction, plus the variational term (bits per channel) of the variance.
 
         Args:
             t: (N,) int64 indices into this schedule.
         """
+        s = self.schedule
         tables = {
-            name: torch.tensor(getattr(self.schedule, name), dtype=torch.float32, device=x0.device)[t, None]
-            for name in ("alphas_cumprod", "coef1", "coef2", "log_beta", "log_posterior")
+            name: torch.tensor(getattr(s, name), dtype=torch.float32, device=x0.device)[t, None]
+            for name in ("alphas_cumprod", "x0_x", "x0_out", "mean_x0", "mean_x", "log_std_upper", "log_std_lower")
         }
         acp = tables["alphas_cumprod"]
         noise = torch.randn_like(x0)
         x_t = acp.sqrt() * x0 + (1 - acp).sqrt() * noise
-        timesteps = torch.tensor(self.schedule.timesteps, device=x0.device)[t]
-        out = model(x_t, timesteps, **(model_kwargs or {}))
+        out = model(x_t, torch.tensor(self._timesteps(), device=x0.device)[t], **(model_kwargs or {}))
         channels = x0.shape[1]
-        eps = out[:, :channels]
-        loss = F.mse_loss(eps, noise, reduction="none").mean(1)
-        if out.shape[1] == channels:
+        first = out[:, :channels]
+        v = acp.sqrt() * noise - (1 - acp).sqrt() * x0
+        loss = F.mse_loss(first, {"epsilon": noise, "x0": x0, "v": v}[s.prediction], reduction="none").mean(1)
+        if not s.learned or out.shape[1] == channels:
             return loss
         # The variance is trained through the variational bound with the mean held fixed.
-        x0_hat = (x_t - (1 - acp).sqrt() * eps.detach()) / acp.sqrt()
-        mean = tables["coef1"] * x0_hat + tables["coef2"] * x_t
-        true_mean = tables["coef1"] * x0 + tables["coef2"] * x_t
+        x0_hat = tables["x0_x"] * x_t + tables["x0_out"] * first.detach()
+        mean = tables["mean_x0"] * x0_hat + tables["mean_x"] * x_t
+        true_mean = tables["mean_x0"] * x0 + tables["mean_x"] * x_t
         frac = (out[:, channels:] + 1) / 2
-        log_variance = frac * tables["log_beta"] + (1 - frac) * tables["log_posterior"]
-        true_log_variance = tables["log_posterior"]
+        true_log_variance = 2 * tables["log_std_lower"]
+        log_variance = frac * 2 * tables["log_std_upper"] + (1 - frac) * true_log_variance
         squared = (true_mean - mean) ** 2 * torch.exp(-log_variance)
         kl = 0.5 * (log_variance - true_log_variance - 1 + torch.exp(true_log_variance - log_variance) + squared)
         # The last reverse step is a density of x0 itself.
