@@ -204,7 +204,7 @@ def _norms(parts: Parts, width: int) -> tuple[tuple[str, ...], float] | str:
         found = norm_kinds(norm) if shape is None or tuple(shape) == (width,) else ()
         kinds = found if kinds is None else tuple(kind for kind in kinds if kind in found)
         if not kinds:
-            what = norm if shape is not None or not found else f"{_kind(norm)}, another norm than those before it"
+            what = " ".join(str(norm).split())
             return f"{name} is {what}, not a LayerNorm of width {width} or an RMSNorm, the same in every block"
         eps = norm_eps(norm)
         epsilons.add(torch.finfo(torch.float32).eps if eps is None else eps)
