@@ -181,6 +181,21 @@ def test_many_channels(make, channels):
     check(head, 2, 1, parallel_tol=1e-6)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("table", [TABLE, ()])
+@pytest.mark.parametrize(("network", "groups"), [("wide inside", 3), ("some share", 2), ("rms", 1)])
+def test_kernels_that_start_early_give_the_same_bits_every_time(make, monkeypatch, used, table, network, groups):
+    """Launched one by one, and as a graph over and over: what starts too early would show now and then."""
+    monkeypatch.setattr(LayeredChain, "table", table)
+    head = make(HALF, **{**NETWORKS[network], "width": 1024, "hidden": 1536, "channels": 16, "steps": 25})
+    cond, x, noise = inputs_of(head, 20, groups)
+    options = dict(cfg_scale=SCALES[groups], backend="cuda")
+    first = denoise(head, cond, x, noise, **options)
+    for _ in range(50):
+        assert all(map(torch.equal, denoise(head, cond, x, noise, **options), first))
+    assert {type(chain) for chain in used} == {LayeredChain}
+
+
 # --- one call of the network ---
 
 
