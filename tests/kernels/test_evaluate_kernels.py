@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from networks import random_network
+from packed_heads import random_network
 
 from cspd_kernels import Schedule, evaluate
 from cspd_kernels.ops.denoise.chain import Tables

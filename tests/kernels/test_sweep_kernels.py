@@ -6,7 +6,7 @@ import itertools
 import pytest
 import torch
 from chains import addressed, kernels_of
-from networks import grouped_inputs, random_network
+from packed_heads import grouped_inputs, random_network
 
 from cspd_kernels import Schedule, denoise
 from cspd_kernels.ops.denoise import parallel_chain, reference

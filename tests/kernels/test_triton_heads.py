@@ -3,7 +3,7 @@
 import pytest
 import torch
 from chains import assert_agrees
-from networks import grouped_inputs, random_network
+from packed_heads import grouped_inputs, random_network
 
 from cspd_kernels import Schedule, denoise
 
