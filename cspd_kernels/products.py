@@ -122,6 +122,20 @@ class Product:
         return self._made
 
 
+class PlainProduct:
+    """The same by ``F.linear`` with the weight as it is, of the operands' type: nothing is made, nothing to follow."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None):
+        self.weight, self.bias = weight, bias
+
+    def __call__(self, x: torch.Tensor, activation: str | None = None) -> torch.Tensor:
+        """As :class:`Product`."""
+        y = F.linear(x, self.weight, self.bias)
+        if activation == "silu":
+            return F.silu(y, inplace=True)
+        return y if activation is None else F.gelu(y)
+
+
 def _shared(source: torch.Tensor, made: torch.Tensor | None) -> bool:
     return made is not None and made.data_ptr() == source.data_ptr() and made.dtype == source.dtype
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import OrderedDict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn as nn
@@ -13,11 +13,11 @@ import torch.nn as nn
 from cspd_kernels import DiffusionHead, Schedule
 from cspd_kernels.head import call_dtype
 from cspd_kernels.live import LiveWeights
-from cspd_kernels.parts import part_of
-from cspd_kernels.spec import HeadSpec, spec_of
-from cspd_kernels.structure import compiled_from, why_not_a_network, why_not_as_written, why_not_plain
+from cspd_kernels.parts import NAMES, part_of
+from cspd_kernels.spec import HeadSpec, specs_of
+from cspd_kernels.structure import stood_for, why_not_a_network, why_not_as_written, why_not_plain
 
-from .diffusions import LOOPS, NotServedError, diffusions_of
+from .diffusions import NotServedError, diffusions_of
 from .source import Source
 
 _MAX_SCHEDULES = 64  # of one network, whose packed heads share their weights
@@ -25,7 +25,7 @@ _MAX_SCHEDULES = 64  # of one network, whose packed heads share their weights
 
 @dataclass(frozen=True)
 class FoundHead:
-    """A module that holds a head's network as ``net``, and the diffusion objects that sample with it."""
+    """A module that holds a head's network as ``net``, or is one, and the diffusion objects that sample with it."""
 
     name: str
     module: nn.Module
@@ -50,7 +50,7 @@ def look_for_heads(model: nn.Module) -> Found:
     """Every diffusion head in the module tree, found by structure."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a torch.nn.Module that holds a diffusion head, got {type(model).__name__}")
-    heads, near = [], {}
+    heads, near, seen = [], {}, set()
     everywhere = diffusions_of(model)
     for path, module in model.named_modules():
         net = module._modules.get("net")  # its own: compiled modules and the like pass attributes on
@@ -58,10 +58,9 @@ def look_for_heads(model: nn.Module) -> Found:
             continue
         name = f"{_plain(path) or 'the model itself'} ({type(module).__name__})"
         inner, reason = (None, "it lacks net") if net is None else unwrapped(net)
-        reason = reason or _why_sharded(inner) or why_not_a_network(inner) or why_not_plain(inner)
+        reason = reason or _why_sharded(inner) or why_not_a_network(inner, given=True) or why_not_plain(inner)
         diffusions = diffusions_of(module) or everywhere
-        if reason is None and not diffusions:
-            reason = f"it holds no diffusion object with {LOOPS[0]}, so it has a sampling loop of its own"
+        seen.add(inner)
         if (first := next((head for head in heads if inner is head.net), None)) is not None:
             for held, diffusion in diffusions.items():  # two heads share a network, or one is around the other
                 if not any(diffusion is known for known in first.samplers):
@@ -70,6 +69,17 @@ def look_for_heads(model: nn.Module) -> Found:
         if reason is None:
             heads.append(FoundHead(name, module, inner, diffusions))
         elif net is None or part_of(inner, "blocks") is not None:
+            near[name] = reason
+    for path, module in model.named_modules():  # networks that loops of their own call
+        inner, reason = unwrapped(module)
+        if inner in seen or any(part_of(inner, role) is None for role in NAMES if role != "modulations"):
+            continue
+        seen.add(inner)
+        name = f"{_plain(path) or 'the model itself'} ({type(inner).__name__})"
+        reason = reason or _why_sharded(inner) or why_not_a_network(inner) or why_not_plain(inner)
+        if reason is None:
+            heads.append(FoundHead(name, inner, inner))
+        else:
             near[name] = reason
     return Found(heads, near)
 
@@ -85,8 +95,8 @@ def find_heads(model: nn.Module) -> Found:
         near = "".join(f"\n  {name}: {reason}" for name, reason in found.near.items())
         raise ValueError(
             f"no diffusion head found in {type(model).__name__} that can be served; it is left unpatched. Looked for "
-            "modules with a net of input_proj, time_embed, cond_embed, res_blocks and final_layer, and a diffusion "
-            "object with p_sample_loop (DiffLoss of LTH14/mar)."
+            "networks of input_proj, time_embed, cond_embed, res_blocks and final_layer (LTH14/mar's, or one by other "
+            "names that are known), best of all as net of a module that holds a diffusion object with p_sample_loop."
             + (" These came near:" + near if near else " No module came near.")
         )
     return found
@@ -131,6 +141,7 @@ class HeadCache:
 
     def __init__(self, net: nn.Module, weights: str = "live"):
         self.net, self.weights = net, weights
+        self.choice = 0  # which of its specs, where a comparison has chosen another one
         self._lock = threading.RLock()
         self._forms: dict[torch.dtype, _Form] = {}
         self._source: Source | None = None
@@ -161,9 +172,9 @@ class HeadCache:
         with self._lock:
             if self._source is None or (self.weights == "live" and not self._source.is_current()):
                 self.clear()
-                if (reason := why_not_a_network(self.net) or why_not_plain(self.net)) is not None:
+                if (reason := why_not_a_network(self.net, given=True) or why_not_plain(self.net)) is not None:
                     raise NotServedError(reason)
-                spec = spec_of(self.net)
+                spec = specs_of(self.net)[self.choice]
                 if spec.parts.input.weight.is_meta:
                     raise NotServedError("its weights are on the meta device: offloaded, or not loaded yet")
                 self._source = Source(self.net, spec, weakref.WeakMethod(self.clear))
@@ -171,20 +182,39 @@ class HeadCache:
                 raise NotServedError("the network computes something else in training mode (dropout?): call .eval()")
             return self._source
 
-    def has(self, schedule: Schedule, dtype: torch.dtype | None = None) -> bool:
+    def spec(self) -> HeadSpec:
+        """What the network computes, as :meth:`look` last saw it.
+
+        Raises:
+            NotServedError: as :meth:`look`, the first time.
+        """
+        source = self._source
+        return (self.look() if source is None else source).spec
+
+    def has(self, schedule: Schedule, dtype: torch.dtype | None = None, given: bool = False) -> bool:
         """Whether :meth:`get` would pack nothing."""
         with self._lock:
             source = self._source
             if source is None:
                 return False
             form = self._forms.get(call_dtype(source.device, source.dtype) if dtype is None else dtype)
-            return form is not None and schedule in form.heads
+            return form is not None and schedule in (
+                form.given if given and form.first.cond_weight is not None else form.heads
+            )
 
-    def get(self, schedule: Schedule, dtype: torch.dtype | None = None, source: Source | None = None) -> DiffusionHead:
+    def get(
+        self,
+        schedule: Schedule,
+        dtype: torch.dtype | None = None,
+        source: Source | None = None,
+        *,
+        given: bool = False,
+    ) -> DiffusionHead:
         """The head with operands of ``dtype``; None follows autocast, else the weights' type.
 
         Args:
             source: what :meth:`look` has just returned.
+            given: of conditions that are embedded already.
 
         Raises:
             NotServedError: as :meth:`look`.
@@ -197,8 +227,7 @@ class HeadCache:
             form = self._forms.get(dtype)
             if form is None:
                 form = self._forms[dtype] = _Form(self.net, self._source.spec, schedule, dtype, self.weights == "live")
-                return form.heads[schedule]
-            return form.get(schedule)
+            return form.embedded(form.get(schedule)) if given else form.get(schedule)
 
 
 class _Form:
@@ -208,6 +237,7 @@ class _Form:
         self.first = DiffusionHead.from_network(net, schedule, dtype=dtype, spec=spec)
         object.__setattr__(self.first, "watched", live)
         self.heads = OrderedDict([(schedule, self.first)])
+        self.given: dict[Schedule, DiffusionHead] = {}
         self.live = LiveWeights(self.first) if live else None
         self.made: torch.cuda.Event | None = None
         self._made_here()
@@ -234,6 +264,17 @@ class _Form:
             self.heads.move_to_end(schedule)
         return head
 
+    def embedded(self, head: DiffusionHead) -> DiffusionHead:
+        """One of these heads for conditions that are embedded already; what follows the weights' values is shared."""
+        if head.cond_weight is None:
+            return head
+        made = self.given.get(head.schedule)
+        if made is None or made.time_embedding is not head.time_embedding:
+            self.given = {schedule: made for schedule, made in self.given.items() if schedule in self.heads}
+            made = self.given[head.schedule] = replace(head, cond_weight=None, cond_bias=None)
+            object.__setattr__(made, "watched", head.watched)
+        return made
+
 
 def bound_network(function) -> tuple[nn.Module, str] | None:
     """(network, name of its method) of what a sampling loop is given to call; None for any other function.
@@ -241,7 +282,7 @@ def bound_network(function) -> tuple[nn.Module, str] | None:
     Raises:
         NotServedError: what is around the network computes more.
     """
-    function = function if isinstance(function, nn.Module) else compiled_from(function)
+    function = function if isinstance(function, nn.Module) else stood_for(function)
     if isinstance(function, nn.Module):
         owner, name = function, "forward"
     else:
@@ -249,7 +290,7 @@ def bound_network(function) -> tuple[nn.Module, str] | None:
         if not isinstance(owner, nn.Module):
             return None
         name = "forward" if name in ("__call__", "_wrapped_call_impl", "_call_impl") else name
-        replaced = compiled_from(owner.__dict__.get(name))
+        replaced = stood_for(owner.__dict__.get(name))
         if replaced is not None and replaced != function:
             return None  # something else stands there now
     net, reason = unwrapped(owner)

@@ -6,10 +6,12 @@ They are bound methods, so that a deep copy or a pickle of the module carries st
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
+import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import MethodType
 
 import torch.nn as nn
@@ -22,12 +24,43 @@ from .loop import LOCK, NO_LOOP, LoopHook, loops_entered, patch_of
 
 ARGUMENTS = ("bsz", "num_iter", "cfg", "cfg_schedule", "labels", "temperature", "progress")  # of MAR's sample_tokens
 _REPLICATE = "_replicate_for_data_parallel"
+_thread = threading.local()
+
+
+@contextlib.contextmanager
+def counted(original: Callable, args: tuple, kwargs: dict) -> Iterator[None]:
+    """For the length of a call of ``sample_tokens``, count this thread's calls of the head."""
+    bound = inspect.signature(original).bind(*args, **kwargs)
+    bound.apply_defaults()
+    before = getattr(_thread, "passes", None)
+    _thread.passes = [0, bound.arguments.get("num_iter")]
+    try:
+        yield
+    finally:
+        _thread.passes = before
+
+
+def passes_begun() -> tuple[int, int]:
+    """(which, of how many) autoregressive step this thread's call of the head is of; counts it.
+
+    Raises:
+        RuntimeError: it is of none.
+    """
+    begun, of = getattr(_thread, "passes", None) or (0, None)
+    if not isinstance(of, int):
+        raise RuntimeError(
+            "a head patched with a pair of sampling_steps expected to be called by its model's sample_tokens with "
+            "num_iter, whose autoregressive steps the pair is for: call that, or patch with one number"
+        )
+    _thread.passes[0] = begun + 1
+    return min(begun, of - 1), of
 
 
 class StandIn:
     """Stands in for methods of one module, as long as there are patches that need it."""
 
     names: tuple[str, ...] = ()
+    stands_in = True  # for :func:`cspd_kernels.structure.stood_for`
 
     def __new__(cls, *_):
         self = super().__new__(cls)
@@ -54,17 +87,24 @@ class StandIn:
             own[name] = getattr(self, name)
 
     def remove(self) -> None:
-        self._leave(self.module)
+        """Leave the methods to those that stood there, also from below another stand-in."""
+        for name in (*self.names, _REPLICATE):
+            table = self.module.__dict__
+            while isinstance(top := _owner(table.get(name)), StandIn):
+                if top is self:
+                    _put(table, name, self.replaced.get(name))
+                    break
+                table = top.replaced
 
     def original(self, name: str) -> Callable:
         """The method that stood there before."""
         return self.replaced.get(name) or getattr(type(self.module), name).__get__(self.module)
 
     def _as_original(self, name: str) -> MethodType:
-        """A method that calls ``run``; name, docstring and signature are the original's."""
+        """A method that comes to ``call``; name, docstring and signature are the original's."""
 
         def method(watched, *args, **kwargs):
-            return watched.run(*args, **kwargs)
+            return watched.call(name, args, kwargs)
 
         if "module" in vars(self):  # else it is being read from a pickle
             original = self.original(name)
@@ -75,24 +115,35 @@ class StandIn:
             function.__name__ = name
         return MethodType(method, self)
 
+    def call(self, name: str, args: tuple, kwargs: dict):
+        """A call of the method of that name."""
+        return self.run(*args, **kwargs)
+
     def present(self) -> list:
         """The users, none of which comes or goes meanwhile."""
         with LOCK:
             return list(self.users)
 
-    def _leave(self, module: nn.Module) -> None:
-        own = module.__dict__
-        for name in (*self.names, _REPLICATE):
-            if getattr(own.get(name), "__self__", None) is self:
-                del own[name]
-                if name in self.replaced:
-                    own[name] = self.replaced[name]
-
     def _replicate_for_data_parallel(self) -> nn.Module:
         """A replica has other weights, elsewhere: it calls nothing of the module that it was made from."""
         replica = self.original(_REPLICATE)()
-        self._leave(replica)
+        for name, value in [*replica.__dict__.items()]:
+            if isinstance(_owner(value), StandIn):
+                while isinstance(owner := _owner(value), StandIn):
+                    value = owner.replaced.get(name)
+                _put(replica.__dict__, name, value)
         return replica
+
+
+def _owner(method) -> object:
+    return getattr(method, "__self__", None)
+
+
+def _put(table: dict, name: str, value) -> None:
+    if value is None:
+        table.pop(name, None)
+    else:
+        table[name] = value
 
 
 class WatchedSample(StandIn):
@@ -138,7 +189,8 @@ class WatchedMoves(StandIn):
 
 
 class WholeSampling(StandIn):
-    """A model's ``sample_tokens``, by the whole sampler of the patch in charge of its head.
+    """A model's ``sample_tokens``, by the whole sampler of the patch in charge of its head, or its own, whose calls of
+    the head are counted for a patch that makes other steps at each.
 
     It holds no patch, and no patch holds it: a copy of the head alone must not carry the model.
     """
@@ -155,7 +207,13 @@ class WholeSampling(StandIn):
         original = self.original("sample_tokens")
         net = getattr(getattr(self.module, "diffloss", None), "net", None)
         patch = None if net is None else patch_of(unwrapped(net)[0])
-        if patch is None or not patch.options.whole:
+        if patch is None or not patch.options.watches:
+            return original(*args, **kwargs)
+        with counted(original, args, kwargs) if patch.options.sampling.anneals else contextlib.nullcontext():
+            return self._run(original, patch, args, kwargs)
+
+    def _run(self, original: Callable, patch, args: tuple, kwargs: dict):
+        if not patch.options.whole:
             return original(*args, **kwargs)
         try:
             sampler, arguments = patch.sampler_of(self.module), self._arguments(original, args, kwargs)

@@ -7,13 +7,13 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from ...products import Product
+from ...products import PlainProduct, Product
 
 
 class Layers(NamedTuple):
     """The head's products but for the narrow ones, at x, and the condition's, which run once a call."""
 
-    blocks: list[tuple[Product, Product]]  # mlp0, mlp1
+    blocks: list[tuple[Product, Product]]  # mlp0, mlp1; or of PlainProduct, like the others
     mods: list[Product]  # each once, however many blocks use it
     final_mod: Product
 
@@ -22,16 +22,28 @@ def layers_of(head) -> Layers:
     """As the head's weights are now."""
     layers = head.shared.get("layers")
     if layers is None:
-        mods = {id(b.mod_weight): Product(b.mod_weight, b.mod_bias) for b in head.blocks}
-        layers = head.shared["layers"] = Layers(
-            [(Product(b.weight0, b.bias0), Product(b.weight1, b.bias1)) for b in head.blocks],
-            list(mods.values()),
-            Product(head.final_mod_weight, head.final_mod_bias),
-        )
+        layers = head.shared["layers"] = _layers(head, Product)
     elif head.watched:
         for product in (*layers.mods, layers.final_mod, *(p for both in layers.blocks for p in both)):
             product.look()
     return layers
+
+
+def plain_layers_of(head) -> Layers:
+    """Layers that read the head's weights where they are, at every call."""
+    layers = head.shared.get("plain layers")
+    if layers is None:
+        layers = head.shared["plain layers"] = _layers(head, PlainProduct)
+    return layers
+
+
+def _layers(head, product) -> Layers:
+    mods = {id(b.mod_weight): product(b.mod_weight, b.mod_bias) for b in head.blocks}
+    return Layers(
+        [(product(b.weight0, b.bias0), product(b.weight1, b.bias1)) for b in head.blocks],
+        list(mods.values()),
+        product(head.final_mod_weight, head.final_mod_bias),
+    )
 
 
 def embedded(head, cond):
@@ -65,7 +77,7 @@ def normed(head, h, weight=None, bias=None):
     if head.norm == "layer":
         return F.layer_norm(h, (head.width,), weight, bias, head.norm_eps)
     h = h * torch.rsqrt(h.square().mean(dim=-1, keepdim=True) + head.norm_eps)
-    return h if weight is None else torch.addcmul(bias, h, weight)
+    return h if weight is None else h * weight
 
 
 def multiplied(head, mlp0: Product, mlp1: Product, a):

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import torch
 
-from ..denoise.torch_network import embedded, layers_of, modulations_of, network
+from ..denoise.torch_network import embedded, layers_of, modulations_of, network, plain_layers_of
 from .kept import KeptCondition, embed_few
+
+# Rows up to which a head that follows its module multiplies with its weights as they are: looking for changes in what
+# was made of them takes as long as so few rows' products.
+_FEW = 4
 
 
 def evaluate(head, x, timesteps, cond, workspace_bytes):
     """As :func:`cspd_kernels.evaluate`."""
-    layers = layers_of(head)
-    # Kept with the head itself: heads of several schedules share their weights, and this is of none.
-    kept = head.shared.setdefault("condition", KeptCondition())
-    y = embed_few(head, timesteps) + kept.get(head, cond, lambda: embedded(head, cond))  # [M, W]
+    if head.watched and len(x) <= _FEW:
+        layers, c = plain_layers_of(head), embedded(head, cond)
+    else:
+        layers = layers_of(head)
+        # Heads of several schedules share their weights, and so what is kept.
+        c = head.shared.setdefault("condition", KeptCondition()).get(head, cond, lambda: embedded(head, cond))
+    y = embed_few(head, timesteps) + c  # [M, W]
     # Shift, scale and gate of every modulation, shift and scale of the last layer, silu(y).
     parts = 3 * len(layers.mods) + 3
     block = max(1, workspace_bytes // (head.width * parts * head.dtype.itemsize))
