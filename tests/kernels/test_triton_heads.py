@@ -186,6 +186,7 @@ def test_every_number_of_rows_has_its_products(dtype, shape):
         made = own_products(rows, Shape(*shape), dtype, CPU)
         assert made.first in (halved(tiles) if shape[2] else tiles) and made.second in tiles
         assert products(rows, Shape(*shape), dtype, CPU) in (made, Products(None, None))
+        assert all(tile.bm * tile.bn < triton_config.SPILLING for tile in made)
 
 
 def test_what_was_measured_is_of_square_weights(monkeypatch):
