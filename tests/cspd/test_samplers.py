@@ -337,18 +337,17 @@ def test_a_network_that_was_exchanged(caplog):
     assert "the net of FlowMatchingHead is another one now: patch again" in caplog.text
 
 
-def test_two_heads_of_one_network_patched_one_after_the_other(caplog, made_by):
+def test_two_heads_of_one_network_patched_at_the_same_time(caplog, made_by):
     first, second = made(FlowMatchingHead), FlowMatchingHead()
     second.net = first.net
     expected = run(first, in_parts)[0]
-    with caplog.at_level(logging.WARNING, "cspd"):
-        cspd.patch(first)
-        cspd.patch(second)
+    with caplog.at_level(logging.WARNING, "cspd"), cspd.patched(first), cspd.patched(second):
         assert relative_error(by_the_kernels(second, in_parts, made_by)[0], expected) < 1e-5
         made_by.clear()
         assert relative_error(run(first, in_parts)[0], expected) < 1e-5
     assert not made_by
     assert "its network was patched as another head's since" in caplog.text
+    assert not {"sample"} & {*vars(first), *vars(second)}
 
 
 def test_a_head_inside_of_another_that_passes_calls_on(caplog):
