@@ -33,7 +33,7 @@ class Block:
     rows. Blocks that share a modulation hold the same tensors.
     """
 
-    norm_weight: torch.Tensor  # (W,) residual-stream type, like norm_bias
+    norm_weight: torch.Tensor  # (W,) residual-stream type, like norm_bias, which is zero of an "rms" norm
     norm_bias: torch.Tensor
     weight0: torch.Tensor  # (H, W)
     bias0: torch.Tensor

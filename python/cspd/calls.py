@@ -112,7 +112,7 @@ def read_call(
     if not fits or shape[0] % groups:
         got = tuple(cond.shape) if isinstance(cond, torch.Tensor) else type(cond).__name__
         rows = {1: "", 2: " with an even number of rows under guidance"}.get(groups, f" with {groups} groups of rows")
-        raise NotServedError(f"its conditions are {got}, not {(shape[0], spec.cond_channels)}{rows}")
+        raise NotServedError(f"its conditions are {got}, not {(*shape[:-1], spec.cond_channels)}{rows}")
     if cond.is_meta or (noise is not None and noise.is_meta):
         raise NotServedError("its conditions or its noise are on the meta device")
     inter = arguments.get("inter_noise")

@@ -114,7 +114,7 @@ def clips_of(call: Call, diffusion, schedule: Schedule) -> list:
 
 @torch.no_grad()
 def limits_of(diffusion, schedule: Schedule, call: Call) -> tuple | None:
-    """What x0 far away is limited to, channel by channel, by the object's own ``p_mean_variance``; None: not to be read.
+    """What x0 far away is limited to, channel by channel, by the object's own ``p_mean_variance``; None: not read.
 
     The object is given a network that puts out what leads there.
     """

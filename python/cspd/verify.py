@@ -88,24 +88,29 @@ def _compare_samples(found: FoundHead, scale: float, options: dict, outcome: Out
 
 
 def _what_runs(found: FoundHead, options: dict) -> tuple[tuple[int, ...], bool]:
-    """(shape of z, whether the copy may be cut) with which the head's own code runs.
+    """(shape of z, whether the copy may be cut) with which the head's own code runs, and calls a loop where it does.
 
     Raises:
         CannotRunError: none.
     """
     width, failure = _fan_in(part_of(found.net, "cond")), None
+    runs = None
     for cut in (True, False):  # a fork may have more parts, which fit the full width only
-        for shape in ((_ROWS, width), (2, _ROWS // 2, width)):
+        for shape in ((_ROWS, width), (2, _ROWS // 2, width), (_ROWS, 1, width)):
             try:
                 copies = copies_of(found.net, found.samplers, found.module, cut=cut, serving=False, steps=_LAST)
                 with OwnNumbers():
                     copies.module.sample(normal(shape, copies.trial.net), **options)
-                return shape, cut
+                runs = runs or (shape, cut)
+                if copies.trial.calls:
+                    return shape, cut
             except Exception as error:  # noqa: BLE001  (whatever a fork's code raises)
                 failure = failure or error
-        if any(word in str(failure) for word in ("CUDA", "NVIDIA")):  # of any size
+        if runs is not None or any(word in str(failure) for word in ("CUDA", "NVIDIA")):  # of any size
             break
-    raise CannotRunError(first_line(failure)) from failure
+    if runs is None:
+        raise CannotRunError(first_line(failure)) from failure
+    return runs
 
 
 def _fan_in(cond: nn.Module) -> int:
@@ -160,8 +165,8 @@ def _compare(make: Callable[..., Copies], run: Callable[[Copies], object], what:
         try:
             served = [_serve(make, run, what, meanings, *own) for own in owns]
             return owns[0][2], *served[0]
-        except DiffersError as error:
-            failure = failure or error
+        except (DiffersError, CannotRunError) as error:
+            failure = error if failure is None or isinstance(failure, CannotRunError) else failure
     raise failure
 
 

@@ -1,4 +1,4 @@
-"""``cspd.patch`` on calls whose meaning is in code: of a few known ones that which agrees is taken, or their own runs."""
+"""``cspd.patch`` on calls whose meaning is in code: of a few known ones that which agrees is taken, or its own runs."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ import logging
 import pytest
 import torch
 import torch.nn as nn
-from foreign import CHANNELS, COND, STEPS, WIDTH, Head, Mean, Net, Spaced, Var, conditions, made, own_messages, run
+from foreign import CHANNELS, COND, WIDTH, Head, Mean, Net, Spaced, Var, conditions, made, own_messages, run
 from patch_checks import assert_accelerated, assert_own_code, assert_refused
 
 import cspd
+from cspd.calls import _temperature
 from cspd.loop import patch_of
 from cspd.meanings import Meaning, guidances
 from cspd_kernels.testing import relative_error
@@ -61,16 +62,22 @@ class Widening(Limited):
         return self.factor * super().limited(x0 / self.factor)
 
 
-@pytest.mark.parametrize("cfg", [1.0, 2.5])
-@pytest.mark.parametrize("loop", ["p_sample_loop", "ddim_sample_loop"])
-@pytest.mark.parametrize("mean", [Mean.EPSILON, Mean.START_X])
-@pytest.mark.parametrize("limits", [Spaced, Limited])
+LIMITS = [
+    (Spaced, Mean.EPSILON, "p_sample_loop", 2.5),
+    (Spaced, Mean.START_X, "p_sample_loop", 1.0),
+    (Limited, Mean.EPSILON, "p_sample_loop", 1.0),
+    (Limited, Mean.START_X, "p_sample_loop", 2.5),
+    (Spaced, Mean.EPSILON, "ddim_sample_loop", 1.0),
+    (Limited, Mean.START_X, "ddim_sample_loop", 2.5),
+]
+
+
+@pytest.mark.parametrize(("limits", "mean", "loop", "cfg"), LIMITS)
 def test_limits_of_x0(limits, mean, loop, cfg, caplog):
     head = made(Chosen, limits(mean=mean))
     clipped, plain = (run(head, lambda h, clip=clip: h.sample(Z, 0.9, cfg, loop, clip))[0] for clip in (True, False))
     assert relative_error(clipped[:3], plain[:3]) > 1e-2
     assert_accelerated(head, lambda h: h.sample(Z, 0.9, cfg, loop, clip=True)[:3], caplog)
-    assert_accelerated(head, lambda h: h.sample(Z, 0.9, cfg, loop)[:3], caplog)
 
 
 @pytest.mark.parametrize("limits", [Unread, Widening])
@@ -79,9 +86,15 @@ def test_limits_that_are_not_read(limits, caplog):
     assert_own_code(head, lambda h: h.sample(Z, clip=True), caplog, "its sampling loop and the kernels' differ by")
 
 
-@pytest.mark.parametrize("cfg", [1.0, 2.5])
-@pytest.mark.parametrize("var", list(Var))
-@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize(
+    ("eta", "var", "cfg"),
+    [
+        (0.0, Var.LEARNED_RANGE, 1.0),
+        (0.0, Var.FIXED_SMALL, 2.5),
+        (0.5, Var.LEARNED_RANGE, 2.5),
+        (1.0, Var.FIXED_LARGE, 1),
+    ],
+)
 def test_ddim(eta, var, cfg, caplog):
     head = made(Chosen, Spaced(var=var), learned=var is Var.LEARNED_RANGE)
     assert_accelerated(head, lambda h: h.sample(Z, 1.0, cfg, "ddim_sample_loop", eta=eta)[:3], caplog)
@@ -138,10 +151,15 @@ def mixing(mix, learned=True):
     return made(Mixing, Spaced(var=Var.LEARNED_RANGE if learned else Var.FIXED_SMALL), learned=learned)
 
 
-@pytest.mark.parametrize("scale", [2.5, 0.0, torch.tensor([1.7])], ids=["2.5", "0", "a tensor"])
 @pytest.mark.parametrize("how", MIXES)
-def test_guidance_of_another_form(how, scale, caplog):
-    assert_accelerated(mixing(MIXES[how]), lambda h: h.sample(Z, 0.9, scale)[:3], caplog)
+def test_guidance_of_another_form(how, caplog):
+    head, scales = mixing(MIXES[how]), (2.5, 0.0, torch.tensor([1.7]))
+    assert_accelerated(head, lambda h: h.sample(Z, 0.9, scales[0])[:3], caplog)
+    for scale in scales[1:]:
+        actual, _, evaluations = run(cspd.patch(head), lambda h, scale=scale: h.sample(Z, 0.9, scale))
+        expected = run(cspd.unpatch(head), lambda h, scale=scale: h.sample(Z, 0.9, scale))[0]
+        assert relative_error(actual[:3], expected[:3]) < 1e-5
+        assert evaluations == 0
 
 
 def test_guidance_of_no_known_form():
@@ -171,7 +189,7 @@ class Three(Head):
         )  # fmt: skip
 
 
-@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 2, 0)])
+@pytest.mark.parametrize("order", [(0, 1, 2), (1, 2, 0)])
 def test_guidance_in_three_parts(order, caplog):
     head = made(type("Ordered", (Three,), {"order": order}))
     assert_accelerated(head, lambda h: h.sample(Z, 0.9)[:2], caplog)
@@ -200,7 +218,7 @@ class Indexed(Head):
 
         def __init__(self, how="add"):
             super().__init__()
-            self.how, further = how, WIDTH if how == "add" else WIDTH // 4
+            self.how, further = how, WIDTH if how == "add" else WIDTH // 2
             self.index_cond_embed = nn.Linear(1, further)
             self.cond_embed = nn.Linear(COND, WIDTH if how == "add" else WIDTH - further)
 
@@ -232,8 +250,8 @@ class Indexed(Head):
 @pytest.mark.parametrize("how", ["add", "concatenate"])
 def test_an_index_beside_the_condition(how, cfg, caplog):
     head = made(Indexed, how=how)
-    for index in (torch.full((6, 1), 3.0), torch.arange(6.0)[:, None]):
-        assert_accelerated(head, lambda h, index=index: h.sample(Z, 0.9, cfg, index)[:3], caplog)
+    index = torch.arange(6.0)[:, None]
+    assert_accelerated(head, lambda h: h.sample(Z, 0.9, cfg, index)[:3], caplog)
     expected = run(head, lambda h: h.sample(Z, 1.0, cfg, index))[0]
     with torch.no_grad():
         head.net.index_cond_embed.weight.mul_(2)  # its own module makes it, at every call
@@ -292,8 +310,7 @@ class Pooling(nn.Module):
         return self.cond_proj(self.layer(torch.cat([queries, z], dim=1))[:, : self.queries.shape[0]])
 
 
-@pytest.mark.parametrize("tokens", [1, 3])
-@pytest.mark.parametrize("cfg", [1.0, 2.5])
+@pytest.mark.parametrize(("tokens", "cfg"), [(1, 2.5), (3, 1.0)])
 def test_conditions_that_attention_makes(cfg, tokens, caplog):
     head = made(type("Several", (Pooled,), {"tokens": tokens}), Spaced(var=Var.FIXED_SMALL), tokens=tokens)
     z = torch.randn(6, 4, COND, generator=torch.Generator().manual_seed(1))
@@ -311,3 +328,9 @@ def test_nothing_of_a_meaning_is_taken_for_another_kind_of_call(caplog):
     clips = [m.clip for m in patch_of(head.net).verdicts.values()]
     assert (tuple(LOWS.tolist()), tuple(HIGHS.tolist())) in clips
     assert head.net.evaluations == 0
+
+
+def test_a_temperature_on_a_device_stays_there():
+    value = torch.ones(1, dtype=torch.int64, device="meta")
+    assert _temperature(value).dtype == torch.float32  # a value that is read would raise
+    assert _temperature(torch.tensor([0.5])) == 0.5

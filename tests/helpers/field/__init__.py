@@ -6,7 +6,7 @@ Written from what those code bases compute, in sizes that a test can afford, wit
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -37,6 +37,7 @@ class Case:
         served: by default of :func:`cspd.patch`: LOOP by one call of the kernels, NETWORK in its own loop with
             evaluations by the kernels, OWN code (``why``), or REFUSED (``why``).
         why: a part of the one sentence that is told.
+        alone: whether its network can be served without its loop, too: it is given x, t and c of one row each.
     """
 
     make: Callable[[], nn.Module]
@@ -45,7 +46,7 @@ class Case:
     net: str = "net"
     served: str = LOOP
     why: str = ""
-    options: dict = field(default_factory=dict)
+    alone: bool = True
 
     def network(self, model: nn.Module) -> nn.Module:
         """The network of a model."""
@@ -90,8 +91,7 @@ def next_step(model, rows=4, cfg=1.0, cfg2=1.0, **options) -> torch.Tensor:
 
 def bit_dance(model, rows=ROWS, cfg=1.0, double=False) -> torch.Tensor:
     """All rows that come back are used: at 1.0 the unconditional ones are samples of their own."""
-    with torch.no_grad():
-        return model.sample(conditions(rows * (2 if cfg > 1 or double else 1), COND), cfg, num_sampling_steps=6)
+    return model.sample(conditions(rows * (2 if cfg > 1 or double else 1), COND), cfg, num_sampling_steps=6)
 
 
 def speech(model, rows=1, **options) -> torch.Tensor:
@@ -105,8 +105,7 @@ def hub_speech(model, rows=1, cfg=1.3) -> torch.Tensor:
 
 
 def pocket(model, rows=1, **options) -> torch.Tensor:
-    with torch.no_grad():
-        return model(conditions(rows, 2, CHANNELS), **options)
+    return model(conditions(rows, 2, CHANNELS), **options)
 
 
 def orthus(model, scales=()) -> torch.Tensor:
@@ -121,8 +120,8 @@ def unrecorded(model, rows=ROWS, additive=False, **options) -> torch.Tensor:
     return model.sample_additive_cfg(*conditions(3, rows, COND), **options)
 
 
-def _case(kind, call=as_mar, calls=PLAIN, *args, net="net", served=LOOP, why="", options=None, **changes) -> Case:
-    return Case(partial(made, kind, *args, **changes), call, calls, net, served, why, options or {})
+def _case(kind, call=as_mar, calls=PLAIN, net="net", served=LOOP, why="", alone=True, **changes) -> Case:
+    return Case(partial(made, kind, **changes), call, calls, net, served, why, alone)
 
 
 _d, _n, _f, _o, _v = by_diffusion, networks, by_flow, other, vibevoice
@@ -146,10 +145,10 @@ FIELD: dict[str, Case] = {
     "arinar": _case(_d.ArinarModel, net="diffloss.net"),
     "arinar, ddim": _case(_d.ArinarModel, net="diffloss.net", use_ddim=True),
     "arinar, groups": _case(_d.ArHead, served=NETWORK),
-    "far": _case(_n.Far, always_guided, (*_INDEXED, {"cfg": 1.0}, {"index": None})),
-    "freqpolicy": _case(_n.Freqpolicy, with_index, _INDEXED),
-    "motiongpt3": _case(_n.MotionGpt3, calls=_POOLED),
-    "motiongpt3, linear": _case(_n.MotionGpt3, calls=_ONE, pooled=False),
+    "far": _case(_n.Far, always_guided, (*_INDEXED, {"cfg": 1.0}, {"index": None}), alone=False),
+    "freqpolicy": _case(_n.Freqpolicy, with_index, _INDEXED, alone=False),
+    "motiongpt3": _case(_n.MotionGpt3, calls=_POOLED, alone=False),
+    "motiongpt3, linear": _case(_n.MotionGpt3, calls=_ONE, alone=False, pooled=False),
     "detok": _case(_n.Detok),
     "calm": _case(_n.Calm, of_shape, ({}, {"shape": (5,)}, {"shape": (2, 3, 1), "temperature": 0.7}, {"shape": ()})),
     "himar": _case(_d.Himar),
