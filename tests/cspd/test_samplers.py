@@ -429,7 +429,7 @@ class SigmaHead(nn.Module):
 
 def example() -> str:
     text = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    (code,) = re.findall(r"```python\n(.*?class .*?\(Adapter\).*?)```", text, re.DOTALL)
+    (code,) = (block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "(Adapter)" in block)
     return code
 
 
