@@ -152,6 +152,26 @@ def test_what_is_bound_to_other_numbers_is_compared_with_them(caplog, made_by):
     by_the_kernels(head, bit_dance, made_by)
 
 
+def test_where_its_own_code_does_not_run_the_first_call_compares(caplog, made_by):
+    class Elsewhere(DiffHead):
+        here = False
+
+        def sample(self, z, cfg, num_sampling_steps):
+            if not self.here:
+                raise RuntimeError("No CUDA GPUs are available")
+            return super().sample(z, cfg, num_sampling_steps)
+
+    head = made(Elsewhere)
+    with caplog.at_level(logging.INFO, "cspd"):
+        cspd.patch(head)
+    assert "its own code does not run here, so its first call compares" in caplog.text
+    assert "No CUDA GPUs are available" in caplog.text
+    Elsewhere.here = True
+    bit_dance(head)
+    tokens, _ = by_the_kernels(head, bit_dance, made_by)
+    assert relative_error(tokens, run(made(Elsewhere), bit_dance)[0]) < 1e-5
+
+
 def test_a_head_that_always_changes_is_not_compared_for_ever(caplog, monkeypatch):
     monkeypatch.setattr(served, "_MOST", 3)
     head = cspd.patch(made(FlowMatchingHead))
@@ -390,21 +410,25 @@ def test_other_samplers_are_of_diffusions():
     assert not cspd.is_patched(head)
 
 
-def test_nothing_is_compiled_for_the_comparison(made_by):
-    compiled = []
-
-    def backend(graph, _):
-        compiled.append(graph)
-        return graph.forward
-
-    class Compiled(DiffHead):
-        sample = torch.compile(DiffHead.sample, backend=backend)
-
-    head = made(Compiled)
+@pytest.mark.gpu
+@pytest.mark.parametrize(("kind", "options"), [(FlowMatchingHead, {"cfg2": 1.5, "noise_repeat": 2}), (DiffHead, {})])
+@torch.no_grad()
+def test_on_a_gpu(kind, options, made_by):
+    head, z = made(kind).cuda(), conditions(36).cuda()
+    call = lambda h: h.sample(z, cfg=3.0, num_sampling_steps=STEPS, **options)  # noqa: E731
+    expected, _, _ = run(head, call)
+    state = torch.cuda.get_rng_state()
     cspd.patch(head)
-    tokens, _ = by_the_kernels(head, bit_dance, made_by)
-    assert relative_error(tokens, run(made(DiffHead), bit_dance)[0]) < 1e-5
-    assert not compiled
+    call(head)
+    actual, _ = by_the_kernels(head, call, made_by)
+    assert torch.equal(torch.cuda.get_rng_state(), state)
+    assert relative_error(actual, expected) < 1e-4
+    cspd.patch(head)
+    with (
+        pytest.raises(RuntimeError, match="expected a first call like this one"),
+        torch.cuda.graph(torch.cuda.CUDAGraph()),
+    ):
+        call(head)
 
 
 # --- a sampler of one's own ---
