@@ -18,7 +18,7 @@ import torch
 import torch.nn as nn
 from field.flow_heads import FlowMatchingHead, OneOutputNet, RectifiedFlowHead, guided
 from field.other_networks import DiffHead
-from foreign import CHANNELS, conditions, made, own_messages, run
+from foreign import CHANNELS, conditions, made, run
 from patch_checks import assert_accelerated, assert_own_loop
 
 import cspd
@@ -147,7 +147,7 @@ def test_what_is_bound_to_other_numbers_is_compared_with_them(caplog, made_by):
         bit_dance(head)
         bit_dance(head)
     (message,) = [record.getMessage() for record in caplog.records]
-    assert re.search("keeps its own loop, its network is accelerated: its sample at .* differ by", message)
+    assert re.search("its sample at .* differ by", message)
     head.time_shift = 1.0
     by_the_kernels(head, bit_dance, made_by)
 
@@ -244,7 +244,7 @@ def test_what_autograd_records_runs_its_own_code(caplog):
         assert head.sample(Z, 1.0, 3).requires_grad
         assert head.requires_grad_(False).sample(Z.clone().requires_grad_(True), 1.0, 3).requires_grad
         assert not head.sample(Z, 1.0, 3).requires_grad
-    assert any("autograd records" in message for message in own_messages(caplog) or [caplog.text])
+    assert "autograd records what its sample computes" in caplog.text
 
 
 def test_a_head_in_bfloat16(made_by):
@@ -330,7 +330,7 @@ def test_a_method_that_had_been_replaced(caplog):
     with caplog.at_level(logging.WARNING, "cspd"):
         cspd.patch(head)
         assert torch.equal(bit_dance(head), torch.ones(2))
-    assert re.search(r"keeps its own loop, .* its sample at .* returns torch.float32 \(2,\)", caplog.text)
+    assert re.search(r"its sample at .* returns torch.float32 \(2,\)", caplog.text)
     assert torch.equal(bit_dance(cspd.unpatch(head)), torch.ones(2))
 
 
