@@ -43,8 +43,9 @@ def patch(
     replaces the options.
 
     Taken over is ``p_sample_loop`` of the diffusion objects that the model holds, and
-    ``p_sample_loop_with_noise`` of MarkXCloud/CSpD (its distribution manager is filled as before). The
-    head's own ``sample`` runs as it is. A loop that is not MAR's in everything it is given runs its own
+    ``p_sample_loop_with_noise`` of MarkXCloud/CSpD (its distribution manager is filled as before), and the
+    head's own ``sample`` runs as it is; where that has a loop of its own which is known (:mod:`cspd.samplers`), it
+    is taken over itself. A loop that is not MAR's in everything it is given runs its own
     code, and so does a network that computes more than its weights say (hooks, replaced or computed
     layers); the log tells why, once.
 
