@@ -21,7 +21,7 @@ from .diffusions import DDIM, LOOPS, NotServedError, Steps
 from .heads import FoundHead, HeadCache, unwrapped
 from .loop import LOCK, PATCHES, LoopHook
 from .meanings import Meaning
-from .sampling import Sampling
+from .sampling import OWN, Sampling
 from .source import written
 from .standins import StandIn, WatchedMoves, WatchedSample, WholeSampling, passes_begun
 from .twin import CannotRunError
@@ -44,7 +44,7 @@ class Options:
     parallel_tol: float | str | None = AUTO
     whole: bool = False
     compile: bool = False
-    sampling: Sampling = Sampling()
+    sampling: Sampling = OWN
 
     @property
     def watches(self) -> bool:
