@@ -271,11 +271,12 @@ def embedded(call: Call, meaning: Meaning, head: DiffusionHead) -> torch.Tensor:
     Raises:
         NotServedError: those make something else.
     """
-    cond = call.cond
+    cond, inner = call.cond, call.shape[1:-1]
+    if meaning.way is None and not inner:
+        return cond
     if meaning.way is not None:
         with torch.no_grad():
             cond = meaning.way.embed(call.net, cond, call.extra)
-    inner = call.shape[1:-1]
     if not _broadcasts(cond.shape[1:-1], inner) or cond.shape[-1] != head.cond_channels:
         raise NotServedError(f"its conditions become {tuple(cond.shape)}, not (..., {head.cond_channels})")
     return cond.expand(len(cond), *inner, cond.shape[-1]).reshape(-1, cond.shape[-1]) if inner else cond

@@ -281,7 +281,7 @@ class HeadPatch:
     def _schedule(self, call: Call, meaning: Meaning, hook: LoopHook) -> Schedule:
         """The steps of a call: its loop's, or those that were asked for in their place."""
         sampling = self.options.sampling
-        if not sampling.changes:
+        if sampling.sampler is None and sampling.steps is None:
             return hook.tables.schedule(Steps(call.eta, meaning.clip))
         if call.inter_noise is not None:
             raise NotServedError(f"the noise of its steps is given, which {sampling} does not make")
