@@ -25,7 +25,7 @@ from .sampling import OWN, Sampling
 from .source import written
 from .standins import StandIn, WatchedMoves, WatchedSample, WholeSampling, passes_begun
 from .twin import CannotRunError
-from .verify import DiffersError, check_loop, check_sample, plain_calls
+from .verify import DiffersError, check_loop, check_sample, hidden, plain_calls
 from .whole.chosen import training
 from .whole.sampler import SampleOptions, Sampler
 
@@ -318,7 +318,13 @@ class HeadPatch:
         )
 
     def _compare_now(self, kind: tuple, call: Call, hook: LoopHook, verdicts: dict) -> None:
-        """A kind of call that was not seen when the head was patched: it is compared before it is served."""
+        """A kind of call that was not seen when the head was patched: it is compared before it is served.
+
+        Raises:
+            NotServedError: it tells nothing of its kind.
+        """
+        if (name := hidden(call)) is not None:
+            raise NotServedError(f"{name} is 0 in all rows, which hides what the network does with it")
         with LOCK:
             try:
                 verdicts[kind] = check_loop(call, hook.diffusion)
