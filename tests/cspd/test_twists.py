@@ -257,8 +257,8 @@ def test_an_index_in_the_network(caplog):
     reason = "index is 0 in all rows, which hides what the network does with it"
     assert_own_code(head, lambda h: h.sample(Z, index=zeros), caplog, reason)
     cspd.patch(head)
-    for index, evaluations in ((zeros, STEPS), (index, 0), (zeros, 0)):
-        assert run(head, lambda h, index=index: h.sample(Z, index=index))[2] == evaluations
+    for given, evaluations in ((zeros, STEPS), (index, 0), (zeros, 0)):
+        assert run(head, lambda h, index=given: h.sample(Z, index=index))[2] == evaluations
 
 
 @pytest.mark.parametrize("cfg", [1.0, 2.5])
