@@ -114,7 +114,7 @@ def why_not_as_written(module: nn.Module) -> str | None:
         aside = hasattr(nn.Module, name) and name not in ("forward", "__call__", "_call_impl", "_wrapped_call_impl")
         if aside or not isinstance(own, FunctionType):
             continue
-        function = compiled_from(value)
+        function = stood_for(value)
         if getattr(function, "__func__", None) is not own or function.__self__ is not module:
             return f"had its {name} replaced (by {getattr(function, '__qualname__', type(function).__name__)})"
     return None
@@ -130,6 +130,14 @@ def compiled_from(function):
         function = inner
         if getattr(function, "__globals__", {}).get("__name__") == "torch._dynamo.external_utils":
             function = function.__wrapped__  # around what the compiler would otherwise skip, as torch's own layers
+    return function
+
+
+def stood_for(function):
+    """As :func:`compiled_from`, and what a method of an object stands in for that has it as ``original(name)``."""
+    function = compiled_from(function)
+    while getattr(owner := getattr(function, "__self__", None), "stands_in", False):
+        function = compiled_from(owner.original(function.__name__))
     return function
 
 

@@ -21,7 +21,6 @@ from .order import is_count
 from .sampling import OWN, Sampling
 
 VERIFY = ("window", "strict")
-_STEP = ("timesteps", "x0_x", "x0_out", "mean_x0", "mean_x")  # tables of a schedule that both models share
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _logger = logging.getLogger("cspd")
 _MODEL_INTERFACE = (
@@ -62,10 +61,11 @@ def check_models(draft, target, criterion: str = "trajectory") -> None:
             "expected draft and target with the same number of denoising steps (their trajectories are aligned "
             f"step by step), got {ours.num_steps} and {theirs.num_steps}"
         )
-    if not all(np.allclose(getattr(ours, name), getattr(theirs, name), rtol=1e-6, atol=1e-12) for name in _STEP):
+    # These say the noise schedule and the sampler, whatever the networks predict.
+    if not all(np.allclose(getattr(ours, name), getattr(theirs, name), rtol=1e-6) for name in ("mean_x0", "mean_x")):
         raise ValueError(
             "expected draft and target with the same noise schedule (their trajectories are compared step by "
-            f"step), got others: {ours!r} and {theirs!r}"
+            "step), got different steps"
         )
 
 

@@ -13,9 +13,10 @@ from cspd_kernels.head import call_dtype
 from cspd_kernels.ops.denoise.parallel import AUTO
 from cspd_kernels.spec import spec_of
 
-from .diffusions import LOOPS
+from .diffusions import LOOPS, NO_DIFFUSION
 from .heads import FoundHead, look_for_heads
 from .loop import patch_of
+from .samplers.served import OwnSampler
 
 
 @dataclass(frozen=True)
@@ -26,10 +27,12 @@ class HeadDescription:
         name: path and class of the module that holds it.
         channels, width, depth, cond_channels: C, W, D and Z of its network.
         samplers: its diffusion objects by the attribute that holds them: their T, or why the kernels
-            cannot stand in for them.
+            cannot stand in for them. Or its own methods of sampling that are stood in for, and whose they are like.
         dtype: operand type that a call would have now. weights: type of the weights. device: theirs.
         backend: what would serve it, or why nothing can.
-        patched: whether its loops are taken over. parallel_tol: as patched, else patch's default.
+        patched: whether its loops, or its network, are taken over.
+        own_loop: why its loops stay its own, where its network alone is taken over or would be; else None.
+        parallel_tol: as patched, else patch's default.
         sampling: the steps that are made in place of the loops' own; empty where those are.
         whole: whether ``sample_tokens`` of the model around it is taken over, too.
         own_code: reasons that calls have run their own code for, so far.
@@ -47,6 +50,7 @@ class HeadDescription:
     device: torch.device
     backend: str
     patched: bool
+    own_loop: str | None
     parallel_tol: float | str | None
     sampling: str
     whole: bool
@@ -57,9 +61,13 @@ class HeadDescription:
     def line(self) -> str:
         """The first line of the page."""
         kinds = _short(self.dtype) if self.dtype == self.weights else f"{_short(self.dtype)} of {_short(self.weights)}"
-        taken = "patched, whole images" if self.whole else "patched"
-        taken += f", {self.sampling}" if self.sampling else ""
-        patched = f"{taken}, parallel_tol={self.parallel_tol}" if self.patched else "not patched"
+        patched = "not patched"
+        if self.patched and self.own_loop is not None:
+            patched = "patched: its own loop, its network by the kernels"
+        elif self.patched:
+            taken = "patched, whole images" if self.whole else "patched"
+            taken += f", {self.sampling}" if self.sampling else ""
+            patched = f"{taken}, parallel_tol={self.parallel_tol}"
         return (
             f"{self.name}: C={self.channels} W={self.width} D={self.depth} Z={self.cond_channels}, "
             f"{kinds} on {self.device}, backend {self.backend}, {patched}"
@@ -67,6 +75,8 @@ class HeadDescription:
 
     def __str__(self) -> str:
         lines = [self.line, *(f"  {name}: {what}" for name, what in self.samplers.items())]
+        if self.own_loop is not None:
+            lines.append(f"  keeps its own loop: {self.own_loop}")
         lines += [f"  ran its own code: {reason}" for reason in self.own_code]
         if self.untouched:
             lines.append(f"  not taken over: {', '.join(self.untouched)}")
@@ -111,15 +121,19 @@ def describe_head(found: FoundHead, head_patch=None) -> HeadDescription:
     options = head_patch.options if head_patch is not None else None
     dtype = options.dtype if options is not None and options.dtype is not None else None
     dtype = dtype or call_dtype(weight.device, weight.dtype)
-    samplers, schedule = {}, None
+    samplers, schedule, why = {}, None, NO_DIFFUSION
     for path, diffusion in found.diffusions.items():
         try:
             schedule = Schedule.from_diffusion(diffusion)
             what = f"{schedule.num_steps} steps"
         except (TypeError, ValueError) as error:
-            what = f"own code: {error}"
+            what, why = f"own code: {error}", str(error)
         name = path.partition("[")[0]  # of a list, all in one line
         samplers[name] = what if samplers.get(name, what) == what else f"{samplers[name]}, {what}"
+    own = OwnSampler.of(found) if head_patch is None else head_patch.own_sampler
+    if own is not None:
+        samplers |= dict.fromkeys(own.adapter.methods, f"as of {own.adapter}")
+        why = None
     return HeadDescription(
         name=found.name,
         channels=spec.channels,
@@ -132,11 +146,12 @@ def describe_head(found: FoundHead, head_patch=None) -> HeadDescription:
         device=weight.device,
         backend=_backend(net, schedule, dtype, weight.device, options.backend if options is not None else None),
         patched=head_patch is not None,
+        own_loop=head_patch.own_loop if head_patch is not None else None if schedule is not None else why,
         parallel_tol=options.parallel_tol if options is not None else AUTO,
         sampling=str(options.sampling) if options is not None and options.sampling.changes else "",
         whole=options is not None and options.whole,
         own_code=tuple(head_patch.told) if head_patch is not None else (),
-        untouched=_untouched(found),
+        untouched=tuple(name for name in _untouched(found) if name not in samplers),
     )
 
 
@@ -150,11 +165,10 @@ def _untouched(found: FoundHead) -> tuple[str, ...]:
 def _backend(net: nn.Module, schedule: Schedule | None, dtype, device: torch.device, asked: str | None) -> str:
     if device.type == "meta":
         return "none: its weights are on the meta device"
-    if schedule is None:
-        return "none: no diffusion object that the kernels can sample with"
     head = DiffusionHead.from_network(net, schedule, dtype=dtype)
     try:
-        module = implementation("denoise", asked, device, head).__module__.rpartition(".")[2]
+        op = "evaluate" if schedule is None else "denoise"
+        module = implementation(op, asked, device, head).__module__.rpartition(".")[2]
     except RuntimeError as error:
         return f"none: {error}"
     return module.removesuffix("_backend")

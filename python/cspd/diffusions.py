@@ -20,6 +20,8 @@ _STEPS = ("timestep_map", "use_timesteps")  # which timesteps are kept: of as ma
 DDIM = "ddim_sample_loop"
 LOOPS = ("p_sample_loop", "p_sample_loop_with_noise", DDIM)  # of LTH14/mar; of MarkXCloud/CSpD; of both
 
+NO_DIFFUSION = f"it holds no diffusion object with {LOOPS[0]}"
+
 
 class NotServedError(ValueError):
     """The kernels cannot stand in for a module's own code; the message says why."""

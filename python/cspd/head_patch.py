@@ -17,10 +17,13 @@ from cspd_kernels.ops.denoise.parallel import AUTO, check_tolerance
 from cspd_kernels.spec import HeadSpec
 
 from .calls import Call, finish, run_call
-from .diffusions import DDIM, LOOPS, NotServedError, Steps
+from .diffusions import DDIM, LOOPS, NO_DIFFUSION, NotServedError, Steps
 from .heads import FoundHead, HeadCache, unwrapped
 from .loop import LOCK, PATCHES, LoopHook
 from .meanings import Meaning
+from .network import FastNetwork
+from .network_patch import NetworkForward
+from .samplers.served import OwnSampler, ServedSample
 from .sampling import OWN, Sampling
 from .source import written
 from .standins import StandIn, WatchedMoves, WatchedSample, WholeSampling, passes_begun
@@ -30,7 +33,7 @@ from .whole.chosen import training
 from .whole.sampler import SampleOptions, Sampler
 
 _logger = logging.getLogger("cspd")
-_NOISES, _WEIGHTS = ("upstream", "philox"), ("live", "frozen")
+_NOISES, _WEIGHTS, _LOOPS = ("upstream", "philox"), ("live", "frozen"), (None, "own")
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,7 @@ class Options:
     parallel_tol: float | str | None = AUTO
     whole: bool = False
     compile: bool = False
+    loop: str | None = None
     sampling: Sampling = OWN
 
     @property
@@ -60,6 +64,10 @@ class Options:
             raise ValueError(f"patch expected dtype None or one of {OPERAND_DTYPES}, got {self.dtype!r}")
         if self.compile and not self.whole:
             raise ValueError("patch expected compile=True together with whole=True: heads have kernels of their own")
+        if self.loop not in _LOOPS:
+            raise ValueError(f"patch expected loop one of {_LOOPS}, got {self.loop!r}")
+        if self.loop == "own" and self.whole:
+            raise ValueError("patch expected loop='own' without whole=True, which takes the loop over, too")
         check_tolerance("patch", self.parallel_tol)
         self.sampling.check("patch")
         implementation("denoise", self.backend)
@@ -81,6 +89,9 @@ class HeadPatch:
         self.hooks: list[LoopHook | StandIn] = []
         self._model = None if model is None else weakref.ref(model)  # whose sample_tokens is taken over, too
         self.sampler: Sampler | None = None
+        self.own_sampler = OwnSampler.of(found)  # of a loop that is no diffusion object's
+        self.own_loop: str | None = None  # why its loops stay its own, None where they are taken over
+        self.network: FastNetwork | None = None  # of loops of its own
 
     @property
     def name(self) -> str:
@@ -112,16 +123,51 @@ class HeadPatch:
         """
         found = self.found
         _check_values(found, self.options.dtype)
+        if self.options.loop == "own" or not (found.diffusions or self.own_sampler):
+            self._keep_loop("loop='own' was asked for" if self.options.loop else NO_DIFFUSION)
+            return
         try:
-            self._compare(found)
+            self._compare_sampler() if self.own_sampler is not None else self._compare(found)
         except DiffersError as error:
-            raise ValueError(f"{self.name} samples differently and is left unpatched: {error}") from None
+            self._keep_loop(f"{error}")
+            return
         model = self._model and self._model()
         if self.options.whole and model is not None and not training(model):
             try:
                 self.sampler_of(model).check()
             except NotServedError as error:
                 self.tell_of_model(model, f"{error}")
+
+    def _keep_loop(self, why: str) -> None:
+        """Its loops stay as they are, and its network's calls are taken over.
+
+        Raises:
+            ValueError: those differ, too.
+        """
+        self.own_loop, self.own_sampler, self.verdicts = why, None, {}
+        self.network = FastNetwork(self.net, self.cache, self.options.backend, self.options.dtype)
+        try:
+            self.network.check()
+        except CannotRunError as error:
+            _logger.info(
+                "cspd.patch: %s: its network's first call compares, as it does not run here: %s", self.name, error
+            )
+        except DiffersError as error:
+            raise ValueError(
+                f"{self.name} samples differently and is left unpatched: {why}; and its network: {error}"
+            ) from None
+        if self.options.loop is None:
+            _logger.warning("cspd.patch: %s keeps its own loop, its network is accelerated: %s", self.name, why)
+        if (model := self._model and self._model()) is not None:
+            self.tell_of_model(model, why)
+
+    def _add_network(self) -> None:
+        """For loops that run their own code; where it differs, they run all of it."""
+        self.network = FastNetwork(self.net, self.cache, self.options.backend, self.options.dtype)
+        try:
+            self.network.check()
+        except (CannotRunError, DiffersError):
+            self.network = None
 
     def sampler_of(self, model: nn.Module) -> Sampler:
         """Of whole images, where that was asked for.
@@ -138,11 +184,23 @@ class HeadPatch:
                 raise NotServedError(f"{error}") from None
         return self.sampler
 
+    def _compare_sampler(self) -> None:
+        """Raises DiffersError where its own sampler is another one than its adapter says."""
+        self._add_network()  # for the calls that are not served; and which of its candidates the network is, is known
+        try:
+            self.own_sampler.check(self.cache.choice, self.written)
+        except CannotRunError as error:
+            _logger.info(
+                "cspd.patch: %s: its own code does not run here, so its first call compares: %s", self.name, error
+            )
+
     def _compare(self, found: FoundHead) -> None:
         try:
             outcome = check_sample(found)
             self.verdicts = dict(outcome.kinds)
             self._compare_loops(LOOPS[1])  # which sample does not call
+            if outcome.own:
+                self._add_network()
             for reason in outcome.own:
                 self.tell(reason)
         except CannotRunError as error:
@@ -185,7 +243,13 @@ class HeadPatch:
         self.net.__dict__.setdefault(PATCHES, []).append(self)
         module = self.found.module
         self._hook(WatchedMoves, self.net)
-        if callable(getattr(module, "sample", None)):
+        if self.network is not None:
+            self._hook(NetworkForward, self.net)
+        if self.own_loop is not None:
+            return
+        if self.own_sampler is not None:
+            self._hook(ServedSample, self.own_sampler.module)
+        elif callable(getattr(module, "sample", None)):
             self._hook(WatchedSample, module)
         model = self._model and self._model()
         if model is not None and WholeSampling.of(model) is None:
@@ -241,6 +305,8 @@ class HeadPatch:
         Raises:
             NotServedError: the loop's own code must run; nothing was drawn.
         """
+        if self.own_loop is not None:  # its diffusion object is another head's, too
+            raise NotServedError(self.own_loop)
         kind, source = hook.kind(call), self.cache.look()
         if source.spec is not call.spec:
             call = replace(call, spec=source.spec)
@@ -251,7 +317,7 @@ class HeadPatch:
         verdicts, capturing = self.verdicts, call.cond.is_cuda and torch.cuda.is_current_stream_capturing()
         if kind not in verdicts:
             if capturing:
-                self._refuse_capture()
+                self.refuse_capture()
             self._compare_now(kind, call, hook, verdicts)
         meaning, options = verdicts[kind], self.options
         if isinstance(meaning, str):
@@ -259,7 +325,7 @@ class HeadPatch:
         schedule = self._schedule(call, meaning, hook)
         given = meaning.way is not None
         if capturing and not self.cache.has(schedule, options.dtype, given):
-            self._refuse_capture()
+            self.refuse_capture()
         out = run_call(
             call,
             self.cache.get(schedule, options.dtype, source, given=given),
@@ -299,6 +365,8 @@ class HeadPatch:
         sampling = self.options.sampling
         if not sampling.changes:
             return
+        if self.own_loop is not None or self.own_sampler is not None:
+            raise ValueError(f"{self.name} is left unpatched: expected a diffusion object to sample by {sampling}")
         for path, diffusion in self.found.diffusions.items():
             try:
                 schedule = (LoopHook.of(diffusion) or LoopHook(diffusion)).tables.schedule()
@@ -311,7 +379,7 @@ class HeadPatch:
                 raise ValueError(f"{self.name} is left unpatched: its {path}: {error}") from None
         _logger.warning("cspd.patch: %s samples by %s, as asked for: other tokens than its own", self.name, sampling)
 
-    def _refuse_capture(self) -> None:
+    def refuse_capture(self) -> None:
         raise RuntimeError(
             f"{self.name} expected a first call like this one before a CUDA graph of the caller's is captured, "
             "which cannot hold what is made once: call it once, then capture"
@@ -347,7 +415,15 @@ class HeadPatch:
             _logger.warning("cspd.patch: sample_tokens of %s runs its own code, its head is patched: %s", kind, reason)
 
     def tell(self, reason: str) -> None:
-        """Log once why the head's own code runs."""
+        """Log once why the head's own loop runs."""
+        if self.network is None:
+            self.tell_of_network(reason)
+        elif reason not in self.told:
+            self.told.append(reason)
+            _logger.warning("cspd.patch: %s keeps its own loop, its network is accelerated: %s", self.name, reason)
+
+    def tell_of_network(self, reason: str) -> None:
+        """Log once why the head's own code runs, with its own network."""
         if reason not in self.told:
             self.told.append(reason)
             _logger.warning("cspd.patch: %s runs its own code, unaccelerated: %s", self.name, reason)

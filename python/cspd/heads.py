@@ -13,11 +13,11 @@ import torch.nn as nn
 from cspd_kernels import DiffusionHead, Schedule
 from cspd_kernels.head import call_dtype
 from cspd_kernels.live import LiveWeights
-from cspd_kernels.parts import part_of
-from cspd_kernels.spec import HeadSpec, spec_of
-from cspd_kernels.structure import compiled_from, why_not_a_network, why_not_as_written, why_not_plain
+from cspd_kernels.parts import NAMES, part_of
+from cspd_kernels.spec import HeadSpec, specs_of
+from cspd_kernels.structure import stood_for, why_not_a_network, why_not_as_written, why_not_plain
 
-from .diffusions import LOOPS, NotServedError, diffusions_of
+from .diffusions import NotServedError, diffusions_of
 from .source import Source
 
 _MAX_SCHEDULES = 64  # of one network, whose packed heads share their weights
@@ -25,7 +25,7 @@ _MAX_SCHEDULES = 64  # of one network, whose packed heads share their weights
 
 @dataclass(frozen=True)
 class FoundHead:
-    """A module that holds a head's network as ``net``, and the diffusion objects that sample with it."""
+    """A module that holds a head's network as ``net``, or is one, and the diffusion objects that sample with it."""
 
     name: str
     module: nn.Module
@@ -50,7 +50,7 @@ def look_for_heads(model: nn.Module) -> Found:
     """Every diffusion head in the module tree, found by structure."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a torch.nn.Module that holds a diffusion head, got {type(model).__name__}")
-    heads, near = [], {}
+    heads, near, seen = [], {}, set()
     everywhere = diffusions_of(model)
     for path, module in model.named_modules():
         net = module._modules.get("net")  # its own: compiled modules and the like pass attributes on
@@ -60,8 +60,7 @@ def look_for_heads(model: nn.Module) -> Found:
         inner, reason = (None, "it lacks net") if net is None else unwrapped(net)
         reason = reason or _why_sharded(inner) or why_not_a_network(inner, given=True) or why_not_plain(inner)
         diffusions = diffusions_of(module) or everywhere
-        if reason is None and not diffusions:
-            reason = f"it holds no diffusion object with {LOOPS[0]}, so it has a sampling loop of its own"
+        seen.add(inner)
         if (first := next((head for head in heads if inner is head.net), None)) is not None:
             for held, diffusion in diffusions.items():  # two heads share a network, or one is around the other
                 if not any(diffusion is known for known in first.samplers):
@@ -70,6 +69,17 @@ def look_for_heads(model: nn.Module) -> Found:
         if reason is None:
             heads.append(FoundHead(name, module, inner, diffusions))
         elif net is None or part_of(inner, "blocks") is not None:
+            near[name] = reason
+    for path, module in model.named_modules():  # networks that loops of their own call
+        inner, reason = unwrapped(module)
+        if inner in seen or any(part_of(inner, role) is None for role in NAMES if role != "modulations"):
+            continue
+        seen.add(inner)
+        name = f"{_plain(path) or 'the model itself'} ({type(inner).__name__})"
+        reason = reason or _why_sharded(inner) or why_not_a_network(inner) or why_not_plain(inner)
+        if reason is None:
+            heads.append(FoundHead(name, inner, inner))
+        else:
             near[name] = reason
     return Found(heads, near)
 
@@ -85,8 +95,8 @@ def find_heads(model: nn.Module) -> Found:
         near = "".join(f"\n  {name}: {reason}" for name, reason in found.near.items())
         raise ValueError(
             f"no diffusion head found in {type(model).__name__} that can be served; it is left unpatched. Looked for "
-            "modules with a net of input_proj, time_embed, cond_embed, res_blocks and final_layer, and a diffusion "
-            "object with p_sample_loop (DiffLoss of LTH14/mar)."
+            "networks of input_proj, time_embed, cond_embed, res_blocks and final_layer (LTH14/mar's, or one by other "
+            "names that are known), best of all as net of a module that holds a diffusion object with p_sample_loop."
             + (" These came near:" + near if near else " No module came near.")
         )
     return found
@@ -131,6 +141,7 @@ class HeadCache:
 
     def __init__(self, net: nn.Module, weights: str = "live"):
         self.net, self.weights = net, weights
+        self.choice = 0  # which of its specs, where a comparison has chosen another one
         self._lock = threading.RLock()
         self._forms: dict[torch.dtype, _Form] = {}
         self._source: Source | None = None
@@ -163,7 +174,7 @@ class HeadCache:
                 self.clear()
                 if (reason := why_not_a_network(self.net, given=True) or why_not_plain(self.net)) is not None:
                     raise NotServedError(reason)
-                spec = spec_of(self.net)
+                spec = specs_of(self.net)[self.choice]
                 if spec.parts.input.weight.is_meta:
                     raise NotServedError("its weights are on the meta device: offloaded, or not loaded yet")
                 self._source = Source(self.net, spec, weakref.WeakMethod(self.clear))
@@ -271,7 +282,7 @@ def bound_network(function) -> tuple[nn.Module, str] | None:
     Raises:
         NotServedError: what is around the network computes more.
     """
-    function = function if isinstance(function, nn.Module) else compiled_from(function)
+    function = function if isinstance(function, nn.Module) else stood_for(function)
     if isinstance(function, nn.Module):
         owner, name = function, "forward"
     else:
@@ -279,7 +290,7 @@ def bound_network(function) -> tuple[nn.Module, str] | None:
         if not isinstance(owner, nn.Module):
             return None
         name = "forward" if name in ("__call__", "_wrapped_call_impl", "_call_impl") else name
-        replaced = compiled_from(owner.__dict__.get(name))
+        replaced = stood_for(owner.__dict__.get(name))
         if replaced is not None and replaced != function:
             return None  # something else stands there now
     net, reason = unwrapped(owner)

@@ -34,6 +34,7 @@ def patch(
     sampler: str | None = None,
     eta: float = 0.0,
     sampling_steps: int | tuple[int, int] | None = None,
+    loop: str | None = None,
 ) -> nn.Module:
     """Make every diffusion head of a model sample through :func:`cspd_kernels.denoise`.
 
@@ -53,6 +54,10 @@ def patch(
     Before anything is changed, a small copy of each head with random weights samples with and without
     the kernels; a difference refuses. Where its own code does not run here, the first call that can
     compares.
+
+    A head whose loop is none of these (a solver or a scheduler of its own), or computes something else, keeps it, and
+    its network's ``forward`` is taken over: the kernels make each of the loop's calls (docs/loops.md). The log tells
+    so, and :func:`describe`.
 
     Under guidance 2N rows come back as before; the last N, which callers drop, repeat the first. On a
     GPU the host waits nowhere that the replaced code does not. Weights are looked at at every call, so that
@@ -83,6 +88,7 @@ def patch(
         eta: of DDIM, in [0, 1]: 0 adds no noise.
         sampling_steps: so many of the loop's steps, evenly strided; or a pair (first, last), linearly from the first to
             the last autoregressive step of the model's ``sample_tokens`` (DiSA, arXiv 2505.20297). None: all.
+        loop: ``"own"`` leaves every loop as it is and takes over the networks alone. None: where that is all there is.
 
     Returns:
         The same model.
@@ -92,7 +98,7 @@ def patch(
         RuntimeError: the backend cannot serve.
     """
     sampling = Sampling(sampler, eta, sampling_steps)
-    options = Options(backend, dtype, noise, weights, parallel_tol, whole, compile, sampling)
+    options = Options(backend, dtype, noise, weights, parallel_tol, whole, compile, loop, sampling)
     options.check()
     with LOCK:
         patches = _prepare(model, options)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from numbers import Real
 
@@ -60,8 +59,9 @@ class Sampling:
         """Denoising steps at an autoregressive step, 0..of-1; None: the schedule's own number."""
         if not isinstance(self.steps, tuple):
             return self.steps
-        first, last = self.steps
-        return last + math.trunc((1 - step / max(1, of - 1)) * (first - last))
+        (first, last), steps = self.steps, max(1, of - 1)
+        gone = (steps - step) * abs(first - last) // steps  # in whole numbers: 1/5 is no binary fraction
+        return last + (gone if first > last else -gone)
 
     def schedule(self, schedule: Schedule, step: int = 0, of: int = 1) -> Schedule:
         """The steps that are made at an autoregressive step; the same object for the same steps.

@@ -60,6 +60,7 @@ class StandIn:
     """Stands in for methods of one module, as long as there are patches that need it."""
 
     names: tuple[str, ...] = ()
+    stands_in = True  # for :func:`cspd_kernels.structure.stood_for`
 
     def __new__(cls, *_):
         self = super().__new__(cls)
@@ -86,17 +87,24 @@ class StandIn:
             own[name] = getattr(self, name)
 
     def remove(self) -> None:
-        self._leave(self.module)
+        """Leave the methods to those that stood there, also from below another stand-in."""
+        for name in (*self.names, _REPLICATE):
+            table = self.module.__dict__
+            while isinstance(top := _owner(table.get(name)), StandIn):
+                if top is self:
+                    _put(table, name, self.replaced.get(name))
+                    break
+                table = top.replaced
 
     def original(self, name: str) -> Callable:
         """The method that stood there before."""
         return self.replaced.get(name) or getattr(type(self.module), name).__get__(self.module)
 
     def _as_original(self, name: str) -> MethodType:
-        """A method that calls ``run``; name, docstring and signature are the original's."""
+        """A method that comes to ``call``; name, docstring and signature are the original's."""
 
         def method(watched, *args, **kwargs):
-            return watched.run(*args, **kwargs)
+            return watched.call(name, args, kwargs)
 
         if "module" in vars(self):  # else it is being read from a pickle
             original = self.original(name)
@@ -107,24 +115,35 @@ class StandIn:
             function.__name__ = name
         return MethodType(method, self)
 
+    def call(self, name: str, args: tuple, kwargs: dict):
+        """A call of the method of that name."""
+        return self.run(*args, **kwargs)
+
     def present(self) -> list:
         """The users, none of which comes or goes meanwhile."""
         with LOCK:
             return list(self.users)
 
-    def _leave(self, module: nn.Module) -> None:
-        own = module.__dict__
-        for name in (*self.names, _REPLICATE):
-            if getattr(own.get(name), "__self__", None) is self:
-                del own[name]
-                if name in self.replaced:
-                    own[name] = self.replaced[name]
-
     def _replicate_for_data_parallel(self) -> nn.Module:
         """A replica has other weights, elsewhere: it calls nothing of the module that it was made from."""
         replica = self.original(_REPLICATE)()
-        self._leave(replica)
+        for name, value in [*replica.__dict__.items()]:
+            if isinstance(_owner(value), StandIn):
+                while isinstance(owner := _owner(value), StandIn):
+                    value = owner.replaced.get(name)
+                _put(replica.__dict__, name, value)
         return replica
+
+
+def _owner(method) -> object:
+    return getattr(method, "__self__", None)
+
+
+def _put(table: dict, name: str, value) -> None:
+    if value is None:
+        table.pop(name, None)
+    else:
+        table[name] = value
 
 
 class WatchedSample(StandIn):

@@ -186,7 +186,7 @@ def _serve(make, run, what: str, meanings: dict, steps: int | None, own: Run, tr
     if copies.trial.served != len(trial.calls):  # its own code ran twice, which compares nothing
         raise CannotRunError(f"the kernels did not serve it: {'; '.join(copies.trial.reasons)}")
     guided = next((call for call in trial.calls if call.groups > 1), None)
-    _same(own, served, guided, what, copies.trial.net)
+    same(own, served, guided, what, copies.trial.net)
     return copies.trial, served.result
 
 
@@ -268,7 +268,7 @@ def hidden(call: Call) -> str | None:
     return next(whole, None)
 
 
-def _same(own: Run, served: Run, guided: Call | None, what: str, net: nn.Module) -> None:
+def same(own: Run, served: Run, guided: Call | None, what: str, net: nn.Module) -> None:
     """Raise where two runs differ. ``guided``: a call of G N rows, of which callers keep the first N."""
     expected, actual = (_tensors(run.result) for run in (own, served))
     if not expected or len(expected) != len(actual):
@@ -279,7 +279,7 @@ def _same(own: Run, served: Run, guided: Call | None, what: str, net: nn.Module)
             raise DiffersError(f"{what} returns {theirs}, through the kernels it returns {ours}")
         if guided is not None and a.numel() == math.prod(guided.shape):
             a, b = (v.reshape(-1, guided.shape[-1])[: guided.rows] for v in (a, b))
-        error = _difference(a, b)
+        error = difference(a, b)
         if not error <= tolerance(net):
             raise DiffersError(f"{what} and the kernels' differ by {error:.2g} of the largest value")
     if len(own.states) != len(served.states) or not all(map(torch.equal, own.states, served.states)):
@@ -289,7 +289,8 @@ def _same(own: Run, served: Run, guided: Call | None, what: str, net: nn.Module)
         raise DiffersError(f"{what} also sets {names} of its diffusion object, which the kernels do not")
 
 
-def _difference(a: torch.Tensor, b: torch.Tensor) -> float:
+def difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Of the largest value of ``a``."""
     a, b = a.double(), b.double()
     return float((a - b).abs().max() / a.abs().max().clamp_min(1e-30)) if a.numel() else 0.0
 

@@ -6,10 +6,10 @@ Whether a call is accelerated is counted: the packed head does not evaluate the 
 from __future__ import annotations
 
 import logging
+import re
 
-import pytest
 import torch
-from foreign import STEPS, own_messages, run, state, unchanged
+from foreign import STEPS, own_messages, run
 
 import cspd
 from cspd_kernels.testing import relative_error
@@ -20,22 +20,38 @@ def assert_accelerated(head, call, caplog, steps=STEPS):
     compare(head, call, caplog, steps, evaluations=0, told=[])
 
 
-def assert_own_code(head, call, caplog, reason, steps=STEPS, by_patch=False):
-    """The same call, patched: it runs its own code, and the reason is told once, however often it is called.
-
-    ``by_patch``: by ``patch`` already, as this is what its ``sample`` does without an option.
-    """
-    compare(head, call, caplog, steps, evaluations=steps, told=[reason], by_patch=by_patch)
+def assert_own_code(head, call, caplog, reason, steps=STEPS):
+    """The same call, patched: it runs its own code, and the reason is told once, however often it is called."""
+    compare(head, call, caplog, steps, evaluations=steps, told=[reason])
 
 
-def compare(head, call, caplog, steps, evaluations, told, by_patch=False):
+@torch.no_grad()  # loops need not say so
+def assert_own_loop(head, call, caplog, match, steps=STEPS):
+    """The same call, patched: it runs its own loop, whose network is accelerated; ``patch`` tells why, once."""
     cspd.unpatch(head)
     expected, rng, own = run(head, call)
     assert own == steps
     caplog.clear()
     with caplog.at_level(logging.WARNING, "cspd"):
         cspd.patch(head)
-        assert len(own_messages(caplog)) == (len(told) if by_patch else 0)
+        for _ in range(2):
+            actual, rng_after, evaluations = run(head, call)
+            assert evaluations == 0
+            assert torch.equal(rng_after, rng)
+            assert actual.dtype == expected.dtype
+            assert relative_error(actual, expected) < 1e-5
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert re.search(f"keeps its own loop, its network is accelerated: {match}", message)
+
+
+def compare(head, call, caplog, steps, evaluations, told):
+    cspd.unpatch(head)
+    expected, rng, own = run(head, call)
+    assert own == steps
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, "cspd"):
+        cspd.patch(head)
+        assert not own_messages(caplog)
         for _ in range(3):
             actual, rng_after, counted = run(head, call)
             assert counted == evaluations
@@ -47,13 +63,3 @@ def compare(head, call, caplog, steps, evaluations, told, by_patch=False):
     for message, reason in zip(messages, told):
         assert reason in message
     assert bool(messages) or not caplog.records
-
-
-def assert_refused(head, match):
-    before = state(head)
-    evaluations = head.net.evaluations
-    with pytest.raises(ValueError, match=match):
-        cspd.patch(head)
-    assert unchanged(before, state(head))
-    assert not cspd.is_patched(head)
-    assert head.net.evaluations == evaluations

@@ -1,0 +1,228 @@
+"""A head's network by the kernels, one call at a time, whatever loop calls it.
+
+A call is served where calls of its kind were compared, by the network's own forward and by the packed one, on a small
+copy with random weights. Every other call runs its own forward.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import MethodType
+
+import torch
+import torch.nn as nn
+from torch.autograd import forward_ad
+
+from cspd_kernels import DiffusionHead, evaluate
+from cspd_kernels.spec import HeadSpec, specs_of
+from cspd_kernels.structure import compiled_from
+
+from .diffusions import NotServedError
+from .heads import HeadCache
+from .loop import LOCK
+from .network_call import Kind, Roles, flatten
+from .source import Source, written
+from .twin import CannotRunError, copies_of, first_line, quiet
+from .verify import DiffersError, difference, tolerance
+
+_transformed = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """How calls of a kind are served."""
+
+    in_columns: bool  # of (N, 1) times
+    dtype: torch.dtype  # of what its own forward returns
+
+
+class FastNetwork:
+    """The calls of one network.
+
+    Args:
+        cache: of its packed weights, shared with whoever else serves it.
+        backend, dtype: as in :func:`cspd.patch`.
+    """
+
+    def __init__(self, net: nn.Module, cache: HeadCache, backend: str | None, dtype: torch.dtype | None):
+        self.net, self.cache, self.backend, self.dtype = net, cache, backend, dtype
+        self.roles: Roles | None = None
+        self.kinds: dict[Kind, Answer | str] = {}  # or why not
+        self.written: tuple | None = None  # the code and the settings that those are about
+        self.checked: str | None = None  # "" once it agreed, else why nothing did
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "roles": None, "kinds": {}, "written": None, "checked": None}
+
+    def check(self) -> None:
+        """Compare plain kinds of calls, N rows and a time for each. What the network may compute is tried in turn.
+
+        Raises:
+            DiffersError: nothing agrees, with the figure. CannotRunError: its own forward does not run here.
+        """
+        failure = None
+        self.kinds, self.written = {}, written(self.net)
+        for choice, spec in enumerate(specs_of(self.net)):
+            self.cache.choice = choice
+            try:
+                self.kinds, self.checked = self._plain_kinds(spec), ""
+                return
+            except DiffersError as error:
+                failure = failure or error
+        self.cache.choice, self.checked = 0, str(failure)
+        raise failure
+
+    def _plain_kinds(self, spec: HeadSpec) -> dict[Kind, Answer]:
+        """Of the calls that its own forward takes, which may want times of one type or shape alone."""
+        weight, kinds, failure = spec.parts.input.weight.dtype, {}, None
+        self.roles = Roles(own_forward(self.net), len(spec.times))
+        types = dict.fromkeys((weight, torch.float32, torch.int64))
+        for shape, time in itertools.product(((3,), (3, 1)), types):
+            if kinds and len(shape) == 2:
+                break
+            kind = Kind(((3,), weight), ((shape, time),) * len(spec.times), ((3,), weight), None)
+            try:
+                kinds[kind] = self._compare(kind)
+            except CannotRunError as error:
+                failure = error
+        if not kinds:
+            raise failure
+        return kinds
+
+    def serve(self, args: tuple, kwargs: dict) -> torch.Tensor:
+        """One call.
+
+        Raises:
+            NotServedError: its own forward must run.
+        """
+        if forward_ad._current_level >= 0 or _transformed():
+            raise NotServedError("it is called under a transform of its function (vmap, grad, jvp)")
+        source = self._look()
+        x, times, c = self.roles.read(args, kwargs)
+        kind = Kind.of(x, times, c)
+        if torch.is_grad_enabled() and _recorded(source, x, c, *times):
+            raise NotServedError("autograd records its calls: sample under torch.no_grad() or torch.inference_mode()")
+        answer = self.kinds.get(kind)
+        if x.is_cuda and torch.cuda.is_current_stream_capturing():
+            self._check_capture(answer is not None and self.cache.has(None, self.dtype))
+        if answer is None:
+            answer = self._compare_now(kind)
+        if isinstance(answer, str):
+            raise NotServedError(answer)
+        head, flat = self.cache.get(None, self.dtype, source), flatten(x, times, c, answer.in_columns)
+        try:
+            out = evaluate(head, flat.x, flat.times, flat.c, backend=self.backend)
+        except (TypeError, ValueError) as error:  # as its own code has it, which may know better
+            raise NotServedError(str(error)) from None
+        return out.view(*flat.shape, out.shape[-1]).to(answer.dtype)
+
+    def _look(self) -> Source:
+        source = self.cache.look()
+        if source.written is not self.written:
+            if source.written != self.written:  # what was compared was something else
+                self.kinds, self.checked = {}, None
+            self.written = source.written
+        if self.checked is None:
+            with LOCK, contextlib.suppress(DiffersError):
+                try:
+                    self.check()
+                except CannotRunError as error:
+                    self.checked = str(error)
+            source = self.cache.look()
+        if self.checked:
+            raise NotServedError(self.checked)
+        return source
+
+    def _check_capture(self, ready: bool) -> None:
+        if not ready:
+            raise RuntimeError(
+                f"a patched {type(self.net).__name__} expected a first call like this one before a CUDA graph of the "
+                "caller's is captured, which cannot hold what is made once: call it once, then capture"
+            )
+
+    def _compare_now(self, kind: Kind) -> Answer | str:
+        with LOCK:
+            try:
+                self.kinds[kind] = self._compare(kind)
+            except (CannotRunError, DiffersError) as error:
+                self.kinds[kind] = str(error)
+            return self.kinds[kind]
+
+    def _compare(self, kind: Kind) -> Answer:
+        """Raises DiffersError, with the figure; CannotRunError where its own forward raises."""
+        failure = None
+        for cut in (True, False):  # a fork may have more parts, which fit the full width only
+            try:
+                return self._compare_copies(kind, cut)
+            except CannotRunError as error:
+                failure = failure or error
+        raise failure
+
+    def _compare_copies(self, kind: Kind, cut: bool) -> Answer:
+        with quiet(self.net):
+            net = _small(self.net, cut)
+            spec = specs_of(net)[self.cache.choice]
+            x, times, c = kind.call(spec.parts.input.weight.device, spec.channels, spec.cond_channels, exact=True)
+            expected = _attempt(lambda: self._own(net, x, times, c))
+            head = DiffusionHead.from_network(net, None, dtype=torch.float32, spec=spec)
+            answers, failure = [], None
+            for in_columns in (False, True):
+                try:
+                    flat = flatten(x, times, c, in_columns)
+                except NotServedError as error:
+                    failure = failure or DiffersError(str(error))
+                    continue
+                actual = evaluate(head, flat.x, flat.times, flat.c, backend="torch")
+                actual = actual.view(*flat.shape, actual.shape[-1])
+                if actual.shape != expected.shape:
+                    continue
+                error = difference(expected, actual)
+                if error <= tolerance(net):
+                    answers.append(in_columns)
+                    break
+                failure = DiffersError(f"its forward and the kernels' differ by {error:.2g} of the largest value")
+        if not answers:
+            raise failure or DiffersError(f"its forward returns {tuple(expected.shape)} for {tuple(x.shape)}")
+        # Under the caller's autocast, with the weights' own types: what comes back is as wide as what its forward
+        # returns.
+        with torch.inference_mode(False), torch.no_grad():
+            for copied, parameter in zip(net.parameters(), self.net.parameters()):
+                copied.data = copied.data.to(parameter.dtype)
+            x, times, c = kind.call(spec.parts.input.weight.device, spec.channels, spec.cond_channels, exact=False)
+            return Answer(answers[0], _attempt(lambda: self._own(net, x, times, c)).dtype)
+
+    def _own(self, net: nn.Module, x, times, c) -> torch.Tensor:
+        out = own_forward(net)(**self.roles.arguments(x, times, c))
+        if not isinstance(out, torch.Tensor):
+            raise DiffersError(f"its forward returns {type(out).__name__}, not a tensor")
+        return out
+
+
+def own_forward(net: nn.Module) -> Callable:
+    """A network's own forward, without what ``torch.compile`` and stand-ins made of it."""
+    return MethodType(compiled_from(type(net).forward), net)
+
+
+def _small(net: nn.Module, cut: bool) -> nn.Module:
+    """A copy with random weights, nobody's and in nobody's place."""
+    try:
+        return copies_of(net, [], cut=cut, serving=True, steps=None).trial.net
+    except Exception as error:
+        raise CannotRunError(first_line(error)) from error
+
+
+def _attempt(run: Callable) -> torch.Tensor:
+    try:
+        return run()
+    except DiffersError:
+        raise
+    except Exception as error:
+        raise CannotRunError(f"its own forward does not run on a small copy: {first_line(error)}") from error
+
+
+def _recorded(source: Source, *values) -> bool:
+    tensors = (value for value in (*source.weights, *values) if isinstance(value, torch.Tensor))
+    return any(tensor.requires_grad for tensor in tensors)
