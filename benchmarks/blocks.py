@@ -38,8 +38,8 @@ def started(backend: str, head: DiffusionHead, rows: int) -> Chain:
     """The layered chain of a backend at its first step, before the first block, as ``on_device`` brings it there."""
     kind = importlib.import_module(f"cspd_kernels.ops.denoise.{backend}").KERNELS.layered
     cond, x, noise = random_inputs(head, rows, 0)
-    chain = kind(head, rows, False, noise, 1, static=True)
-    chain.load(cond[None], x, noise, 1.0, None)
+    chain = kind(head, rows, 1, noise, 1, static=True)
+    chain.load(cond[None], x, noise, 1.0, ())
     chain.start(head)
     chain.hoist(head, STEPS - 1, STEPS)
     chain.begin_step(head, Tables(head), 0)

@@ -60,12 +60,12 @@ def launches_of(
         condition, x = torch.empty(2 * tokens if guided else tokens, cond), torch.empty(tokens, CHANNELS)
     with recorded_launches() as launches:
         if tile:
-            chain = with_products(tile, tile)(head, tokens, guided, noise, head.num_steps, static=False)
+            chain = with_products(tile, tile)(head, tokens, 1 + guided, noise, head.num_steps, static=False)
             chain.keep_modulations_in(torch.empty(chain.memory_bytes, dtype=torch.uint8, device="meta"))
             chain.run_block(head, 0, 0)
             return list(launches)[:2]
-        chain = LayeredChain(head, tokens, guided, noise, head.num_steps, static=False)
-        chain.load(condition, x, noise, 1.0, 2.0 if guided else None)
+        chain = LayeredChain(head, tokens, 1 + guided, noise, head.num_steps, static=False)
+        chain.load(condition, x, noise, 1.0, (2.0,) if guided else ())
         chain.launch(head, Tables(head))
     return list(launches)
 
@@ -77,7 +77,7 @@ def sweep_launches(
     head, noise = _without_storage(depth, width, cond, dtype, tokens, philox, steps)
     with recorded_launches() as launches:
         for guessed in (False, True):
-            chain = ParallelChain(LayeredChain, head, tokens, guided, noise, static=True, guessed=guessed)
+            chain = ParallelChain(LayeredChain, head, tokens, 1 + guided, noise, static=True, guessed=guessed)
             chain.launch(head, Tables(head))
     return list(launches)
 

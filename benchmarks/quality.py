@@ -158,7 +158,8 @@ def main() -> None:
     if args.json and not args.json.resolve().parent.is_dir():
         parser.error(f"expected a folder for {args.json} to exist, found none")
     pair = load(args.pair)
-    chosen = settings(pair.steps, pair.fewer, tuple(pair.one_step))
+    denoising = pair.target.diffloss.gen_diffusion.num_timesteps
+    chosen = settings(pair.steps, pair.fewer, tuple(pair.one_step), denoising)
     if args.quick:
         chosen = [setting for setting in chosen if setting.quick]
     if args.only:

@@ -12,7 +12,7 @@ HEADER = (
 )
 COLOURS = {
     "target": "#555555", "target with noise": "#e377c2", "draft": "#999999", "window": "#1f77b4", "strict": "#d62728",
-    "one step": "#2ca02c",
+    "one step": "#2ca02c", "sampler": "#9467bd",
 }  # fmt: skip
 
 

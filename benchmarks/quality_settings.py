@@ -1,4 +1,5 @@
-"""What ``benchmarks/quality.py`` compares: every way to speculate, beside the target alone with fewer steps."""
+"""What ``benchmarks/quality.py`` compares: every way to speculate and other samplers of the head, beside the target
+alone with fewer steps."""
 
 from __future__ import annotations
 
@@ -16,8 +17,8 @@ class Setting:
     """One row.
 
     Attributes:
-        kind: "target" or "draft", which draw alone, and "target with noise" in its last step; "window" (keep all) or
-            "strict"; "one step" for its draft.
+        kind: "target" or "draft", which draw alone, and "target with noise" in its last step; "sampler" for the target
+            alone with another sampler of its head; "window" (keep all) or "strict"; "one step" for its draft.
         steps: autoregressive steps. gamma: steps a window, or a policy; None draws everything alone.
         options: of :class:`cspd.SpecDecodeRunner`.
         quick: whether ``--quick`` runs it, too.
@@ -43,10 +44,10 @@ class Setting:
         return {"kind": self.kind, "name": self.name, "steps": self.steps, "gamma": gamma, "options": options}
 
 
-def settings(steps: int, fewer: tuple[int, ...], one_step: Sequence[str] = ()) -> list[Setting]:
+def settings(steps: int, fewer: tuple[int, ...], one_step: Sequence[str] = (), denoising: int = 40) -> list[Setting]:
     """All rows of a pair that is sampled in ``steps`` steps; the target alone in ``fewer``, too.
 
-    ``one_step``: widths that are stated of its draft of one step, where it has one.
+    ``one_step``: widths that are stated of its draft of one step, where it has one. ``denoising``: of its heads.
     """
     rows = [Setting("target", f"target, {n} steps", n, quick=n in (steps, fewer[-1])) for n in (steps, *fewer)]
     rows = [replace(row, model="target") for row in rows]
@@ -54,6 +55,7 @@ def settings(steps: int, fewer: tuple[int, ...], one_step: Sequence[str] = ()) -
     rows += [
         Setting("target with noise", f"target, {steps} steps, noise in the last", steps, None, noisy, True, "target")
     ]
+    rows += samplers(steps, denoising)
     rows += [Setting("draft", f"draft, {steps} steps", steps, quick=True)]
     for relaxation in (1, 10, 42):
         for gamma in (4, 8):
@@ -96,3 +98,22 @@ def settings(steps: int, fewer: tuple[int, ...], one_step: Sequence[str] = ()) -
     if one_step:
         rows += [Setting("one step", f"one-step draft alone, {steps} steps", steps, model=one_step[0])]
     return rows
+
+
+def samplers(steps: int, denoising: int) -> list[Setting]:
+    """The target alone with other samplers of its head: fewer denoising steps, annealed ones (DiSA), and DDIM."""
+    half, few, least = denoising // 2, denoising // 4, denoising // 8
+    chosen = {
+        f"{half} denoising steps": {"sampling_steps": half},
+        f"{few} denoising steps": {"sampling_steps": few},
+        f"{denoising} to {least} denoising steps": {"sampling_steps": (denoising, least)},
+        "DDIM": {"sampler": "ddim"},
+        "DDIM, eta 1": {"sampler": "ddim", "eta": 1.0},
+        f"DDIM, {half} denoising steps": {"sampler": "ddim", "sampling_steps": half},
+        f"DDIM, {few} denoising steps": {"sampler": "ddim", "sampling_steps": few},
+        f"DDIM, {denoising} to {least} denoising steps": {"sampler": "ddim", "sampling_steps": (denoising, least)},
+    }
+    return [
+        Setting("sampler", f"target, {name}", steps, options=options, quick="to" in name, model="target")
+        for name, options in chosen.items()
+    ]

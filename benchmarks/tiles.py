@@ -34,7 +34,7 @@ def chain_of(choice, head: DiffusionHead, rows: int, seed: int = 0):
     from cspd_kernels.ops.denoise.triton_chain import LayeredChain
 
     kind = type("Chosen", (LayeredChain,), {"choose": lambda chain, head: choice})
-    chain = kind(head, rows, False, random_inputs(head, rows, seed)[2], 1, static=True)
+    chain = kind(head, rows, 1, random_inputs(head, rows, seed)[2], 1, static=True)
     chain.keep_modulations_in(torch.empty(chain.memory_bytes, dtype=torch.uint8, device=head.device))
     generator = torch.Generator(device=head.device).manual_seed(seed)
     for value in (chain.h, chain.activations, *([chain.operand] if choice else ()), chain.mods):

@@ -5,8 +5,9 @@ that are computed; of the others the tokens. What was not measured takes its nea
 "triton", "cuda" and "torch"; for ``denoise`` also "cuda persistent", where the persistent kernel covers the size, and
 "... parallel" and "... parallel guided": sweeps over all steps to the arithmetic's own rounding.
 
-Sweeps are taken only on the device that they were measured on, and only where the nearest size that has both was faster
-in sweeps. Those of the torch backend are not in the table: the host waits after each of them.
+Sweeps are taken only on the device that they were measured on, with the sampler that they were measured with (ancestral
+sampling without limits), and only where the nearest size that has both was faster in sweeps. Those of the torch backend
+are not in the table: the host waits after each of them.
 """
 
 from __future__ import annotations
@@ -152,7 +153,19 @@ def size_of(op: str, subject, tokens: int, guided: bool = False) -> Size:
     """The size of an op's call; ``subject`` is the head of ``denoise``, which computes two rows a token if guided."""
     if op != "denoise":
         return (tokens,)
-    return subject.width, subject.depth, subject.dtype.itemsize, bucket(tokens) * (2 if guided else 1)
+    return _square_width(subject), subject.depth, subject.dtype.itemsize, bucket(tokens) * (2 if guided else 1)
+
+
+def _square_width(head) -> int:
+    """The width of a head like those in the table, whose blocks have two square weights, of as many weights."""
+    if head.hidden == head.width and head.mlp == "silu":
+        return head.width
+    return round(math.sqrt(head.width * head.hidden * (3 if head.mlp == "swiglu" else 2) / 2))
+
+
+def _swept(head) -> bool:
+    """Whether sweeps of such chains were measured: how many there are depends on the sampler."""
+    return head.schedule.name == "ddpm" and head.schedule.clip is None
 
 
 def nearest(
@@ -235,7 +248,9 @@ def ranked(
         return DEFAULT
     size, order = size_of(op, subject, tokens, guided), ()
     if device.type == "cuda":
-        swept = (GUIDED if guided else PARALLEL, subject.num_steps) if op == "denoise" and parallel is not False else ()
+        swept = ()
+        if op == "denoise" and (parallel or (parallel is None and _swept(subject))):
+            swept = GUIDED if guided else PARALLEL, subject.num_steps
         order = _measured_order(op, _capability(device), size, *swept)
         order = order or _measured_order(op, _capability(device), size)
     if op == "denoise" and parallel:

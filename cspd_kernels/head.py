@@ -33,7 +33,7 @@ class Block:
     rows. Blocks that share a modulation hold the same tensors.
     """
 
-    norm_weight: torch.Tensor  # (W,) residual-stream type, like norm_bias
+    norm_weight: torch.Tensor  # (W,) residual-stream type, like norm_bias, which is zero of an "rms" norm
     norm_bias: torch.Tensor
     weight0: torch.Tensor  # (H, W)
     bias0: torch.Tensor
@@ -264,9 +264,10 @@ class DiffusionHead:
         return head
 
     @torch.no_grad()
-    def with_schedule(self, schedule: Schedule) -> DiffusionHead:
-        """The same weights under another schedule."""
-        head = replace(self, schedule=schedule, time_embedding=embed_schedule(self.time, schedule))
+    def with_schedule(self, schedule: Schedule | None) -> DiffusionHead:
+        """The same weights under another schedule; None: to be evaluated."""
+        embedding = None if schedule is None else embed_schedule(self.time, schedule)
+        head = replace(self, schedule=schedule, time_embedding=embedding)
         object.__setattr__(head, "shared", self.shared)
         object.__setattr__(head, "watched", self.watched)
         return head

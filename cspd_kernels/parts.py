@@ -16,16 +16,17 @@ NAMES = {
     "modulations": ("ada_ln_blocks",),  # of the network, each shared by blocks that follow each other
     "final": ("final_layer",),
 }
-_NORM = ("in_ln", "norm")
-_MODULATION = (("adaLN_modulation", True), ("linear", False))  # whether it is SiLU, Linear, or Linear behind a SiLU
-_FINAL_NORM = ("norm_final", "norm")
-_FINAL_LINEAR = ("linear", "linear_2")
-_FINAL_MODULATION = (("adaLN_modulation", True), ("ada_ln_modulation", False), ("linear_1", False))
+# Of a block, and of the last layer. A modulation is SiLU, Linear; or a Linear that the forward gives SiLU's result.
+BLOCK = {"norm": ("in_ln", "norm"), "modulation": ("adaLN_modulation",), "modulation behind SiLU": ("linear",)}
+FINAL = {
+    "norm": ("norm_final", "norm"), "linear": ("linear", "linear_2"), "modulation": ("adaLN_modulation",),
+    "modulation behind SiLU": ("ada_ln_modulation", "linear_1"),
+}  # fmt: skip
 # Of a block: name of the MLP ("" for the block itself), gate, up (None: in one layer with the gate), down.
-_SWIGLUS = (
+SWIGLUS = [
     ("ffn", "gate_proj", "up_proj", "down_proj"), ("mlp", "gate_proj", "up_proj", "down_proj"),
     ("ffn", "w1", "w3", "w2"), ("mlp", "w1", "w3", "w2"), ("", "w1", None, "w2"),
-)  # fmt: skip
+]  # fmt: skip
 _EPS = ("eps", "variance_epsilon", "rms_norm_eps")
 _NORM_WEIGHT = ("weight", "alpha")
 
@@ -108,10 +109,10 @@ def parts_of(net: nn.Module) -> Parts | str:
     """The parts of ``net``, or what is missing or different, in one sentence."""
     found = {role: _any(net, names) for role, names in NAMES.items()}
     final_name, final = found["final"]
-    final_norm = _any(final, _FINAL_NORM)
+    final_norm = _any(final, FINAL["norm"])
     if final_norm[1] is None and norm_eps(final) is not None:
         final_norm = ("", final)
-    final_linear, final_modulation = _any(final, _FINAL_LINEAR), _any(final, [name for name, _ in _FINAL_MODULATION])
+    final_linear, final_modulation = _any(final, FINAL["linear"]), _modulation_of(final, FINAL)
     time_name, time = found["time"]
     pairs = _times(time_name, time)
     missing = [f"net.{found[role][0]}" for role in ("input", "cond", "blocks") if found[role][1] is None]
@@ -153,7 +154,6 @@ def parts_of(net: nn.Module) -> Parts | str:
         read.append(part)
         modulation_of.append(i if group is None else group)
     first = f"net.{final_name}"
-    sequential = dict(_FINAL_MODULATION)[final_modulation[0]]
     return Parts(
         input=named(f"net.{found['input'][0]}", found["input"][1]),
         cond=named(f"net.{found['cond'][0]}", found["cond"][1]),
@@ -161,7 +161,7 @@ def parts_of(net: nn.Module) -> Parts | str:
         blocks=tuple(read),
         modulation_of=tuple(modulation_of),
         final_norm=named(f"{first}.{final_norm[0]}".rstrip("."), final_norm[1]),
-        final_modulation=_modulation(f"{first}.{final_modulation[0]}", final_modulation[1], sequential, named),
+        final_modulation=_modulation(f"{first}.{final_modulation[0]}", final_modulation[1], FINAL, named),
         final=named(f"{first}.{final_linear[0]}", final_linear[1]),
         names=names,
     )
@@ -169,8 +169,8 @@ def parts_of(net: nn.Module) -> Parts | str:
 
 def _block(name: str, block: nn.Module, named, own: bool) -> tuple | str:
     """Norm, form, mlp, down and, where the block has its ``own``, modulation."""
-    norm, modulation = _any(block, _NORM), _any(block, [name for name, _ in _MODULATION])
-    gated = next((names for names in _SWIGLUS if _holds(block, names)), None)
+    norm, modulation = _any(block, BLOCK["norm"]), _modulation_of(block, BLOCK)
+    gated = next((names for names in SWIGLUS if _holds(block, names)), None)
     plain = gated is None and getattr(block, "mlp", None) is None
     missing = [
         what for what, lacks in (
@@ -190,7 +190,7 @@ def _block(name: str, block: nn.Module, named, own: bool) -> tuple | str:
         return f"{name}.mlp is not Linear, SiLU, Linear"
     own_part = None
     if own:
-        own_part = _modulation(f"{name}.{modulation[0]}", modulation[1], dict(_MODULATION)[modulation[0]], named)
+        own_part = _modulation(f"{name}.{modulation[0]}", modulation[1], BLOCK, named)
     return norm_part, *layers, own_part
 
 
@@ -211,12 +211,16 @@ def _times(name: str, time) -> list[tuple] | str:
     return [(f"net.{name}.mlp", "[0]", "[2]", mlp[0], mlp[2], mlp[3] if normed else None)]
 
 
-def _modulation(name: str, module, sequential: bool, named):
+def _modulation_of(part, names: dict) -> tuple[str, object]:
+    return _any(part, names["modulation"] + names["modulation behind SiLU"])
+
+
+def _modulation(path: str, module, names: dict, named):
     """The Linear of a modulation; None, which is no Linear, where it is not SiLU, Linear."""
-    if not sequential:
-        return named(name, module)
+    if path.rpartition(".")[2] in names["modulation behind SiLU"]:
+        return named(path, module)
     fits = isinstance(module, nn.Sequential) and len(module) == 2 and is_silu(module[0])
-    return named(f"{name}[-1]", module[1] if fits else None)
+    return named(f"{path}[-1]", module[1] if fits else None)
 
 
 def _holds(block: nn.Module, names: tuple) -> bool:
@@ -260,7 +264,7 @@ def norm_kinds(norm: nn.Module) -> tuple[str, ...]:
         return ("rms",)
     if norm_eps(norm) is None:
         return ()
-    return ("layer", "rms") if getattr(norm, "bias", None) is not None else ("rms", "layer")
+    return ("layer",) if getattr(norm, "bias", None) is not None else ("rms", "layer")
 
 
 def torchs_rms() -> tuple[type, ...]:

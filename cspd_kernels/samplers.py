@@ -9,6 +9,16 @@ import numpy as np
 
 VARIANCES = ("learned", "fixed_small", "fixed_large")
 PREDICTIONS = ("epsilon", "x0", "v", "velocity")
+# Names of a diffusion object's tables and of ours.
+_THEIRS = {
+    "sqrt_recip_alphas_cumprod": "recip",
+    "sqrt_recipm1_alphas_cumprod": "recipm1",
+    "posterior_mean_coef1": "mean_x0",
+    "posterior_mean_coef2": "mean_x",
+    "posterior_log_variance_clipped": "log_posterior",
+}
+_MEANS = {"EPSILON": "epsilon", "START_X": "x0", "V": "v", "V_PREDICTION": "v", "VELOCITY": "v"}
+_VARIANCES = {"FIXED_SMALL": "fixed_small", "FIXED_LARGE": "fixed_large"}
 
 
 def table(timesteps, x0_x, x0_out, mean_x0, mean_x, log_std) -> dict[str, np.ndarray]:
@@ -17,6 +27,15 @@ def table(timesteps, x0_x, x0_out, mean_x0, mean_x, log_std) -> dict[str, np.nda
         "timesteps": np.asarray(timesteps), "x0_x": np.asarray(x0_x), "x0_out": np.asarray(x0_out),
         "mean_x0": np.asarray(mean_x0), "mean_x": np.asarray(mean_x), "log_std_lower": np.asarray(log_std),
     }  # fmt: skip
+
+
+def check_betas(betas: np.ndarray) -> np.ndarray:
+    """Raise where they are none."""
+    if betas.ndim != 1 or betas.size == 0:
+        raise ValueError(f"Schedule expected betas of shape (T,) with T >= 1, got {betas.shape}")
+    if not np.all((betas > 0) & (betas <= 1)):  # false for NaN too
+        raise ValueError("Schedule expected every beta in (0, 1], got values outside")
+    return betas
 
 
 def posterior(betas: np.ndarray) -> dict[str, np.ndarray]:
@@ -116,8 +135,8 @@ def _flow(method: str, times, data_at: float, sizes, timesteps):
             raise ValueError(f"Schedule.{method} expected finite sizes of shape (T,) beside times, got {sizes}")
     if not np.all(sizes > 0) or not np.all((share >= 0) & (share < 1)) or np.any(np.diff(share) <= 0):
         raise ValueError(
-            f"Schedule.{method} expected times that go from noise, at {1 - data_at}, towards data, at {data_at}, where "
-            f"no step begins, got {times}"
+            f"Schedule.{method} expected times that go from noise, at {1 - data_at:g}, towards data, at {data_at:g}, "
+            f"where no step begins, got {times}"
         )
     now = times[: len(share)]
     timesteps = now if timesteps is None else np.array(timesteps, dtype=np.float64)
@@ -133,3 +152,35 @@ def _data(now: np.ndarray, data_at: float, prediction: str) -> tuple[np.ndarray,
     if prediction == "x0":
         return np.zeros_like(now), np.ones_like(now)
     raise ValueError(f"a flow's Schedule expected prediction 'velocity' or 'x0', got {prediction!r}")
+
+
+def read(obj) -> tuple[np.ndarray, np.ndarray | None, str, str]:
+    """(betas, timesteps, variance, prediction) of a diffusion object, for ``Schedule.from_diffusion``, which see."""
+    if isinstance(obj, (list, tuple)):
+        raise TypeError(
+            f"Schedule.from_diffusion expected one diffusion object, got a {type(obj).__name__} of {len(obj)}: "
+            "choose one of them"
+        )
+    betas = getattr(obj, "betas", None)
+    if betas is None:
+        raise TypeError(
+            "Schedule.from_diffusion expected a Gaussian diffusion object, with betas, got "
+            f"{type(obj).__name__} without: another kind of sampler, which these kernels do not compute"
+        )
+    mean_type = getattr(getattr(obj, "model_mean_type", None), "name", "EPSILON")
+    if mean_type not in _MEANS:
+        raise ValueError(
+            f"Schedule.from_diffusion expected a network that predicts one of {', '.join(_MEANS)}, got {mean_type}"
+        )
+    betas = check_betas(np.asarray(betas, dtype=np.float64))
+    tables = posterior(betas)
+    for theirs, ours in _THEIRS.items():
+        values = getattr(obj, theirs, None)
+        if values is not None and not np.allclose(values, tables[ours], rtol=1e-6, atol=1e-12):
+            raise ValueError(
+                f"Schedule.from_diffusion expected {theirs} as it follows from betas, got a table of its own in "
+                f"{type(obj).__name__}"
+            )
+    timesteps = getattr(obj, "timestep_map", None)
+    variance = _VARIANCES.get(getattr(getattr(obj, "model_var_type", None), "name", None), "learned")
+    return betas, None if timesteps is None else np.asarray(timesteps), variance, _MEANS[mean_type]

@@ -11,16 +11,7 @@ import numpy as np
 from . import samplers
 from .samplers import PREDICTIONS, VARIANCES
 
-_TABLE = ("timesteps", "x0_x", "x0_out", "mean_x0", "mean_x", "log_std_upper", "log_std_lower")
-# Names of a diffusion object's tables and of ours.
-_THEIRS = {
-    "sqrt_recip_alphas_cumprod": "recip",
-    "sqrt_recipm1_alphas_cumprod": "recipm1",
-    "posterior_mean_coef1": "mean_x0",
-    "posterior_mean_coef2": "mean_x",
-    "posterior_log_variance_clipped": "log_posterior",
-}
-_MEANS = {"EPSILON": "epsilon", "START_X": "x0", "V": "v", "V_PREDICTION": "v", "VELOCITY": "v"}
+_TABLE = ("x0_x", "x0_out", "mean_x0", "mean_x", "log_std_upper", "log_std_lower")
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,7 +30,7 @@ class Schedule:
     constructor takes the table of any other.
 
     Attributes:
-        timesteps: (T,) what the time embedding of the network receives at each step.
+        timesteps: (T,) what the time embedding of the network receives at each step; (T, K) where it has K of them.
         x0_x, x0_out, mean_x0, mean_x: (T,) as above.
         log_std_lower, log_std_upper: (T,) log standard deviation; -inf where a step adds no noise. The last step adds
             none whatever its own says, which is the deviation stated of the token.
@@ -71,9 +62,12 @@ class Schedule:
     def __post_init__(self):
         if self.log_std_upper is None:
             object.__setattr__(self, "log_std_upper", self.log_std_lower)
-        shape = np.shape(self.timesteps)
-        if len(shape) != 1 or shape[0] == 0:
-            raise ValueError(f"Schedule expected timesteps of shape (T,) with T >= 1, got {shape}")
+        shape = self._keep("timesteps").shape
+        if len(shape) not in (1, 2) or 0 in shape:
+            raise ValueError(f"Schedule expected timesteps of shape (T,) or (T, K) with T >= 1, got {shape}")
+        if not np.isfinite(self.timesteps).all():
+            raise ValueError("Schedule expected finite values in timesteps, got NaN or infinity")
+        shape = shape[:1]
         for name in (*_TABLE, "betas", "alphas_cumprod"):
             if getattr(self, name) is None and name not in _TABLE:
                 continue
@@ -118,7 +112,8 @@ class Schedule:
             return f"Schedule.one_step({self.width!r})"
         told = [f"{self.name}, num_steps={self.num_steps}, prediction={self.prediction!r}"]
         told += [f"variance={self.variance!r}"] if self.variance is not None else []
-        told += [f"clip={self.clip.tolist()}"] if self.clip is not None else []
+        if self.clip is not None:
+            told.append(f"clip={self.clip.tolist()}" if self.clip.ndim == 1 else "clip by channel")
         return f"Schedule({', '.join(told)})"
 
     @classmethod
@@ -148,11 +143,7 @@ class Schedule:
         Source: Ho et al. 2020 (arXiv 2006.11239, eq. 6-7 and 15), Nichol & Dhariwal 2021 (arXiv 2102.09672, eq. 15),
         Salimans & Ho 2022 (arXiv 2202.00512, v).
         """
-        betas = np.array(betas, dtype=np.float64)
-        if betas.ndim != 1 or betas.size == 0:
-            raise ValueError(f"Schedule expected betas of shape (T,) with T >= 1, got {betas.shape}")
-        if not np.all((betas > 0) & (betas <= 1)):  # false for NaN too
-            raise ValueError("Schedule expected every beta in (0, 1], got values outside")
+        betas = samplers.check_betas(np.array(betas, dtype=np.float64))
         if variance not in VARIANCES:
             raise ValueError(f"Schedule expected variance one of {VARIANCES}, got {variance!r}")
         timesteps = np.arange(betas.size) if timesteps is None else np.array(timesteps)
@@ -267,36 +258,8 @@ class Schedule:
         obj = getattr(obj, "schedule", obj)
         if isinstance(obj, cls):
             return obj if clip is None else obj.clipped(*clip)
-        if isinstance(obj, (list, tuple)):
-            raise TypeError(
-                f"Schedule.from_diffusion expected one diffusion object, got a {type(obj).__name__} of {len(obj)}: "
-                "choose one of them"
-            )
-        betas = getattr(obj, "betas", None)
-        if betas is None:
-            raise TypeError(
-                "Schedule.from_diffusion expected a Gaussian diffusion object, with betas, got "
-                f"{type(obj).__name__} without: another kind of sampler, which these kernels do not compute"
-            )
-        mean_type = getattr(getattr(obj, "model_mean_type", None), "name", "EPSILON")
-        if mean_type not in _MEANS:
-            raise ValueError(
-                f"Schedule.from_diffusion expected a network that predicts one of {', '.join(_MEANS)}, got {mean_type}"
-            )
-        var_type = getattr(getattr(obj, "model_var_type", None), "name", "LEARNED_RANGE")
-        variance = {"FIXED_SMALL": "fixed_small", "FIXED_LARGE": "fixed_large"}.get(var_type, "learned")
-        timesteps = getattr(obj, "timestep_map", None)
-        betas, timesteps = np.asarray(betas), None if timesteps is None else np.asarray(timesteps)
-        schedule = cls.diffusion(betas, timesteps, variance, prediction=_MEANS[mean_type], clip=clip)
-        tables = samplers.posterior(schedule.betas)
-        for theirs, ours in _THEIRS.items():
-            table = getattr(obj, theirs, None)
-            if table is not None and not np.allclose(table, tables[ours], rtol=1e-6, atol=1e-12):
-                raise ValueError(
-                    f"Schedule.from_diffusion expected {theirs} as it follows from betas, got a table of its own in "
-                    f"{type(obj).__name__}"
-                )
-        return schedule
+        betas, timesteps, variance, prediction = samplers.read(obj)
+        return cls.diffusion(betas, timesteps, variance, prediction=prediction, clip=clip)
 
     def last(self, steps: int) -> Schedule:
         """The last ``steps`` of the steps taken, or all where there are no more."""

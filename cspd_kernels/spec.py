@@ -32,7 +32,7 @@ _ORDERS = (
     ("gate", "shift", "scale"), ("gate", "scale", "shift"),
 )  # fmt: skip
 # What is known of a forward by a name in its network, where it differs from LTH14/mar's.
-_KNOWN = {"ada_ln_blocks": {"modulation": ("scale", "shift", "gate"), "scale": 1000.0}}  # BitDance
+KNOWN = {"ada_ln_blocks": {"modulation": ("scale", "shift", "gate"), "scale": 1000.0}}  # BitDance
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class HeadSpec:
     hidden: int  # H, of the blocks' MLPs
     depth: int  # D
     cond_channels: int  # Z; W where the condition is given embedded
-    norm: str  # "layer" or "rms"
+    norm: str  # "layer", or "rms", which has no offset
     norm_eps: float
     mlp: str  # "silu": Linear, SiLU, Linear; "swiglu": down(silu(gate(h)) * up(h))
     modulation: tuple[str, ...]  # order of the rows of a block's modulation
@@ -134,7 +134,7 @@ def specs_of(net: nn.Module, channels: int | None = None) -> list[HeadSpec] | st
     if isinstance(norms, str):
         return norms
     (kinds, eps), blocks = norms, parts.blocks
-    known = next((values for name, values in _KNOWN.items() if getattr(net, name, None) is not None), {})
+    known = next((values for name, values in KNOWN.items() if getattr(net, name, None) is not None), {})
     choices = {
         "norm": kinds,
         "modulation": _first(known.get("modulation"), _ORDERS),

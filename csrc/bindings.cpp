@@ -73,70 +73,73 @@ void randn(int type, int first, std::uint64_t seed, std::uint64_t counter, std::
   check(cspd::randn(operand(type), operand(first), draw, out, stream), "randn");
 }
 
-void condition(int type, Address y, Address time_embedding, Address out, int steps, int rows, int width,
+void condition(int type, Address y, Address time_embedding, Address out, int steps, int rows, int width, bool own,
                Address stream) {
-  check(cspd::condition(operand(type), y, time_embedding, out, steps, rows, width, stream), "condition");
+  check(cspd::condition(operand(type), y, time_embedding, out, steps, rows, width, own, stream), "condition");
 }
 
 // The modulations of the block at hand and of the next layer, whose shift and scale are followed by a gate or not.
 cspd::Ahead ahead(Address mods, Address next_mods, bool gated, int width) {
-  return {mods, next_mods, gated ? 3 * width : 2 * width};
+  return {mods, next_mods, gated ? 3 * width : 2 * width, width};
 }
 
 void bias_silu(int type, Address value, Address bias, Address mods, Address next_mods, bool next_gated,
-               std::int64_t rows, int width, Address live, Address stream) {
+               std::int64_t rows, int width, int hidden, bool swiglu, Address live, Address stream) {
   const auto modulations = ahead(mods, next_mods, next_gated, width);
-  check(cspd::bias_silu(operand(type), value, bias, modulations, rows, width, stream, live), "bias_silu");
+  check(cspd::bias_silu(operand(type), value, bias, modulations, rows, hidden, swiglu, stream, live), "bias_silu");
 }
 
 void input(int type, Address x, Address weight, Address bias, Address h, Address norm_weight, Address norm_bias,
-           Address mods, Address out, std::int64_t n, int halves, int channels, int width, float epsilon,
+           Address mods, Address out, std::int64_t n, int groups, int channels, int width, float epsilon, bool rms,
            std::int64_t period, Address live, bool early, Address stream) {
-  const cspd::AnyModulation modulation = {norm_weight, norm_bias, mods, epsilon};
-  check(cspd::input(operand(type), x, weight, bias, h, modulation, out, n, halves, channels, width, period, early,
+  const cspd::AnyModulation modulation = {norm_weight, norm_bias, mods, epsilon, rms};
+  check(cspd::input(operand(type), x, weight, bias, h, modulation, out, n, groups, channels, width, period, early,
                     stream, live),
         "input");
 }
 
 void residual(int type, Address product, Address bias, Address mods, Address h, Address norm_weight, Address norm_bias,
-              Address next_mods, Address out, std::int64_t rows, int width, float epsilon, Address live,
+              Address next_mods, Address out, std::int64_t rows, int width, float epsilon, bool rms, Address live,
               Address stream) {
-  const cspd::AnyModulation next = {norm_weight, norm_bias, next_mods, epsilon};
+  const cspd::AnyModulation next = {norm_weight, norm_bias, next_mods, epsilon, rms};
   check(cspd::residual(operand(type), product, bias, mods, h, next, out, rows, width, stream, live), "residual");
 }
 
 // A network block by the extension's own products, in tiles of [tile_rows, tile_columns]: h and the operand before it
 // become h and the operand after it.
-void block(int type, int tile_rows, int tile_columns, Address operand_before, Address hidden, Address h,
+void block(int type, int tile_rows, int tile_columns, Address operand_before, Address activations, Address h,
            Address weight0, Address bias0, Address weight1, Address bias1, Address mods, Address norm_weight,
-           Address norm_bias, Address next_mods, Address out, std::int64_t rows, int width, float epsilon, Address live,
-           Address stream) {
+           Address norm_bias, Address next_mods, Address out, std::int64_t rows, int width, int hidden, bool swiglu,
+           float epsilon, bool rms, Address live, Address stream) {
   const auto of = operand(type);
   const bool gated = static_cast<const void*>(norm_weight) != nullptr;
   const auto modulations = ahead(mods, next_mods, gated, width);
-  const cspd::Product first = {operand_before, weight0,     bias0, hidden, nullptr,
-                               nullptr,        modulations, rows,  width,  live};
-  const cspd::Product second = {hidden, weight1, bias1, nullptr, mods, h, {}, rows, width, live};
-  const cspd::AnyModulation next = {norm_weight, norm_bias, next_mods, epsilon};
+  const cspd::Product first = {operand_before, weight0, bias0, activations, nullptr, nullptr,
+                               modulations,    rows,    width, hidden,      swiglu,  live};
+  const cspd::Product second = {activations, weight1, bias1, nullptr, mods, h, {}, rows, hidden, width, false, live};
+  const cspd::AnyModulation next = {norm_weight, norm_bias, next_mods, epsilon, rms};
   check(cspd::product(of, first, tile_rows, tile_columns, stream), "product");
   check(cspd::product(of, second, tile_rows, tile_columns, stream), "product");
   check(cspd::residual(of, nullptr, nullptr, nullptr, h, next, out, rows, width, stream, live), "residual");
 }
 
 void update(Address final_operand, Address final_weight, Address final_bias, Address coefficients, Address temperature,
-            Address scale, Address x, Address noise, Address seed, Address addresses, int step, Address log_std,
-            Address path, std::int64_t n, int channels, bool learned, int width, Address live, Address stream) {
+            Address scale, Address clip, Address x, Address noise, Address seed, Address addresses, int step,
+            Address log_std, Address path, std::int64_t n, int groups, int channels, bool learned, int width,
+            Address live, Address stream) {
   const cspd::Update arguments = {final_operand,
                                   {nullptr, nullptr, final_weight, final_bias},
                                   coefficients,
                                   temperature,
                                   scale,
+                                  clip,
                                   x,
                                   {noise, 0, seed, addresses},
                                   log_std,
                                   path,
                                   n,
                                   step,
+                                  groups,
                                   channels,
                                   width,
                                   learned,
@@ -144,23 +147,23 @@ void update(Address final_operand, Address final_weight, Address final_bias, Add
   check(cspd::update(arguments, stream), "update");
 }
 
-void output(Address operand, Address final_weight, Address final_bias, Address eps, Address v, Address eps_u,
-            std::int64_t tokens, std::int64_t period, int channels, int width, Address live, Address stream) {
-  const cspd::NetworkOutput arguments = {operand, final_weight, final_bias, eps,   v,   eps_u,
-                                         tokens,  period,       channels,   width, live};
+void output(Address operand, Address final_weight, Address final_bias, Address out, Address v, std::int64_t tokens,
+            std::int64_t period, int groups, int channels, int width, Address live, Address stream) {
+  const cspd::NetworkOutput arguments = {operand, final_weight, final_bias, out,   v,   tokens,
+                                         period,  groups,       channels,   width, live};
   check(cspd::output(arguments, stream), "output");
 }
 
-void sweep(Address eps, Address v, Address eps_u, Address start, Address scale, Address temperature, Address noise,
+void sweep(Address out, Address v, Address start, Address scale, Address temperature, Address clip, Address noise,
            std::int64_t noise_step, Address seed, Address addresses, Address tables, Address x, Address before,
-           Address x0, Address x0_u, Address mean, Address log_std, Address path, Address change, Address size,
-           Address settled, Address done, Address live, std::int64_t tokens, int steps, int channels, bool begin,
+           Address x0, Address mean, Address log_std, Address path, Address change, Address size, Address settled,
+           Address done, Address live, std::int64_t tokens, int steps, int groups, int channels, bool begin,
            bool guessed, Address stream) {
   const cspd::Sweep arguments = {
-      eps,    v,        eps_u,  start,   scale, temperature, {noise, noise_step, seed, addresses},
-      tables, x,        before, x0,      x0_u,  mean,        log_std,
-      path,   change,   size,   settled, done,  live,        tokens,
-      steps,  channels, begin,  guessed};
+      out,    v,        start,   scale,  temperature, clip,    {noise, noise_step, seed, addresses},
+      tables, x,        before,  x0,     mean,        log_std, path,
+      change, size,     settled, done,   live,        tokens,  steps,
+      groups, channels, begin,   guessed};
   check(cspd::sweep(arguments, stream), "sweep");
 }
 
@@ -179,17 +182,37 @@ cspd::PersistentPlan persistent_plan(int type, int rows, int tokens, int channel
 
 void persistent(int type, const cspd::PersistentPlan& plan, Address blocks, Address mods, std::int64_t mods_block,
                 Address final_mods, Address final_weight, Address final_bias, Address input_weight, Address input_bias,
-                Address coefficients, Address temperature, Address scale, Address x, Address noise,
+                Address coefficients, Address temperature, Address scale, Address clip, Address x, Address noise,
                 std::int64_t noise_step, Address seed, Address addresses, Address log_std, Address path,
-                Address exchange, Address error, int n, int halves, int channels, bool learned, int depth, int width,
+                Address exchange, Address error, int n, int groups, int channels, bool learned, int depth, int width,
                 float epsilon, int first, int start, int stop, std::uint64_t timeout_ns, int silent, Address stream) {
-  const cspd::Persistent chain = {
-      blocks,       mods,        mods_block, final_mods, {input_weight, input_bias, final_weight, final_bias},
-      coefficients, temperature, scale,      x,          {noise, noise_step, seed, addresses},
-      log_std,      path,        exchange,   error,      n,
-      halves,       channels,    depth,      width,      learned,
-      epsilon,      first,       start,      stop,       timeout_ns,
-      silent};
+  const cspd::Persistent chain = {blocks,
+                                  mods,
+                                  mods_block,
+                                  final_mods,
+                                  {input_weight, input_bias, final_weight, final_bias},
+                                  coefficients,
+                                  temperature,
+                                  scale,
+                                  clip,
+                                  x,
+                                  {noise, noise_step, seed, addresses},
+                                  log_std,
+                                  path,
+                                  exchange,
+                                  error,
+                                  n,
+                                  groups,
+                                  channels,
+                                  depth,
+                                  width,
+                                  learned,
+                                  epsilon,
+                                  first,
+                                  start,
+                                  stop,
+                                  timeout_ns,
+                                  silent};
   check(cspd::persistent(operand(type), chain, plan, stream), "persistent");
 }
 

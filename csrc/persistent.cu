@@ -40,7 +40,7 @@ PersistentPlan plan_of(int rows, int tokens, int channels, int width, int depth,
 PersistentPlan persistent_plan(Operand type, int rows, int tokens, int channels, int width, int depth,
                                int multiprocessors, std::size_t shared_limit) {
   const bool covered = rows >= 1 && rows <= kMaxRows && channels >= 1 && channels <= kMaxChannels && depth >= 1 &&
-                       width > 0 && width <= kMaxWidth && width % 16 == 0 && multiprocessors > 0;
+                       width > 0 && width <= kMostWidth && width % 16 == 0 && multiprocessors > 0;
   if (!covered) return {};
   if (type == Operand::kFloat32) {
     return plan_of<float>(rows, tokens, channels, width, depth, multiprocessors, shared_limit);
@@ -49,8 +49,9 @@ PersistentPlan persistent_plan(Operand type, int rows, int tokens, int channels,
 }
 
 cudaError_t persistent(Operand type, const Persistent& chain, const PersistentPlan& plan, cudaStream_t stream) {
-  const int rows = chain.tokens * chain.halves;
-  if (plan.blocks < 1 || rows < 1 || rows > kMaxRows) return cudaErrorInvalidValue;
+  const int rows = chain.tokens * chain.groups;
+  if (chain.groups < 1 || chain.groups > 2 || plan.blocks < 1 || rows < 1 || rows > kMaxRows)
+    return cudaErrorInvalidValue;
   return with_type(type, [&](auto value) {
     const auto cleared = cudaMemsetAsync(chain.exchange, 0, plan.exchange_words * sizeof(std::uint32_t), stream);
     return cleared == cudaSuccess ? launch_chain<decltype(value)>(chain, plan, stream) : cleared;

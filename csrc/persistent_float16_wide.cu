@@ -1,5 +1,5 @@
 #include "cspd/persistent_launch.cuh"
 
 namespace cspd {
-CSPD_LAUNCH(float16, kMaxWidth, false);
+CSPD_LAUNCH(float16, kMostWidth, false);
 }  // namespace cspd

@@ -1,5 +1,5 @@
 #include "cspd/persistent_launch.cuh"
 
 namespace cspd {
-CSPD_LAUNCH(float, kMaxWidth, false);
+CSPD_LAUNCH(float, kMostWidth, false);
 }  // namespace cspd

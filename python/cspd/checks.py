@@ -10,18 +10,15 @@ from numbers import Integral, Real
 import numpy as np
 import torch
 
-from cspd_kernels import Schedule
 from cspd_kernels.noise import CANDIDATE_STRIDE, check_seed
-from cspd_kernels.ops.accept_reject import MOST_CANDIDATES, check_method
+from cspd_kernels.ops.accept_reject import MOST_CANDIDATES
 from cspd_kernels.ops.density_ratio import SIGMAS
-from cspd_kernels.spec import spec_of
-from cspd_kernels.structure import why_not_a_head, why_not_plain
+from cspd_kernels.structure import why_not_a_head
 
 from .candidates import CRITERIA
-from .heads import FoundHead, unwrapped
+from .check_heads import check_sampling, learned_variance, sampled, schedule_of
 from .order import is_count
-from .twin import CannotRunError
-from .verify import DiffersError, check_sample
+from .sampling import OWN, Sampling
 
 VERIFY = ("window", "strict")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -51,7 +48,7 @@ def check_models(draft, target, criterion: str = "trajectory") -> None:
         if (problem := why_not_a_head(model.diffloss)) is not None:
             raise ValueError(f"expected the {role}'s diffloss as a diffusion head: {problem}")
         check_sampling(role, model.diffloss)
-    ours, theirs = (Schedule.from_diffusion(model.diffloss.gen_diffusion) for model in (draft, target))
+    ours, theirs = (schedule_of(model.diffloss) for model in (draft, target))
     if ours.num_steps == 1 and criterion == "last_step":  # no trajectory, and none is compared
         return
     if ours.num_steps != theirs.num_steps:
@@ -88,24 +85,6 @@ def _check_method(role: str, model, name: str, parameters: tuple[str, ...]) -> N
         ) from None
 
 
-def check_sampling(role: str, diffloss) -> None:
-    """Raise where a model's own ``sample`` is not the plain ancestral one, which is all that a run computes."""
-    name = f"the {role}'s diffloss ({type(diffloss).__name__})"
-    net, reason = unwrapped(diffloss.net)
-    if (reason := reason or why_not_plain(net)) is not None:
-        raise ValueError(f"expected {name} as its weights say: {reason}")
-    try:
-        outcome = check_sample(FoundHead(name, diffloss, net, {"gen_diffusion": diffloss.gen_diffusion}))
-    except DiffersError as error:
-        raise ValueError(f"expected {name} to sample as MAR does: {error}") from None
-    except CannotRunError as error:
-        _logger.info("%s could not be compared with its own sample, which does not run here: %s", name, error)
-        return
-    if not outcome.plain or not all(outcome.plain.values()):
-        reason = "; ".join(dict.fromkeys(outcome.own)) or "its sample does more than its loop"
-        raise ValueError(f"expected {name} to sample as MAR does, with nothing before or after the loop: {reason}")
-
-
 def check_options(seq_len: int, relaxation, prefill, sigma, max_tries) -> None:
     """Raise on an option of the runner that is out of range."""
     if not isinstance(prefill, Real) or not 0.0 <= prefill <= 1.0:
@@ -136,7 +115,9 @@ def check_dtype(dtype) -> None:
         raise ValueError(f"expected dtype as a torch.dtype out of {names}, or None, got {dtype!r}")
 
 
-def check_verify(draft, target, relaxation, verify, num_candidates, branches, criterion) -> None:
+def check_verify(
+    draft, target, relaxation, verify, num_candidates, branches, criterion, sampling: Sampling = OWN
+) -> None:
     """Raise where a way to verify does not exist, or a policy wants what it does not compute."""
     if verify not in VERIFY:
         raise ValueError(f"expected verify one of {VERIFY}, got {verify!r}")
@@ -158,13 +139,13 @@ def check_verify(draft, target, relaxation, verify, num_candidates, branches, cr
             f"the tokens that follow, got verify={verify!r}"
         )
     if num_candidates > 1 and criterion == "trajectory":
-        _warn_of_candidates(draft, target, num_candidates)
+        _warn_of_candidates(draft, target, num_candidates, sampling)
 
 
-def _warn_of_candidates(draft, target, num_candidates) -> None:
+def _warn_of_candidates(draft, target, num_candidates, sampling: Sampling) -> None:
     """Say so where no candidate that ends a chain of its own can be accepted but the first."""
-    learned = any(learned_variance(model.diffloss) for model in (draft, target))
-    ours, theirs = (Schedule.from_diffusion(m.diffloss.gen_diffusion).log_std_lower for m in (draft, target))
+    learned = any(learned_variance(model.diffloss, sampling) for model in (draft, target))
+    ours, theirs = (sampled(sampling, schedule_of(m.diffloss)).log_std_lower for m in (draft, target))
     if not learned and len(ours) == len(theirs) and np.allclose(ours, theirs):
         _logger.warning(
             "num_candidates=%d is of no use with criterion='trajectory' and heads of one fixed variance: at the end of "
@@ -172,35 +153,6 @@ def _warn_of_candidates(draft, target, num_candidates) -> None:
             "criterion='last_step'",
             num_candidates,
         )
-
-
-def check_residual(draft, target, residual, target_sigma, num_candidates: int = 1) -> None:
-    """Raise where rejected tokens cannot be redrawn in the way that is asked for."""
-    check_method("SpecDecodeRunner", residual, target_sigma, num_candidates)
-    if (residual != "closed_form" and num_candidates == 1) or target_sigma:
-        return
-    what = "residual='closed_form'" if num_candidates == 1 else f"num_candidates={num_candidates}"
-    other = "residual='rejection'" if num_candidates == 1 else "one candidate"
-    instead = f"pass target_sigma=True to redraw with the target's sigma, or {other}"
-    learned = [role for role, model in (("draft", draft), ("target", target)) if learned_variance(model.diffloss)]
-    if learned:
-        raise ValueError(
-            f"expected heads with a fixed variance for {what}, got a learned one in the "
-            f"{' and the '.join(learned)}: {instead}"
-        )
-    # Of one noise schedule the last step's is the same, whichever kind of fixed variance; a head of one step has its
-    # own.
-    ours, theirs = (
-        math.exp(Schedule.from_diffusion(model.diffloss.gen_diffusion).log_std_lower[0]) for model in (draft, target)
-    )
-    if not math.isclose(ours, theirs, rel_tol=1e-6):
-        raise ValueError(f"expected heads with one sigma for {what}, got {ours:.4g} and {theirs:.4g}: {instead}")
-
-
-def learned_variance(diffloss) -> bool:
-    """Whether a head's variance is an output of its network."""
-    doubled = spec_of(diffloss.net).outputs == 2 * diffloss.in_channels
-    return doubled and Schedule.from_diffusion(diffloss.gen_diffusion).learned
 
 
 def check_gamma(gamma) -> None:

@@ -16,6 +16,7 @@ from cspd_kernels.spec import spec_of
 from .diffusions import LOOPS, NO_DIFFUSION
 from .heads import FoundHead, look_for_heads
 from .loop import patch_of
+from .samplers.served import OwnSampler
 
 
 @dataclass(frozen=True)
@@ -26,12 +27,13 @@ class HeadDescription:
         name: path and class of the module that holds it.
         channels, width, depth, cond_channels: C, W, D and Z of its network.
         samplers: its diffusion objects by the attribute that holds them: their T, or why the kernels
-            cannot stand in for them.
+            cannot stand in for them. Or its own methods of sampling that are stood in for, and whose they are like.
         dtype: operand type that a call would have now. weights: type of the weights. device: theirs.
         backend: what would serve it, or why nothing can.
         patched: whether its loops, or its network, are taken over.
         own_loop: why its loops stay its own, where its network alone is taken over or would be; else None.
         parallel_tol: as patched, else patch's default.
+        sampling: the steps that are made in place of the loops' own; empty where those are.
         whole: whether ``sample_tokens`` of the model around it is taken over, too.
         own_code: reasons that calls have run their own code for, so far.
         untouched: sampling methods that patch does not look at; a loop that they call may be served.
@@ -50,6 +52,7 @@ class HeadDescription:
     patched: bool
     own_loop: str | None
     parallel_tol: float | str | None
+    sampling: str
     whole: bool
     own_code: tuple[str, ...]
     untouched: tuple[str, ...]
@@ -63,6 +66,7 @@ class HeadDescription:
             patched = "patched: its own loop, its network by the kernels"
         elif self.patched:
             taken = "patched, whole images" if self.whole else "patched"
+            taken += f", {self.sampling}" if self.sampling else ""
             patched = f"{taken}, parallel_tol={self.parallel_tol}"
         return (
             f"{self.name}: C={self.channels} W={self.width} D={self.depth} Z={self.cond_channels}, "
@@ -126,6 +130,10 @@ def describe_head(found: FoundHead, head_patch=None) -> HeadDescription:
             what, why = f"own code: {error}", str(error)
         name = path.partition("[")[0]  # of a list, all in one line
         samplers[name] = what if samplers.get(name, what) == what else f"{samplers[name]}, {what}"
+    own = OwnSampler.of(found) if head_patch is None else head_patch.own_sampler
+    if own is not None:
+        samplers |= dict.fromkeys(own.adapter.methods, f"as of {own.adapter}")
+        why = None
     return HeadDescription(
         name=found.name,
         channels=spec.channels,
@@ -140,9 +148,10 @@ def describe_head(found: FoundHead, head_patch=None) -> HeadDescription:
         patched=head_patch is not None,
         own_loop=head_patch.own_loop if head_patch is not None else None if schedule is not None else why,
         parallel_tol=options.parallel_tol if options is not None else AUTO,
+        sampling=str(options.sampling) if options is not None and options.sampling.changes else "",
         whole=options is not None and options.whole,
         own_code=tuple(head_patch.told) if head_patch is not None else (),
-        untouched=_untouched(found),
+        untouched=tuple(name for name in _untouched(found) if name not in samplers),
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from enum import Enum
 from itertools import chain
 from types import MappingProxyType
@@ -16,7 +17,8 @@ from cspd_kernels import Schedule
 
 _CONTAINERS, _PLAIN = (list, set, tuple, dict), (str, bool, int, float, type(None), Enum)
 _STEPS = ("timestep_map", "use_timesteps")  # which timesteps are kept: of as many sorts as there are T
-LOOPS = ("p_sample_loop", "p_sample_loop_with_noise")  # of LTH14/mar; of MarkXCloud/CSpD
+DDIM = "ddim_sample_loop"
+LOOPS = ("p_sample_loop", "p_sample_loop_with_noise", DDIM)  # of LTH14/mar; of MarkXCloud/CSpD; of both
 
 NO_DIFFUSION = f"it holds no diffusion object with {LOOPS[0]}"
 
@@ -78,8 +80,29 @@ class Code:
         return (*self._classes, *own, *[base.forward for base in self._torch], nn.Module.__call__)
 
 
+@dataclass(frozen=True)
+class Steps:
+    """How a diffusion object's tables are sampled: its own ancestral steps where nothing is said.
+
+    Attributes:
+        eta: of DDIM. clip: limits of x0, (lows, highs) by channel.
+    """
+
+    eta: float | None = None
+    clip: tuple | None = None
+
+    def of(self, schedule: Schedule) -> Schedule:
+        """A schedule sampled in this way."""
+        if self.eta is not None:
+            schedule = schedule.ddim(self.eta)
+        return schedule if self.clip is None else schedule.clipped(*self.clip)
+
+
+OWN_STEPS = Steps()
+
+
 class Tables:
-    """The schedule of one diffusion object, read again exactly when the object has changed."""
+    """The schedules of one diffusion object, read again exactly when the object has changed."""
 
     def __init__(self, diffusion):
         self.diffusion, self._read = diffusion, None
@@ -87,13 +110,19 @@ class Tables:
     def __getstate__(self) -> dict:
         return {"diffusion": self.diffusion, "_read": None}
 
-    def schedule(self) -> Schedule:
-        """The tables as they are now.
+    def schedule(self, steps: Steps = OWN_STEPS) -> Schedule:
+        """The tables as they are now, the same object as long as they are.
 
         Raises:
-            NotServedError: it is no ancestral sampler of a network that predicts the noise.
+            NotServedError: its steps are not read, or not to be made in this way.
         """
-        return self._current()[1]
+        made = self._current()[1]
+        if steps not in made:
+            try:
+                made[steps] = steps.of(made[OWN_STEPS])
+            except ValueError as error:
+                raise NotServedError(str(error)) from None
+        return made[steps]
 
     def sort(self) -> tuple:
         """The object without its tables and its number of steps: of a list of them many are of one sort."""
@@ -107,7 +136,7 @@ class Tables:
             except (TypeError, ValueError) as error:
                 raise NotServedError(str(error)) from None
             code = Code([type(self.diffusion)])
-            self._read = (state, schedule, (code.functions, *self._sort()), code)
+            self._read = (state, {OWN_STEPS: schedule}, (code.functions, *self._sort()), code)
         return self._read
 
     def _state(self) -> list:

@@ -10,18 +10,23 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn as nn
 
+from cspd_kernels import Schedule
 from cspd_kernels.backends import implementation
 from cspd_kernels.head import OPERAND_DTYPES
 from cspd_kernels.ops.denoise.parallel import AUTO, check_tolerance
+from cspd_kernels.spec import HeadSpec
 
 from .calls import Call, finish, run_call
-from .diffusions import LOOPS, NO_DIFFUSION, NotServedError
+from .diffusions import DDIM, LOOPS, NO_DIFFUSION, NotServedError, Steps
 from .heads import FoundHead, HeadCache, unwrapped
 from .loop import LOCK, PATCHES, LoopHook
+from .meanings import Meaning
 from .network import FastNetwork
 from .network_patch import NetworkForward
+from .samplers.served import OwnSampler, ServedSample
+from .sampling import Sampling
 from .source import written
-from .standins import StandIn, WatchedMoves, WatchedSample, WholeSampling
+from .standins import StandIn, WatchedMoves, WatchedSample, WholeSampling, passes_begun
 from .twin import CannotRunError
 from .verify import DiffersError, check_loop, check_sample, plain_calls
 from .whole.chosen import training
@@ -43,6 +48,12 @@ class Options:
     whole: bool = False
     compile: bool = False
     loop: str | None = None
+    sampling: Sampling = Sampling()
+
+    @property
+    def watches(self) -> bool:
+        """Whether the model around the head is needed."""
+        return self.whole or self.sampling.anneals
 
     def check(self) -> None:
         if self.noise not in _NOISES:
@@ -58,6 +69,7 @@ class Options:
         if self.loop == "own" and self.whole:
             raise ValueError("patch expected loop='own' without whole=True, which takes the loop over, too")
         check_tolerance("patch", self.parallel_tol)
+        self.sampling.check("patch")
         implementation("denoise", self.backend)
 
 
@@ -71,13 +83,13 @@ class HeadPatch:
     def __init__(self, found: FoundHead, options: Options, model: nn.Module | None = None):
         self.found, self.options = found, options
         self.cache = HeadCache(found.net, options.weights)
-        self.verdicts: dict[tuple, str | None] = {}  # kind of call -> why it is not served
-        self.draws: dict[tuple, str] = {}
+        self.verdicts: dict[tuple, Meaning | str] = {}  # kind of call -> what it means, or why it is not served
         self.written = written(found.net)  # the code and the settings that the verdicts are about
         self.told: list[str] = []
         self.hooks: list[LoopHook | StandIn] = []
         self._model = None if model is None else weakref.ref(model)  # whose sample_tokens is taken over, too
         self.sampler: Sampler | None = None
+        self.own_sampler = OwnSampler.of(found)  # of a loop that is no diffusion object's
         self.own_loop: str | None = None  # why its loops stay its own, None where they are taken over
         self.network: FastNetwork | None = None  # of loops of its own
 
@@ -90,11 +102,11 @@ class HeadPatch:
         return self.found.net
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "verdicts": {}, "draws": {}, "written": None, "sampler": None, "_model": None}
+        return {**self.__dict__, "verdicts": {}, "written": None, "sampler": None, "_model": None}
 
     def __deepcopy__(self, memo: dict) -> HeadPatch:
         twin = memo[id(self)] = self.__class__.__new__(self.__class__)
-        compared = {"verdicts": dict(self.verdicts), "draws": dict(self.draws), "written": self.written}
+        compared = {"verdicts": dict(self.verdicts), "written": self.written}
         twin.__setstate__({**copy.deepcopy(self.__getstate__(), memo), **compared})
         return twin
 
@@ -111,16 +123,16 @@ class HeadPatch:
         """
         found = self.found
         _check_values(found, self.options.dtype)
-        if self.options.loop == "own" or not found.diffusions:
+        if self.options.loop == "own" or not (found.diffusions or self.own_sampler):
             self._keep_loop("loop='own' was asked for" if self.options.loop else NO_DIFFUSION)
             return
         try:
-            self._compare(found)
+            self._compare_sampler() if self.own_sampler is not None else self._compare(found)
         except DiffersError as error:
             self._keep_loop(f"{error}")
             return
         model = self._model and self._model()
-        if model is not None and not training(model):
+        if self.options.whole and model is not None and not training(model):
             try:
                 self.sampler_of(model).check()
             except NotServedError as error:
@@ -132,7 +144,7 @@ class HeadPatch:
         Raises:
             ValueError: those differ, too.
         """
-        self.own_loop, self.verdicts, self.draws = why, {}, {}
+        self.own_loop, self.own_sampler, self.verdicts = why, None, {}
         self.network = FastNetwork(self.net, self.cache, self.options.backend, self.options.dtype)
         try:
             self.network.check()
@@ -165,19 +177,28 @@ class HeadPatch:
         """
         if self.sampler is None or self.sampler.model is not model:
             o = self.options
-            options = SampleOptions(o.dtype, o.backend, o.noise, o.parallel_tol, o.compile)
+            options = SampleOptions(o.dtype, o.backend, o.noise, o.parallel_tol, o.compile, o.sampling)
             try:
                 self.sampler = Sampler(model, options, self.cache)
             except TypeError as error:
                 raise NotServedError(f"{error}") from None
         return self.sampler
 
+    def _compare_sampler(self) -> None:
+        """Raises DiffersError where its own sampler is another one than its adapter says."""
+        self._add_network()  # for the calls that are not served; and which of its candidates the network is, is known
+        try:
+            self.own_sampler.check(self.cache.choice, self.written)
+        except CannotRunError as error:
+            _logger.info(
+                "cspd.patch: %s: its own code does not run here, so its first call compares: %s", self.name, error
+            )
+
     def _compare(self, found: FoundHead) -> None:
         try:
             outcome = check_sample(found)
-            self.verdicts = dict.fromkeys(outcome.kinds)
-            for loop in LOOPS[1:]:  # which sample does not call
-                self._compare_loops(loop)
+            self.verdicts = dict(outcome.kinds)
+            self._compare_loops(LOOPS[1])  # which sample does not call
             if outcome.own:
                 self._add_network()
             for reason in outcome.own:
@@ -187,7 +208,7 @@ class HeadPatch:
 
     def _without_sample(self, why: str) -> None:
         """Its own ``sample`` did not run: compare the loops by themselves, as far as those run."""
-        results = [self._compare_loops(loop) for loop in LOOPS]
+        results = [self._compare_loops(loop) for loop in LOOPS if loop != DDIM]  # which waits for a first call
         if any(agree for agree, _ in results):
             _logger.info("cspd.patch: %s: its sample did not run on a copy (%s); its loop was compared", self.name, why)
         else:
@@ -210,8 +231,8 @@ class HeadPatch:
             try:
                 for call in plain_calls(self.net, loop, hook.tables.schedule().num_steps):
                     kind = hook.kind(call)
-                    if self.verdicts.get(kind, "") is not None:
-                        self.draws[kind], self.verdicts[kind] = check_loop(call, diffusion), None
+                    if not isinstance(self.verdicts.get(kind), Meaning):
+                        self.verdicts[kind] = check_loop(call, diffusion)
                     agree += 1
             except (CannotRunError, NotServedError) as error:
                 failure = str(error)
@@ -226,7 +247,9 @@ class HeadPatch:
             self._hook(NetworkForward, self.net)
         if self.own_loop is not None:
             return
-        if callable(getattr(module, "sample", None)):
+        if self.own_sampler is not None:
+            self._hook(ServedSample, self.own_sampler.module)
+        elif callable(getattr(module, "sample", None)):
             self._hook(WatchedSample, module)
         model = self._model and self._model()
         if model is not None and WholeSampling.of(model) is None:
@@ -284,46 +307,92 @@ class HeadPatch:
         """
         if self.own_loop is not None:  # its diffusion object is another head's, too
             raise NotServedError(self.own_loop)
-        schedule, kind, source = hook.tables.schedule(), hook.kind(call), self.cache.look()
+        kind, source = hook.kind(call), self.cache.look()
+        if source.spec is not call.spec:
+            call = replace(call, spec=source.spec)
         if source.written is not self.written:
             if source.written != self.written:  # what was compared was something else
-                self.verdicts, self.draws = {}, {}
+                self.verdicts = {}
             self.written = source.written
-        verdicts, draws = self.verdicts, self.draws
-        if call.cond.is_cuda and torch.cuda.is_current_stream_capturing():
-            self._check_capture(kind in verdicts and self.cache.has(schedule, self.options.dtype))
+        verdicts, capturing = self.verdicts, call.cond.is_cuda and torch.cuda.is_current_stream_capturing()
         if kind not in verdicts:
-            self._compare_now(kind, call, hook, verdicts, draws)
-        if (reason := verdicts[kind]) is not None:
-            raise NotServedError(reason)
-        options = self.options
-        head = self.cache.get(schedule, options.dtype, source)
+            if capturing:
+                self.refuse_capture()
+            self._compare_now(kind, call, hook, verdicts)
+        meaning, options = verdicts[kind], self.options
+        if isinstance(meaning, str):
+            raise NotServedError(meaning)
+        schedule = self._schedule(call, meaning, hook)
+        given = meaning.way is not None
+        if capturing and not self.cache.has(schedule, options.dtype, given):
+            self.refuse_capture()
         out = run_call(
             call,
-            head,
+            self.cache.get(schedule, options.dtype, source, given=given),
+            meaning,
             backend=options.backend,
             philox=options.noise == "philox",
             parallel_tol=options.parallel_tol,
-            draw=draws.get(kind, "cpu"),
         )
         return finish(call, out, hook.diffusion)
 
-    def _check_capture(self, ready: bool) -> None:
-        if not ready:
-            raise RuntimeError(
-                f"{self.name} expected a first call like this one before a CUDA graph of the caller's is captured, "
-                "which cannot hold what is made once: call it once, then capture"
-            )
+    def spec(self) -> HeadSpec:
+        """What the network is made of.
 
-    def _compare_now(self, kind: tuple, call: Call, hook: LoopHook, verdicts: dict, draws: dict) -> None:
+        Raises:
+            NotServedError: as of :meth:`HeadCache.look`.
+        """
+        return self.cache.spec()
+
+    def _schedule(self, call: Call, meaning: Meaning, hook: LoopHook) -> Schedule:
+        """The steps of a call: its loop's, or those that were asked for in their place."""
+        sampling = self.options.sampling
+        if not sampling.changes:
+            return hook.tables.schedule(Steps(call.eta, meaning.clip))
+        if call.inter_noise is not None:
+            raise NotServedError(f"the noise of its steps is given, which {sampling} does not make")
+        if call.eta is not None and sampling.sampler is None:
+            sampling = replace(sampling, sampler="ddim", eta=call.eta)
+        step, of = passes_begun() if sampling.anneals else (0, 1)
+        return sampling.schedule(hook.tables.schedule(Steps(clip=meaning.clip)), step, of)
+
+    def check_sampling(self) -> None:
+        """Of the steps that are asked for in place of the loops' own: that they can be made, told once.
+
+        Raises:
+            ValueError: they cannot.
+        """
+        sampling = self.options.sampling
+        if not sampling.changes:
+            return
+        if self.own_loop is not None or self.own_sampler is not None:
+            raise ValueError(f"{self.name} is left unpatched: expected a diffusion object to sample by {sampling}")
+        for path, diffusion in self.found.diffusions.items():
+            try:
+                schedule = (LoopHook.of(diffusion) or LoopHook(diffusion)).tables.schedule()
+            except NotServedError:
+                continue  # its loop runs as it is, which is told
+            try:
+                for step in (0, 1):
+                    sampling.schedule(schedule, step, 2)
+            except ValueError as error:
+                raise ValueError(f"{self.name} is left unpatched: its {path}: {error}") from None
+        _logger.warning("cspd.patch: %s samples by %s, as asked for: other tokens than its own", self.name, sampling)
+
+    def refuse_capture(self) -> None:
+        raise RuntimeError(
+            f"{self.name} expected a first call like this one before a CUDA graph of the caller's is captured, "
+            "which cannot hold what is made once: call it once, then capture"
+        )
+
+    def _compare_now(self, kind: tuple, call: Call, hook: LoopHook, verdicts: dict) -> None:
         """A kind of call that was not seen when the head was patched: it is compared before it is served."""
         with LOCK:
             try:
-                draws[kind] = check_loop(call, hook.diffusion)
-                verdicts[kind] = None
+                verdicts[kind] = check_loop(call, hook.diffusion)
             except CannotRunError as error:
                 verdicts[kind] = f"its own loop does not run on a copy to be compared with: {error}"
-            except DiffersError as error:
+            except (DiffersError, NotServedError) as error:
                 verdicts[kind] = f"{error}"
 
     def left_behind(self) -> str | None:
@@ -359,7 +428,7 @@ def leave_whole(model: nn.Module) -> None:
     stands = WholeSampling.of(model)
     net = getattr(getattr(model, "diffloss", None), "net", None)
     left = [] if net is None else unwrapped(net)[0].__dict__.get(PATCHES, ())
-    if stands is not None and not any(patch.options.whole for patch in left):
+    if stands is not None and not any(patch.options.watches for patch in left):
         stands.remove()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import OrderedDict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn as nn
@@ -58,7 +58,7 @@ def look_for_heads(model: nn.Module) -> Found:
             continue
         name = f"{_plain(path) or 'the model itself'} ({type(module).__name__})"
         inner, reason = (None, "it lacks net") if net is None else unwrapped(net)
-        reason = reason or _why_sharded(inner) or why_not_a_network(inner) or why_not_plain(inner)
+        reason = reason or _why_sharded(inner) or why_not_a_network(inner, given=True) or why_not_plain(inner)
         diffusions = diffusions_of(module) or everywhere
         seen.add(inner)
         if (first := next((head for head in heads if inner is head.net), None)) is not None:
@@ -172,7 +172,7 @@ class HeadCache:
         with self._lock:
             if self._source is None or (self.weights == "live" and not self._source.is_current()):
                 self.clear()
-                if (reason := why_not_a_network(self.net) or why_not_plain(self.net)) is not None:
+                if (reason := why_not_a_network(self.net, given=True) or why_not_plain(self.net)) is not None:
                     raise NotServedError(reason)
                 spec = specs_of(self.net)[self.choice]
                 if spec.parts.input.weight.is_meta:
@@ -182,20 +182,39 @@ class HeadCache:
                 raise NotServedError("the network computes something else in training mode (dropout?): call .eval()")
             return self._source
 
-    def has(self, schedule: Schedule, dtype: torch.dtype | None = None) -> bool:
+    def spec(self) -> HeadSpec:
+        """What the network computes, as :meth:`look` last saw it.
+
+        Raises:
+            NotServedError: as :meth:`look`, the first time.
+        """
+        source = self._source
+        return (self.look() if source is None else source).spec
+
+    def has(self, schedule: Schedule, dtype: torch.dtype | None = None, given: bool = False) -> bool:
         """Whether :meth:`get` would pack nothing."""
         with self._lock:
             source = self._source
             if source is None:
                 return False
             form = self._forms.get(call_dtype(source.device, source.dtype) if dtype is None else dtype)
-            return form is not None and schedule in form.heads
+            return form is not None and schedule in (
+                form.given if given and form.first.cond_weight is not None else form.heads
+            )
 
-    def get(self, schedule: Schedule, dtype: torch.dtype | None = None, source: Source | None = None) -> DiffusionHead:
+    def get(
+        self,
+        schedule: Schedule,
+        dtype: torch.dtype | None = None,
+        source: Source | None = None,
+        *,
+        given: bool = False,
+    ) -> DiffusionHead:
         """The head with operands of ``dtype``; None follows autocast, else the weights' type.
 
         Args:
             source: what :meth:`look` has just returned.
+            given: of conditions that are embedded already.
 
         Raises:
             NotServedError: as :meth:`look`.
@@ -208,8 +227,7 @@ class HeadCache:
             form = self._forms.get(dtype)
             if form is None:
                 form = self._forms[dtype] = _Form(self.net, self._source.spec, schedule, dtype, self.weights == "live")
-                return form.heads[schedule]
-            return form.get(schedule)
+            return form.embedded(form.get(schedule)) if given else form.get(schedule)
 
 
 class _Form:
@@ -219,6 +237,7 @@ class _Form:
         self.first = DiffusionHead.from_network(net, schedule, dtype=dtype, spec=spec)
         object.__setattr__(self.first, "watched", live)
         self.heads = OrderedDict([(schedule, self.first)])
+        self.given: dict[Schedule, DiffusionHead] = {}
         self.live = LiveWeights(self.first) if live else None
         self.made: torch.cuda.Event | None = None
         self._made_here()
@@ -244,6 +263,17 @@ class _Form:
         else:
             self.heads.move_to_end(schedule)
         return head
+
+    def embedded(self, head: DiffusionHead) -> DiffusionHead:
+        """One of these heads for conditions that are embedded already; what follows the weights' values is shared."""
+        if head.cond_weight is None:
+            return head
+        made = self.given.get(head.schedule)
+        if made is None or made.time_embedding is not head.time_embedding:
+            self.given = {schedule: made for schedule, made in self.given.items() if schedule in self.heads}
+            made = self.given[head.schedule] = replace(head, cond_weight=None, cond_bias=None)
+            object.__setattr__(made, "watched", head.watched)
+        return made
 
 
 def bound_network(function) -> tuple[nn.Module, str] | None:

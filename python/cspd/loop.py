@@ -95,6 +95,11 @@ class LoopHook:
         """As ``p_sample_loop``, the noise of the steps given too (MarkXCloud/CSpD)."""
         return self._run("p_sample_loop_with_noise", args, kwargs)
 
+    @untraced
+    def ddim_sample_loop(self, *args, **kwargs):
+        """As ``p_sample_loop``, by DDIM."""
+        return self._run("ddim_sample_loop", args, kwargs)
+
     def _run(self, name: str, args, kwargs):
         _thread.entered = loops_entered() + 1
         original, patch = self.original(name), None
@@ -103,7 +108,8 @@ class LoopHook:
             found = bound_network(arguments["model"])
             patch = self._patch(found)
             if patch is not None:
-                return patch.take(read_call(name, arguments, parameters, found), self)
+                spec = None if found is None else patch.spec()
+                return patch.take(read_call(name, arguments, parameters, found, spec), self)
         except NotServedError as reason:
             if (patch := patch or self._any_user()) is not None:
                 patch.tell(str(reason))

@@ -35,6 +35,7 @@ def run_windows(steps: Steps | PlainSteps, gamma, progress: bool = False) -> Rec
         _prefill(steps, recorder, bar)
         while first < stop:
             phase = _phases(recorder, bar)
+            state.go_to(first)
             if state.ends is None:
                 last = min(first + _length(gamma, windows), stop)
                 steps.draft(first, last, phase)
@@ -119,6 +120,7 @@ def run_rounds(steps: Steps | PlainSteps, gamma, branches: int, progress: bool =
 
 def _prefill(steps: Steps | PlainSteps, recorder: Recorder, bar: tqdm) -> None:
     for i in range(steps.state.prefilled):
+        steps.state.go_to(i)
         with recorder.phase("target"):
             steps.target(i)
         recorder.prefill()

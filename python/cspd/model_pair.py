@@ -6,10 +6,13 @@ import torch
 
 from cspd_kernels import DiffusionHead
 
+from .check_heads import sampled
 from .checks import check_initial_scale
 from .diffusions import Tables
 from .heads import HeadCache, unwrapped
+from .order import Step
 from .run_state import Model, class_embedding
+from .sampling import OWN, Sampling
 from .whole.chosen import ChosenTransformer, training
 from .whole.transformers import ByMasks, ByTables, ByWeights
 
@@ -21,8 +24,9 @@ class ModelPair:
         models: by their roles, "draft" and "target"; so all that follows.
     """
 
-    def __init__(self, draft, target, backend: str | None):
+    def __init__(self, draft, target, backend: str | None, sampling: Sampling = OWN):
         self.models = {"draft": draft, "target": target}
+        self._sampling = sampling
         self._caches: dict[str, HeadCache] = {}
         self._diffusions: dict[str, Tables] = {}
         self._chosen = {"draft": ChosenTransformer(draft, "the draft", backend)}
@@ -36,9 +40,13 @@ class ModelPair:
         """As the models are now; on a device the host may wait, where code has changed."""
         return {role: transformer.get(dtype) for role, transformer in self._chosen.items()}
 
-    def heads(self, dtype: torch.dtype | None) -> dict[str, DiffusionHead]:
-        """As their weights, their networks and their schedules are now."""
-        return {role: self._head(role, dtype) for role in self.models}
+    def heads(self, dtype: torch.dtype | None, planned: list[Step], steps: int) -> list[dict[str, DiffusionHead]]:
+        """As their weights, their networks and their schedules are now: of each of the planned steps, out of ``steps``,
+        where they anneal, else of all of them."""
+        return [
+            {role: self._head(role, dtype, step.index, steps) for role in self.models}
+            for step in (planned if self._sampling.anneals else planned[:1])
+        ]
 
     def of_run(self, heads, transformers, bsz: int, labels: torch.Tensor | None, guided: bool) -> dict[str, Model]:
         """What a run of ``bsz`` images needs of them; labels on the models' device.
@@ -58,11 +66,11 @@ class ModelPair:
         """Whose weights are kept."""
         return [packed for transformer in self._chosen.values() for packed in transformer.packed()]
 
-    def _head(self, role: str, dtype: torch.dtype | None) -> DiffusionHead:
+    def _head(self, role: str, dtype: torch.dtype | None, step: int, steps: int) -> DiffusionHead:
         diffloss = self.models[role].diffloss
         net, _ = unwrapped(diffloss.net)
         if role not in self._caches or self._caches[role].net is not net:
             self._caches[role] = HeadCache(net)
         if role not in self._diffusions or self._diffusions[role].diffusion is not diffloss.gen_diffusion:
             self._diffusions[role] = Tables(diffloss.gen_diffusion)
-        return self._caches[role].get(self._diffusions[role].schedule(), dtype)
+        return self._caches[role].get(sampled(self._sampling, self._diffusions[role].schedule(), step, steps), dtype)

@@ -14,9 +14,11 @@ from .diffusions import diffusions_of
 from .head_patch import HeadPatch, Options, leave_whole
 from .heads import FoundHead, find_heads
 from .loop import LOCK, PATCHES, LoopHook
+from .sampling import Sampling
 from .standins import WatchedMoves, WatchedSample
 
 _logger = logging.getLogger("cspd")
+_SAMPLING = {"sampler": None, "eta": 0.0, "sampling_steps": None}
 
 
 def patch(
@@ -29,6 +31,9 @@ def patch(
     parallel_tol: float | str | None = "auto",
     whole: bool = False,
     compile: bool = False,
+    sampler: str | None = None,
+    eta: float = 0.0,
+    sampling_steps: int | tuple[int, int] | None = None,
     loop: str | None = None,
 ) -> nn.Module:
     """Make every diffusion head of a model sample through :func:`cspd_kernels.denoise`.
@@ -75,6 +80,11 @@ def patch(
             with the model's own first; where they differ, in training mode and with hooks, its own method runs with
             the patched head, and the log tells why. ``dtype`` is then also that of the transformer's products.
         compile: with ``whole``, the transformer's blocks under ``torch.compile``, on a GPU.
+        sampler: None for the loop's own steps, or ``"ddim"`` (arXiv 2010.02502) in place of them. This and the next two
+            change the tokens, which the log says once; all that is exact above is so of the head's other code.
+        eta: of DDIM, in [0, 1]: 0 adds no noise.
+        sampling_steps: so many of the loop's steps, evenly strided; or a pair (first, last), linearly from the first to
+            the last autoregressive step of the model's ``sample_tokens`` (DiSA, arXiv 2505.20297). None: all.
         loop: ``"own"`` leaves every loop as it is and takes over the networks alone. None: where that is all there is.
 
     Returns:
@@ -84,7 +94,8 @@ def patch(
         TypeError, ValueError: nothing to patch, or a head that samples differently; nothing was changed.
         RuntimeError: the backend cannot serve.
     """
-    options = Options(backend, dtype, noise, weights, parallel_tol, whole, compile, loop)
+    sampling = Sampling(sampler, eta, sampling_steps)
+    options = Options(backend, dtype, noise, weights, parallel_tol, whole, compile, loop, sampling)
     options.check()
     with LOCK:
         patches = _prepare(model, options)
@@ -116,7 +127,8 @@ def patched(model: nn.Module, **options) -> Iterator[nn.Module]:
     Blocks may overlap, in several threads too: the last one to begin decides the options, and the model
     is patched until the last one ends.
     """
-    options = Options(**options)
+    sampling = Sampling(*(options.pop(name, default) for name, default in _SAMPLING.items()))
+    options = Options(**options, sampling=sampling)
     options.check()
     with LOCK:
         patches = _prepare(model, options)
@@ -135,15 +147,17 @@ def _prepare(model: nn.Module, options: Options) -> list[HeadPatch]:
         ValueError: there is no head, or one samples differently.
     """
     found = find_heads(model)
-    patches = [HeadPatch(head, options, _model_of(model, head) if options.whole else None) for head in found.heads]
+    around = [_model_of(model, head, options) if options.watches else None for head in found.heads]
+    patches = [HeadPatch(head, options, its) for head, its in zip(found.heads, around)]
     for head_patch in patches:
         head_patch.compare()
+        head_patch.check_sampling()
     for name, reason in found.near.items():
         _logger.warning("cspd.patch: %s is left unpatched: %s", name, reason)
     return patches
 
 
-def _model_of(model: nn.Module, head: FoundHead) -> nn.Module:
+def _model_of(model: nn.Module, head: FoundHead, options: Options) -> nn.Module:
     """The model around a head that samples whole images.
 
     Raises:
@@ -152,6 +166,11 @@ def _model_of(model: nn.Module, head: FoundHead) -> nn.Module:
     for module in model.modules():
         if module._modules.get("diffloss") is head.module and callable(getattr(module, "sample_tokens", None)):
             return module
+    if not options.whole:
+        raise ValueError(
+            f"patch(sampling_steps={options.sampling.steps}) expected a model with sample_tokens and diffloss around "
+            f"{head.name}, whose autoregressive steps it follows, found none in {type(model).__name__}: give one number"
+        )
     raise ValueError(
         f"patch(whole=True) expected a MAR model with sample_tokens and diffloss around {head.name}, found none in "
         f"{type(model).__name__}: leave whole out to patch the head alone"

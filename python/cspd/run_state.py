@@ -62,6 +62,7 @@ class RunState:
     criterion: str = "trajectory"  # one of :data:`cspd.candidates.CRITERIA`
     at: torch.Tensor | None = None  # (B,) int64 buffer: each image's next step of the plan, of strict runs
     ends: EntropyDraft | None = None  # what ends a window by the draft's attention
+    annealed: tuple[dict[str, Model], ...] = ()  # of each of the plan's steps, by role, where their heads differ
     entropy: torch.Tensor | None = None  # (B,) buffer of its state, of strict runs; in windows it is the host's
 
     @property
@@ -69,13 +70,19 @@ class RunState:
         """Of a drafted token, and as many when the target looks at it."""
         return self.candidates if self.criterion == "trajectory" else 1
 
+    def go_to(self, step: int) -> None:
+        """Take the heads of one of the plan's steps: those of a window are of its first one."""
+        for role, model in self.annealed[step].items() if self.annealed else ():
+            setattr(self, role, model)
+
     def make_room(self) -> None:
         """For what the draft will draw, where it draws anything."""
         steps = self.plan.steps[self.prefilled :]
         if not steps:
             return
         sizes = {len(self.tokens) * (step.before - step.after) * self.chains for step in steps}
-        sweeps = any(tolerance_of(self, self.draft.head, size) is not None for size in sizes)
+        # Of annealed steps there are trajectories of several lengths, which are not kept.
+        sweeps = not self.annealed and any(tolerance_of(self, self.draft.head, size) is not None for size in sizes)
         hidden = self.draft.head.cond_channels if callable(self.relaxation) else 0
         self.drafted = Drafted(
             *self.tokens.shape[:2], self.draft.head, self.draft.head.num_steps if sweeps else 0, hidden,

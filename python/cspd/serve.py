@@ -17,7 +17,8 @@ from PIL import Image
 
 from cspd_kernels.ops.accept_reject import MOST_CANDIDATES
 
-from .checks import VERIFY, learned_variance
+from .check_heads import learned_variance
+from .checks import VERIFY
 from .demo.picture import COLOURS, to_pixels
 from .speculative import SpecDecodeRunner
 from .stats import OUTCOMES

@@ -5,19 +5,22 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
 from cspd_kernels.backends import implementation
 from cspd_kernels.ops.denoise.parallel import AUTO, check_tolerance
 
-from .checks import check_dtype, check_gamma, check_models, check_options, check_residual, check_run, check_verify
+from .check_heads import check_residual, check_sampler
+from .checks import check_dtype, check_gamma, check_models, check_options, check_run, check_verify
 from .loops import end_by, run_rounds, run_windows
 from .model_pair import ModelPair
 from .order import Plan, by_token, plan_steps, random_orders, to_device
 from .policies import Window
 from .released_names import released_attribute, released_names
 from .run_state import RunState
+from .sampling import Sampling
 from .stats import PREFILLED, Recorder, RunStats
 from .whole.noise import PhiloxSource
 from .whole.steps import PlainSteps, Steps, keep_current, signature, why_not_graphs
@@ -88,6 +91,9 @@ class SpecDecodeRunner:
         parallel_tol: how both heads make their steps, see :func:`cspd_kernels.denoise`. Where sweeps run, the
             target's verification starts from the draft's trajectories, which saves sweeps. A decision whose ratio is
             within the tolerance of its random number may come out otherwise.
+        sampler, eta, sampling_steps: the sampler of both models, as in :func:`cspd.patch`: other images than their own
+            make. A run needs densities, so DDIM needs ``eta`` > 0; it has one sigma, also of heads whose networks
+            learned a variance. A pair of ``sampling_steps`` holds from window to window, not in strict runs.
 
     Raises:
         TypeError, ValueError: models that do not fit together, or an argument out of range.
@@ -114,21 +120,27 @@ class SpecDecodeRunner:
         residual: str = "rejection",
         target_sigma: bool = False,
         parallel_tol: float | str | None = AUTO,
+        sampler: str | None = None,
+        eta: float = 0.0,
+        sampling_steps: int | tuple[int, int] | None = None,
     ):
         implementation("accept_reject", backend)
         check_tolerance("SpecDecodeRunner", parallel_tol)
+        sampling = Sampling(sampler, eta, sampling_steps)
+        sampling.check("SpecDecodeRunner")
         check_models(draft_model, target_model, criterion)
         check_options(target_model.seq_len, relaxation, prefill, sigma, max_tries)
         check_dtype(dtype)
-        check_verify(draft_model, target_model, relaxation, verify, num_candidates, branches, criterion)
-        check_residual(draft_model, target_model, residual, target_sigma, num_candidates)
+        check_sampler(draft_model, target_model, sampling, verify, drafts=prefill < 1)
+        check_verify(draft_model, target_model, relaxation, verify, num_candidates, branches, criterion, sampling)
+        check_residual(draft_model, target_model, residual, target_sigma, num_candidates, sampling)
         self.seq_len, self.token_embed_dim = target_model.seq_len, target_model.token_embed_dim
         self.relaxation, self.prefill, self.sigma = relaxation, float(prefill), sigma
         self.backend, self.dtype, self.max_tries = backend, dtype, max_tries
         self.residual, self.target_sigma, self.parallel_tol = residual, target_sigma, parallel_tol
-        self.verify, self.criterion = verify, criterion
+        self.verify, self.criterion, self.sampling = verify, criterion, sampling
         self.num_candidates, self.branches = num_candidates, branches
-        self._pair = ModelPair(draft_model, target_model, backend)
+        self._pair = ModelPair(draft_model, target_model, backend, sampling)
         self._lock = threading.Lock()
         self._steps: OrderedDict[tuple, Steps] = OrderedDict()  # of runs whose steps are CUDA graphs
         self._recorder: Recorder | None = None
@@ -265,11 +277,12 @@ class SpecDecodeRunner:
             relaxation = to_device(relaxation.float(), device)
         tables = by_token(planned, device)
         orders = None if orders is None else to_device(orders, device)
-        heads = self._pair.heads(self.dtype)
+        heads = self._pair.heads(self.dtype, planned, steps)
         images = torch.arange(first_image, first_image + bsz, device=device)
         orders = random_orders(seed, images, self.seq_len) if orders is None else orders
         plan = Plan(orders, images, planned, guided, tables)
-        models = self._pair.of_run(heads, transformers, bsz, labels, guided)
+        models = self._pair.of_run(heads[0], transformers, bsz, labels, guided)
+        annealed = tuple({role: replace(models[role], head=head) for role, head in each.items()} for each in heads)
         state = RunState(
             tokens=torch.zeros(bsz, self.seq_len, self.token_embed_dim, dtype=torch.float32, device=device),
             outcome=torch.full(orders.shape, PREFILLED, dtype=torch.int8, device=device),
@@ -284,6 +297,7 @@ class SpecDecodeRunner:
             rule={name: getattr(self, name) for name in ("sigma", "max_tries", "residual", "target_sigma")},
             candidates=self.num_candidates,
             criterion=self.criterion,
+            annealed=annealed if self.sampling.anneals else (),
         )
         if self.verify == "strict":
             state.at = torch.full((bsz,), state.prefilled, dtype=torch.int64, device=device)

@@ -6,10 +6,12 @@ They are bound methods, so that a deep copy or a pickle of the module carries st
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
+import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import MethodType
 
 import torch.nn as nn
@@ -22,6 +24,36 @@ from .loop import LOCK, NO_LOOP, LoopHook, loops_entered, patch_of
 
 ARGUMENTS = ("bsz", "num_iter", "cfg", "cfg_schedule", "labels", "temperature", "progress")  # of MAR's sample_tokens
 _REPLICATE = "_replicate_for_data_parallel"
+_thread = threading.local()
+
+
+@contextlib.contextmanager
+def counted(original: Callable, args: tuple, kwargs: dict) -> Iterator[None]:
+    """For the length of a call of ``sample_tokens``, count this thread's calls of the head."""
+    bound = inspect.signature(original).bind(*args, **kwargs)
+    bound.apply_defaults()
+    before = getattr(_thread, "passes", None)
+    _thread.passes = [0, bound.arguments.get("num_iter")]
+    try:
+        yield
+    finally:
+        _thread.passes = before
+
+
+def passes_begun() -> tuple[int, int]:
+    """(which, of how many) autoregressive step this thread's call of the head is of; counts it.
+
+    Raises:
+        RuntimeError: it is of none.
+    """
+    begun, of = getattr(_thread, "passes", None) or (0, None)
+    if not isinstance(of, int):
+        raise RuntimeError(
+            "a head patched with a pair of sampling_steps expected to be called by its model's sample_tokens with "
+            "num_iter, whose autoregressive steps the pair is for: call that, or patch with one number"
+        )
+    _thread.passes[0] = begun + 1
+    return min(begun, of - 1), of
 
 
 class StandIn:
@@ -69,10 +101,10 @@ class StandIn:
         return self.replaced.get(name) or getattr(type(self.module), name).__get__(self.module)
 
     def _as_original(self, name: str) -> MethodType:
-        """A method that calls ``run``; name, docstring and signature are the original's."""
+        """A method that comes to ``call``; name, docstring and signature are the original's."""
 
         def method(watched, *args, **kwargs):
-            return watched.run(*args, **kwargs)
+            return watched.call(name, args, kwargs)
 
         if "module" in vars(self):  # else it is being read from a pickle
             original = self.original(name)
@@ -82,6 +114,10 @@ class StandIn:
             function.__signature__ = inspect.Signature([watched, *parameters])
             function.__name__ = name
         return MethodType(method, self)
+
+    def call(self, name: str, args: tuple, kwargs: dict):
+        """A call of the method of that name."""
+        return self.run(*args, **kwargs)
 
     def present(self) -> list:
         """The users, none of which comes or goes meanwhile."""
@@ -153,7 +189,8 @@ class WatchedMoves(StandIn):
 
 
 class WholeSampling(StandIn):
-    """A model's ``sample_tokens``, by the whole sampler of the patch in charge of its head.
+    """A model's ``sample_tokens``, by the whole sampler of the patch in charge of its head, or its own, whose calls of
+    the head are counted for a patch that makes other steps at each.
 
     It holds no patch, and no patch holds it: a copy of the head alone must not carry the model.
     """
@@ -170,7 +207,13 @@ class WholeSampling(StandIn):
         original = self.original("sample_tokens")
         net = getattr(getattr(self.module, "diffloss", None), "net", None)
         patch = None if net is None else patch_of(unwrapped(net)[0])
-        if patch is None or not patch.options.whole:
+        if patch is None or not patch.options.watches:
+            return original(*args, **kwargs)
+        with counted(original, args, kwargs) if patch.options.sampling.anneals else contextlib.nullcontext():
+            return self._run(original, patch, args, kwargs)
+
+    def _run(self, original: Callable, patch, args: tuple, kwargs: dict):
+        if not patch.options.whole:
             return original(*args, **kwargs)
         try:
             sampler, arguments = patch.sampler_of(self.module), self._arguments(original, args, kwargs)

@@ -20,14 +20,15 @@ from torch.overrides import TorchFunctionMode
 from cspd_kernels import Schedule
 from cspd_kernels.head import without_autocast
 from cspd_kernels.parts import part_of
-from cspd_kernels.spec import spec_of
+from cspd_kernels.spec import HeadSpec, spec_of
 from cspd_kernels.structure import compiled_from
 
 from .calls import Call, finish, run_call
 from .cut import SEED, Cut
-from .diffusions import LOOPS, NotServedError
+from .diffusions import LOOPS, NotServedError, Steps
 from .heads import HeadCache
 from .loop import PATCHES, LoopHook
+from .meanings import PLAIN, Meaning
 from .standins import StandIn
 
 _LIKE = {"randn_like": "normal_", "rand_like": "uniform_"}
@@ -48,9 +49,9 @@ class Trial:
     net: nn.Module
     serving: bool
     steps: int | None = None  # only so many of the last ones
-    draw: str = "cpu"
+    meanings: dict[tuple, Meaning] = field(default_factory=dict)  # by kind of call
     calls: list[Call] = field(default_factory=list)
-    kinds: set[tuple] = field(default_factory=set)
+    kinds: dict[tuple, tuple] = field(default_factory=dict)  # what a meaning of each is looked for with
     reasons: list[str] = field(default_factory=list)
     evaluations: int = 0  # of the network by its own loop
     served: int = 0  # calls
@@ -65,20 +66,26 @@ class Trial:
         self.evaluations += 1
 
     def take(self, call: Call, hook: LoopHook) -> torch.Tensor:
-        schedule, steps = hook.tables.schedule(), self.steps
+        kind, steps = hook.kind(call), self.steps
+        own = hook.tables.schedule()
         self.calls.append(call)
-        self.kinds.add(hook.kind(call))
+        self.kinds.setdefault(kind, (call, hook.diffusion, own))
         if not self.serving:
             raise NotServedError("")
+        meaning = self.meanings.get(kind, PLAIN)
+        schedule = hook.tables.schedule(Steps(call.eta, meaning.clip))
         if steps is not None and steps < schedule.num_steps:
             schedule = schedule.last(steps)
         if call.inter_noise is not None:
             call = replace(call, inter_noise=call.inter_noise[: schedule.num_steps])
-        head = self.cache.get(schedule, torch.float32)
+        head = self.cache.get(schedule, torch.float32, given=meaning.way is not None)
         # Step by step, whatever was asked for: what is compared is code, which a tolerance would hide.
-        out = run_call(call, head, backend="torch", philox=False, parallel_tol=None, draw=self.draw)
+        out = run_call(call, head, meaning, backend="torch", philox=False, parallel_tol=None)
         self.tokens, self.served = finish(call, out, hook.diffusion), self.served + 1
         return self.tokens
+
+    def spec(self) -> HeadSpec:
+        return spec_of(self.net)
 
     def tell(self, reason: str) -> None:
         if reason:

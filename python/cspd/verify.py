@@ -7,6 +7,7 @@ compared, and the last ten by themselves: with random weights x grows over all o
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,14 +16,17 @@ import torch
 import torch.nn as nn
 
 from cspd_kernels.parts import part_of
+from cspd_kernels.spec import spec_of
 
 from .calls import Call
-from .diffusions import LOOPS
+from .diffusions import DDIM, LOOPS
 from .heads import FoundHead
 from .loop import NO_LOOP, LoopHook
-from .twin import CannotRunError, Copies, OwnNumbers, Run, copies_of, first_line, normal, quiet, seeded
+from .meanings import Meaning, all_meanings
+from .twin import CannotRunError, Copies, OwnNumbers, Run, Trial, copies_of, first_line, normal, quiet, seeded
 
 _ROWS, _TEMPERATURE, _GUIDANCE, _LAST = 4, 0.8, 2.5, 10
+_SCALES = (_GUIDANCE, 1.7)
 _GUIDANCE_NAMES = ("cfg", "cfg_scale", "guidance_scale", "guidance")
 
 
@@ -32,9 +36,10 @@ class DiffersError(ValueError):
 
 @dataclass
 class Outcome:
-    """What a head's own ``sample`` showed: kinds of calls that are served and right; why others are not."""
+    """What a head's own ``sample`` showed: kinds of calls that are served and right, by what they mean; why others are
+    not."""
 
-    kinds: set[tuple] = field(default_factory=set)
+    kinds: dict[tuple, Meaning] = field(default_factory=dict)
     own: list[str] = field(default_factory=list)
     plain: dict[float, bool] = field(default_factory=dict)  # by guidance: one loop with just that, and nothing more
 
@@ -70,63 +75,79 @@ def _compare_samples(found: FoundHead, scale: float, options: dict, outcome: Out
     make = partial(copies_of, found.net, found.samplers, found.module, cut=cut)
     own, served, result = _compare(make, run, what)
     outcome.own += own.reasons
-    outcome.kinds |= own.kinds
     if served is None:
         outcome.own += [] if own.reasons else [NO_LOOP]
         return
+    outcome.kinds |= served.meanings
     (first, *more), tokens = served.calls, served.tokens
-    asked = first.cfg_scale in (None, 1.0) if scale == 1.0 else first.cfg_scale == scale
+    scales = [meaning.scales([*first.scales.values()]) for meaning in served.meanings.values()]
+    asked = scales in ([()], [(1.0,)]) if scale == 1.0 else [*first.scales.values()] == [scale]
     warm = first.temperature == _TEMPERATURE or "temperature" not in options
     nothing_else = isinstance(result, torch.Tensor) and result.shape == tokens.shape and torch.equal(result, tokens)
     outcome.plain[scale] = asked and warm and not more and nothing_else
 
 
 def _what_runs(found: FoundHead, options: dict) -> tuple[tuple[int, ...], bool]:
-    """(shape of z, whether the copy may be cut) with which the head's own code runs.
+    """(shape of z, whether the copy may be cut) with which the head's own code runs, and calls a loop where it does.
 
     Raises:
         CannotRunError: none.
     """
-    width, failure = part_of(found.net, "cond").in_features, None
+    width, failure = _fan_in(part_of(found.net, "cond")), None
+    runs = None
     for cut in (True, False):  # a fork may have more parts, which fit the full width only
-        for shape in ((_ROWS, width), (2, _ROWS // 2, width)):
+        for shape in ((_ROWS, width), (2, _ROWS // 2, width), (_ROWS, 1, width)):
             try:
                 copies = copies_of(found.net, found.samplers, found.module, cut=cut, serving=False, steps=_LAST)
                 with OwnNumbers():
                     copies.module.sample(normal(shape, copies.trial.net), **options)
-                return shape, cut
+                runs = runs or (shape, cut)
+                if copies.trial.calls:
+                    return shape, cut
             except Exception as error:  # noqa: BLE001  (whatever a fork's code raises)
                 failure = failure or error
-        if any(word in str(failure) for word in ("CUDA", "NVIDIA")):  # of any size
+        if runs is not None or any(word in str(failure) for word in ("CUDA", "NVIDIA")):  # of any size
             break
-    raise CannotRunError(first_line(failure)) from failure
+    if runs is None:
+        raise CannotRunError(first_line(failure)) from failure
+    return runs
 
 
-def check_loop(call: Call, diffusion) -> str:
+def _fan_in(cond: nn.Module) -> int:
+    """Channels of the conditions that a module embeds, as far as its layers say."""
+    fan_in = (layer.in_features for layer in cond.modules() if isinstance(layer, nn.Linear))
+    return next(fan_in, 1)
+
+
+def check_loop(call: Call, diffusion) -> Meaning:
     """Run a copy's loop with and without the kernels, for a kind of call.
 
     Returns:
-        Where the loop draws x_T where none is given: "cpu" or "device".
+        What such calls mean.
 
     Raises:
         DiffersError: with the figure. CannotRunError: its own code raised.
     """
     failure = None
     with quiet(call.net):
-        for draw in ("cpu", "device") if call.noise is None else ("cpu",):
-            make = partial(copies_of, call.net, [diffusion], cut=True)
+        for cut in (True, False):  # a fork may have more parts, which fit the full width only
+            make = partial(copies_of, call.net, [diffusion], cut=cut)
             try:
-                _compare(make, partial(_run_loop, call), "its sampling loop", draw)
-                return draw
-            except DiffersError as error:
+                _, served, _ = _compare(make, partial(_run_loop, call), "its sampling loop")
+            except CannotRunError as error:
                 failure = failure or error
+                continue
+            if served is None:
+                raise CannotRunError("its loop on a copy is called otherwise")
+            (meaning,) = served.meanings.values()
+            return meaning
     raise failure
 
 
-def _compare(make: Callable[..., Copies], run: Callable[[Copies], object], what: str, draw: str = "cpu"):
-    """(trial of its own code, trial of the kernels, what that returned) over all steps; (trial, None, None) where
-    its own code made no call that is served."""
-    answer = None
+def _compare(make: Callable[..., Copies], run: Callable[[Copies], object], what: str):
+    """(trial of its own code, trial of the kernels, what that returned) over all steps, by the first meaning of its
+    calls that agrees; (trial, None, None) where its own code made no call that is served."""
+    owns: list[tuple[int | None, Run, Trial]] = []
     for steps in (None, _LAST):
         try:
             copies = make(serving=False, steps=steps)
@@ -138,59 +159,87 @@ def _compare(make: Callable[..., Copies], run: Callable[[Copies], object], what:
             return trial, None, None
         if steps is not None and trial.evaluations > steps * len(trial.calls):
             break  # its number of steps is not read where it was set
-        copies = make(serving=True, steps=steps)
-        copies.trial.draw = draw
+        owns.append((steps, own, trial))
+    failure = None
+    for meanings in all_meanings(owns[0][2].kinds):
         try:
-            served = seeded(lambda: run(copies), copies.diffusions)  # noqa: B023
-        except Exception as error:
-            raise DiffersError(f"{what} runs, and through the kernels it raises {first_line(error)}") from error
-        if copies.trial.served != len(trial.calls):  # its own code ran twice, which compares nothing
-            raise CannotRunError(f"the kernels did not serve it: {'; '.join(copies.trial.reasons)}")
-        guided = [call for call in trial.calls if call.cfg_scale is not None]
-        _same(own, served, len(guided[0].cond) if guided else None, what, copies.trial.net)
-        answer = answer or (trial, copies.trial, served.result)
-    return answer
+            served = [_serve(make, run, what, meanings, *own) for own in owns]
+            return owns[0][2], *served[0]
+        except (DiffersError, CannotRunError) as error:
+            failure = error if failure is None or isinstance(failure, CannotRunError) else failure
+    raise failure
+
+
+def _serve(make, run, what: str, meanings: dict, steps: int | None, own: Run, trial: Trial) -> tuple[Trial, object]:
+    """(trial of the kernels, what that returned), the same as its own run did.
+
+    Raises:
+        DiffersError: it is not. CannotRunError: the kernels did not serve it.
+    """
+    copies = make(serving=True, steps=steps)
+    copies.trial.meanings = meanings
+    try:
+        served = seeded(lambda: run(copies), copies.diffusions)
+    except Exception as error:
+        raise DiffersError(f"{what} runs, and through the kernels it raises {first_line(error)}") from error
+    if copies.trial.served != len(trial.calls):  # its own code ran twice, which compares nothing
+        raise CannotRunError(f"the kernels did not serve it: {'; '.join(copies.trial.reasons)}")
+    guided = next((call for call in trial.calls if call.groups > 1), None)
+    same(own, served, guided, what, copies.trial.net)
+    return copies.trial, served.result
 
 
 def plain_call(net: nn.Module, loop: str, method: str, inter_noise: torch.Tensor | None = None) -> Call:
     """A call as the released ``sample`` makes it, of no rows."""
-    weight = part_of(net, "input").weight
-    noise = weight.new_empty(0, part_of(net, "input").in_features)
+    spec = spec_of(net)
+    weight = spec.parts.input.weight
+    noise = weight.new_empty(0, spec.channels)
     return Call(
         loop=loop,
         net=net,
+        spec=spec,
         method=method,
         nothing=(),
-        cond=weight.new_empty(0, part_of(net, "cond").in_features),
-        cfg_scale=None if method == "forward" else _GUIDANCE,
+        cond=weight.new_empty(0, spec.cond_channels),
+        scales={} if method == "forward" else {"cfg_scale": _GUIDANCE},
+        extra={},
         shape=tuple(noise.shape),
         noise=noise,
         inter_noise=inter_noise,
         temperature=1.0,
+        clip=False,
+        eta=0.0 if loop == DDIM else None,
         function=getattr(type(net), method),
     )
 
 
 def plain_calls(net: nn.Module, loop: str, steps: int) -> list[Call]:
-    """Every kind of call that the released code makes of a loop."""
+    """Every kind of call that the released code makes of a loop.
+
+    Raises:
+        CannotRunError: they depend on what it is given.
+    """
+    spec = spec_of(net)
+    if spec.condition != "linear":
+        raise CannotRunError("what its condition is made of is not known before it is called")
     given = [None]
-    if loop != LOOPS[0]:
-        given.append(part_of(net, "input").weight.new_empty(steps, 0, part_of(net, "input").in_features))
+    if loop == LOOPS[1]:
+        given.append(spec.parts.input.weight.new_empty(steps, 0, spec.channels))
     methods = [method for method in ("forward", "forward_with_cfg") if hasattr(net, method)]
     return [plain_call(net, loop, method, noise) for method in methods for noise in given]
 
 
 def _run_loop(call: Call, copies: Copies):
     net, (diffusion,) = copies.trial.net, copies.diffusions
-    hook, channels = LoopHook.of(diffusion), part_of(net, "input").in_features
-    shape = (_ROWS, channels)
-    kwargs = {"c": normal((_ROWS, part_of(net, "cond").in_features), net), **dict.fromkeys(call.nothing)}
-    if call.method == "forward_with_cfg":
-        kwargs["cfg_scale"] = _GUIDANCE
-    arguments = {"clip_denoised": False, "model_kwargs": kwargs, "temperature": _TEMPERATURE}
+    hook, groups = LoopHook.of(diffusion), call.groups
+    rows = _ROWS * groups // 2 if groups > 1 else _ROWS
+    shape = (rows, *call.shape[1:])
+    kwargs = {"c": normal((rows, *call.cond.shape[1:]), net), **dict.fromkeys(call.nothing)}
+    kwargs |= {name: scale for name, scale in zip(call.scales, _SCALES)}
+    kwargs |= {name: _rows_of(value, rows) for name, value in call.extra.items()}
+    arguments = {"clip_denoised": call.clip, "model_kwargs": kwargs, "temperature": _TEMPERATURE, "eta": call.eta}
     if call.noise is not None:
-        half = normal((_ROWS // 2, channels), net)
-        arguments["noise"] = torch.cat([half, half])
+        arguments["noise"] = normal((rows // groups, *shape[1:]), net).repeat(groups, *(1,) * (len(shape) - 1))
     if call.inter_noise is not None:
         arguments["inter_noise"] = normal((len(call.inter_noise), *shape), net)
     known = inspect.signature(hook.original(call.loop)).parameters
@@ -198,8 +247,15 @@ def _run_loop(call: Call, copies: Copies):
     return getattr(diffusion, call.loop)(getattr(net, call.method), shape, **arguments)
 
 
-def _same(own: Run, served: Run, guided_rows: int | None, what: str, net: nn.Module) -> None:
-    """Raise where two runs differ. ``guided_rows``: 2N under guidance, of which callers drop the last N."""
+def _rows_of(value: torch.Tensor, rows: int) -> torch.Tensor:
+    """So many rows of what a call gave the network: an index must be one that there is."""
+    value = value.detach().clone()
+    value = value[torch.arange(rows, device=value.device) % len(value)]
+    return value.float() if value.is_floating_point() else value
+
+
+def same(own: Run, served: Run, guided: Call | None, what: str, net: nn.Module) -> None:
+    """Raise where two runs differ. ``guided``: a call of G N rows, of which callers keep the first N."""
     expected, actual = (_tensors(run.result) for run in (own, served))
     if not expected or len(expected) != len(actual):
         raise DiffersError(f"{what} returns {type(own.result).__name__}, not tensors")
@@ -207,8 +263,8 @@ def _same(own: Run, served: Run, guided_rows: int | None, what: str, net: nn.Mod
         if a.shape != b.shape or a.dtype != b.dtype:
             theirs, ours = (f"{v.dtype} {tuple(v.shape)}" for v in (a, b))
             raise DiffersError(f"{what} returns {theirs}, through the kernels it returns {ours}")
-        if guided_rows and a.numel() == guided_rows * part_of(net, "input").in_features:
-            a, b = (v.reshape(guided_rows, -1)[: guided_rows // 2] for v in (a, b))
+        if guided is not None and a.numel() == math.prod(guided.shape):
+            a, b = (v.reshape(-1, guided.shape[-1])[: guided.rows] for v in (a, b))
         error = difference(a, b)
         if not error <= tolerance(net):
             raise DiffersError(f"{what} and the kernels' differ by {error:.2g} of the largest value")

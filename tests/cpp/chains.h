@@ -10,15 +10,16 @@ constexpr float kChainEpsilon = 0.1f;  // large enough to show
 // Which chain.
 struct Size {
   int tokens, channels, width, depth, steps;
-  bool guided = false, learned = true, addressed = false;
+  bool guided = false, learned = true, addressed = false, clipped = false, deterministic = false, shared = false;
 
-  int halves() const { return guided ? 2 : 1; }
-  int rows() const { return tokens * halves(); }
+  int groups() const { return guided ? 2 : 1; }
+  int rows() const { return tokens * groups(); }
   int outputs() const { return learned ? 2 * channels : channels; }
   std::string text() const {
     return check::text(tokens) + " tokens of " + check::text(channels) + " channels, width " + check::text(width) +
            ", depth " + check::text(depth) + ", " + check::text(steps) + " steps" + (guided ? ", guided" : "") +
-           (learned ? ", learned" : "") + (addressed ? ", addressed" : "");
+           (learned ? ", learned" : "") + (addressed ? ", addressed" : "") + (clipped ? ", clipped" : "") +
+           (deterministic ? ", deterministic" : "") + (shared ? ", shared" : "");
   }
 };
 
@@ -50,6 +51,8 @@ struct Inputs {
   Tensor<float> input_weight, input_bias, final_weight, final_bias, temperature, scale, x, noise;
   std::vector<std::int64_t> rows_of_noise;
   std::vector<cspd::StepTable> tables;
+  std::vector<float> limits;
+  device::Array<float> clip;
 
   explicit Inputs(const Size& size)
       : size(size),
@@ -63,14 +66,16 @@ struct Inputs {
         temperature({0.9f}),
         scale(random.normals(size.tokens, 0.5, 2.0)),
         x(random.normals(size.tokens * size.channels)),
-        noise(random.normals(size.steps * (size.tokens * size.channels + 3))) {
+        noise(random.normals(size.steps * (size.tokens * size.channels + 3))),
+        limits(size.clipped ? clip_of(size.channels) : std::vector<float>{}),
+        clip(limits) {
     for (int i = 0; i < size.depth; ++i) network.push_back(std::make_unique<Block<T>>(random, size.width));
     for (int i = 0; i < size.tokens; ++i) rows_of_noise.push_back(3 * i + (std::int64_t{1} << 34));
-    for (int i = 0; i < size.steps; ++i) tables.push_back(table_of(i));
+    for (int i = 0; i < size.steps; ++i) tables.push_back(table_of(i, size.deterministic));
   }
 
   std::int64_t noise_stride() const { return size.tokens * size.channels + 3; }
-  std::int64_t mods_block() const { return std::int64_t{3} * size.steps * size.rows() * size.width; }
+  std::int64_t mods_block() const { return size.shared ? 0 : std::int64_t{3} * size.steps * size.rows() * size.width; }
 };
 
 struct Results {
@@ -115,16 +120,15 @@ Results plain_chain(const Inputs<T>& in) {
     const auto out = plain_network(in, results.x, step);
     for (int i = 0; i < size.tokens * size.channels; ++i) {
       const int token = i / size.channels, channel = i % size.channels;
-      double eps = out[token * size.outputs() + channel];
+      Doubles of_groups = {out[token * size.outputs() + channel]};
       const double v = size.learned ? out[token * size.outputs() + size.channels + channel] : 0.0;
-      if (size.guided) {
-        const double eps_u = out[(size.tokens + token) * size.outputs() + channel];
-        eps = eps_u + in.scale.values[token] * (eps - eps_u);
-      }
+      if (size.guided) of_groups.push_back(out[(size.tokens + token) * size.outputs() + channel]);
       const double noise = size.addressed
                                ? cspd::normal_at(99, in.rows_of_noise[token], step, channel, cspd::kStreamStep)
                                : in.noise.values[step * in.noise_stride() + i];
-      const auto after = plain_step(results.x[i], eps, v, in.tables[step], in.temperature.values[0], noise, step == 0);
+      const auto after =
+          plain_step(results.x[i], plain_guided(of_groups, {in.scale.values[token]}), v, in.tables[step], size.learned,
+                     limits_of(in.limits, channel), in.temperature.values[0], noise, step == 0);
       results.x[i] = after.x;
       results.log_std[i] = after.log_std;
       if (step > 0) results.path[i] += after.log_std;
@@ -166,6 +170,7 @@ class ChainOnDevice {
             tables_.get(),
             in_.temperature.get(),
             size.guided ? in_.scale.get() : nullptr,
+            size.clipped ? in_.clip.get() : nullptr,
             x_.get(),
             {size.addressed ? nullptr : in_.noise.get(), in_.noise_stride(), seed_.get(), addresses_.get()},
             log_std_.get(),
@@ -173,7 +178,7 @@ class ChainOnDevice {
             exchange_.get(),
             error_.get(),
             size.tokens,
-            size.halves(),
+            size.groups(),
             size.channels,
             size.depth,
             size.width,

@@ -50,13 +50,16 @@ inline bool near(long double got, long double expected, long double relative, lo
                            text(relative * std::fabs(scale)));
 }
 
-// Two vectors, relative to the largest expected value; the first difference is named.
+// Two vectors, relative to the largest expected value that is finite; the first difference is named.
 template <typename A, typename B>
 bool all_near(const std::vector<A>& got, const std::vector<B>& expected, double relative, const char* file, int line,
               const char* what) {
   if (!equal(got.size(), expected.size(), file, line, what)) return false;
   long double largest = 0;
-  for (const auto& value : expected) largest = std::fmax(largest, std::fabs(static_cast<long double>(value)));
+  for (const auto& value : expected) {
+    const auto size = std::fabs(static_cast<long double>(value));
+    if (std::isfinite(size)) largest = std::fmax(largest, size);
+  }
   for (std::size_t i = 0; i < got.size(); ++i) {
     const std::string name = std::string(what) + "[" + text(i) + "]";
     if (!near(got[i], expected[i], relative, largest, file, line, name.c_str())) return false;

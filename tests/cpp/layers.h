@@ -83,12 +83,12 @@ inline Doubles linear(const Doubles& x, const Doubles& weight, const Doubles& bi
   return out;
 }
 
-// LN(h) (1 + scale) + shift of one row; ``mods`` points at the row's shift, which the scale follows. ``gain`` and
-// ``offset`` are empty where the LayerNorm is not affine.
+// norm(h) (1 + scale) + shift of one row; ``mods`` points at the row's shift, which the scale follows. ``gain`` and
+// ``offset`` are empty where the norm is not affine. With ``rms`` it is by the root of the mean square, else LayerNorm.
 inline Doubles modulated(const double* h, int width, const Doubles& gain, const Doubles& offset, const double* mods,
-                         double epsilon) {
+                         double epsilon, bool rms = false) {
   double mean = 0.0, variance = 0.0;
-  for (int i = 0; i < width; ++i) mean += h[i] / width;
+  for (int i = 0; i < width && !rms; ++i) mean += h[i] / width;
   for (int i = 0; i < width; ++i) variance += (h[i] - mean) * (h[i] - mean) / width;
   Doubles out(width);
   for (int i = 0; i < width; ++i) {
@@ -99,22 +99,52 @@ inline Doubles modulated(const double* h, int width, const Doubles& gain, const 
   return out;
 }
 
-// One channel's output of the network and what a reverse step makes of it.
+// Of what the groups put out for one channel, the first one first: by one scale from each to the one before.
+inline double plain_guided(const Doubles& groups, const Doubles& scales) {
+  double out = groups.back();
+  for (std::size_t g = 0; g + 1 < groups.size(); ++g) out += scales[g] * (groups[g] - groups[g + 1]);
+  return out;
+}
+
+struct PlainLimits {
+  double low = -INFINITY, high = INFINITY;
+  double of(double x0) const { return std::min(std::max(x0, low), high); }
+};
+
+inline double plain_log_std(double v, const cspd::StepTable& table, bool learned) {
+  const double f = (v + 1) / 2;
+  return learned ? f * table.log_std_upper + (1 - f) * table.log_std_lower : table.log_std_lower;
+}
+
+// What a reverse step makes of one channel's output of the network.
 struct PlainStep {
   double x, log_std;
 };
 
-inline PlainStep plain_step(double x, double eps, double v, const cspd::StepTable& table, double temperature,
-                            double noise, bool last) {
-  const double x0 = table.sqrt_recip_acp * x - table.sqrt_recipm1_acp * eps;
-  const double mean = table.coef1 * x0 + table.coef2 * x, f = (v + 1) / 2;
-  const double log_std = f * table.log_std_upper + (1 - f) * table.log_std_lower;
+inline PlainStep plain_step(double x, double out, double v, const cspd::StepTable& table, bool learned,
+                            const PlainLimits& limits, double temperature, double noise, bool last) {
+  const double x0 = limits.of(table.x0_x * x + table.x0_out * out);
+  const double mean = table.mean_x0 * x0 + table.mean_x * x, log_std = plain_log_std(v, table, learned);
   return {last ? mean : mean + temperature * std::exp(log_std) * noise, log_std};
 }
 
 // Coefficients that keep x of order 1.
-inline cspd::StepTable table_of(int step) {
+inline cspd::StepTable table_of(int step, bool deterministic = false) {
   const auto s = static_cast<float>(step);
-  return {
-      1.05f + 0.02f * s, 0.3f + 0.05f * s, 0.6f - 0.03f * s, 0.35f + 0.02f * s, -1.0f - 0.1f * s, -2.0f - 0.2f * s, {}};
+  const float upper = deterministic ? -INFINITY : -1.0f - 0.1f * s,
+              lower = deterministic ? -INFINITY : -2.0f - 0.2f * s;
+  return {1.05f + 0.02f * s, -0.3f - 0.05f * s, 0.6f - 0.03f * s, 0.35f + 0.02f * s, upper, lower, {}};
+}
+
+// [2, C], of which some values of order 1 are beyond.
+inline std::vector<float> clip_of(int channels) {
+  std::vector<float> clip;
+  for (int c = 0; c < channels; ++c) clip.push_back(-0.5f - 0.01f * static_cast<float>(c));
+  for (int c = 0; c < channels; ++c) clip.push_back(0.4f + 0.02f * static_cast<float>(c));
+  return clip;
+}
+
+inline PlainLimits limits_of(const std::vector<float>& clip, int channel) {
+  if (clip.empty()) return {};
+  return {clip[channel], clip[clip.size() / 2 + channel]};
 }

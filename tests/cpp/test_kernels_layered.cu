@@ -8,38 +8,46 @@ using cspd::float16;
 using device::Array;
 
 constexpr float kEpsilon = 0.1f;  // large enough to show
-const std::vector<int> kWidths = {16, 48, 1040, 2048};
+const std::vector<int> kWidths = {16, 48, 1040, 2048, 4096};
 
 template <typename T>
-void condition(int width, int steps, int rows) {
+void condition(int width, int steps, int rows, bool own = false) {
   Random random(1);
   const Tensor<T> y(random.normals(rows * width));
-  const Tensor<float> time(random.normals(steps * width));
+  const Tensor<float> time(random.normals((own ? rows : steps) * width));
   const Array<T> out(static_cast<std::size_t>(steps) * rows * width);
-  RUN(cspd::condition(Type<T>::kOperand, y.get(), time.get(), out.get(), steps, rows, width, nullptr));
+  RUN(cspd::condition(Type<T>::kOperand, y.get(), time.get(), out.get(), steps, rows, width, own, nullptr));
   Doubles expected;
   for (int i = 0; i < steps * rows * width; ++i) {
-    expected.push_back(silu(time.values[i / (rows * width) * width + i % width] + y.values[i % (rows * width)]));
+    const int of_time = own ? i / width : i / (rows * width);
+    expected.push_back(silu(time.values[of_time * width + i % width] + y.values[i % (rows * width)]));
   }
   CHECK_ALL_NEAR(doubles(out.host()), expected, Type<T>::kRounding);
 }
 
+// Of a network of another width, whose modulations are asked for ahead.
 template <typename T>
-void bias_silu(int width, int rows) {
+void bias_silu(int hidden, int rows, bool swiglu, int width) {
+  const check::In in(swiglu ? "swiglu" : "silu");
   Random random(2);
-  const Tensor<T> value(random.normals(rows * width, 2.0)), bias(random.normals(width));
+  const int columns = swiglu ? 2 * hidden : hidden;
+  const Tensor<T> value(random.normals(rows * columns, 2.0)), bias(random.normals(columns));
   const Array<T> gates(static_cast<std::size_t>(3) * rows * width), next(static_cast<std::size_t>(2) * rows * width);
   const auto launch = [&] {
-    const cspd::Ahead ahead = {gates.get(), next.get(), 2 * width};
-    return cspd::bias_silu(Type<T>::kOperand, value.array.get(), bias.get(), ahead, rows, width, nullptr);
+    const cspd::Ahead ahead = {gates.get(), next.get(), 2 * width, width};
+    return cspd::bias_silu(Type<T>::kOperand, value.array.get(), bias.get(), ahead, rows, hidden, swiglu, nullptr);
   };
   if (rows == 0) {
     RUN(launch());
   } else {
     run_early(launch, value);
   }
-  Doubles expected;
-  for (int i = 0; i < rows * width; ++i) expected.push_back(silu(value.values[i] + bias.values[i % width]));
+  Doubles expected = value.values;
+  for (int i = 0; i < rows * hidden; ++i) {
+    const int at = i / hidden * columns + i % hidden;
+    expected[at] = silu(value.values[at] + bias.values[i % hidden]);
+    if (swiglu) expected[at] *= value.values[at + hidden] + bias.values[hidden + i % hidden];
+  }
   CHECK_ALL_NEAR(doubles(value.array.host()), expected, Type<T>::kRounding);
 }
 
@@ -49,16 +57,17 @@ template <typename T>
 struct Following {
   Tensor<float> gain, offset;
   Tensor<T> mods;
-  bool affine;
+  bool affine, rms;
 
-  Following(Random& random, int rows, int width, bool affine)
+  Following(Random& random, int rows, int width, bool affine, bool rms = false)
       : gain(random.normals(width, 0.3, 1.0)),
         offset(random.normals(width)),
         mods(random.normals(static_cast<std::size_t>(rows) * width * (affine ? 3 : 2), 0.5)),
-        affine(affine) {}
+        affine(affine),
+        rms(rms) {}
 
   cspd::AnyModulation get() const {
-    return {affine ? gain.get() : nullptr, affine ? offset.get() : nullptr, mods.get(), kEpsilon};
+    return {affine ? gain.get() : nullptr, affine ? offset.get() : nullptr, mods.get(), kEpsilon, rms};
   }
 
   // The operand of h [rows, W].
@@ -67,7 +76,7 @@ struct Following {
     for (std::size_t row = 0; row < h.size() / width; ++row) {
       const double* own = mods.values.data() + row * width * (affine ? 3 : 2);
       const auto one = modulated(h.data() + row * width, width, affine ? gain.values : Doubles{},
-                                 affine ? offset.values : Doubles{}, own, kEpsilon);
+                                 affine ? offset.values : Doubles{}, own, kEpsilon, rms);
       out.insert(out.end(), one.begin(), one.end());
     }
     return out;
@@ -99,20 +108,21 @@ Doubles transposed(const Doubles& matrix, int rows, int columns) {
 
 // Rows of ``period`` tokens at a time; 0: of all.
 template <typename T>
-std::vector<float> input(int width, int tokens, int halves, int channels, bool affine, int period = 0) {
+std::vector<float> input(int width, int tokens, int groups, int channels, bool affine, int period = 0,
+                         bool rms = false) {
   if (period == 0) period = tokens;
-  const int rows = tokens * halves;
+  const int rows = tokens * groups;
   // Every tensor from numbers of its own: the first tokens' are the same in a larger batch. The bias is far from 0
   // beside its spread: no difference of large squares gets this right.
   const Tensor<float> x(Random(3).normals(tokens * channels)), weight(Random(5).normals(channels * width)),
       bias(Random(6).normals(width, 1.0, 30.0));
   Random random(7);
-  const Following<T> following(random, rows, width, affine);
+  const Following<T> following(random, rows, width, affine, rms);
   const OperandOut<T> operand(static_cast<std::size_t>(rows) * width, affine);
   const Array<float> h(static_cast<std::size_t>(rows) * width);
   const auto launch = [&] {
     return cspd::input(Type<T>::kOperand, x.get(), weight.get(), bias.get(), h.get(), following.get(), operand.get(),
-                       tokens, halves, channels, width, period, true, nullptr);
+                       tokens, groups, channels, width, period, true, nullptr);
   };
   if (tokens == 0) {
     RUN(launch());
@@ -120,11 +130,11 @@ std::vector<float> input(int width, int tokens, int halves, int channels, bool a
     run_early(launch, x, weight, following.mods);
   }
   auto expected = linear(x.values, transposed(weight.values, channels, width), bias.values);
-  if (halves == 2) {
+  if (groups > 1) {
     const auto of_tokens = expected;
     expected.clear();
     for (int first = 0; first < tokens; first += period) {
-      for (int half = 0; half < 2; ++half) {
+      for (int group = 0; group < groups; ++group) {
         expected.insert(expected.end(), of_tokens.begin() + first * width,
                         of_tokens.begin() + (first + period) * width);
       }
@@ -138,12 +148,12 @@ std::vector<float> input(int width, int tokens, int halves, int channels, bool a
 
 // ``product`` or, without one, only the operand from h.
 template <typename T>
-std::vector<float> residual(int width, int rows, bool affine, bool with_product = true) {
+std::vector<float> residual(int width, int rows, bool affine, bool with_product = true, bool rms = false) {
   Random random(4);
   const auto count = static_cast<std::size_t>(rows) * width;
   const Tensor<T> product(random.normals(count)), bias(random.normals(width)), mods(random.normals(3 * count));
   const Tensor<float> h(random.normals(count, 1.0, 2.0));
-  const Following<T> following(random, rows, width, affine);
+  const Following<T> following(random, rows, width, affine, rms);
   const OperandOut<T> operand(count, affine);
   const auto launch = [&] {
     if (!with_product) {
@@ -173,25 +183,32 @@ template <typename T>
 void every_size() {
   const check::In type(Type<T>::kName);
   for (const int width : kWidths) {
-    const int many = device::small || width > 1000 ? 5 : 70;
+    const int many = device::small || width > 1000 ? 5 : 70, hidden = width == 48 ? 80 : width;
     for (const int rows : {0, 1, many}) {
       const check::In in(check::text(rows) + " rows of width " + check::text(width));
       condition<T>(width, 1, rows);
       condition<T>(width, 3, rows);
-      bias_silu<T>(width, rows);
+      condition<T>(width, 1, rows, true);
+      for (const bool swiglu : {false, true}) bias_silu<T>(hidden, rows, swiglu, width);
       for (const bool affine : {false, true}) {
         input<T>(width, rows, 1, 16, affine);
         input<T>(width, rows, 2, affine ? 3 : 64, affine);
         residual<T>(width, rows, affine);
         residual<T>(width, rows, affine, false);
+        input<T>(width, rows, 3, 5, affine, 0, true);
+        residual<T>(width, rows, affine, true, true);
       }
     }
   }
   // Up to 64 tokens a block of the input has one token, and then four, the last block perhaps fewer.
+  // Of wider rows it always has one.
   for (const int tokens : {64, 65, 67}) input<T>(tokens == 67 ? 1040 : 272, tokens, 2, 5, true);
-  for (const int halves : {1, 2}) {
+  input<T>(2064, 66, 1, 2, true);
+  input<T>(48, 67, 3, 256, true, 0, true);
+  bias_silu<T>(144, 3, true, 2064);
+  for (const int groups : {1, 2, 3}) {
     for (const int period : {1, 3, 70}) {
-      for (const int steps : {1, 4, 23}) input<T>(48, period * steps, halves, 3, true, period);
+      for (const int steps : {1, 4, 23}) input<T>(48, period * steps, groups, 3, true, period);
     }
   }
 }
@@ -232,7 +249,8 @@ void called_off() {
     live.set({1});
     device::run_early([&] { live.set({0}); }, launch);  // the kernel before it calls it off
   };
-  run([&] { return cspd::bias_silu(type, value.get(), bias.get(), {}, kRows, kWidth, nullptr, live.get()); });
+  run([&] { return cspd::bias_silu(type, value.get(), bias.get(), {}, kRows, kWidth, false, nullptr, live.get()); });
+  run([&] { return cspd::bias_silu(type, value.get(), mods.get(), {}, 2, kWidth, true, nullptr, live.get()); });
   run([&] {
     return cspd::input(type, x.get(), weight.get(), biases.get(), h.get(), following.get(), operand.get(), kRows, 1,
                        kChannels, kWidth, kRows, true, nullptr, live.get());
@@ -245,7 +263,7 @@ void called_off() {
     for (const bool second : {false, true}) {
       const cspd::Product layer = {
           product.get(), square.get(), bias.get(), value.get(), mods.get(), second ? h.get() : nullptr, {},
-          kRows,         kWidth,       live.get()};
+          kRows,         kWidth,       kWidth,     false,       live.get()};
       run([&] { return cspd::product(type, layer, 32, 32, nullptr); });
     }
   }
@@ -262,6 +280,7 @@ void called_off() {
   update.x = update.log_std = update.path = to.get();
   update.tokens = kRows;
   update.step = 2;
+  update.groups = 1;
   update.channels = kChannels;
   update.width = kWidth;
   update.learned = true;
@@ -271,25 +290,34 @@ void called_off() {
 }
 
 void widths_beyond_the_kernels() {
-  const Array<float> memory(3 * 4096);
+  const Array<float> memory(3 * 8192);
   float* at = memory.get();
   const auto type = cspd::Operand::kFloat32;
   const cspd::AnyModulation none = {nullptr, nullptr, at, kEpsilon};
-  for (const int width : {-16, 0, 8, 24, 2064, 4096}) {
-    CHECK(cspd::condition(type, at, at, at, 1, 1, width, nullptr) == cudaErrorInvalidValue);
-    CHECK(cspd::bias_silu(type, at, at, {}, 1, width, nullptr) == cudaErrorInvalidValue);
+  for (const int width : {-16, 0, 8, 24, 4112, 8192}) {
+    CHECK(cspd::condition(type, at, at, at, 1, 1, width, false, nullptr) == cudaErrorInvalidValue);
+    const auto silu = cspd::bias_silu(type, at, at, {}, 1, width < 4096 ? width : width + 8, false, nullptr);
+    CHECK(silu == cudaErrorInvalidValue);
     CHECK(cspd::input(type, at, at, at, at, none, at, 1, 1, 1, width, 1, false, nullptr) == cudaErrorInvalidValue);
     CHECK(cspd::residual(type, at, at, at, at, none, at, 1, width, nullptr) == cudaErrorInvalidValue);
-    const cspd::Product product = {at, at, at, at, nullptr, nullptr, {}, 1, width};
-    CHECK(cspd::product(cspd::Operand::kBfloat16, product, 16, 16, nullptr) == cudaErrorInvalidValue);
     cspd::Update update = {};
     update.x = at;
     update.tokens = 1;
+    update.groups = 1;
     update.channels = 1;
     update.width = width;
     CHECK(cspd::update(update, nullptr) == cudaErrorInvalidValue);
   }
-  CHECK(cspd::bias_silu(static_cast<cspd::Operand>(3), at, at, {}, 1, 16, nullptr) == cudaErrorInvalidValue);
+  CHECK(cspd::bias_silu(static_cast<cspd::Operand>(3), at, at, {}, 1, 16, false, nullptr) == cudaErrorInvalidValue);
+  CHECK(cspd::condition(type, at, at, at, 2, 1, 16, true, nullptr) == cudaErrorInvalidValue);
+  for (const int groups : {-1, 0, 4}) {
+    cspd::Update update = {};
+    update.x = at;
+    update.tokens = update.channels = 1;
+    update.width = 16;
+    update.groups = groups;
+    CHECK(cspd::update(update, nullptr) == cudaErrorInvalidValue);
+  }
   device::synchronise();
   CHECK(memory.untouched());
 }

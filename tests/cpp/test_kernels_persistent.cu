@@ -82,6 +82,12 @@ void every_type() {
     check_size<T>({tokens, 5, 48, 1, 2, false, tokens % 3 != 0, tokens % 2 == 0}, 3);
     if (tokens <= 8) check_size<T>({tokens, 3, 32, 2, 2, true, tokens % 3 != 1, tokens % 2 == 1}, 2);
   }
+  // Limits, steps without noise, modulations that all blocks of the network share.
+  for (const bool guided : {false, true}) {
+    check_size<T>({3, 5, 48, 2, 3, guided, true, true, true}, 3);
+    check_size<T>({1, 5, 48, 2, 3, guided, false, false, false, true, true}, 3);
+    check_size<T>({5, 5, 48, 3, 2, guided, false, true, true, true, true}, 2);
+  }
   // Columns beyond the width in the last block; more outputs of the final layer than blocks, and fewer.
   check_plans<T>({3, 4, 80, 2, 3}, device::small ? std::vector<int>{3} : std::vector<int>{1, 3, 7});
   check_size<T>({2, 64, 16, 1, 2, true}, 2);
@@ -250,6 +256,11 @@ void sizes_beyond_the_kernel() {
   refused(arguments, {});
   for (const int tokens : {0, 17}) {
     arguments.tokens = tokens;
+    refused(arguments, plan_of<float>(good, 3));
+  }
+  arguments.tokens = 2;
+  for (const int groups : {0, 3}) {
+    arguments.groups = groups;
     refused(arguments, plan_of<float>(good, 3));
   }
   device::synchronise();

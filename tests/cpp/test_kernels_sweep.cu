@@ -7,29 +7,30 @@ namespace {
 using device::Array;
 
 struct Case {
-  int steps, tokens, channels;
-  bool guided, learned, addressed;
+  int steps, tokens, channels, groups;
+  bool learned, addressed;
   float temperature = 0.9f;
+  bool clipped = false, deterministic = false;
 };
 
 std::string text(const Case& c) {
   return check::text(c.steps) + " steps of " + check::text(c.tokens) + " tokens of " + check::text(c.channels) +
-         " channels" + (c.guided ? ", guided" : "") + (c.learned ? ", learned" : "") +
-         (c.addressed ? ", addressed" : "");
+         " channels, " + check::text(c.groups) + " groups" + (c.learned ? ", learned" : "") +
+         (c.addressed ? ", addressed" : "") + (c.clipped ? ", clipped" : "") +
+         (c.deterministic ? ", deterministic" : "");
 }
 
-std::vector<cspd::StepTable> tables_of(int steps, bool learned) {
+std::vector<cspd::StepTable> tables_of(int steps, bool deterministic) {
   std::vector<cspd::StepTable> tables;
   for (int step = 0; step < steps; ++step) {
-    tables.push_back(table_of(step % 12));  // the coefficients stay those of a chain that is stable
-    if (!learned) tables.back().log_std_upper = tables.back().log_std_lower;
+    tables.push_back(table_of(step % 12, deterministic));  // the coefficients stay those of a chain that is stable
   }
   return tables;
 }
 
 // The definition, in double: of one token and channel at a time.
 struct Plain {
-  Doubles x, before, x0, x0_u, mean, log_std, path, change, size;
+  Doubles x, before, x0, mean, log_std, path, change, size;
 };
 
 double slope(double moved_x0, double moved_x) {
@@ -43,18 +44,19 @@ class Sweeps {
       : c_(c),
         count_(static_cast<std::size_t>(c.tokens) * c.channels),
         whole_(count_ * c.steps),
-        tables_(tables_of(c.steps, c.learned)),
+        tables_(tables_of(c.steps, c.deterministic)),
         table_array_(tables_),
         start_(Random(1).normals(count_)),
         noise_(Random(2).normals(whole_)),
-        scale_(Random(3).normals(c.tokens, 0.5, 2.0)),
+        scale_(Random(3).normals((c.groups - 1) * c.tokens, 0.5, 2.0)),
         temperature_({c.temperature}),
+        limits_(c.clipped ? clip_of(c.channels) : std::vector<float>{}),
+        clip_(limits_),
         seed_({-77}),
         addresses_(rows_of_noise()),
         x_(whole_),
         before_(whole_),
-        x0_(whole_),
-        x0_u_(whole_),
+        x0_(c.groups * whole_),
         mean_(count_),
         log_std_(count_),
         path_(count_),
@@ -63,29 +65,28 @@ class Sweeps {
         settled_(std::vector<std::int32_t>(c.tokens, 0)),
         done_({0}),
         live_({1}),
-        eps_(whole_),
-        v_(whole_),
-        eps_u_(whole_) {
+        out_(c.groups * whole_),
+        v_(whole_) {
     plain_.x.resize(whole_);
-    plain_.before = plain_.x0 = plain_.x0_u = Doubles(whole_);
+    plain_.before = Doubles(whole_);
+    plain_.x0 = Doubles(c.groups * whole_);
     plain_.mean = plain_.log_std = plain_.path = plain_.change = plain_.size = Doubles(count_);
   }
 
   // The launch; what it reads is not there before the kernels before it have ended.
   void run(bool begin, bool guessed = false) {
     const cspd::Sweep arguments = {
-        eps_.get(),
+        out_.get(),
         c_.learned ? v_.get() : nullptr,
-        c_.guided ? eps_u_.get() : nullptr,
         start_.get(),
         scale_.get(),
         temperature_.get(),
+        c_.clipped ? clip_.get() : nullptr,
         {c_.addressed ? nullptr : noise_.get(), static_cast<std::int64_t>(count_), seed_.get(), addresses_.get()},
         table_array_.get(),
         x_.get(),
         before_.get(),
         x0_.get(),
-        x0_u_.get(),
         mean_.get(),
         log_std_.get(),
         path_.get(),
@@ -96,18 +97,19 @@ class Sweeps {
         live_.get(),
         c_.tokens,
         c_.steps,
+        c_.groups,
         c_.channels,
         begin,
         guessed};
-    const auto x = x_.host(), eps = eps_.host();
+    const auto x = x_.host(), out = out_.host();
     if (!begin) {
       x_.poison();
-      eps_.poison();
+      out_.poison();
     }
     device::run_early(
         [&] {
           x_.set(x);
-          eps_.set(eps);
+          out_.set(out);
         },
         [&] { return cspd::sweep(arguments, nullptr); });
   }
@@ -115,23 +117,22 @@ class Sweeps {
   // Outputs of a network that no one needs to know, but that depends on x somehow.
   void evaluate(int sweep) {
     const auto x = x_.host();
-    std::vector<float> eps(whole_), v(whole_), eps_u(whole_);
+    std::vector<float> out(c_.groups * whole_), v(whole_);
     const auto shift = Random(100 + sweep).normals(whole_, 0.1);
     for (std::size_t i = 0; i < whole_; ++i) {
-      eps[i] = 0.4f * std::sin(x[i]) + shift[i];
-      eps_u[i] = 0.3f * std::cos(x[i]) - shift[i];
+      out[i] = 0.4f * std::sin(x[i]) + shift[i];
+      if (c_.groups > 1) out[whole_ + i] = 0.3f * std::cos(x[i]) - shift[i];
+      if (c_.groups > 2) out[2 * whole_ + i] = 0.2f * std::sin(2 * x[i]) - shift[i];
       v[i] = 0.8f * std::tanh(x[i]);
     }
-    eps_.set(eps);
-    eps_u_.set(eps_u);
+    out_.set(out);
     v_.set(v);
   }
 
   // What a sweep of the definition makes of the values on the device, ``sweeps`` of which have been done.
   void expect(bool begin, int sweeps, const std::vector<std::int32_t>& settled) {
     const Doubles x = doubles(x_.host()), before = doubles(before_.host()), x0s = doubles(x0_.host()),
-                  x0s_u = doubles(x0_u_.host()), eps = doubles(eps_.host()), v = doubles(v_.host()),
-                  eps_u = doubles(eps_u_.host()), mean_before = doubles(mean_.host());
+                  out = doubles(out_.host()), v = doubles(v_.host()), mean_before = doubles(mean_.host());
     for (int token = 0; token < c_.tokens; ++token) {
       if (!begin && settled[token]) continue;
       for (int channel = 0; channel < c_.channels; ++channel) {
@@ -144,24 +145,25 @@ class Sweeps {
           if (!begin) {
             input = x[at];
             const double moved = sweeps == 0 ? 0.0 : input - before[at];
-            x0 = table.sqrt_recip_acp * input - table.sqrt_recipm1_acp * eps[at];
-            s = sweeps == 0 ? 0.0 : slope(x0 - x0s[at], moved);
             plain_.before[at] = input;
-            plain_.x0[at] = x0;
-            if (c_.guided) {
-              const double x0_u = table.sqrt_recip_acp * input - table.sqrt_recipm1_acp * eps_u[at];
-              const double s_u = sweeps == 0 ? 0.0 : slope(x0_u - x0s_u[at], moved);
-              plain_.x0_u[at] = x0_u;
-              x0 = x0_u + scale_.values[token] * (x0 - x0_u);
-              s = s_u + scale_.values[token] * (s - s_u);
+            Doubles x0_of, slope_of, scales;
+            for (int g = 0; g < c_.groups; ++g) {
+              const std::size_t of_group = g * whole_ + at;
+              x0_of.push_back(table.x0_x * input + table.x0_out * out[of_group]);
+              slope_of.push_back(sweeps == 0 ? 0.0 : slope(x0_of[g] - x0s[of_group], moved));
+              plain_.x0[of_group] = x0_of[g];
+              if (g > 0) scales.push_back(scale_.values[(g - 1) * c_.tokens + token]);
             }
-            const double f = c_.learned ? (v[at] + 1) / 2 : 1.0;
-            log_std = f * table.log_std_upper + (1 - f) * table.log_std_lower;
+            const double free = plain_guided(x0_of, scales);
+            x0 = limits_of(limits_, channel).of(free);
+            s = x0 == free ? plain_guided(slope_of, scales) : 0.0;
+            limited_ += x0 != free;
+            log_std = plain_log_std(v[at], table, c_.learned);
           }
           plain_.x[at] = now;
           change = std::max(change, std::abs(now - input));
           size = std::max(size, std::abs(now));
-          mean = table.coef1 * (x0 + s * (now - input)) + table.coef2 * now;
+          mean = table.mean_x0 * (x0 + s * (now - input)) + table.mean_x * now;
           if (step == 0) {
             if (!begin) plain_.log_std[own] = log_std;
             continue;
@@ -185,12 +187,11 @@ class Sweeps {
     CHECK_ALL_NEAR(x_.host(), plain_.x, kBound);
     CHECK_ALL_NEAR(mean_.host(), plain_.mean, kBound);
     if (begin) {
-      CHECK(before_.untouched() && x0_.untouched() && x0_u_.untouched() && change_.untouched() && path_.untouched());
+      CHECK(before_.untouched() && x0_.untouched() && change_.untouched() && path_.untouched());
       return;
     }
     CHECK_ALL_NEAR(before_.host(), plain_.before, kBound);
     CHECK_ALL_NEAR(x0_.host(), plain_.x0, kBound);
-    if (c_.guided) CHECK_ALL_NEAR(x0_u_.host(), plain_.x0_u, kBound);
     CHECK_ALL_NEAR(log_std_.host(), plain_.log_std, kBound);
     CHECK_ALL_NEAR(path_.host(), plain_.path, kBound);
     CHECK_ALL_NEAR(change_.host(), plain_.change, kBound);
@@ -214,6 +215,7 @@ class Sweeps {
   std::vector<float> start() const { return start_.typed; }
   std::vector<float> mean() const { return mean_.host(); }
   std::size_t whole() const { return whole_; }
+  int limited() const { return limited_; }  // how often the definition's x0 was
 
  private:
   static constexpr double kBound = 2e-5;
@@ -229,11 +231,14 @@ class Sweeps {
   std::vector<cspd::StepTable> tables_;
   Array<cspd::StepTable> table_array_;
   Tensor<float> start_, noise_, scale_, temperature_;
+  std::vector<float> limits_;
+  Array<float> clip_;
   Array<std::int64_t> seed_, addresses_;
-  Array<float> x_, before_, x0_, x0_u_, mean_, log_std_, path_, change_, size_;
+  Array<float> x_, before_, x0_, mean_, log_std_, path_, change_, size_;
   Array<std::int32_t> settled_, done_, live_;
-  Array<float> eps_, v_, eps_u_;
+  Array<float> out_, v_;
   Plain plain_;
+  int limited_ = 0;
 };
 
 // The first inputs, then three sweeps, one token settled from the second on.
@@ -253,6 +258,7 @@ std::vector<float> sweeps(const Case& c) {
     of.run(false);
     of.check_all(false);
   }
+  CHECK((of.limited() > 0) == c.clipped);
   const auto before = of.state();
   of.evaluate(3);
   of.set_live(0);
@@ -262,7 +268,7 @@ std::vector<float> sweeps(const Case& c) {
 }
 
 void a_guess_is_kept_but_for_its_first_input() {
-  const Case c = {7, 3, 5, true, true, false};
+  const Case c = {7, 3, 5, 2, true, false};
   const check::In in("a guess");
   Sweeps of(c);
   auto guess = Random(9).normals(of.whole());
@@ -340,48 +346,40 @@ void settling() {
   CHECK(settle(changes, std::vector<std::int32_t>(600, 0), 2, 1, 10, 10, 600, false).left == 0);
 }
 
-// Rows of ``period`` tokens at a time, conditional and then unconditional ones.
-void outputs(int steps, int period, int channels, int width, bool guided, bool learned) {
+// Rows of ``period`` tokens at a time, group after group.
+void outputs(int steps, int period, int channels, int width, int groups, bool learned) {
   const check::In in(check::text(steps) + " steps of " + check::text(period) + " tokens' outputs of " +
-                     check::text(channels) + " channels" + (guided ? ", guided" : "") + (learned ? ", learned" : ""));
-  const int halves = guided ? 2 : 1, tokens = steps * period, columns = learned ? 2 * channels : channels;
+                     check::text(channels) + " channels, " + check::text(groups) + " groups" +
+                     (learned ? ", learned" : ""));
+  const int tokens = steps * period, columns = learned ? 2 * channels : channels;
   const auto count = static_cast<std::size_t>(tokens) * channels;
-  const Tensor<float> operand(Random(1).normals(static_cast<std::size_t>(tokens) * halves * width)),
+  const Tensor<float> operand(Random(1).normals(static_cast<std::size_t>(tokens) * groups * width)),
       weight(Random(2).normals(columns * width, 1.0 / std::sqrt(width))), bias(Random(3).normals(columns));
-  const Array<float> eps(count), v(count), eps_u(count);
+  const Array<float> out(groups * count), v(count);
   const Array<std::int32_t> live({1});
-  const cspd::NetworkOutput arguments = {operand.get(),
-                                         weight.get(),
-                                         bias.get(),
-                                         eps.get(),
-                                         learned ? v.get() : nullptr,
-                                         guided ? eps_u.get() : nullptr,
-                                         tokens,
-                                         period,
-                                         channels,
-                                         width,
-                                         live.get()};
+  const cspd::NetworkOutput arguments = {
+      operand.get(), weight.get(), bias.get(), out.get(), learned ? v.get() : nullptr, tokens, period,
+      groups,        channels,     width,      live.get()};
   const auto launch = [&] { return cspd::output(arguments, nullptr); };
   live.set({0});
   RUN(launch());
-  CHECK(eps.untouched() && v.untouched() && eps_u.untouched());
+  CHECK(out.untouched() && v.untouched());
   live.set({1});
   run_early(launch, operand);
   const auto network = linear(operand.values, weight.values, bias.values);
-  Doubles of_eps, of_v, of_eps_u;
-  for (int token = 0; token < tokens; ++token) {
-    const std::size_t row = token / period * halves * period + token % period;
-    for (int channel = 0; channel < channels; ++channel) {
-      of_eps.push_back(network[row * columns + channel]);
-      if (learned) of_v.push_back(network[row * columns + channels + channel]);
-      if (guided) of_eps_u.push_back(network[(row + period) * columns + channel]);
+  Doubles expected, of_v;
+  for (int g = 0; g < groups; ++g) {
+    for (int token = 0; token < tokens; ++token) {
+      const std::size_t row = (token / period * groups + g) * period + token % period;
+      for (int channel = 0; channel < channels; ++channel) {
+        expected.push_back(network[row * columns + channel]);
+        if (learned && g == 0) of_v.push_back(network[row * columns + channels + channel]);
+      }
     }
   }
-  CHECK_ALL_NEAR(eps.host(), of_eps, 1e-5);
+  CHECK_ALL_NEAR(out.host(), expected, 1e-5);
   if (learned) CHECK_ALL_NEAR(v.host(), of_v, 1e-5);
   if (!learned) CHECK(v.untouched());
-  if (guided) CHECK_ALL_NEAR(eps_u.host(), of_eps_u, 1e-5);
-  if (!guided) CHECK(eps_u.untouched());
 }
 
 }  // namespace
@@ -392,17 +390,24 @@ int main(int argc, char** argv) {
     for (const int steps : {1, 2, 5, 33, 128, 129, 300}) {
       if (device::small && steps != 5 && steps != 129) continue;
       for (int flags = 0; flags < 8; ++flags) {
-        sweeps({steps, 3, 5, (flags & 1) != 0, (flags & 2) != 0, (flags & 4) != 0});
+        sweeps({steps, 3, 5, flags & 1 ? 2 : 1, (flags & 2) != 0, (flags & 4) != 0});
       }
     }
-    for (const int channels : {1, 4, 16, 17, 35}) sweeps({9, 2, channels, true, true, true});
-    for (const int channels : {16, 19}) sweeps({140, 1, channels, true, true, false});
-    sweeps({6, 4, 3, false, true, true, 0.0f});
-    device::in_any_order([] { return sweeps({150, 2, 18, true, true, true}); });
+    for (const int channels : {1, 4, 16, 17, 35}) sweeps({9, 2, channels, 2, true, true});
+    for (const int channels : {16, 19}) sweeps({140, 1, channels, 2, true, false});
+    sweeps({6, 4, 3, 1, true, true, 0.0f});
+    for (const int groups : {1, 2, 3}) {
+      for (const int steps : {6, 131}) {
+        sweeps({steps, 3, 18, groups, true, true});
+        sweeps({steps, 3, 18, groups, false, false, 0.9f, true});
+        if (steps == 6) sweeps({steps, 3, 5, groups, false, true, 0.9f, groups != 2, true});
+      }
+    }
+    device::in_any_order([] { return sweeps({150, 2, 18, 3, true, true, 0.9f, true}); });
     a_guess_is_kept_but_for_its_first_input();
     settling();
-    for (int flags = 0; flags < 4; ++flags) {
-      for (const int period : {1, 3, 20, 70}) outputs(5, period, 5, 48, (flags & 1) != 0, (flags & 2) != 0);
+    for (int flags = 0; flags < 6; ++flags) {
+      for (const int period : {1, 3, 20, 70}) outputs(5, period, 5, 48, flags / 2 + 1, flags % 2 != 0);
     }
   });
 }

@@ -1,4 +1,4 @@
-// The end of a reverse step: final layer, guidance, posterior, noise.
+// The end of a reverse step: final layer, guidance, limits, posterior, noise.
 #include "layers.h"
 
 namespace {
@@ -6,40 +6,47 @@ namespace {
 using device::Array;
 
 struct Case {
-  int tokens, channels, width, step;
-  bool guided, learned, addressed;
+  int tokens, channels, width, step, groups;
+  bool learned, addressed, clipped = false, deterministic = false;
 };
 
 std::vector<float> update(const Case& c) {
   const check::In in(check::text(c.tokens) + " tokens of " + check::text(c.channels) + " channels, width " +
-                     check::text(c.width) + ", step " + check::text(c.step) + (c.guided ? ", guided" : "") +
+                     check::text(c.width) + ", step " + check::text(c.step) + ", " + check::text(c.groups) + " groups" +
+                     (c.clipped ? ", clipped" : "") + (c.deterministic ? ", deterministic" : "") +
                      (c.learned ? ", learned" : "") + (c.addressed ? ", addressed" : ""));
   // Every tensor from numbers of its own: the first tokens' are the same in a larger batch.
   int seed_of_tensor = 0;
   const auto normals = [&seed_of_tensor](std::size_t count, double scale = 1.0, double mean = 0.0) {
     return Random(++seed_of_tensor).normals(count, scale, mean);
   };
-  const int rows = c.guided ? 2 * c.tokens : c.tokens, outputs = c.learned ? 2 * c.channels : c.channels;
+  const int rows = c.groups * c.tokens, outputs = c.learned ? 2 * c.channels : c.channels;
   const auto count = static_cast<std::size_t>(c.tokens) * c.channels;
   const Tensor<float> operand(normals(static_cast<std::size_t>(rows) * c.width)),
       weight(normals(outputs * c.width, 1.0 / std::sqrt(c.width))), bias(normals(outputs)), temperature({0.9f}),
-      scale(normals(c.tokens, 1.0, 2.0)), x(normals(count)), noise(normals(count)), path(normals(count));
+      scale(normals((c.groups - 1) * c.tokens, 1.0, 2.0)), x(normals(count)), noise(normals(count)),
+      path(normals(count));
   std::vector<std::int64_t> rows_of_noise;
   for (int token = 0; token < c.tokens; ++token) rows_of_noise.push_back(5 * token + (std::int64_t{1} << 35));
   const Array<std::int64_t> seed({-77}), addresses(rows_of_noise);
-  const Array<cspd::StepTable> table({table_of(c.step)});
+  const auto coefficients = table_of(c.step, c.deterministic);
+  const Array<cspd::StepTable> table({coefficients});
+  const auto limits = c.clipped ? clip_of(c.channels) : std::vector<float>{};
+  const Array<float> clip(limits);
   const Array<float> log_std(count);
   cspd::Update arguments = {operand.get(),
                             {nullptr, nullptr, weight.get(), bias.get()},
                             table.get(),
                             temperature.get(),
-                            c.guided ? scale.get() : nullptr,
+                            c.groups > 1 ? scale.get() : nullptr,
+                            c.clipped ? clip.get() : nullptr,
                             x.array.get(),
                             {c.addressed ? nullptr : noise.get(), 0, seed.get(), addresses.get()},
                             log_std.get(),
                             path.array.get(),
                             c.tokens,
                             c.step,
+                            c.groups,
                             c.channels,
                             c.width,
                             c.learned};
@@ -55,14 +62,17 @@ std::vector<float> update(const Case& c) {
   for (int token = 0; token < c.tokens; ++token) {
     for (int channel = 0; channel < c.channels; ++channel) {
       const std::size_t at = static_cast<std::size_t>(token) * c.channels + channel;
-      double eps = network[token * outputs + channel];
-      const double eps_u = c.guided ? network[(c.tokens + token) * outputs + channel] : 0.0;
-      if (c.guided) eps = eps_u + scale.values[token] * (eps - eps_u);
+      Doubles of_groups, scales;
+      for (int g = 0; g < c.groups; ++g) {
+        of_groups.push_back(network[(g * c.tokens + token) * outputs + channel]);
+        if (g > 0) scales.push_back(scale.values[(g - 1) * c.tokens + token]);
+      }
       const double v = c.learned ? network[token * outputs + c.channels + channel] : 0.0;
       const double drawn = c.addressed ? cspd::normal_at(static_cast<std::uint64_t>(-77), rows_of_noise[token], c.step,
                                                          channel, cspd::kStreamStep)
                                        : noise.values[at];
-      const auto step = plain_step(x.values[at], eps, v, table_of(c.step), temperature.values[0], drawn, c.step == 0);
+      const auto step = plain_step(x.values[at], plain_guided(of_groups, scales), v, coefficients, c.learned,
+                                   limits_of(limits, channel), temperature.values[0], drawn, c.step == 0);
       expected_x.push_back(step.x);
       expected_log_std.push_back(step.log_std);
       if (c.step > 0) expected_path[at] += step.log_std;
@@ -82,9 +92,9 @@ std::vector<float> update(const Case& c) {
 // Tiles of other sizes serve larger batches.
 void a_token_is_the_same_in_every_batch() {
   for (const bool addressed : {false, true}) {
-    const auto alone = update({3, 9, 272, 1, false, true, addressed});
+    const auto alone = update({3, 9, 272, 1, 1, true, addressed});
     for (const int tokens : {33, 131}) {
-      auto among_others = update({tokens, 9, 272, 1, false, true, addressed});
+      auto among_others = update({tokens, 9, 272, 1, 1, true, addressed});
       among_others.resize(alone.size());
       CHECK_SAME_BITS(among_others, alone);
     }
@@ -99,17 +109,33 @@ int main(int argc, char** argv) {
     for (const int tokens : {0, 1, 5, 32, 33, 128, 129, 131, 300}) {
       if (device::small && tokens > 5 && tokens != 33 && tokens != 131) continue;
       for (int flags = 0; flags < 16; ++flags) {
-        update({tokens, 3, 48, flags & 8 ? 2 : 0, (flags & 1) != 0, (flags & 2) != 0, (flags & 4) != 0});
+        update({tokens, 3, 48, flags & 8 ? 2 : 0, flags & 1 ? 2 : 1, (flags & 2) != 0, (flags & 4) != 0});
       }
     }
-    for (const int width : {16, 48, 1040, 2048}) {
-      for (const int tokens : {2, 34, width > 1000 ? 130 : 259}) update({tokens, 16, width, 1, true, true, true});
+    for (const int width : {16, 48, 1040, 2048, 4096}) {
+      for (const int tokens : {2, 34, width > 1000 ? 130 : 259}) {
+        if (width < 4096 || tokens == 2) update({tokens, 16, width, 1, 2, true, true});
+      }
     }
-    for (const int channels : {1, 8, 9, 64}) {
-      for (const int tokens : {3, 35, 135}) update({tokens, channels, 32, 3, true, true, true});
+    for (const int channels : {1, 8, 9, 64, 256}) {
+      for (const int tokens : {3, 35, 135}) {
+        if (channels < 256 || tokens == 35) update({tokens, channels, 32, 3, 2, true, true});
+      }
+    }
+    // Limits and steps without noise in every tile; three groups have two of their own.
+    for (const int tokens : {1, 33, 131}) {
+      for (int flags = 0; flags < 16; ++flags) {
+        const int step = flags & 4 ? 2 : 0;
+        update({tokens, 3, 48, step, 3, (flags & 1) != 0, (flags & 2) != 0, (flags & 8) != 0});
+      }
+      for (const int groups : {1, 2, 3}) {
+        update({tokens, 5, 32, 2, groups, true, true, true});
+        update({tokens, 5, 32, 2, groups, false, false, false, true});
+        update({tokens, 5, 32, 0, groups, false, true, true, true});
+      }
     }
     for (const int tokens : {3, 36, 258}) {
-      device::in_any_order([&] { return update({tokens, 20, 48, 1, true, true, true}); });
+      device::in_any_order([&] { return update({tokens, 20, 48, 1, tokens == 36 ? 3 : 2, true, true, true}); });
     }
     a_token_is_the_same_in_every_batch();
   });

@@ -24,7 +24,7 @@ def test_fields_of_a_head():
     assert (found.dtype, found.weights, found.device) == (torch.float32, torch.float32, torch.device("cpu"))
     assert found.backend == "torch"
     assert (found.patched, found.own_code) == (False, ())
-    assert found.untouched == ("ddim_sample_loop",)
+    assert found.untouched == ()
 
 
 def test_the_page():
@@ -56,17 +56,20 @@ def test_nothing_is_changed_and_nothing_runs():
 
 def test_what_ran_its_own_code_is_listed():
     class Optional(Head):
-        def sample(self, z, temperature=1.0, clip=False):
+        def sample(self, z, temperature=1.0, function=None):
             args, options = self.call(z)
-            return self.gen_diffusion.p_sample_loop(*args, **{**options, "clip_denoised": clip})
+            return self.gen_diffusion.p_sample_loop(*args, **options, denoised_fn=function)
+
+        def sample_again(self, z):
+            return self.sample(z)
 
     head = cspd.patch(made(Optional))
     assert cspd.describe(head).heads[0].own_code == ()
     for _ in range(2):
-        run(head, lambda h: h.sample(Z, clip=True))
-    assert cspd.describe(head).heads[0].own_code == ("x0 is clipped (clip_denoised)",)
-    assert "  ran its own code: x0 is clipped (clip_denoised)" in str(cspd.describe(head)).splitlines()
-    assert "  not taken over: ddim_sample_loop" in str(cspd.describe(head)).splitlines()
+        run(head, lambda h: h.sample(Z, function=torch.tanh))
+    assert cspd.describe(head).heads[0].own_code == ("x0 goes through a denoised_fn (denoised_fn)",)
+    assert "  ran its own code: x0 goes through a denoised_fn (denoised_fn)" in str(cspd.describe(head)).splitlines()
+    assert "  not taken over: sample_again" in str(cspd.describe(head)).splitlines()
     cspd.unpatch(head)
     assert cspd.describe(head).heads[0].own_code == ()
 
@@ -82,7 +85,7 @@ def test_the_operand_type_follows_autocast_and_the_weights():
 
 
 def test_several_samplers_and_one_that_cannot_be_served():
-    head = made(Head, [Spaced(5), Spaced(7), Spaced(7, mean=Mean.START_X)])
+    head = made(Head, [Spaced(5), Spaced(7), Spaced(7, mean=Mean.PREVIOUS_X)])
     head.slow = {"one": Spaced(20, var=Var.FIXED_SMALL)}
     (found,) = cspd.describe(head).heads
     assert list(found.samplers) == ["gen_diffusion", "slow"]
@@ -90,12 +93,12 @@ def test_several_samplers_and_one_that_cannot_be_served():
     five, seven, other = found.samplers["gen_diffusion"].split(", ", 2)
     assert (five, seven) == ("5 steps", "7 steps")
     assert other.startswith("own code: ")
-    assert "EPSILON, got START_X" in other
+    assert "got PREVIOUS_X" in other
 
 
 def test_no_sampler_that_can_be_served():
-    (found,) = cspd.describe(made(Head, Spaced(mean=Mean.START_X))).heads
-    assert "EPSILON, got START_X" in found.own_loop
+    (found,) = cspd.describe(made(Head, Spaced(mean=Mean.PREVIOUS_X))).heads
+    assert "got PREVIOUS_X" in found.own_loop
     assert found.backend == "torch"  # of its network's calls
 
 
@@ -113,7 +116,7 @@ def test_two_heads_of_which_one_cannot_be_served():
 
 NEAR = {
     "a hook": (lambda head: head.net.cond_embed.register_forward_hook(print), r"has a forward hook (print)"),
-    "a layer": (lambda head: setattr(head.net, "cond_embed", nn.Identity()), "net.cond_embed is torch.nn.modules"),
+    "a layer": (lambda head: setattr(head.net, "input_proj", nn.Identity()), "net.input_proj is torch.nn.modules"),
 }
 
 

@@ -66,7 +66,7 @@ def as_on_a_device(monkeypatch):
     monkeypatch.setattr(LiveWeights, "_compare", LiveWeights._embed)
     monkeypatch.setattr(speculative, "check_run", lambda *_: None)
     monkeypatch.setattr(order, "check_room", lambda *_: None)
-    monkeypatch.setattr("cspd_kernels.ops.denoise._check_values", lambda **_: None)
+    monkeypatch.setattr("cspd_kernels.ops.denoise.check_values", lambda **_: None)
     monkeypatch.setattr("cspd_kernels.ops.denoise.check_result", lambda *_: None)
     monkeypatch.setattr(accept_reject_op, "_check_residual", lambda *_: None)
     monkeypatch.setattr(accept_reject_op, "check", lambda op, x, draft, target, relaxation, sigma, **_: relaxation)

@@ -29,8 +29,7 @@ class Clipped(Head):
 
 @pytest.mark.parametrize("cfg", [1.0, 2.5])
 def test_x0_is_always_clipped(cfg, caplog):
-    reason = r"x0 is clipped \(clip_denoised\)"
-    assert_own_loop(made(Clipped), lambda h: h.sample(Z, 1.0, cfg), caplog, reason)
+    assert_accelerated(made(Clipped), lambda h: h.sample(Z, 1.0, cfg)[:3], caplog)
 
 
 class ClippedOnRequest(Clipped):
@@ -43,7 +42,7 @@ def test_x0_is_clipped_on_request(caplog):
     clipped, plain = (run(head, lambda h, clip=clip: h.sample(Z, clip=clip))[0] for clip in (True, False))
     assert relative_error(clipped, plain) > 1e-2
     assert_accelerated(head, lambda h: h.sample(Z), caplog)
-    assert_own_code(head, lambda h: h.sample(Z, clip=True), caplog, "x0 is clipped (clip_denoised)")
+    assert_accelerated(head, lambda h: h.sample(Z, clip=True), caplog)
 
 
 @pytest.mark.parametrize(
@@ -70,19 +69,6 @@ def test_the_result_is_scaled(cfg, caplog):
     head = made(Scaled)
     assert_accelerated(head, lambda h: h.sample(Z, cfg=cfg)[:3], caplog)
     assert relative_error(run(head, lambda h: h.sample(Z))[0], run(made(), lambda h: h.sample(Z))[0]) > 0.1
-
-
-class OtherGuidance(Net):
-    """(1 + s) c - s u."""
-
-    def forward_with_cfg(self, x, t, c, cfg_scale):
-        return super().forward_with_cfg(x, t, c, 1 + cfg_scale)
-
-
-@pytest.mark.parametrize("cfg", [1.0, 2.5])
-def test_guidance_is_of_another_form_in_the_network(cfg, caplog):
-    head = made(type("Odd", (Head,), {"net_class": OtherGuidance}))
-    assert_own_loop(head, lambda h: h.sample(Z, 0.9, cfg), caplog, "its sample at .* differ by .* of the largest value")
 
 
 @pytest.mark.parametrize("cfg", [1.0, 2.5])
@@ -120,13 +106,12 @@ class ByDDIM(Head):
         return self.gen_diffusion.ddim_sample_loop(*args, **options)
 
 
-def test_another_sampler_by_an_option_of_the_constructor(caplog):
+def test_another_loop_by_an_option_of_the_constructor(caplog):
     assert_accelerated(made(ByDDIM), lambda h: h.sample(Z), caplog)
-    reason = "its sample runs without p_sample_loop: by a sampler of its own"
-    assert_own_loop(made(ByDDIM, ddim=True), lambda h: h.sample(Z), caplog, reason)
+    assert_accelerated(made(ByDDIM, ddim=True), lambda h: h.sample(Z), caplog)
 
 
-def test_another_sampler_is_chosen_after_patching(caplog):
+def test_another_loop_is_chosen_after_patching(caplog):
     head = made(ByDDIM)
     head.ddim = True
     expected = run(head, lambda h: h.sample(Z))
@@ -136,10 +121,10 @@ def test_another_sampler_is_chosen_after_patching(caplog):
     with caplog.at_level(logging.WARNING, "cspd"):
         for _ in range(2):
             actual = run(head, lambda h: h.sample(Z))
-            assert torch.equal(actual[0], expected[0])
+            assert relative_error(actual[0], expected[0]) < 1e-5
             assert torch.equal(actual[1], expected[1])
-            assert actual[2] == STEPS
-    assert len(own_messages(caplog)) == 1
+            assert actual[2] == 0
+    assert not own_messages(caplog)
 
 
 def test_a_solver_of_its_own_by_an_option_of_the_call(caplog):
@@ -267,13 +252,17 @@ class Indexed(Head):
 def test_an_index_in_the_network(caplog):
     head, index = made(Indexed), torch.tensor([0, 1, 2, 3, 0, 1])
     assert_accelerated(head, lambda h: h.sample(Z), caplog)
-    assert_own_code(head, lambda h: h.sample(Z, index=index), caplog, "the network is also given index")
+    assert_accelerated(head, lambda h: h.sample(Z, index=index), caplog)
 
 
-def test_a_network_that_predicts_x0(caplog):
-    head = made(Head, Spaced(mean=Mean.START_X))
-    reason = "expected a network that predicts EPSILON, got START_X"
-    assert_own_loop(head, lambda h: h.sample(Z), caplog, f".*{reason}")
+@pytest.mark.parametrize("cfg", [1.0, 2.5])
+def test_a_network_that_predicts_x0(cfg, caplog):
+    assert_accelerated(made(Head, Spaced(mean=Mean.START_X)), lambda h: h.sample(Z, 0.9, cfg)[:3], caplog)
+
+
+def test_a_network_that_predicts_x_before(caplog):
+    head = made(Head, Spaced(mean=Mean.PREVIOUS_X))
+    assert_own_loop(head, lambda h: h.sample(Z), caplog, ".*PREVIOUS_X")
 
 
 @pytest.mark.parametrize("var", [Var.FIXED_SMALL, Var.FIXED_LARGE])

@@ -15,12 +15,10 @@ BOUNDS = {torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 2e-2}
 
 
 def definition(head, cond, x, noise, temperature=1.0, cfg_scale=1.0) -> Denoised:
-    """The chain in float64, guided exactly when cond has twice the rows of x, as ``denoise`` has it."""
-    if len(cond) == len(x):
-        cfg_scale = None
-    elif isinstance(cfg_scale, torch.Tensor):
-        cfg_scale = cfg_scale.to(x.device, torch.float64).reshape(-1, 1)
-    return Denoised(*reference.denoise(head, cond, x, noise, temperature, cfg_scale, dtype=torch.float64))
+    """The chain in float64, guided exactly when cond has more rows than x, as ``denoise`` has it."""
+    scales = () if len(cond) == len(x) else reference.as_scales(cfg_scale)
+    scales = tuple(s.to(x.device, torch.float64).reshape(-1, 1) if isinstance(s, torch.Tensor) else s for s in scales)
+    return Denoised(*reference.denoise(head, cond, x, noise, temperature, scales, dtype=torch.float64))
 
 
 def assert_close(actual, expected, tolerance):
@@ -67,7 +65,7 @@ def addressed(head, rows, seed=2**63 + 5):
 
 def run_chain(chain, head, inputs, temperature=0.9, cfg_scale=None):
     """What a chain puts out for inputs of at most its number of tokens."""
-    chain.load(*inputs, temperature, cfg_scale)
+    chain.load(*inputs, temperature, reference.as_scales(cfg_scale))
     tables = Tables(head)
     chain.launch(head, tables)
     return chain.results(len(inputs[1]), temperature, tables)
@@ -76,8 +74,8 @@ def run_chain(chain, head, inputs, temperature=0.9, cfg_scale=None):
 UNSUPPORTED = [  # options of a head, and what is said of it
     ({"dtype": torch.float64}, "this head is float64: use backend='torch', or build the head with"),
     ({"channels": 65}, "up to 64 channels, and this head has 65: use backend='torch'"),
-    ({"width": 50}, "multiples of 16 up to 2048, and this head's is 50: use backend='torch'"),
-    ({"width": 2064}, "multiples of 16 up to 2048, and this head's is 2064: use backend='torch'"),
+    ({"width": 50}, "multiples of 16 up to 4096, and this head's is 50: use backend='torch'"),
+    ({"width": 4112}, "multiples of 16 up to 4096, and this head's is 4112: use backend='torch'"),
 ]
 
 

@@ -42,7 +42,7 @@ class Spaced:
     def estimate(self, model, x, i, clip_denoised, denoised_fn, kwargs):
         """(x0, mean, log variance) of step i."""
         out = model(x, torch.full((len(x),), self.timestep_map[i], device=x.device), **kwargs)
-        first, rest = out[:, : x.shape[1]], out[:, x.shape[1] :]
+        first, rest = out[..., : x.shape[-1]], out[..., x.shape[-1] :]
         if self.model_mean_type is Mean.START_X:
             x0 = first
         else:
@@ -50,7 +50,7 @@ class Spaced:
         if denoised_fn is not None:
             x0 = denoised_fn(x0)
         if clip_denoised:
-            x0 = x0.clamp(-1, 1)
+            x0 = self.limited(x0)
         low, high = float(self.posterior_log_variance_clipped[i]), float(np.log(self.betas[i]))
         if self.model_var_type is Var.LEARNED_RANGE:
             share = (rest + 1) / 2
@@ -59,6 +59,10 @@ class Spaced:
             large = self.model_var_type is Var.FIXED_LARGE and i > 0
             log_variance = torch.full_like(x, high if large else low)
         return x0, self.mean(x0, x, i), log_variance
+
+    def limited(self, x0):
+        """x0 where it is clipped."""
+        return x0.clamp(-1, 1)
 
     def mean(self, x0, x, i):
         return float(self.posterior_mean_coef1[i]) * x0 + float(self.posterior_mean_coef2[i]) * x
@@ -78,14 +82,20 @@ class Spaced:
                 x = self.p_sample(model, x, i, clip_denoised, denoised_fn, model_kwargs or {}, temperature)
         return x
 
-    def ddim_sample_loop(self, model, shape, noise=None, clip_denoised=False, model_kwargs=None):
-        """Another sampler, deterministic."""
-        x = torch.randn(*shape) if noise is None else noise
+    def ddim_sample_loop(
+        self, model, shape, noise=None, clip_denoised=True, denoised_fn=None, cond_fn=None, model_kwargs=None,
+        device=None, progress=False, eta=0.0,
+    ):  # fmt: skip
+        """DDIM (arXiv 2010.02502). As in the released code noise is drawn at every step, also where eta is 0."""
+        x = torch.randn(*shape, device=device) if noise is None else noise
         with torch.no_grad():
             for i in reversed(range(self.num_timesteps)):
-                x0, *_ = self.estimate(model, x, i, clip_denoised, None, model_kwargs or {})
+                x0, *_ = self.estimate(model, x, i, clip_denoised, denoised_fn, model_kwargs or {})
                 acp, before = float(self.alphas_cumprod[i]), float(self.alphas_cumprod_prev[i])
-                x = before**0.5 * x0 + ((1 - before) / (1 - acp)) ** 0.5 * (x - acp**0.5 * x0)
+                sigma = eta * ((1 - before) / (1 - acp)) ** 0.5 * (1 - acp / before) ** 0.5
+                eps = (x - acp**0.5 * x0) / (1 - acp) ** 0.5
+                mean = before**0.5 * x0 + (1 - before - sigma**2) ** 0.5 * eps
+                x = mean + (i > 0) * sigma * torch.randn_like(x)
         return x
 
 

@@ -276,7 +276,7 @@ def test_chains_that_call_a_library_say_so(backend, make_head, monkeypatch, libr
         monkeypatch.setattr(kind, "table", ())
     elif library:
         monkeypatch.setattr(kind, "choose", lambda chain, head: Products(None, None))
-    chain = kind(head, tokens, False, torch.zeros(1, tokens, head.channels), 1, static=True)
+    chain = kind(head, tokens, 1, torch.zeros(1, tokens, head.channels), 1, static=True)
     tables, called, mm = Tables(head), [], torch.mm
     chain.start(head)
     chain.hoist(head, 0, 1)

@@ -33,7 +33,10 @@ RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 
 def head(width=1024, depth=6, dtype=torch.bfloat16, device=CUDA, steps=100):
     handle = width, depth, dtype, device, steps
-    return SimpleNamespace(width=width, depth=depth, dtype=dtype, device=device, num_steps=steps, handle=handle)
+    return SimpleNamespace(
+        width=width, hidden=width, mlp="silu", depth=depth, dtype=dtype, device=device, num_steps=steps, handle=handle,
+        schedule=SimpleNamespace(name="ddpm", clip=None),
+    )  # fmt: skip
 
 
 @pytest.fixture
@@ -339,3 +342,20 @@ def test_the_switch_of_sweeps(card, table, serving, monkeypatch):
     monkeypatch.setenv("CSPD_PARALLEL", "off")
     with pytest.raises(ValueError, match="expected CSPD_PARALLEL as 0"):
         automatic_tolerance(head(), 1, True, None)
+
+
+def test_a_head_of_another_shape_is_that_of_as_many_weights():
+    other = head(1536)
+    assert size_of("denoise", other, 2) == (1536, 6, 2, 2)
+    other.mlp, other.hidden = "swiglu", 4608  # 3 * 1536 * 4608 weights a block, as two squares of 3258
+    assert size_of("denoise", other, 2) == (3258, 6, 2, 2)
+    other.mlp, other.hidden = "silu", 6144
+    assert size_of("denoise", other, 2) == (3072, 6, 2, 2)
+
+
+def test_sweeps_are_taken_with_the_sampler_that_they_were_measured_with(card):
+    for name, clip, taken in (("ddpm", None, True), ("ddim", None, False), ("euler", None, False), ("ddpm", 1, False)):
+        other = head()
+        other.schedule.name, other.schedule.clip = name, clip
+        assert prefers_parallel(other, 1, False, "triton") == taken
+        assert ranked("denoise", other.device, other, 1, parallel=True)[0].endswith(PARALLEL)  # who asks for them

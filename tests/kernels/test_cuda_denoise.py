@@ -122,7 +122,7 @@ def test_one_block(make_head, monkeypatch, kernel_device, dtype, table):
     """``run_block`` is a block of the network, with the modulations of the step whose first row it is told."""
     monkeypatch.setattr(LayeredChain, "table", table)
     head = make_head(dtype, width=80, depth=3, steps=2)
-    chain = LayeredChain(head, 5, True, random_inputs(head, 5, 0, guided=True)[2], 2, static=False)
+    chain = LayeredChain(head, 5, 2, random_inputs(head, 5, 0, guided=True)[2], 2, static=False)
     chain.keep_modulations_in(torch.empty(chain.memory_bytes, dtype=torch.uint8, device=head.device))
     block, following = head.blocks[1], head.blocks[2]
     for buffer in (chain.h, chain.operand, chain.mods):

@@ -263,7 +263,7 @@ def test_a_chain_serves_fewer_tokens_than_it_has_and_one_call_after_the_other(
 def test_results_are_copies(backend, make_head):
     head = make_head()
     one, two = (random_inputs(head, 3, seed) for seed in (0, 1))
-    chain = kernels_of(backend).layered(head, 3, False, one[2], 2, static=True)
+    chain = kernels_of(backend).layered(head, 3, 1, one[2], 2, static=True)
     out = run_chain(chain, head, one)
     kept = [v.clone() for v in out]
     run_chain(chain, head, two)
@@ -276,8 +276,8 @@ def test_a_chain_that_stopped_waiting_gives_nan_and_the_next_call_says_so(backen
     multiprocessors(1)
     head = make_head(steps=3)
     inputs = random_inputs(head, 3, 0)
-    chain = kernels_of(backend).persistent(head, 3, False, inputs[2], 3, static=True)
-    chain.load(*inputs, 0.9, None)
+    chain = kernels_of(backend).persistent(head, 3, 1, inputs[2], 3, static=True)
+    chain.load(*inputs, 0.9, ())
     chain.error.fill_(1)
     tables = Tables(head)
     chain.launch(head, tables)

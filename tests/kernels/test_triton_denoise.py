@@ -16,6 +16,7 @@ from cspd_kernels.ops.denoise.triton_chain import LayeredChain
 from cspd_kernels.ops.denoise.triton_config import (
     FEW_ROWS,
     Products,
+    Shape,
     Tile,
     input_tile,
     power_of_two,
@@ -129,8 +130,8 @@ def test_a_rows_bits_are_its_own_in_any_batch(make_head, made_by, monkeypatch, d
     values = {}
     for rows in (all_rows, some):
         cond, x, noise = random_inputs(head, all_rows, 20)
-        chain = LayeredChain(head, rows, False, noise[:, :rows], 1, static=True)
-        chain.load(cond[:rows], x[:rows], noise[:, :rows], 1.0, None)
+        chain = LayeredChain(head, rows, 1, noise[:, :rows], 1, static=True)
+        chain.load(cond[:rows], x[:rows], noise[:, :rows], 1.0, ())
         chain.start(head)
         chain.keep_modulations_in(torch.empty(chain.memory_bytes, dtype=torch.uint8, device=head.device))
         for name in ("mods", "final_mods"):
@@ -149,8 +150,8 @@ def test_one_block_at_a_time_is_the_chain(make_head, made_by, rows):
     made_by(OWN[torch.float32], None)
     head = make_head(depth=3, steps=2)
     cond, x, noise = random_inputs(head, rows, 21)
-    chain = LayeredChain(head, rows, False, noise, head.num_steps, static=True)
-    chain.load(cond, x, noise, 1.0, None)
+    chain = LayeredChain(head, rows, 1, noise, head.num_steps, static=True)
+    chain.load(cond, x, noise, 1.0, ())
     chain.start(head)
     chain.hoist(head, 0, head.num_steps)
     first_row = (head.num_steps - 1) * rows
@@ -174,9 +175,10 @@ def test_one_block_at_a_time_is_the_chain(make_head, made_by, rows):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", [16, 48, 1024, 1280, 1536, 2048])
 def test_every_number_of_rows_has_its_products(dtype, width):
-    assert [products(rows, width, dtype, CPU) for rows in range(1, FEW_ROWS + 1)] == [None] * FEW_ROWS
+    shape = Shape(width, width, False)
+    assert [products(rows, shape, dtype, CPU) for rows in range(1, FEW_ROWS + 1)] == [None] * FEW_ROWS
     for rows in (5, 16, 17, 100, 1000, 8192):
-        for tile in filter(None, products(rows, width, dtype, CPU)):
+        for tile in filter(None, products(rows, shape, dtype, CPU)):
             assert tile in (triton_config.FLOAT32_TILES if dtype == torch.float32 else triton_config.HALF_TILES)
             assert tile.bm <= max(16, power_of_two(rows))
 
@@ -188,7 +190,7 @@ def test_what_was_measured_goes_before_what_was_reasoned(monkeypatch):
     monkeypatch.setattr(triton_config, "_capability", lambda device: (9, 0))
 
     def chosen(rows, width=1024, dtype=torch.float16):
-        return products.__wrapped__(rows, width, dtype, CPU)
+        return products.__wrapped__(rows, Shape(width, width, False), dtype, CPU)
 
     assert [chosen(rows) for rows in (5, 64, 65, 9999)] == [entries[0][1]] * 2 + [entries[1][1]] * 2
     assert chosen(64, 1280) not in [entry for _, entry in entries]

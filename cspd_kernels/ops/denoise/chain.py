@@ -16,17 +16,11 @@ class Tables:
     """What the kernels read of a head besides its weights, uploaded once; and what they report to the host."""
 
     def __init__(self, head: DiffusionHead):
-        s = head.schedule
-        upper = s.log_std_upper if head.learned_variance else s.log_std_lower
-        columns = [s.x0_x, s.x0_out, s.mean_x0, s.mean_x, upper, s.log_std_lower]
-        table = torch.zeros(s.num_steps, 8, dtype=torch.float32, device="cpu")
-        for i, column in enumerate(columns):
-            table[:, i] = torch.from_numpy(column.copy())
-        self.coefficients = to_device(table, head.device)  # (T, 8), float32
-        self.clip: torch.Tensor | None = None  # (2, C), float32: the limits of x0
-        if s.clip is not None:
-            clip = torch.tensor(s.clip, dtype=torch.float32, device="cpu").reshape(2, -1).expand(2, head.channels)
-            self.clip = to_device(clip.contiguous(), head.device)
+        self.coefficients, self.clip = None, None  # of a head that is only evaluated
+        if head.schedule is not None:
+            self.coefficients = to_device(step_table(head), head.device)  # (T, 8), float32
+            clip = clip_table(head)
+            self.clip = None if clip is None else to_device(clip, head.device)  # (2, C), float32
         # (C, W): neighbouring threads make neighbouring columns. A copy, also of one channel: it is written to.
         self.input_weight = head.input_weight.t().clone(memory_format=torch.contiguous_format)
         fields = ("norm_weight", "norm_bias", "weight0", "bias0", "weight1", "bias1")
@@ -47,6 +41,33 @@ class Tables:
             )
 
 
+def step_table(head: DiffusionHead) -> torch.Tensor:
+    """(T, 8) float32 on the host: x0_x, x0_out, mean_x0, mean_x, the log std at v = 1 and at v = -1, 0, 0. The two are
+    one where the variance is not learned."""
+    s = head.schedule
+    upper = s.log_std_upper if head.learned_variance else s.log_std_lower
+    columns = [s.x0_x, s.x0_out, s.mean_x0, s.mean_x, upper, s.log_std_lower]
+    table = torch.zeros(s.num_steps, 8, dtype=torch.float32, device="cpu")
+    for i, column in enumerate(columns):
+        table[:, i] = torch.from_numpy(column.copy())
+    return table
+
+
+def clip_table(head: DiffusionHead) -> torch.Tensor | None:
+    """(2, C) float32 on the host: what x0 of every channel is limited to, low then high; None without limits."""
+    if head.schedule.clip is None:
+        return None
+    clip = torch.tensor(head.schedule.clip, dtype=torch.float32, device="cpu")
+    return clip.reshape(2, -1).expand(2, head.channels).contiguous()
+
+
+def modulations_of(head: DiffusionHead) -> tuple[int, ...]:
+    """Which modulation every block takes; kept, as every call asks."""
+    if "modulations" not in head.shared:
+        head.shared["modulations"] = head.modulation_of
+    return head.shared["modulations"]
+
+
 def to_device(value: torch.Tensor, device: torch.device) -> torch.Tensor:
     """A small tensor of the host on a device; the host does not wait for the copy."""
     return value.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else value.to(device)
@@ -60,36 +81,44 @@ class Chain:
     Rows beyond the call's own are computed and not returned: rows are independent.
 
     With ``sweeps_of``, a chain of N tokens that keeps the modulations of all T steps, this one is that chain's network
-    at all of its steps at once, for sweeps (``parallel_chain``): T N tokens, of which x are the inputs and eps, v and
-    eps_u what the network puts out. It reads the other's modulations and has no other inputs of its own.
+    at all of its steps at once, for sweeps (``parallel_chain``): T N tokens, of which x are the inputs, and what the
+    network puts out is out [G, T N, C], and of the first group v [T N, C] where the variance is learned. It reads the
+    other's modulations and has no other inputs of its own.
+
+    Without noise it is no chain but one call of the network (``ops.evaluate``): x, cond and the time embeddings that
+    ``embed_rows`` is given are its inputs, and out [1, tokens, O] all that the network puts out; v is None.
 
     A backend adds the buffers of its kernels, ``embed`` and ``run_steps``, to ``start`` what else comes first, for
-    sweeps ``evaluate``, ``sweep`` and ``settle``, and to a chain whose kernels may stop waiting for each other an
-    ``error`` (1,) int32, 0 unless one did.
+    sweeps and single calls ``evaluate``, for sweeps ``sweep`` and ``settle``, and to a chain whose kernels may stop
+    waiting for each other an ``error`` (1,) int32, 0 unless one did.
 
     It does not hold the head, whose life ends the chain's.
     """
 
     error: torch.Tensor | None = None
     memory: torch.Tensor | None = None  # of the modulations
+    out: torch.Tensor | None = None  # of the network, where it is evaluated by itself
+    v: torch.Tensor | None = None
+    reads_copies = True  # whether its kernels read the tables' copies of weights
     own = False  # whether steps and sweeps call no library and allocate nothing: then they may be a graph's loop
 
     def __init__(
         self,
         head: DiffusionHead,
         tokens: int,
-        guided: bool,
-        noise: torch.Tensor | PhiloxNoise,
+        groups: int,
+        noise: torch.Tensor | PhiloxNoise | None,
         steps: int,
         static: bool,
         sweeps_of: Chain | None = None,
     ):
-        """``steps``: whose modulations are alive at a time. ``static``: a tensor of noise is copied, too."""
+        """``groups``: rows of a token, 1 without guidance. ``steps``: whose modulations are alive at a time.
+        ``static``: a tensor of noise is copied, too."""
         device, dtype = head.device, head.dtype
-        self.tokens, self.halves, self.steps = tokens, 2 if guided else 1, steps
-        # Tokens of a step. Half g of token t has row (t // period * halves + g) * period + t % period.
+        self.tokens, self.groups, self.steps = tokens, groups, steps
+        # Tokens of a step. Group g of token t has row (t // period * groups + g) * period + t % period.
         self.period = tokens if sweeps_of is None else sweeps_of.tokens
-        self.rows = rows = tokens * self.halves
+        self.rows = rows = tokens * groups
         self.philox, self.static = isinstance(noise, PhiloxNoise), static
         self.dtype = dtype
         self.live: torch.Tensor | None = None  # (1,) int32: where it is 0 the kernels may return at once
@@ -98,32 +127,36 @@ class Chain:
             return torch.empty(shape, device=device, dtype=dtype)
 
         width, channels = head.width, head.channels
+        self.modulations = modulations_of(head)
         # Of the modulations of ``steps`` steps, and of what they are projected from.
         self.shapes = {
             "embedded": (steps * rows, width),
-            "mods": (head.depth, steps * rows, 3 * width),
+            "mods": (len(set(self.modulations)), steps * rows, 3 * width),
             "final_mods": (steps * rows, 2 * width),
         }
         # Zeroed: the rows beyond a call's own are computed, too, from whatever lies there.
         self.x = empty(tokens, channels).zero_()
         if sweeps_of is not None:
-            self.eps = empty(tokens, channels)
+            self.out = empty(groups, tokens, channels)
             self.v = empty(tokens, channels) if head.learned_variance else None
-            self.eps_u = empty(tokens, channels) if guided else None
             return
-        self.cond = empty(self.halves, tokens, head.cond_channels, dtype=dtype).zero_()
-        self.scale = empty(tokens).zero_()
+        self.cond = empty(groups, tokens, head.cond_channels, dtype=dtype).zero_()
+        # Projected, where the head does that.
+        self.y = self.cond.view(rows, width) if head.cond_weight is None else empty(rows, width, dtype=dtype)
+        self._filled: dict[str | tuple[str, int], float] = {}  # what whole buffers hold
+        if noise is None:
+            self.out, self.v = empty(groups, tokens, head.outputs), None
+            return
+        self.scale = empty(max(1, groups - 1), tokens).zero_()
         self.temperature = empty(1)
         self.seed = empty(1, dtype=torch.int64)
         self.addresses = empty(tokens if self.philox else 1, dtype=torch.int64).zero_()
         self.noise = self.x
         if static and not self.philox:
             self.noise = empty(head.num_steps, tokens, channels).zero_()
-        self.y = empty(rows, width, dtype=dtype)
         self.log_std = empty(tokens, channels)
         self.path = empty(tokens, channels)  # sums over steps
         self.result = self.x
-        self._filled: dict[str, float] = {}  # what whole buffers hold
 
     def buffers(self) -> list[torch.Tensor]:
         """All tensors but the modulations, which may lie in memory that others share."""
@@ -145,25 +178,22 @@ class Chain:
     def read_modulations(self, embedded: torch.Tensor, mods: torch.Tensor, final_mods: torch.Tensor) -> None:
         """Where the modulations are: of this chain, or of the one that it is the network of."""
         self.embedded, self.mods, self.final_mods = embedded, mods, final_mods
+        self.block_mods = tuple(mods[i] for i in self.modulations)
 
-    def load(self, cond, x_T, noise, temperature, cfg_scale) -> None:  # noqa: N803
-        """Copy the inputs of n <= ``tokens`` tokens into the buffers; never waits for the device."""
+    def load(self, cond, x_T, noise, temperature, scales) -> None:  # noqa: N803
+        """Copy the inputs of n <= ``tokens`` tokens into the buffers; never waits for the device.
+
+        ``temperature`` and each of ``scales``, one less than there are groups: a number or a tensor."""
         n = len(x_T)
-        self.cond[:, :n].copy_(cond.view(self.halves, n, -1))
+        self.cond[:, :n].copy_(cond.view(self.groups, n, -1))
         self.x[:n].copy_(x_T)
-        self._fill("temperature", temperature)
-        if isinstance(cfg_scale, torch.Tensor):
-            self.scale[:n].copy_(cfg_scale.reshape(-1).expand(n))
-            self._filled.pop("scale", None)
-        elif cfg_scale is not None:
-            self._fill("scale", cfg_scale)
+        self._fill("temperature", self.temperature, temperature)
+        for i, scale in enumerate(scales):
+            self._fill(("scale", i), self.scale[i], scale, n)
         if self.philox:
             self.addresses[:n].copy_(noise.rows)
-            if isinstance(noise.seed, torch.Tensor):
-                self.seed.copy_(noise.seed.reshape(1))
-                self._filled.pop("seed", None)
-            else:
-                self._fill("seed", signed_seed(noise.seed))
+            seed = noise.seed if isinstance(noise.seed, torch.Tensor) else signed_seed(noise.seed)
+            self._fill("seed", self.seed, seed)
         elif self.static:
             self.noise[:, :n].copy_(noise)
         else:
@@ -171,10 +201,15 @@ class Chain:
         if self.error is not None:
             self.error.zero_()
 
-    def _fill(self, name: str, value: float) -> None:
-        """Set a buffer to a number, which most calls of a chain share: a launch less."""
-        if self._filled.get(name) != value:
-            getattr(self, name).fill_(value)
+    def _fill(self, name, buffer: torch.Tensor, value: float | torch.Tensor, n: int | None = None) -> None:
+        """Set a buffer to a number, which most calls of a chain share: a launch less. Or its first n elements to a
+        tensor of one or of n."""
+        if isinstance(value, torch.Tensor):
+            part = buffer[:n]
+            part.copy_(value.reshape(-1).expand(len(part)))
+            self._filled.pop(name, None)
+        elif self._filled.get(name) != value:
+            buffer.fill_(value)
             self._filled[name] = value
 
     def launch(self, head: DiffusionHead, tables: Tables) -> None:
@@ -185,28 +220,47 @@ class Chain:
             self.hoist(head, begin, stop)
             self.run_steps(head, tables, begin, stop)
 
-    def results(self, n: int, temperature: float, tables: Tables) -> tuple[torch.Tensor, ...]:
+    def results(self, n: int, temperature: float | torch.Tensor, tables: Tables) -> tuple[torch.Tensor, ...]:
         """Copies of (sample, mean, log_std, path_log_std) of the first n tokens; sample and mean are one tensor."""
         if self.error is not None:
             tables.gave_up.add(self.error)
-        log_temperature = math.log(temperature) if temperature > 0 else -math.inf
         mean = self.result[:n].clone()
-        return mean, mean, self.log_std[:n] + log_temperature, self.path[:n].sum(1)
+        return mean, mean, self.log_std[:n] + self.log_temperature(temperature), self.path[:n].sum(1)
+
+    def log_temperature(self, temperature: float | torch.Tensor) -> float | torch.Tensor:
+        """Of the call's, which ``load`` has put into the buffer."""
+        if isinstance(temperature, torch.Tensor):
+            return self.temperature.log()
+        return math.log(temperature) if temperature > 0 else -math.inf
 
     def start(self, head: DiffusionHead) -> None:
         """What comes before the first step's modulations: the projected condition y."""
-        torch.addmm(head.cond_bias, self.cond.view(self.rows, -1), head.cond_weight.t(), out=self.y)
+        self.project(head)
         self.path.zero_()
 
+    def project(self, head: DiffusionHead) -> None:
+        """y from the condition, which a head without a projection is given as y."""
+        if head.cond_weight is not None:
+            torch.addmm(head.cond_bias, self.cond.view(self.rows, -1), head.cond_weight.t(), out=self.y)
+
     def hoist(self, head: DiffusionHead, start: int, stop: int) -> None:
-        """The modulations of steps start..stop-1: one library product a layer."""
+        """The modulations of steps start..stop-1: one library product a layer, or for all layers that share theirs."""
+        self.take_memory(head)
+        self.embed(head, start, stop)
+        self.modulate(head, (stop - start) * self.rows)
+
+    def take_memory(self, head: DiffusionHead) -> None:
+        """For the modulations, of its own, where none was given."""
         if self.memory is None:
             self.keep_modulations_in(torch.empty(self.memory_bytes, dtype=torch.uint8, device=head.device))
-        self.embed(head, start, stop)
-        count = (stop - start) * self.rows
-        embedded = self.embedded[:count]
-        for b, mods in zip(head.blocks, self.mods):
-            torch.addmm(b.mod_bias, embedded, b.mod_weight.t(), out=mods[:count])
+
+    def modulate(self, head: DiffusionHead, count: int) -> None:
+        """The modulations of the first ``count`` rows of ``embedded``."""
+        embedded, made = self.embedded[:count], -1
+        for b, index in zip(head.blocks, self.modulations):
+            if index > made:  # counted as they first appear
+                torch.addmm(b.mod_bias, embedded, b.mod_weight.t(), out=self.mods[index, :count])
+                made = index
         torch.addmm(head.final_mod_bias, embedded, head.final_mod_weight.t(), out=self.final_mods[:count])
 
     def warm_up(self, head: DiffusionHead) -> None:
@@ -221,12 +275,16 @@ class Chain:
         """``embedded`` [K, rows, W] = silu(time_embedding [K, W] + y [rows, W]) of the K steps start..stop-1."""
         raise NotImplementedError
 
+    def embed_rows(self, embedding: torch.Tensor) -> None:
+        """``embedded`` [rows, W] = silu(embedding + y), of time embeddings [1 or rows, W]: of one call."""
+        self.embedded.copy_(torch.nn.functional.silu(embedding + self.y))
+
     def run_steps(self, head: DiffusionHead, tables: Tables, start: int, stop: int) -> None:
         """Reverse steps stop-1..start."""
         raise NotImplementedError
 
     def evaluate(self, head: DiffusionHead, tables: Tables) -> None:
-        """The network of a chain at all of its steps: ``eps``, ``v`` and ``eps_u`` from ``x``."""
+        """The network at all rows: ``out`` and ``v`` from ``x`` and the modulations."""
         raise NotImplementedError
 
     def sweep(self, tables: Tables, chain: Chain, state, begin: bool) -> None:

@@ -26,9 +26,10 @@ def why_unsupported(head: DiffusionHead) -> str | None:
 
 def why_not_persistent(head: DiffusionHead, tokens: int, guided: bool) -> str | None:
     """None when the persistent kernel covers so many tokens of this head, on its device."""
-    if PersistentChain.serves(head, bucket(tokens), guided):
+    groups = 2 if guided else 1
+    if PersistentChain.serves(head, bucket(tokens), groups):
         return None
-    return f"{bucket(tokens) * (2 if guided else 1)} rows of this head do not fit one launch here"
+    return f"{bucket(tokens) * groups} rows of this head do not fit one launch here"
 
 
 def _why_not_read_wide(head: DiffusionHead) -> str | None:
@@ -50,6 +51,6 @@ def _why_not_read_wide(head: DiffusionHead) -> str | None:
     return None
 
 
-def denoise(head, cond, x_T, noise, temperature, cfg_scale, workspace_bytes, parallel=None):  # noqa: N803
-    """As :func:`cspd_kernels.denoise`; ``cfg_scale`` None means no guidance."""
-    return denoise_on_device(KERNELS, head, cond, x_T, noise, temperature, cfg_scale, workspace_bytes, parallel)
+def denoise(head, cond, x_T, noise, temperature, scales, workspace_bytes, parallel=None):  # noqa: N803
+    """As :func:`cspd_kernels.denoise`; ``scales``: of guidance."""
+    return denoise_on_device(KERNELS, head, cond, x_T, noise, temperature, scales, workspace_bytes, parallel)

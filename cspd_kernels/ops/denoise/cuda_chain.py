@@ -17,16 +17,28 @@ class CudaChain(Chain):
     @property
     def scale_pointer(self) -> int:
         """Of the guidance scales; 0 without guidance."""
-        return self.scale.data_ptr() if self.halves == 2 else 0
+        return self.scale.data_ptr() if self.groups > 1 else 0
 
     def embed(self, head: DiffusionHead, start: int, stop: int) -> None:
+        self._condition(head.time_embedding[start:stop], stop - start, own=False)
+
+    def embed_rows(self, embedding: torch.Tensor) -> None:
+        self._condition(embedding, 1, own=len(embedding) > 1)
+
+    def _condition(self, embedding: torch.Tensor, steps: int, own: bool) -> None:
         extension().condition(
-            DTYPE_CODES[head.dtype],
+            DTYPE_CODES[self.dtype],
             self.y.data_ptr(),
-            head.time_embedding[start:stop].data_ptr(),
+            embedding.data_ptr(),
             self.embedded.data_ptr(),
-            stop - start,
+            steps,
             self.rows,
-            head.width,
-            launch_stream(head.device),
+            embedding.shape[1],
+            own,
+            launch_stream(embedding.device),
         )
+
+
+def address(tensor: torch.Tensor | None) -> int:
+    """0 where there is none."""
+    return 0 if tensor is None else tensor.data_ptr()

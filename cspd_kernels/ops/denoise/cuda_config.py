@@ -17,7 +17,7 @@ import torch
 
 
 class Tile(NamedTuple):
-    """Of a product's output, which one block makes; the extension has these."""
+    """Of a product, which one block makes; the extension has these. Of a swiglu layer half as many columns come out."""
 
     rows: int
     columns: int
@@ -25,7 +25,7 @@ class Tile(NamedTuple):
 
 class Entry(NamedTuple):
     rows: int  # up to
-    width: int  # up to
+    width: int  # up to, of the network and of its blocks
     tile: Tile | None  # None: the library
 
 
@@ -39,12 +39,20 @@ TABLE = (
 )
 
 
-# Of all rows, for what must not be the library's.
-OWN = (*TABLE, Entry(2**31, 2048, Tile(64, 64)))
+# Of all rows and widths, for what must not be the library's.
+OWN = (*TABLE, Entry(2**31, 2**31, Tile(64, 64)))
+
+SWIGLU = (Tile(16, 16), Tile(32, 32), Tile(64, 64))  # tiles that the extension has of a swiglu layer
 
 
-def tile_for(rows: int, width: int, dtype: torch.dtype, table: tuple[Entry, ...] = TABLE) -> Tile | None:
-    """The tile of the own products for so many rows, or None where the library makes them."""
+def tile_for(
+    rows: int, width: int, dtype: torch.dtype, table: tuple[Entry, ...] = TABLE, swiglu: bool = False
+) -> Tile | None:
+    """The tile of the own products for so many rows, or None where the library makes them.
+
+    ``width``: of the network or of its blocks, the larger one.
+    """
     if dtype == torch.float32:
         return None
-    return next((entry.tile for entry in table if rows <= entry.rows and width <= entry.width), None)
+    fitting = (entry.tile for entry in table if rows <= entry.rows and width <= entry.width)
+    return next((tile for tile in fitting if not swiglu or tile is None or tile in SWIGLU), None)

@@ -18,18 +18,18 @@ from ...graphs import CALLER_CAPTURES, Plan, PlanCache, captures_ours, why_not_h
 from ...head import DiffusionHead
 from ...noise import PhiloxNoise
 from ...scratch import scratch
-from .chain import Chain, Tables
+from .chain import Chain, Tables, modulations_of
 from .parallel import Parallel, nothing
 from .parallel_chain import ParallelChain
 from .workspace import in_blocks_of_rows
 
 GRAPH_BYTES = 1 << 30  # of the buffers of a head's graphs together, for each backend; the modulations are shared
-_MAX_CHANNELS, _MAX_WIDTH, _WIDTH_MULTIPLE = 64, 2048, 16
+_MAX_CHANNELS, _MAX_WIDTH, _MAX_HIDDEN, _WIDTH_MULTIPLE = 64, 4096, 12288, 16
 
 
 @dataclass(frozen=True)
 class Kernels:
-    """A backend's chains; ``persistent``, if there is one, has a static ``serves(head, tokens, guided)``."""
+    """A backend's chains; ``persistent``, if there is one, has a static ``serves(head, tokens, groups)``."""
 
     backend: str
     layered: type[Chain]
@@ -48,7 +48,8 @@ class HeadPlans:
             self.uploaded.record()
 
 
-_HEADS: weakref.WeakKeyDictionary[DiffusionHead, dict[str, HeadPlans]] = weakref.WeakKeyDictionary()
+Plans = weakref.WeakKeyDictionary[DiffusionHead, dict[str, HeadPlans]]
+_HEADS: Plans = weakref.WeakKeyDictionary()
 
 
 def why_not_covered(head: DiffusionHead) -> str | None:
@@ -67,60 +68,63 @@ def why_not_covered(head: DiffusionHead) -> str | None:
             f"its kernels cover widths that are multiples of {_WIDTH_MULTIPLE} up to {_MAX_WIDTH}, and this head's "
             f"is {head.width}: use backend='torch'"
         )
+    if head.hidden > _MAX_HIDDEN or head.hidden % _WIDTH_MULTIPLE:
+        return (
+            f"its kernels cover hidden widths that are multiples of {_WIDTH_MULTIPLE} up to {_MAX_HIDDEN}, and this "
+            f"head's is {head.hidden}: use backend='torch'"
+        )
     return None
 
 
 def denoise_on_device(
-    kernels, head, cond, x_T, noise, temperature, cfg_scale, workspace_bytes, parallel: Parallel | None = None  # noqa: N803
+    kernels, head, cond, x_T, noise, temperature, scales, workspace_bytes, parallel: Parallel | None = None  # noqa: N803
 ):  # fmt: skip
-    """As :func:`cspd_kernels.denoise`, by the kernels of a backend; ``cfg_scale`` None means no guidance.
+    """As :func:`cspd_kernels.denoise`, by the kernels of a backend; ``scales``: of guidance, one less than groups.
 
     The host waits for the device only where a head's graphs outgrow their memory and the oldest goes, and in the
     first call in parallel on a device, for the proof of :mod:`cspd_kernels.conditional`.
     """
-    rows, halves = x_T.shape[0], 1 if cfg_scale is None else 2
+    rows, groups = x_T.shape[0], 1 + len(scales)
     if rows == 0:
         return nothing(head, x_T, parallel)
-    # Shift, scale and gate of every block, shift and scale of the last layer, silu(y).
-    bytes_per_row = halves * head.width * (3 * head.depth + 3) * head.dtype.itemsize
+    # Shift, scale and gate of every block that does not share them, shift and scale of the last layer, silu(y).
+    bytes_per_row = groups * head.width * (3 * len(set(modulations_of(head))) + 3) * head.dtype.itemsize
     limit = max(1, workspace_bytes // bytes_per_row)
 
     if parallel is not None:  # all steps of a token at once
         limit, bytes_per_row = max(1, limit // head.num_steps), bytes_per_row * head.num_steps
 
-    def chain(cond, x, noise, cfg_scale, guess, steps):
+    def chain(cond, x, noise, scales, guess, steps):
         own = None if parallel is None else parallel._replace(guess=guess)
-        return _chain(kernels, head, cond, x, noise, temperature, cfg_scale, own, limit, workspace_bytes)
+        return _chain(kernels, head, cond, x, noise, temperature, scales, own, limit, workspace_bytes)
 
-    cond, guess = cond.reshape(halves, rows, cond.shape[-1]), None if parallel is None else parallel.guess
+    cond, guess = cond.reshape(groups, rows, cond.shape[-1]), None if parallel is None else parallel.guess
     device = torch.cuda.device(head.device) if head.device.type == "cuda" else contextlib.nullcontext()
     # Buffers and graphs are for every later call, inference mode or not.
     with device, torch.inference_mode(False), torch.no_grad():
-        return in_blocks_of_rows(chain, cond, x_T, noise, cfg_scale, bytes_per_row, workspace_bytes, guess)
+        return in_blocks_of_rows(chain, cond, x_T, noise, scales, bytes_per_row, workspace_bytes, guess)
 
 
-def _chain(kernels, head, cond, x, noise, temperature, cfg_scale, parallel, limit, workspace_bytes):
+def _chain(kernels, head, cond, x, noise, temperature, scales, parallel, limit, workspace_bytes):
     """One block of rows; ``limit`` is the number of rows times steps whose modulations fit the workspace; in parallel
     it is that of rows.
     """
-    rows, guided = len(x), cfg_scale is not None
+    rows, groups = len(x), 1 + len(scales)
     reason = why_not_here(head.device)
-    shared = _plans(head, kernels.backend, reason)
-    if shared.uploaded is not None and reason != CALLER_CAPTURES:
-        torch.cuda.current_stream().wait_event(shared.uploaded)
+    shared = plans_of(_HEADS, "denoise", head, kernels.backend, reason)
     shared.tables.check()
     tokens, philox, kind = min(bucket(rows), limit), isinstance(noise, PhiloxNoise), kernels.layered
     steps = head.num_steps if parallel is not None else _evenly(head.num_steps, limit // tokens)
-    if parallel is None and kernels.persistent is not None and prefers_persistent(head, rows, guided):
-        kind = kernels.persistent if kernels.persistent.serves(head, tokens, guided) else kind
+    if parallel is None and kernels.persistent is not None and prefers_persistent(head, rows, groups > 1):
+        kind = kernels.persistent if kernels.persistent.serves(head, tokens, groups) else kind
     if reason is None and (0 if philox else 4 * noise[:, :1].numel() * tokens) > GRAPH_BYTES // 2:
         reason = "the noise is too large to copy"
-    inputs = (cond, x, noise, temperature, cfg_scale, *(parallel or ()))
+    inputs = (cond, x, noise, temperature, scales, *(parallel or ()))
 
     def new(tokens: int, steps: int, static: bool) -> Chain | ParallelChain:
         if parallel is None:
-            return kind(head, tokens, guided, noise, steps, static)
-        return ParallelChain(kind, head, tokens, guided, noise, static, guessed=parallel.guess is not None)
+            return kind(head, tokens, groups, noise, steps, static)
+        return ParallelChain(kind, head, tokens, groups, noise, static, guessed=parallel.guess is not None)
 
     if reason is not None:
         if head.device.type == "cuda" and not captures_ours():
@@ -138,7 +142,7 @@ def _chain(kernels, head, cond, x, noise, temperature, cfg_scale, parallel, limi
 
     in_parallel = None if parallel is None else parallel.guess is not None
     with shared.plans.lock:
-        plan: Plan = shared.plans.get((kind, tokens, guided, philox, steps, in_parallel), make, head.device)
+        plan: Plan = shared.plans.get((kind, tokens, groups, philox, steps, in_parallel), make, head.device)
         chain = plan.value
         with plan.in_turn():
             if chain.memory is None:  # taken in turn, so that who takes the same block next waits for this stream
@@ -154,15 +158,18 @@ def _evenly(steps: int, at_most: int) -> int:
     return -(-steps // groups)
 
 
-def _plans(head: DiffusionHead, backend: str, reason: str | None) -> HeadPlans:
-    """What earlier calls have left behind; ``reason`` as :func:`why_not_here` has it."""
-    shared = _HEADS.get(head, {}).get(backend)
+def plans_of(heads: Plans, op: str, head: DiffusionHead, backend: str, reason: str | None) -> HeadPlans:
+    """What earlier calls of an op have left behind, for which the current stream waits; ``reason`` as
+    :func:`why_not_here` has it."""
+    shared = heads.get(head, {}).get(backend)
     if shared is None:
         if reason == CALLER_CAPTURES:
             raise RuntimeError(
-                "denoise expected a first call with this head before a CUDA graph of the caller's is captured, which "
+                f"{op} expected a first call with this head before a CUDA graph of the caller's is captured, which "
                 f"cannot hold the upload of its tables: call it once with these sizes and backend={backend!r}, then "
                 "capture"
             )
-        shared = _HEADS.setdefault(head, {}).setdefault(backend, HeadPlans(head))
+        shared = heads.setdefault(head, {}).setdefault(backend, HeadPlans(head))
+    if shared.uploaded is not None and reason != CALLER_CAPTURES:
+        torch.cuda.current_stream().wait_event(shared.uploaded)
     return shared

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 
 from ...conditional import run_if, run_while
@@ -23,8 +21,8 @@ class Sweeps:
 
         self.steps, self.limit, self.guessed = head.num_steps, most_sweeps(head.num_steps), guessed
         self.x = network.x.view(shape)  # inputs of all steps
-        self.before, self.x0 = zeros(*shape), zeros(*shape)  # the inputs of a sweep ago, and x0 there
-        self.x0_u = zeros(*shape) if network.halves == 2 else None  # unconditional
+        # The inputs of a sweep ago, and x0 there of every group, before guidance and limits.
+        self.before, self.x0 = zeros(*shape), zeros(network.groups, *shape)
         # Results, without the temperature; path is a sum over steps. Largest change and size of a channel's values.
         self.mean, self.log_std, self.path, self.change, self.size = zeros(5, *shape[1:]).unbind()
         # Of the tokens: whether they have settled, after how many sweeps.
@@ -42,9 +40,9 @@ class ParallelChain:
     tokens that do not settle; ``network`` is its network at all steps at once.
     """
 
-    def __init__(self, kind: type[Chain], head, tokens: int, guided: bool, noise, static: bool, guessed: bool):
-        self.chain = kind(head, tokens, guided, noise, head.num_steps, static)
-        self.network = kind(head, tokens * head.num_steps, guided, noise, 1, static, sweeps_of=self.chain)
+    def __init__(self, kind: type[Chain], head, tokens: int, groups: int, noise, static: bool, guessed: bool):
+        self.chain = kind(head, tokens, groups, noise, head.num_steps, static)
+        self.network = kind(head, tokens * head.num_steps, groups, noise, 1, static, sweeps_of=self.chain)
         self.state = Sweeps(head, self.network, tokens, guessed)
         self.chain.live, self.network.live = self.state.left, self.state.live
         self._filled: dict[str, float] = {}
@@ -65,9 +63,9 @@ class ParallelChain:
         self.chain.keep_modulations_in(memory)
         self.network.read_modulations(self.chain.embedded, self.chain.mods, self.chain.final_mods)
 
-    def load(self, cond, x_T, noise, temperature, cfg_scale, tolerance, guess) -> None:  # noqa: N803
+    def load(self, cond, x_T, noise, temperature, scales, tolerance, guess) -> None:  # noqa: N803
         """As :meth:`Chain.load`; ``guess`` (n, T, C) or None."""
-        self.chain.load(cond, x_T, noise, temperature, cfg_scale)
+        self.chain.load(cond, x_T, noise, temperature, scales)
         if guess is not None:
             self.state.x[:, : len(x_T)].copy_(guess.movedim(1, 0))
         for name, value in (("tolerance", tolerance), ("count", len(x_T))):
@@ -85,7 +83,8 @@ class ParallelChain:
             network.sweep(tables, chain, state, begin=False)
             network.settle(state, begin=False)
 
-        tables.refresh(head)
+        if chain.reads_copies:
+            tables.refresh(head)
         chain.start(head)
         chain.hoist(head, 0, head.num_steps)
         network.sweep(tables, chain, state, begin=True)
@@ -97,7 +96,7 @@ class ParallelChain:
         self.chain.warm_up(head)
         self.network.warm_up_products(head)
 
-    def results(self, n: int, temperature: float, tables: Tables) -> tuple[torch.Tensor, ...]:
+    def results(self, n: int, temperature: float | torch.Tensor, tables: Tables) -> tuple[torch.Tensor, ...]:
         """(sample, mean, log_std, path_log_std, sweeps, inputs of all steps (n, T, C)) of the first n tokens."""
         chain, state = self.chain, self.state
         settled = state.settled[:n] != 0
@@ -105,6 +104,12 @@ class ParallelChain:
             torch.where(settled[:, None], ours[:n], theirs[:n])
             for ours, theirs in ((state.mean, chain.x), (state.log_std, chain.log_std), (state.path, chain.path))
         )
-        log_temperature = math.log(temperature) if temperature > 0 else -math.inf
         sweeps = torch.where(settled, state.sweeps[:n], state.sweeps[:n] + state.steps)
-        return mean, mean, log_std + log_temperature, path.sum(1), sweeps, state.x[:, :n].movedim(0, 1).contiguous()
+        return (
+            mean,
+            mean,
+            log_std + chain.log_temperature(temperature),
+            path.sum(1),
+            sweeps,
+            state.x[:, :n].movedim(0, 1).contiguous(),
+        )

@@ -229,7 +229,7 @@ def network(head, x, y):
         if head.norm == "layer":
             return F.layer_norm(h, (head.width,), weight, bias, head.norm_eps)
         h = h * torch.rsqrt(h.square().mean(dim=-1, keepdim=True) + head.norm_eps)
-        return h if weight is None else h * weight + bias
+        return h if weight is None else h * weight
 
     h = F.linear(x, head.input_weight, head.input_bias)
     y = F.silu(y)

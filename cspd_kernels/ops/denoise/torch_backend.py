@@ -22,8 +22,9 @@ def denoise(
 ):  # fmt: skip
     """As :func:`cspd_kernels.denoise`, with G - 1 guidance ``scales``. Waits for the device in parallel alone."""
     rows, groups = x_T.shape[0], 1 + len(scales)
-    # Shift, scale and gate of every block, shift and scale of the last layer, silu(y), and y before it is rounded.
-    bytes_per_row = groups * head.width * ((3 * head.depth + 3) * head.dtype.itemsize + 2 * x_T.dtype.itemsize)
+    # Shift, scale and gate of the blocks, shift and scale of the last layer, silu(y), and y before it is rounded.
+    mods = 3 * len(set(head.modulation_of)) + 3
+    bytes_per_row = groups * head.width * (mods * head.dtype.itemsize + 2 * x_T.dtype.itemsize)
     cond = cond.reshape(groups, rows, cond.shape[-1])
 
     def chain(cond, x, noise, scales, guess, steps):

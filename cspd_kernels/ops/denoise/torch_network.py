@@ -77,7 +77,7 @@ def normed(head, h, weight=None, bias=None):
     if head.norm == "layer":
         return F.layer_norm(h, (head.width,), weight, bias, head.norm_eps)
     h = h * torch.rsqrt(h.square().mean(dim=-1, keepdim=True) + head.norm_eps)
-    return h if weight is None else torch.addcmul(bias, h, weight)
+    return h if weight is None else h * weight
 
 
 def multiplied(head, mlp0: Product, mlp1: Product, a):

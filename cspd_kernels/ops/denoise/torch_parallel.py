@@ -144,8 +144,11 @@ class _Sweeps:
         self.index = self.index[which]
         if not len(self.index):
             return False
-        for i, mods in enumerate(self.block_mods):  # one by one: the memory of two sets is not to be had
-            self.block_mods[i] = mods[:, :, :, which]
+        kept = {}
+        for i, shared in enumerate(self.head.modulation_of):  # one by one: the memory of two sets is not to be had
+            if shared not in kept:
+                kept[shared] = self.block_mods[i][:, :, :, which]
+            self.block_mods[i] = kept[shared]
         self.final_mods = self.final_mods[:, :, :, which]
         self.scales = of_rows(self.scales, which)
         self.noise, self.log_std, self.x, self.before = (

@@ -15,6 +15,6 @@ def why_unsupported(head: DiffusionHead) -> str | None:
     return why_not_covered(head) or why_unsupported_here(head.device)
 
 
-def denoise(head, cond, x_T, noise, temperature, cfg_scale, workspace_bytes, parallel=None):
-    """As :func:`cspd_kernels.denoise`; ``cfg_scale`` None means no guidance."""
-    return denoise_on_device(KERNELS, head, cond, x_T, noise, temperature, cfg_scale, workspace_bytes, parallel)
+def denoise(head, cond, x_T, noise, temperature, scales, workspace_bytes, parallel=None):
+    """As :func:`cspd_kernels.denoise`; ``scales``: of guidance."""
+    return denoise_on_device(KERNELS, head, cond, x_T, noise, temperature, scales, workspace_bytes, parallel)

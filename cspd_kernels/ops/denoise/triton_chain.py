@@ -8,13 +8,15 @@ import torch
 import triton
 import triton.language as tl
 
-from ...head import DiffusionHead
+from ...head import Block, DiffusionHead
 from ...triton_support import INTERPRETED, starts_early
 from .chain import Chain, Tables
 from .triton_config import (
     FEW_COLUMNS,
     Products,
+    Shape,
     Tile,
+    few_tile,
     input_tile,
     own_products,
     power_of_two,
@@ -24,10 +26,10 @@ from .triton_config import (
     update_channels,
 )  # fmt: skip
 from .triton_ends import _condition_kernel, _input_kernel, _output_kernel, _update_kernel
+from .triton_few import _few_mlp0_kernel, _few_mlp1_kernel
 from .triton_layered import (
     _bias_silu_kernel,
-    _few_mlp0_kernel,
-    _few_mlp1_kernel,
+    _bias_swiglu_kernel,
     _mlp0_kernel,
     _mlp1_kernel,
     _norm_kernel,
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
     from .parallel_chain import Sweeps
 
 TL_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+SWIGLU_COLUMNS = 1024  # of a program behind the library's product
 OPTIONS = {"enable_fp_fusion": True}  # explicit: the default differs between versions of Triton
 
 
@@ -50,100 +53,122 @@ def dot_dtype(dtype: torch.dtype):
 class LayeredChain(Chain):
     """A chain of a few kernels a block; see ``triton_layered`` for their order."""
 
-    def __init__(self, head, tokens, guided, noise, steps, static, sweeps_of=None):
-        super().__init__(head, tokens, guided, noise, steps, static, sweeps_of)
+    reads_copies = False
+
+    def __init__(self, head, tokens, groups, noise, steps, static, sweeps_of=None):
+        super().__init__(head, tokens, groups, noise, steps, static, sweeps_of)
         rows, width, dtype = self.rows, head.width, head.dtype
+        self.shape = Shape(width, head.hidden, head.mlp == "swiglu")
         self.products = self.choose(head) if sweeps_of is None else self.choose_own(head)
 
         def empty(*shape, dtype=dtype):
             return torch.empty(shape, device=head.device, dtype=dtype)
 
         self.h = empty(rows, width, dtype=torch.float32)
-        self.activations = empty(rows, width)
+        self.activations = empty(rows, head.hidden)
         if self.products:
             self.operand = empty(rows, width)
+            self.gate_and_up = self.activations
+            if self.products.first is None and self.shape.swiglu:
+                self.gate_and_up = empty(rows, 2 * head.hidden)
             if self.products.second is None:
                 self.product = empty(rows, width)
         self.own = self.products is None or None not in self.products
         self._prepare(head)
 
-    def read_modulations(self, embedded: torch.Tensor, mods: torch.Tensor, final_mods: torch.Tensor) -> None:
-        super().read_modulations(embedded, mods, final_mods)
-        self.block_mods = tuple(mods)
-
     def choose(self, head: DiffusionHead) -> Products | None:
         """Who makes the products of a block; None: the kernels for a few rows."""
-        return products(self.rows, head.width, head.dtype, head.device)
+        return products(self.rows, self.shape, head.dtype, head.device)
 
     def choose_own(self, head: DiffusionHead) -> Products:
         """Likewise of sweeps, whose kernels must all be able to return at once: by kernels, whatever the rows."""
-        return own_products(self.rows, head.width, head.dtype, head.device)
+        return own_products(self.rows, self.shape, head.dtype, head.device)
 
     def _prepare(self, head: DiffusionHead) -> None:
         """Grids and constants of the launches, which a thousand launches of a call share."""
-        width, channels = head.width, head.channels
+        (width, hidden, swiglu), channels = self.shape, head.channels
         together, columns = input_tile(self.tokens, channels)
-        group = update_channels(self.tokens, channels)
         early = {"PDL": starts_early(head.device), **OPTIONS}
         if early["PDL"]:
             early["launch_pdl"] = True
         common = early | {"W": width}
         whole = common | {"WP": power_of_two(width), "num_warps": row_warps(width)}
-        norm = whole | {"EPS": head.norm_eps}
-        guided = {"C": channels, "GUIDED": self.halves == 2}
+        norm = whole | {"EPS": head.norm_eps, "RMS": head.norm == "rms"}
         self._input_grid = triton.cdiv(self.tokens, together), triton.cdiv(width, columns)
-        self._input_options = common | guided | {
-            "CP": max(16, power_of_two(channels)), "R": together, "BN": columns, "num_warps": 4,
+        self._input_options = common | {
+            "C": channels, "GROUPS": self.groups, "CP": max(16, power_of_two(channels)), "R": together, "BN": columns,
+            "num_warps": 4,
         }  # fmt: skip
-        self._update_grid = self.tokens, triton.cdiv(channels, group)
+        outputs = channels if self.out is None else self.out.shape[2]
+        group = update_channels(self.tokens, outputs)
+        self._update_grid = self.tokens, triton.cdiv(outputs, group)
         # maxnreg: two programs fit an SM; left out, the assembler may spill to fit more.
-        self._output_options = norm | guided | {"LEARNED": head.learned_variance, "G": group, "maxnreg": 128}
-        self._update_options = self._output_options | {"PHILOX": self.philox}
-        # By steps and channels alone, so that a token's bits are its own in any batch.
-        group, warps = sweep_tile(head.num_steps, channels)
-        self._sweep_grid = self.period, triton.cdiv(channels, group)
-        self._sweep_options = early | {
-            "C": channels, "G": group, "BT": power_of_two(head.num_steps), "PHILOX": self.philox, "num_warps": warps,
-        }  # fmt: skip
-        padded = power_of_two(channels)
-        self._settle_options = early | {
-            "C": channels, "CP": padded, "BN": SETTLED_AT_ONCE // padded, "num_warps": 4,
-        }  # fmt: skip
-        self._row_options, self._norm_options = whole, norm
+        ends = norm | {"C": outputs, "GROUPS": self.groups, "G": group, "maxnreg": 128}
+        self._output_options = ends | {"LEARNED": self.v is not None}
+        if head.schedule is not None:
+            self._update_options = ends | {"LEARNED": head.learned_variance, "PHILOX": self.philox}
+            self._prepare_sweeps(head, early)
+        self._norm_options = norm
         if not self.products:
-            self._first_grid = self._second_grid = (triton.cdiv(width, FEW_COLUMNS),)
-            few = {"BM": power_of_two(self.rows), "BN": FEW_COLUMNS}
-            self._first_options, self._second_options = norm | few, whole | few
+            few = common | {"H": hidden, "BM": power_of_two(self.rows), "BN": FEW_COLUMNS}
+            first, second = few_tile(width, width, swiglu), few_tile(hidden, width)
+            self._first_grid, self._second_grid = ((triton.cdiv(n, FEW_COLUMNS),) for n in (hidden, width))
+            self._first_options = norm | few | {"SWIGLU": swiglu, "BK": first.bk, "num_warps": first.warps}
+            self._second_options = few | {"BK": second.bk, "num_warps": second.warps}
             return
         dot = dot_dtype(head.dtype)
         if tile := self.products.first:
-            self._first_grid, self._first_options = self._tiled(tile, width, dot, common)
+            self._first_grid, self._first_options = self._tiled(tile, hidden, dot, common)
+            self._first_options["SWIGLU"] = swiglu
+        elif swiglu:
+            self._first_grid = self.rows, triton.cdiv(hidden, SWIGLU_COLUMNS)
+            self._first_options = early | {"H": hidden, "BLOCK": SWIGLU_COLUMNS, "num_warps": 4}
+        else:
+            self._first_grid = (self.rows,)
+            self._first_options = early | {
+                "W": hidden, "WP": power_of_two(hidden), "num_warps": row_warps(hidden),
+            }  # fmt: skip
         if tile := self.products.second:
             self._second_grid, self._second_options = self._tiled(tile, width, dot, common)
             # Many accumulators a thread leave no registers for what the end of the tile needs.
             self._second_options["EARLY"] = tile.bm * tile.bn <= 512 * tile.warps
 
-    def _tiled(self, tile: Tile, width: int, dot, common: dict) -> tuple[tuple[int], dict]:
+    def _prepare_sweeps(self, head: DiffusionHead, early: dict) -> None:
+        """Likewise of sweeps over the steps."""
+        channels = head.channels
+        # By steps and channels alone, so that a token's bits are its own in any batch.
+        group, warps = sweep_tile(head.num_steps, channels)
+        self._sweep_grid = self.period, triton.cdiv(channels, group)
+        self._sweep_options = early | {
+            "C": channels, "G": group, "BT": power_of_two(head.num_steps), "GROUPS": self.groups,
+            "PHILOX": self.philox, "num_warps": warps,
+        }  # fmt: skip
+        padded = power_of_two(channels)
+        self._settle_options = early | {
+            "C": channels, "CP": padded, "BN": SETTLED_AT_ONCE // padded, "num_warps": 4,
+        }  # fmt: skip
+
+    def _tiled(self, tile: Tile, columns: int, dot, common: dict) -> tuple[tuple[int], dict]:
         """Grid and constants of a product."""
-        grid = (triton.cdiv(self.rows, tile.bm) * triton.cdiv(width, tile.bn),)
-        own = {"DOT": dot, "BM": tile.bm, "BN": tile.bn, "BK": tile.bk, "STAGES": tile.stages}
+        grid = (triton.cdiv(self.rows, tile.bm) * triton.cdiv(columns, tile.bn),)
+        own = {"H": self.shape.hidden, "DOT": dot, "BM": tile.bm, "BN": tile.bn, "BK": tile.bk, "STAGES": tile.stages}
         return grid, common | own | tile.options
 
     def warm_up_products(self, head: DiffusionHead) -> None:
         if self.products and None in self.products and head.depth:
-            torch.mm(self.operand, head.blocks[0].weight0.t(), out=self.activations)
+            torch.mm(self.operand, head.blocks[0].weight0.t(), out=self.gate_and_up)
 
     def embed(self, head: DiffusionHead, start: int, stop: int) -> None:
-        block = min(1024, power_of_two(head.width))
-        _condition_kernel[((stop - start) * self.rows, triton.cdiv(head.width, block))](
-            self.y,
-            head.time_embedding[start:stop],
-            self.embedded,
-            self.rows,
-            W=head.width,
-            BLOCK=block,
-            num_warps=4,
-            **OPTIONS,
+        self._embed(head.time_embedding[start:stop], stop - start, False)
+
+    def embed_rows(self, embedding: torch.Tensor) -> None:
+        self._embed(embedding, 1, len(embedding) > 1)
+
+    def _embed(self, embedding: torch.Tensor, steps: int, own: bool) -> None:
+        width = self.shape.width
+        block = min(1024, power_of_two(width))
+        _condition_kernel[(steps * self.rows, triton.cdiv(width, block))](
+            self.y, embedding, self.embedded, self.rows, OWN=own, W=width, BLOCK=block, num_warps=4, **OPTIONS
         )
 
     def run_steps(self, head: DiffusionHead, tables: Tables, start: int, stop: int) -> None:
@@ -154,9 +179,9 @@ class LayeredChain(Chain):
             for index in range(head.depth):
                 self.run_block(head, index, first_row)
             update(
-                self.h, self.final_mods, head.final_weight, head.final_bias, tables.coefficients, self.temperature,
-                self.scale, self.x, self.noise, noise_step, self.seed, self.addresses, self.log_std, self.path,
-                self.live, self.tokens, step, first_row, **self._update_options,
+                self.h, self.final_mods, head.final_weight, head.final_bias, tables.coefficients, tables.clip,
+                self.temperature, self.scale, self.x, self.noise, noise_step, self.seed, self.addresses, self.log_std,
+                self.path, self.live, self.tokens, step, first_row, **self._update_options,
             )  # fmt: skip
 
     def begin_step(self, head: DiffusionHead, tables: Tables, first_row: int) -> None:
@@ -187,8 +212,17 @@ class LayeredChain(Chain):
                 self.operand, b.weight0, b.bias0, self.activations, self.live, self.rows, **self._first_options
             )
         else:
-            torch.mm(self.operand, b.weight0.t(), out=self.activations)
-            _bias_silu_kernel[(self.rows,)](self.activations, b.bias0, self.live, **self._row_options)
+            torch.mm(self.operand, b.weight0.t(), out=self.gate_and_up)
+            self.activate(b)
+
+    def activate(self, b: Block) -> None:
+        """The activations, behind the library's product."""
+        if self.shape.swiglu:
+            _bias_swiglu_kernel[self._first_grid](
+                self.gate_and_up, b.bias0, self.activations, self.live, **self._first_options
+            )
+        else:
+            _bias_silu_kernel[self._first_grid](self.activations, b.bias0, self.live, **self._first_options)
 
     def run_second(self, head: DiffusionHead, index: int, first_row: int) -> None:
         """The second layer of a block: h, and the next block's operand."""
@@ -226,16 +260,16 @@ class LayeredChain(Chain):
         for index in range(head.depth):
             self.run_block(head, index, 0)
         _output_kernel[self._update_grid](
-            self.h, self.final_mods, head.final_weight, head.final_bias, self.eps, self.v, self.eps_u, self.live,
+            self.h, self.final_mods, head.final_weight, head.final_bias, self.out, self.v, self.live, self.tokens,
             self.period, **self._output_options,
         )  # fmt: skip
 
     def sweep(self, tables: Tables, chain: Chain, state: Sweeps, begin: bool) -> None:
         _sweep_kernel[self._sweep_grid](
-            self.eps, self.v, self.eps_u, chain.x, chain.noise, chain.noise.stride(0), chain.seed, chain.addresses,
-            chain.scale, chain.temperature, tables.coefficients, state.x, state.before, state.x0, state.x0_u,
-            state.mean, state.log_std, state.path, state.change, state.size, state.settled, state.done, state.live,
-            self.period, state.steps, BEGIN=begin, GUESSED=state.guessed, **self._sweep_options,
+            self.out, self.v, chain.x, chain.noise, chain.noise.stride(0), chain.seed, chain.addresses, chain.scale,
+            chain.temperature, tables.coefficients, tables.clip, state.x, state.before, state.x0, state.mean,
+            state.log_std, state.path, state.change, state.size, state.settled, state.done, state.live, self.period,
+            state.steps, BEGIN=begin, GUESSED=state.guessed, **self._sweep_options,
         )  # fmt: skip
 
     def settle(self, state: Sweeps, begin: bool) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -15,7 +15,7 @@ _MULTIPROCESSORS = 132  # where there is no device to ask: interpreter, compile 
 
 @dataclass(frozen=True)
 class Tile:
-    """A program's share of a product [M, W] @ [W, W]^T: BM rows, BN columns, BK of the sum at a time."""
+    """A program's share of a product [M, K] @ [N, K]^T: BM rows, BN columns, BK of the sum at a time."""
 
     bm: int
     bn: int
@@ -49,9 +49,16 @@ HALF_TILES = (
 )  # fmt: skip
 FLOAT32_TILES = (Tile(64, 64, 32, 8, 3), Tile(32, 32, 32, 4, 4), Tile(16, 32, 64, 4, 3), Tile(16, 16, 64, 4, 3))
 
+
+def halved(tiles: tuple[Tile, ...]) -> tuple[Tile, ...]:
+    """For two products at once, of half as many columns each: a program then holds what it did."""
+    return tuple(dict.fromkeys(replace(tile, bn=tile.bn // 2) for tile in tiles if tile.bn >= 32))
+
+
 # (compute capability, width, bytes of an element) -> (up to how many rows, None for any; who makes the products),
 # ascending. Empty, as nothing has been timed: `python benchmarks/tiles.py` on the device prints its entries. What is
-# not here is chosen by reasoning (`_by_reasoning`), of which nothing has been timed either.
+# not here is chosen by reasoning (`_by_reasoning`), of which nothing has been timed either. Of heads whose blocks are
+# as wide inside as outside, and have no SwiGLU.
 TILES: dict[tuple[tuple[int, int], int, int], tuple[tuple[int | None, Products], ...]] = {}
 
 
@@ -61,56 +68,93 @@ def power_of_two(n: int) -> int:
 
 
 def row_warps(width: int) -> int:
-    """Warps of a program that holds whole rows: 8 elements a thread."""
-    return 4 if width <= 1024 else 8
+    """Warps of a program that holds whole rows: 8 elements a thread, up to width 4096."""
+    return 4 if width <= 1024 else 8 if width <= 2048 else 16
+
+
+class FewTile(NamedTuple):
+    """How the kernels for a few rows divide a product."""
+
+    bk: int  # of the sum at a time
+    warps: int
+
+
+def few_tile(sum_of: int, width: int, two: bool = False) -> FewTile:
+    """Of a product over ``sum_of`` elements of a head of this width, or of two at once: whole rows where the registers
+    hold a program's weights, else 32 of them a thread."""
+    warps = min(8, row_warps(width))
+    whole = power_of_two(sum_of)
+    fits = whole <= 256 * warps and not two
+    return FewTile(whole if fits else min(whole, 128 * warps), warps)
+
+
+class Shape(NamedTuple):
+    """What the products of a head's blocks depend on."""
+
+    width: int
+    hidden: int
+    swiglu: bool
+
+    @property
+    def plain(self) -> bool:
+        """Whether both products are of one square weight."""
+        return self.width == self.hidden and not self.swiglu
 
 
 @functools.cache
-def products(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> Products | None:
+def products(rows: int, shape: Shape, dtype: torch.dtype, device: torch.device) -> Products | None:
     """Who makes the products of a block; None up to :data:`FEW_ROWS` rows, which have kernels of their own."""
     if rows <= FEW_ROWS:
         return None
-    measured = TILES.get((_capability(device), width, dtype.itemsize), ())
+    measured = TILES.get((_capability(device), shape.width, dtype.itemsize), ()) if shape.plain else ()
     chosen = next((choice for limit, choice in measured if limit is None or rows <= limit), None)
-    return chosen or _by_reasoning(rows, width, dtype, _multiprocessors(device))
+    return chosen or _by_reasoning(rows, shape, dtype, _multiprocessors(device))
 
 
 LIBRARY_ROWS = 1024  # from here on the library's 16-bit products are expected to win by more than is fused to ours
 
 
-def _by_reasoning(rows: int, width: int, dtype: torch.dtype, multiprocessors: int) -> Products:
+def _by_reasoning(rows: int, shape: Shape, dtype: torch.dtype, multiprocessors: int) -> Products:
     """The tile that should take the fewest cycles; for float32, where no tensor core helps, the library: with its
     products the CUDA chain took half the time of an earlier Triton chain with its own, on an H100.
     """
     if dtype.itemsize == 4 or rows >= LIBRARY_ROWS:
         return Products(None, None)
-    tile = _fastest_tile(rows, width, dtype, multiprocessors)
-    return Products(tile, tile)
+    return _fastest_tiles(rows, shape, dtype, multiprocessors)
 
 
 @functools.cache
-def own_products(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> Products:
+def own_products(rows: int, shape: Shape, dtype: torch.dtype, device: torch.device) -> Products:
     """The tiles of a block's products where the library is not to make any, whatever the number of rows."""
-    tile = _fastest_tile(rows, width, dtype, _multiprocessors(device))
-    chosen = products(rows, width, dtype, device) or (None, None)
-    return Products(*(of_table or tile for of_table in chosen))
+    tiles = _fastest_tiles(rows, shape, dtype, _multiprocessors(device))
+    chosen = products(rows, shape, dtype, device) or (None, None)
+    return Products(*(of_table or tile for of_table, tile in zip(chosen, tiles)))
 
 
-def _fastest_tile(rows: int, width: int, dtype: torch.dtype, multiprocessors: int) -> Tile:
-    tiles = FLOAT32_TILES if dtype.itemsize == 4 else HALF_TILES
-    candidates = [tile for tile in tiles if tile.bm <= max(16, power_of_two(rows))]
-    return min(candidates, key=lambda tile: _cycles(tile, rows, width, dtype.itemsize, multiprocessors))
+def _fastest_tiles(rows: int, shape: Shape, dtype: torch.dtype, multiprocessors: int) -> Products:
+    width, hidden, swiglu = shape
+
+    def fastest(columns: int, sum_of: int, times: int) -> Tile:
+        tiles = FLOAT32_TILES if dtype.itemsize == 4 else HALF_TILES
+        tiles = halved(tiles) if times == 2 else tiles
+        candidates = [tile for tile in tiles if tile.bm <= max(16, power_of_two(rows))]
+        work = columns, sum_of, times, dtype.itemsize, multiprocessors
+        return min(candidates, key=lambda tile: _cycles(tile, rows, *work))
+
+    return Products(fastest(hidden, width, 1 + swiglu), fastest(width, hidden, 1))
 
 
-def _cycles(tile: Tile, rows: int, width: int, itemsize: int, multiprocessors: int) -> tuple[float, float]:
-    """Of a product: what an SM reads at 64 bytes a cycle, or multiplies, or waits for one multiplication after another;
-    the tiles of one SM share the first two. Where it waits, the tile that reads least."""
-    programs = -(-rows // tile.bm) * -(-width // tile.bn)
+def _cycles(
+    tile: Tile, rows: int, columns: int, sum_of: int, times: int, itemsize: int, multiprocessors: int
+) -> tuple[float, float]:
+    """Of a product, or two at once: what an SM reads at 64 bytes a cycle, or multiplies, or waits for one
+    multiplication after another; the tiles of one SM share the first two. Where it waits, the tile that reads least."""
+    programs = -(-rows // tile.bm) * -(-columns // tile.bn)
     each = -(-programs // multiprocessors)
-    read = (tile.bm + tile.bn) * width * itemsize / 64
+    read = (tile.bm + times * tile.bn) * sum_of * itemsize / 64
     rate = 128 if itemsize == 4 else 1200 if tile.bm >= 64 else 600  # scalar; a warpgroup's instructions; a warp's
-    multiplied = tile.bm * tile.bn * width / rate
-    waited = width * 4 if itemsize == 4 else width / 16 * 33
+    multiplied = times * tile.bm * tile.bn * sum_of / rate
+    waited = sum_of * 4 if itemsize == 4 else sum_of / 16 * 33
     return max(each * read, each * multiplied, -(-each // 2) * waited), each * read
 
 

@@ -1,8 +1,8 @@
 """The kernels of the layered chain.
 
-Few rows: two kernels a block, ``_few_mlp0_kernel`` and ``_few_mlp1_kernel``, each program with whole rows of its
-operand. More rows: ``_norm_kernel`` writes the operand of a block's first product once, then two products with what
-comes behind them, ``_mlp0_kernel`` and ``_mlp1_kernel``; where a product is the library's, ``_bias_silu_kernel`` and
+Few rows: two kernels a block, each program with all rows of its operand (``triton_few``). More rows: ``_norm_kernel``
+writes the operand of a block's first product once, then two products with what comes behind them, ``_mlp0_kernel`` and
+``_mlp1_kernel``; where a product is the library's, ``_bias_silu_kernel`` or ``_bias_swiglu_kernel``, and
 ``_residual_kernel`` (with the next block's norm) stand behind it. In front of the blocks of a step stands
 ``_input_kernel``, behind them ``_update_kernel`` (``triton_ends``). In parallel over all steps the same kernels run on
 the rows of all of them, with ``_output_kernel`` at the end, and ``triton_sweep`` has what follows.
@@ -31,130 +31,78 @@ import triton.language as tl
 
 from .triton_tiles import (
     called_off,
+    norm_weights,
     prefetch_weights,
     product,
     shift_and_scale,
+    silu,
     standardised,
     tile_of_program,
+    two_products,
     wait_for_previous,
 )  # fmt: skip
-
-# --- a few rows ---
-
-
-@triton.jit(do_not_specialize=["M", "first_row"])
-def _few_mlp0_kernel(
-    h, mods, norm_weight, norm_bias, weight, bias, out, live, M, first_row,
-    W: tl.constexpr, WP: tl.constexpr, EPS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """out [M, W] = silu((LN(h) (1 + scale) + shift) @ weight^T + bias), all rows and BN columns a program.
-
-    A few rows leave a tensor core idle; every thread adds up its own products of the three-dimensional [BM, BN, WP].
-    ``first_row`` is the step's first row of mods.
-    """
-    k = tl.arange(0, WP)[None, None, :]
-    inside = k < W
-    cols = tl.program_id(0) * BN + tl.arange(0, BN)
-    w = tl.load(weight + cols[None, :, None] * W + k, inside & (cols < W)[None, :, None], 0.0)
-    gain, offset = tl.load(norm_weight + k, inside, 0.0), tl.load(norm_bias + k, inside, 0.0)
-    added = tl.load(bias + cols, cols < W, 0.0)[None, :].to(tl.float32)
-    rows = tl.arange(0, BM)
-    mask = rows < M
-    valid = mask[:, None, None] & inside
-    row = rows[:, None, None].to(tl.int64)
-    wait_for_previous(PDL)
-    if called_off(live):
-        return
-    value = tl.load(h + row * W + k, valid, 0.0)
-    shift, scale = shift_and_scale(mods + (first_row + row) * (3 * W) + k, valid, W)
-    a = (standardised(value, inside, W, EPS, 2) * gain + offset) * (1.0 + scale) + shift
-    a = a.to(weight.dtype.element_ty).to(tl.float32)  # as the tensor cores' operand
-    value = tl.sum(a * w.to(tl.float32), 2) + added
-    value = value * tl.sigmoid(value)
-    at = out + rows[:, None].to(tl.int64) * W + cols[None, :]
-    tl.store(at, value.to(out.dtype.element_ty), mask[:, None] & (cols < W)[None, :])
-
-
-@triton.jit(do_not_specialize=["M", "first_row"])
-def _few_mlp1_kernel(
-    a, mods, weight, bias, h, live, M, first_row,
-    W: tl.constexpr, WP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """h += gate * (a @ weight^T + bias), all rows and BN columns a program."""
-    k = tl.arange(0, WP)[None, None, :]
-    inside = k < W
-    cols = tl.program_id(0) * BN + tl.arange(0, BN)
-    w = tl.load(weight + cols[None, :, None] * W + k, inside & (cols < W)[None, :, None], 0.0)
-    added = tl.load(bias + cols, cols < W, 0.0)[None, :].to(tl.float32)
-    rows = tl.arange(0, BM)
-    mask = rows < M
-    valid = mask[:, None] & (cols < W)[None, :]
-    row = rows[:, None].to(tl.int64)
-    at = h + row * W + cols[None, :]
-    wait_for_previous(PDL)
-    if called_off(live):
-        return
-    value = tl.load(a + rows[:, None, None].to(tl.int64) * W + k, mask[:, None, None] & inside, 0.0)
-    gate = tl.load(mods + (first_row + row) * (3 * W) + 2 * W + cols[None, :], valid, 0.0).to(tl.float32)
-    residual = tl.load(at, valid, 0.0)
-    value = tl.sum(value.to(tl.float32) * w.to(tl.float32), 2) + added
-    tl.store(at, residual + gate * value, valid)
-
-
-# --- more rows ---
 
 
 @triton.jit(do_not_specialize=["first_row"])
 def _norm_kernel(
     h, mods, norm_weight, norm_bias, out, live, first_row,
-    W: tl.constexpr, WP: tl.constexpr, EPS: tl.constexpr, PDL: tl.constexpr,
+    W: tl.constexpr, WP: tl.constexpr, EPS: tl.constexpr, RMS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """out = LN(h) (1 + scale) + shift, one row a program: the operand of a block."""
+    """out = norm(h) (1 + scale) + shift, one row a program: the operand of a block."""
     k = tl.arange(0, WP)
     inside = k < W
-    gain, offset = tl.load(norm_weight + k, inside, 0.0), tl.load(norm_bias + k, inside, 0.0)
+    gain, offset = norm_weights(norm_weight, norm_bias, k, inside, RMS)
     row = tl.program_id(0).to(tl.int64)
     wait_for_previous(PDL)
     if called_off(live):
         return
     value = tl.load(h + row * W + k, inside, 0.0)
     shift, scale = shift_and_scale(mods + (first_row + row) * (3 * W) + k, inside, W)
-    value = (standardised(value, inside, W, EPS, 0) * gain + offset) * (1.0 + scale) + shift
+    value = (standardised(value, inside, W, EPS, 0, RMS) * gain + offset) * (1.0 + scale) + shift
     tl.store(out + row * W + k, value.to(out.dtype.element_ty), inside)
 
 
 @triton.jit(do_not_specialize=["M"])
 def _mlp0_kernel(
     a, weight, bias, out, live, M,
-    W: tl.constexpr, DOT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
-    PDL: tl.constexpr,
+    W: tl.constexpr, H: tl.constexpr, SWIGLU: tl.constexpr, DOT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    BK: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """out = silu(a @ weight^T + bias), one tile a program."""
-    row_tile, col_tile = tile_of_program(M, W, BM, BN)
+    """out [M, H] = silu(a [M, W] @ weight^T + bias), one tile a program; with SWIGLU a second half of the weight and
+    the bias makes what it is multiplied by."""
+    row_tile, col_tile = tile_of_program(M, H, BM, BN)
     rows, cols = row_tile * BM + tl.arange(0, BM), col_tile * BN + tl.arange(0, BN)
     if PDL:
-        prefetch_weights(weight, row_tile, cols, W)
-    added = tl.load(bias + cols, cols < W, 0.0)[None, :].to(tl.float32)
+        prefetch_weights(weight, row_tile, cols, W, H)
+        if SWIGLU:
+            prefetch_weights(weight + H * W, row_tile, cols, W, H)
+    added = tl.load(bias + cols, cols < H, 0.0)[None, :].to(tl.float32)
+    if SWIGLU:
+        added_up = tl.load(bias + H + cols, cols < H, 0.0)[None, :].to(tl.float32)
     wait_for_previous(PDL)
     if called_off(live):
         return
-    value = product(a, weight, rows, cols, M, W, DOT, BM, BN, BK, STAGES) + added
-    value = value * tl.sigmoid(value)
-    valid = (rows < M)[:, None] & (cols < W)[None, :]
-    tl.store(out + rows[:, None].to(tl.int64) * W + cols[None, :], value.to(out.dtype.element_ty), valid)
+    if SWIGLU:
+        value, up = two_products(a, weight, rows, cols, M, W, H, DOT, BM, BN, BK, STAGES)
+        value = silu(value + added) * (up + added_up)
+    else:
+        value = silu(product(a, weight, rows, cols, M, W, H, DOT, BM, BN, BK, STAGES) + added)
+    valid = (rows < M)[:, None] & (cols < H)[None, :]
+    tl.store(out + rows[:, None].to(tl.int64) * H + cols[None, :], value.to(out.dtype.element_ty), valid)
 
 
 @triton.jit(do_not_specialize=["M", "first_row"])
 def _mlp1_kernel(
     a, mods, weight, bias, h, live, M, first_row,
-    W: tl.constexpr, DOT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
-    EARLY: tl.constexpr, PDL: tl.constexpr,
+    W: tl.constexpr, H: tl.constexpr, DOT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    STAGES: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """h += gate * (a @ weight^T + bias), one tile a program. EARLY: gate and h are asked for before the product."""
+    """h += gate * (a [M, H] @ weight^T + bias), one tile a program. EARLY: gate and h are asked for before the
+    product."""
     row_tile, col_tile = tile_of_program(M, W, BM, BN)
     rows, cols = row_tile * BM + tl.arange(0, BM), col_tile * BN + tl.arange(0, BN)
     if PDL:
-        prefetch_weights(weight, row_tile, cols, W)
+        prefetch_weights(weight, row_tile, cols, H, W)
     added = tl.load(bias + cols, cols < W, 0.0)[None, :].to(tl.float32)
     valid = (rows < M)[:, None] & (cols < W)[None, :]
     row = rows[:, None].to(tl.int64)
@@ -164,7 +112,7 @@ def _mlp1_kernel(
         return
     if EARLY:
         gate, residual = tl.load(gate_at, valid, 0.0), tl.load(at, valid, 0.0)
-    value = product(a, weight, rows, cols, M, W, DOT, BM, BN, BK, STAGES) + added
+    value = product(a, weight, rows, cols, M, H, W, DOT, BM, BN, BK, STAGES) + added
     if not EARLY:
         gate, residual = tl.load(gate_at, valid, 0.0), tl.load(at, valid, 0.0)
     tl.store(at, residual + gate.to(tl.float32) * value, valid)
@@ -183,22 +131,38 @@ def _bias_silu_kernel(x, bias, live, W: tl.constexpr, WP: tl.constexpr, PDL: tl.
     wait_for_previous(PDL)
     if called_off(live):
         return
-    value = tl.load(at, inside, 0.0).to(tl.float32) + added
-    value = value * tl.sigmoid(value)
+    value = silu(tl.load(at, inside, 0.0).to(tl.float32) + added)
     tl.store(at, value.to(x.dtype.element_ty), inside)
+
+
+@triton.jit
+def _bias_swiglu_kernel(x, bias, out, live, H: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    """out [M, H] = silu(x + bias) of the first half of x [M, 2 H] times that of the second without silu: BLOCK columns
+    of one row a program."""
+    k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = k < H
+    added, added_up = tl.load(bias + k, inside, 0.0).to(tl.float32), tl.load(bias + H + k, inside, 0.0).to(tl.float32)
+    row = tl.program_id(0).to(tl.int64)
+    at = x + row * (2 * H) + k
+    wait_for_previous(PDL)
+    if called_off(live):
+        return
+    value = silu(tl.load(at, inside, 0.0).to(tl.float32) + added)
+    value *= tl.load(at + H, inside, 0.0).to(tl.float32) + added_up
+    tl.store(out + row * H + k, value.to(out.dtype.element_ty), inside)
 
 
 @triton.jit(do_not_specialize=["first_row"])
 def _residual_kernel(
     x, bias, mods, h, next_mods, norm_weight, norm_bias, out, live, first_row,
-    W: tl.constexpr, WP: tl.constexpr, EPS: tl.constexpr, NORM: tl.constexpr, PDL: tl.constexpr,
+    W: tl.constexpr, WP: tl.constexpr, EPS: tl.constexpr, RMS: tl.constexpr, NORM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """h += gate * (x + bias), one row a program; with NORM also the operand of the next block, as ``_norm_kernel``."""
     k = tl.arange(0, WP)
     inside = k < W
     added = tl.load(bias + k, inside, 0.0).to(tl.float32)
     if NORM:
-        gain, offset = tl.load(norm_weight + k, inside, 0.0), tl.load(norm_bias + k, inside, 0.0)
+        gain, offset = norm_weights(norm_weight, norm_bias, k, inside, RMS)
     row = tl.program_id(0).to(tl.int64)
     wait_for_previous(PDL)
     if called_off(live):
@@ -210,5 +174,5 @@ def _residual_kernel(
         shift, scale = shift_and_scale(next_mods + (first_row + row) * (3 * W) + k, inside, W)
     tl.store(h + row * W + k, value, inside)
     if NORM:
-        value = (standardised(value, inside, W, EPS, 0) * gain + offset) * (1.0 + scale) + shift
+        value = (standardised(value, inside, W, EPS, 0, RMS) * gain + offset) * (1.0 + scale) + shift
         tl.store(out + row * W + k, value.to(out.dtype.element_ty), inside)

@@ -6,7 +6,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_tiles import called_off, log_std_between, step_noise, step_table, wait_for_previous
+from .triton_tiles import (
+    called_off,
+    guidance_scales,
+    guided,
+    limited,
+    limits_of,
+    log_std_between,
+    step_noise,
+    step_table,
+    wait_for_previous,
+)  # fmt: skip
 
 SETTLED_AT_ONCE = 1024  # values of tokens and channels
 
@@ -26,6 +36,13 @@ def _slope(change, moved, first):
 
 
 @triton.jit
+def _x0_of_group(out, x0_before, now, moved, x0_x, x0_out, valid, first):
+    """(x0, slope) of one group, from what the network puts out and x0 of the sweep before."""
+    x0 = x0_x * now + x0_out * tl.load(out, valid, 0.0)
+    return x0, _slope(x0 - tl.load(x0_before, valid, 0.0), moved, first)
+
+
+@triton.jit
 def _of_step(values, chosen):
     """The one row of a block [BT, G] that is chosen [BT, 1], as [1, G]."""
     return tl.sum(tl.where(chosen, values, 0.0), 0, keep_dims=True)
@@ -40,10 +57,10 @@ def _largest(values, valid):
 
 @triton.jit(do_not_specialize=["N", "T", "noise_step"])
 def _sweep_kernel(
-    eps, v, eps_u, x_T, noise, noise_step, seed, addresses, scale, temperature, coefficients,
-    x, before, x0_before, x0_u_before, mean_out, log_std_out, path, change, size, settled, done, live, N, T,
-    C: tl.constexpr, G: tl.constexpr, BT: tl.constexpr, BEGIN: tl.constexpr, GUESSED: tl.constexpr,
-    PHILOX: tl.constexpr, PDL: tl.constexpr,
+    out, v, x_T, noise, noise_step, seed, addresses, scale, temperature, coefficients, clip,
+    x, before, x0_before, mean_out, log_std_out, path, change, size, settled, done, live, N, T,
+    C: tl.constexpr, G: tl.constexpr, BT: tl.constexpr, GROUPS: tl.constexpr, BEGIN: tl.constexpr,
+    GUESSED: tl.constexpr, PHILOX: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One sweep over all T steps of a token, G channels a program, in place on x, before and x0; nothing at all for a
     token that has settled. BEGIN: the inputs x of the first sweep, as if the network put out x0 = 0 and v = -1; of a
@@ -51,7 +68,7 @@ def _sweep_kernel(
 
     A row of a block is a step, T-1 first. With F_i the step from the inputs X_i and d_i = Y_i - X_i the recursion is
 
-        d_i-1 = (F_i - X_i-1) + (coef1 slope_i + coef2) d_i,      Y_i-1 = F_i + (coef1 slope_i + coef2) d_i
+        d_i-1 = (F_i - X_i-1) + (mean_x0 slope_i + mean_x) d_i,      Y_i-1 = F_i + (mean_x0 slope_i + mean_x) d_i
 
     so that everything but d is computed for all steps at once, and d by a scan. Where sweeps converge d is rounding,
     and a scan, which adds up in another order, loses nothing. A step that is not finite spoils those behind it, and
@@ -63,7 +80,8 @@ def _sweep_kernel(
     channels = (tl.program_id(1) * G + tl.arange(0, G))[None, :]
     known = channels < C
     valid = (step >= 0) & known
-    recip, recipm1, coef1, coef2, upper, lower = step_table(coefficients, tl.maximum(step, 0))
+    x0_x, x0_out, mean_x0, mean_x, upper, lower = step_table(coefficients, tl.maximum(step, 0))
+    limits = limits_of(clip, channels, known, C)
     of_token = token.to(tl.int64) * C + channels
     to_next = N.to(tl.int64) * C
     at = step.to(tl.int64) * to_next + of_token
@@ -85,23 +103,30 @@ def _sweep_kernel(
         following = tl.load(x + at - to_next, not_last, 0.0)
         moved = now - tl.load(before + at, valid, 0.0)
         first = tl.load(done) == 0
-        x0 = recip * now - recipm1 * tl.load(eps + at, valid, 0.0)
-        slope = _slope(x0 - tl.load(x0_before + at, valid, 0.0), moved, first)
-        x0_c, x0_u = x0, x0
-        if eps_u is not None:
-            guidance = tl.load(scale + token)
-            x0_u = recip * now - recipm1 * tl.load(eps_u + at, valid, 0.0)
-            slope_u = _slope(x0_u - tl.load(x0_u_before + at, valid, 0.0), moved, first)
-            x0, slope = x0_u + guidance * (x0_c - x0_u), slope_u + guidance * (slope - slope_u)
+        to_group = T.to(tl.int64) * to_next
+        scales = guidance_scales(scale, token, N, GROUPS)
+        x0_1, slope_1 = _x0_of_group(out + at, x0_before + at, now, moved, x0_x, x0_out, valid, first)
+        x0_2, slope_2, x0_3, slope_3 = x0_1, slope_1, x0_1, slope_1
+        if GROUPS > 1:
+            at_2 = to_group + at
+            x0_2, slope_2 = _x0_of_group(out + at_2, x0_before + at_2, now, moved, x0_x, x0_out, valid, first)
+        if GROUPS > 2:
+            at_3 = 2 * to_group + at
+            x0_3, slope_3 = _x0_of_group(out + at_3, x0_before + at_3, now, moved, x0_x, x0_out, valid, first)
+        x0, slope = guided(x0_1, x0_2, x0_3, scales, GROUPS), guided(slope_1, slope_2, slope_3, scales, GROUPS)
+        if clip is not None:
+            free = x0
+            x0 = limited(free, clip, limits)
+            slope = tl.where(x0 == free, slope, 0.0)
         if v is not None:
-            log_std = log_std_between(tl.load(v + at, valid, 0.0), upper, lower)
+            log_std = log_std_between(tl.load(v + at, valid, 0.0), upper, lower, True)
         else:
-            log_std = upper + tl.zeros_like(z)
+            log_std = lower + tl.zeros_like(z)
         first_d = tl.zeros_like(tl.load(x_T + of_token, known, 0.0))
         mean_before = tl.load(mean_out + of_token, known, 0.0)
-    to = coef1 * x0 + coef2 * now
+    to = mean_x0 * x0 + mean_x * now
     to = tl.where(step > 0, to + tl.load(temperature) * tl.exp(log_std) * z, to)
-    factor = coef1 * slope + coef2
+    factor = mean_x0 * slope + mean_x
     offset = to - following
     offset = tl.where(place == 0, offset + factor * first_d, offset)
     _, d = tl.associative_scan((factor, offset), 0, _compose)  # of the step behind: d_i-1 beside F_i
@@ -121,9 +146,11 @@ def _sweep_kernel(
         largest = tl.maximum(_largest(value, valid), _largest(now, valid & (place == 0)))
         tl.store(size + of_token, largest, known)
         tl.store(before + at, now, valid)
-        tl.store(x0_before + at, x0_c, valid)
-        if eps_u is not None:
-            tl.store(x0_u_before + at, x0_u, valid)
+        tl.store(x0_before + at, x0_1, valid)
+        if GROUPS > 1:
+            tl.store(x0_before + to_group + at, x0_2, valid)
+        if GROUPS > 2:
+            tl.store(x0_before + 2 * to_group + at, x0_3, valid)
     tl.store(x + at - to_next, value, not_last)
 
 

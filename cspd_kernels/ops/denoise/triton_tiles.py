@@ -1,7 +1,8 @@
 """Device functions of the denoising chain that several of its kernels share.
 
-A residual stream h is float32 [M, W]; M counts the rows of both halves under guidance, conditional first. Whole rows
-are WP wide, a power of two >= W, with 0 beyond W.
+A residual stream h is float32 [M, W]; M counts the rows of all GROUPS under guidance, 1 to 3, the fully conditional
+group first. Whole rows are WP wide, a power of two >= W, with 0 beyond W. RMS and SWIGLU: the head's norm and its
+MLP, see ``DiffusionHead``.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from ...triton_noise import normal
 
 STREAM_STEP: tl.constexpr = tl.constexpr(_STREAM_STEP)
 GROUP: tl.constexpr = tl.constexpr(8)  # row tiles that share a tile of weights while it is in the cache
+MOST_LINES: tl.constexpr = tl.constexpr(64)  # of a column's weights, asked for ahead of time
 
 
 @triton.jit
@@ -35,19 +37,47 @@ def called_off(live):
 
 
 @triton.jit
-def row_of(token, period, GUIDED: tl.constexpr):
-    """Of h, for a token's (conditional) half; int64. ``period`` tokens of one step, then as many of the next: rows of
-    the unconditional half lie ``period`` behind."""
+def row_of(token, period, GROUPS: tl.constexpr):
+    """Of h, for a token's first group; int64. ``period`` tokens of one step, then as many of the next: rows of the
+    next group lie ``period`` behind."""
     token = token.to(tl.int64)
-    return token + token // period * period if GUIDED else token
+    return token + token // period * period * (GROUPS - 1) if GROUPS > 1 else token
 
 
 @triton.jit
-def standardised(value, inside, W: tl.constexpr, EPS: tl.constexpr, AXIS: tl.constexpr):
-    """(value - mean) / std of whole rows along AXIS, the last one; 0 beyond W."""
-    mean = tl.sum(value, AXIS, keep_dims=True) / W
-    deviation = tl.where(inside, value - mean, 0.0)
-    return deviation * (1.0 / tl.sqrt(tl.sum(deviation * deviation, AXIS, keep_dims=True) / W + EPS))
+def moments(value, inside, W: tl.constexpr, EPS: tl.constexpr, AXIS: tl.constexpr, RMS: tl.constexpr):
+    """(mean, 1 / std) of whole rows along AXIS, the last one; RMS: about 0, the mean is left out."""
+    if RMS:
+        mean, deviation = 0.0, value
+    else:
+        mean = tl.sum(value, AXIS, keep_dims=True) / W
+        deviation = tl.where(inside, value - mean, 0.0)
+    return mean, 1.0 / tl.sqrt(tl.sum(deviation * deviation, AXIS, keep_dims=True) / W + EPS)
+
+
+@triton.jit
+def normalised(value, inside, mean, factor, RMS: tl.constexpr):
+    """By the moments of its rows; 0 beyond W."""
+    if RMS:
+        return value * factor
+    else:
+        return tl.where(inside, value - mean, 0.0) * factor
+
+
+@triton.jit
+def standardised(value, inside, W: tl.constexpr, EPS: tl.constexpr, AXIS: tl.constexpr, RMS: tl.constexpr):
+    """The norm of whole rows along AXIS, before its weights; 0 beyond W."""
+    mean, factor = moments(value, inside, W, EPS, AXIS, RMS)
+    return normalised(value, inside, mean, factor, RMS)
+
+
+@triton.jit
+def norm_weights(gain, offset, k, inside, RMS: tl.constexpr):
+    """What a norm multiplies by and adds; RMS adds nothing."""
+    if RMS:
+        return tl.load(gain + k, inside, 0.0), 0.0
+    else:
+        return tl.load(gain + k, inside, 0.0), tl.load(offset + k, inside, 0.0)
 
 
 @triton.jit
@@ -58,16 +88,16 @@ def shift_and_scale(mods, valid, W: tl.constexpr):
 
 
 @triton.jit
-def final_operand(h, mods, row, first_row, k, W: tl.constexpr, EPS: tl.constexpr):
-    """LN(h) (1 + scale) + shift of one row before the final layer, whose norm has no weights; 0 beyond W."""
+def final_operand(h, mods, row, first_row, k, W: tl.constexpr, EPS: tl.constexpr, RMS: tl.constexpr):
+    """norm(h) (1 + scale) + shift of one row before the final layer, whose norm has no weights; 0 beyond W."""
     value = tl.load(h + row * W + k, k < W, 0.0)
     shift, scale = shift_and_scale(mods + (first_row + row) * (2 * W) + k, k < W, W)
-    return standardised(value, k < W, W, EPS, 0) * (1.0 + scale) + shift
+    return standardised(value, k < W, W, EPS, 0, RMS) * (1.0 + scale) + shift
 
 
 @triton.jit
 def final_weights(weight, bias, channels, k, C: tl.constexpr, W: tl.constexpr, LEARNED: tl.constexpr):
-    """Weights and biases of the final layer for some channels: those of eps, then of v, which are the same again where
+    """Weights and biases of the final layer for some channels: those of out, then of v, which are the same again where
     the variance is not learned."""
     valid = channels < C
     here = valid[:, None] & (k < W)[None, :]
@@ -82,39 +112,63 @@ def final_weights(weight, bias, channels, k, C: tl.constexpr, W: tl.constexpr, L
 @triton.jit
 def network_output(
     h, mods, row, period, first_row, weights, k,
-    W: tl.constexpr, EPS: tl.constexpr, GUIDED: tl.constexpr, LEARNED: tl.constexpr,
+    W: tl.constexpr, EPS: tl.constexpr, GROUPS: tl.constexpr, LEARNED: tl.constexpr, RMS: tl.constexpr,
 ):  # fmt: skip
-    """(eps, v, eps of the unconditional half, ``period`` rows behind) by the final layer, for the channels of
-    ``weights``; v is 0 where it is not learned."""
+    """(v, out of the first group, of the next ones, ``period`` rows behind each other) by the final layer, for the
+    channels of ``weights``; v is 0 where it is not learned, and the first group's out stands for missing groups."""
     w, added, w_v, added_v = weights
-    a = final_operand(h, mods, row, first_row, k, W, EPS)
-    eps = tl.sum(w * a[None, :], 1) + added
-    v = tl.sum(w_v * a[None, :], 1) + added_v if LEARNED else tl.zeros_like(eps)
-    eps_u = eps
-    if GUIDED:
-        a = final_operand(h, mods, row + period, first_row, k, W, EPS)
-        eps_u = tl.sum(w * a[None, :], 1) + added
-    return eps, v, eps_u
+    a = final_operand(h, mods, row, first_row, k, W, EPS, RMS)
+    out = tl.sum(w * a[None, :], 1) + added
+    v = tl.sum(w_v * a[None, :], 1) + added_v if LEARNED else tl.zeros_like(out)
+    second, third = out, out
+    if GROUPS > 1:
+        a = final_operand(h, mods, row + period, first_row, k, W, EPS, RMS)
+        second = tl.sum(w * a[None, :], 1) + added
+    if GROUPS > 2:
+        a = final_operand(h, mods, row + 2 * period, first_row, k, W, EPS, RMS)
+        third = tl.sum(w * a[None, :], 1) + added
+    return v, out, second, third
 
 
 @triton.jit
-def prefetch_weights(weight, row_tile, cols, W: tl.constexpr):
-    """Ask for rows ``cols`` of a weight [W, W] to come into the L2 cache; one of the row tiles that need them does."""
+def guidance_scales(scale, token, tokens, GROUPS: tl.constexpr):
+    """Of a token, between the first and the second group and between the second and the third; scale [., tokens]."""
+    first = tl.load(scale + token) if GROUPS > 1 else 0.0
+    second = tl.load(scale + tokens + token) if GROUPS > 2 else 0.0
+    return first, second
+
+
+@triton.jit
+def guided(first, second, third, scales, GROUPS: tl.constexpr):
+    """The groups' values as one."""
+    if GROUPS == 1:
+        return first
+    elif GROUPS == 2:
+        return second + scales[0] * (first - second)
+    else:
+        return third + scales[1] * (second - third) + scales[0] * (first - second)
+
+
+@triton.jit
+def prefetch_weights(weight, row_tile, cols, K: tl.constexpr, N: tl.constexpr):
+    """Ask for rows ``cols`` of a weight [N, K] to come into the L2 cache, of long ones the beginning; one of the row
+    tiles that need them does."""
     LINE: tl.constexpr = 1024 // weight.dtype.element_ty.primitive_bitwidth  # elements of 128 bytes
-    LINES: tl.constexpr = triton.next_power_of_2((W + LINE - 1) // LINE)
+    ALL: tl.constexpr = triton.next_power_of_2((K + LINE - 1) // LINE)
+    LINES: tl.constexpr = ALL if ALL < MOST_LINES else MOST_LINES
     if row_tile == 0:
-        start = tl.minimum(tl.arange(0, LINES) * LINE, W - 1)
-        address = (weight + tl.minimum(cols, W - 1)[:, None] * W + start[None, :]).to(tl.int64)
+        start = tl.minimum(tl.arange(0, LINES) * LINE, K - 1)
+        address = (weight + tl.minimum(cols, N - 1)[:, None] * K + start[None, :]).to(tl.int64)
         tl.inline_asm_elementwise(
             "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [address], dtype=tl.int32, is_pure=False, pack=1
         )
 
 
 @triton.jit
-def tile_of_program(M, W: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+def tile_of_program(M, N: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
     """(row tile, column tile) of this program: GROUP row tiles down, then the next column."""
     row_tiles = (M + BM - 1) // BM
-    COL_TILES: tl.constexpr = (W + BN - 1) // BN
+    COL_TILES: tl.constexpr = (N + BN - 1) // BN
     group = tl.program_id(0) // (GROUP * COL_TILES)
     within = tl.program_id(0) % (GROUP * COL_TILES)
     size = tl.minimum(row_tiles - group * GROUP, GROUP)
@@ -124,27 +178,60 @@ def tile_of_program(M, W: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
 @triton.jit
 def product(
     a, weight, rows, cols, M,
-    W: tl.constexpr, DOT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
+    K: tl.constexpr, N: tl.constexpr, DOT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
-    """a [M, W] @ weight [W, W]^T, one tile [BM, BN] in float32. Beyond M and W it holds the last row or column again:
+    """a [M, K] @ weight [N, K]^T, one tile [BM, BN] in float32. Beyond M and N it holds the last row or column again:
     loads without masks are the wide ones.
 
     DOT is the operands' type, or float32 where the interpreter cannot multiply it (bfloat16).
     """
     k = tl.arange(0, BK)
-    a_at = a + tl.minimum(rows, M - 1)[:, None].to(tl.int64) * W + k[None, :]
-    if W % BN != 0:
-        cols = tl.minimum(cols, W - 1)
-    w_at = weight + cols[:, None] * W + k[None, :]
+    a_at = a + tl.minimum(rows, M - 1)[:, None].to(tl.int64) * K + k[None, :]
+    if N % BN != 0:
+        cols = tl.minimum(cols, N - 1)
+    w_at = weight + cols[:, None] * K + k[None, :]
     acc = tl.zeros([BM, BN], tl.float32)
-    for start in tl.range(0, W, BK, num_stages=STAGES):
-        if W % BK == 0:
+    for start in tl.range(0, K, BK, num_stages=STAGES):
+        if K % BK == 0:
             x, w = tl.load(a_at + start), tl.load(w_at + start)
         else:
-            inside = (start + k < W)[None, :]
+            inside = (start + k < K)[None, :]
             x, w = tl.load(a_at + start, inside, 0.0), tl.load(w_at + start, inside, 0.0)
         acc = tl.dot(x.to(DOT), tl.trans(w.to(DOT)), acc, input_precision="ieee")
     return acc
+
+
+@triton.jit
+def two_products(
+    a, weight, rows, cols, M,
+    K: tl.constexpr, N: tl.constexpr, DOT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """As ``product`` with a weight [2 N, K]: the tile of its first N columns and the same one of the others, which
+    read the rows once."""
+    k = tl.arange(0, BK)
+    a_at = a + tl.minimum(rows, M - 1)[:, None].to(tl.int64) * K + k[None, :]
+    if N % BN != 0:
+        cols = tl.minimum(cols, N - 1)
+    first_at = weight + cols[:, None] * K + k[None, :]
+    second_at = first_at + N * K
+    first, second = tl.zeros([BM, BN], tl.float32), tl.zeros([BM, BN], tl.float32)
+    for start in tl.range(0, K, BK, num_stages=STAGES):
+        if K % BK == 0:
+            x, w, w_2 = tl.load(a_at + start), tl.load(first_at + start), tl.load(second_at + start)
+        else:
+            inside = (start + k < K)[None, :]
+            x = tl.load(a_at + start, inside, 0.0)
+            w, w_2 = tl.load(first_at + start, inside, 0.0), tl.load(second_at + start, inside, 0.0)
+        first = tl.dot(x.to(DOT), tl.trans(w.to(DOT)), first, input_precision="ieee")
+        second = tl.dot(x.to(DOT), tl.trans(w_2.to(DOT)), second, input_precision="ieee")
+    return first, second
+
+
+@triton.jit
+def silu(value):
+    return value * tl.sigmoid(value)
 
 
 @triton.jit
@@ -158,25 +245,43 @@ def step_noise(noise, noise_step, seed, addresses, step, token, valid, channels,
 
 @triton.jit
 def step_table(coefficients, step):
-    """Of reverse step ``step``: sqrt_recip_acp, sqrt_recipm1_acp, coef1, coef2, and the log std at v = 1 and at
-    v = -1 (equal where the variance is fixed)."""
+    """Of reverse step ``step``: x0_x, x0_out, mean_x0, mean_x, and the log std at v = 1 and at v = -1."""
     at = coefficients + step * 8
     return tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3), tl.load(at + 4), tl.load(at + 5)
 
 
 @triton.jit
-def log_std_between(v, upper, lower):
-    """Half the log variance: upper at v = 1, lower at v = -1."""
-    f = (v + 1.0) * 0.5
-    return f * upper + (1.0 - f) * lower
+def log_std_between(v, upper, lower, LEARNED: tl.constexpr):
+    """Upper at v = 1, lower at v = -1, where it is learned; else lower, which may be -inf (a step without noise)."""
+    if LEARNED:
+        f = (v + 1.0) * 0.5
+        return f * upper + (1.0 - f) * lower
+    else:
+        return lower + tl.zeros_like(v)
 
 
 @triton.jit
-def reverse_step(x, eps, v, eps_u, z, table, step, scale, temperature, GUIDED: tl.constexpr):
-    """(x after reverse step ``step``, log std of that step without the temperature)."""
-    recip, recipm1, coef1, coef2, upper, lower = table
-    if GUIDED:
-        eps = eps_u + scale * (eps - eps_u)
-    mean = coef1 * (recip * x - recipm1 * eps) + coef2 * x
-    log_std = log_std_between(v, upper, lower)
+def limits_of(clip, channels, valid, C: tl.constexpr):
+    """What x0 of some channels is limited to; clip [2, C], or None: nothing to do, known at compile time."""
+    if clip is None:
+        return 0.0, 0.0
+    else:
+        return tl.load(clip + channels, valid, 0.0), tl.load(clip + C + channels, valid, 0.0)
+
+
+@triton.jit
+def limited(x0, clip, limits):
+    """x0 within its limits; NaN stays NaN."""
+    if clip is None:
+        return x0
+    else:
+        return tl.where(x0 < limits[0], limits[0], tl.where(x0 > limits[1], limits[1], x0))
+
+
+@triton.jit
+def reverse_step(x, out, v, z, table, clip, limits, step, temperature, LEARNED: tl.constexpr):
+    """(x after reverse step ``step``, log std of that step without the temperature), of the guided ``out``."""
+    x0_x, x0_out, mean_x0, mean_x, upper, lower = table
+    mean = mean_x0 * limited(x0_x * x + x0_out * out, clip, limits) + mean_x * x
+    log_std = log_std_between(v, upper, lower, LEARNED)
     return tl.where(step > 0, mean + temperature * tl.exp(log_std) * z, mean), log_std

@@ -1,13 +1,15 @@
 // Rows of the residual stream in the layered kernels: a block has one, or a few, and a thread eight neighbouring
-// columns of each, so that half-precision values go 16 bytes at a time. LayerNorm and modulation of them.
+// columns of each, so that half-precision values go 16 bytes at a time. The norm and modulation of them.
 #pragma once
 
 #include "cspd/rows.cuh"
 
 namespace cspd {
 
+constexpr int kMaxWidth = 4096;
 constexpr int kOwn = 8;  // columns of a thread
 constexpr int kMostThreads = kMaxWidth / kOwn;
+constexpr int kSharedWidth = 2048;  // up to here a block may have several rows, for which a thread takes many registers
 constexpr int kMostWarps = kMostThreads / kWarp;
 
 // Of a block that has rows of this width.
@@ -51,12 +53,13 @@ __device__ __forceinline__ void store_eight(T* at, const Eight& values) {
 
 // How a row of a width is spread over the warps of its block. Divides, so it is found out before anyone waits.
 struct RowSpread {
-  float inverse_width, inverse_own;  // of the whole row, of the columns of this thread's warp
+  float inverse_width, inverse_own;  // of the whole row; what a warp's mean is its sum times
   int width, warps;
 
-  __device__ __forceinline__ explicit RowSpread(int width)
+  // With ``rms`` all means are 0.
+  __device__ __forceinline__ RowSpread(int width, bool rms)
       : inverse_width(1.0f / static_cast<float>(width)),
-        inverse_own(1.0f / static_cast<float>(columns(warp(), width))),
+        inverse_own(rms ? 0.0f : 1.0f / static_cast<float>(columns(warp(), width))),
         width(width),
         warps(threads_of_row(width) / kWarp) {}
 
@@ -115,8 +118,9 @@ __device__ __forceinline__ void statistics_of(const Eight (&rows)[Rows], const R
 
 // Of a row, from a column on: by whoever has the first columns of a cache line of 128 bytes.
 template <typename T>
-__device__ __forceinline__ void prefetch_ahead(const Ahead& ahead, std::int64_t row, int column, int width) {
-  if (column * sizeof(T) % 128 != 0) return;
+__device__ __forceinline__ void prefetch_ahead(const Ahead& ahead, std::int64_t row, int column) {
+  const int width = ahead.width;
+  if (column * sizeof(T) % 128 != 0 || column >= width) return;
   if (ahead.gates) prefetch(static_cast<const T*>(ahead.gates) + (3 * row + 2) * width + column);
   if (!ahead.next) return;
   const T* next = static_cast<const T*>(ahead.next) + row * ahead.next_stride + column;

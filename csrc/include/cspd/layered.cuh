@@ -10,15 +10,17 @@ namespace cspd {
 
 constexpr int kElementThreads = 256;
 
-// out [steps, rows, W] = silu(time_embedding [steps, W] + y [rows, W]): what every modulation is a projection of.
+// out [steps, rows, W] = silu(time_embedding [steps, W] + y [rows, W]): what every modulation is a projection of. Of
+// one step rows may have embeddings of their ``own``, [rows, W].
 template <typename T>
 __global__ void __launch_bounds__(kElementThreads)
-    condition_kernel(const T* y, const float* time_embedding, T* out, int rows, int width, std::int64_t chunks) {
+    condition_kernel(const T* y, const float* time_embedding, T* out, int rows, int width, bool own,
+                     std::int64_t chunks) {
   const std::int64_t chunk = static_cast<std::int64_t>(blockIdx.x) * kElementThreads + threadIdx.x;
   if (chunk >= chunks) return;
   const std::int64_t row = chunk * kOwn / width;
   const int column = static_cast<int>(chunk * kOwn % width);
-  const auto time = load_packed(time_embedding + row / rows * width + column);
+  const auto time = load_packed(time_embedding + (own ? row : row / rows) * width + column);
   const auto condition = load_packed(y + row % rows * width + column);
   Eight value;
 #pragma unroll
@@ -26,33 +28,52 @@ __global__ void __launch_bounds__(kElementThreads)
   store_eight(out + chunk * kOwn, value);
 }
 
-// value [rows, W] = silu(value + bias [W]), in place.
+// value [rows, H] = silu(value + bias [H]), in place.
 template <typename T>
 __global__ void __launch_bounds__(kElementThreads)
-    bias_silu_kernel(T* value, const T* bias, Ahead ahead, int width, std::int64_t chunks, const std::int32_t* live) {
+    bias_silu_kernel(T* value, const T* bias, Ahead ahead, int hidden, std::int64_t chunks, const std::int32_t* live) {
   const std::int64_t chunk = static_cast<std::int64_t>(blockIdx.x) * kElementThreads + threadIdx.x;
-  const int column = chunk < chunks ? static_cast<int>(chunk * kOwn % width) : 0;
+  const int column = chunk < chunks ? static_cast<int>(chunk * kOwn % hidden) : 0;
   const auto added = load_packed(bias + column);
   wait_for_earlier();
   if (chunk >= chunks || idle(live)) return;
   const auto before = load_packed(value + chunk * kOwn);
-  prefetch_ahead<T>(ahead, chunk * kOwn / width, column, width);
+  prefetch_ahead<T>(ahead, chunk * kOwn / hidden, column);
   Eight now;
 #pragma unroll
   for (int i = 0; i < kOwn; ++i) now.v[i] = silu(before[i] + added[i]);
   store_eight(value + chunk * kOwn, now);
 }
 
-// h of the first layer from x [N, C] and weight [C, W], for both halves under guidance, and the first block's operand.
+// Of value [rows, 2 H] the first H columns = silu(they + bias) (the other H + bias), bias [2 H], in place.
+template <typename T>
+__global__ void __launch_bounds__(kElementThreads) bias_swiglu_kernel(T* value, const T* bias, Ahead ahead, int hidden,
+                                                                      std::int64_t chunks, const std::int32_t* live) {
+  const std::int64_t chunk = static_cast<std::int64_t>(blockIdx.x) * kElementThreads + threadIdx.x;
+  const int column = chunk < chunks ? static_cast<int>(chunk * kOwn % hidden) : 0;
+  const auto to_gate = load_packed(bias + column), to_other = load_packed(bias + hidden + column);
+  wait_for_earlier();
+  if (chunk >= chunks || idle(live)) return;
+  const std::int64_t row = chunk * kOwn / hidden;
+  T* at = value + 2 * row * hidden + column;
+  const auto gate = load_packed(at), other = load_packed(at + hidden);
+  prefetch_ahead<T>(ahead, row, column);
+  Eight now;
+#pragma unroll
+  for (int i = 0; i < kOwn; ++i) now.v[i] = silu(gate[i] + to_gate[i]) * (other[i] + to_other[i]);
+  store_eight(at, now);
+}
+
+// h of the first layer from x [N, C] and weight [C, W], for all groups, and the first block's operand.
 // A block has ``Tokens``, which share its reading of the weights: these are a copy that the chain makes.
 template <typename T, typename Out, int Tokens>
-__global__ void __launch_bounds__(kMostThreads)
+__global__ void __launch_bounds__(Tokens == 1 ? kMostThreads : kSharedWidth / kOwn, Tokens == 1 ? 1 : 0)
     input_kernel(const float* x, const float* weight, const float* bias, float* h, Modulation<T> modulation,
-                 Out* operand, std::int64_t tokens, int halves, int channels, int width, std::int64_t period,
+                 Out* operand, std::int64_t tokens, int groups, int channels, int width, std::int64_t period,
                  const std::int32_t* live) {
   float* scratch = shared_memory<float>();
   float* of_tokens = scratch + statistics_floats(Tokens);  // [Tokens, C]
-  const RowSpread spread(width);
+  const RowSpread spread(width, modulation.rms);
   const bool mine = spread.mine();
   const int column = own_column();
   const std::int64_t first = static_cast<std::int64_t>(blockIdx.x) * Tokens;
@@ -84,7 +105,7 @@ __global__ void __launch_bounds__(kMostThreads)
       }
     }
   }
-  const auto row_of = [&](int t) { return row_of_token(first + t, period, halves); };
+  const auto row_of = [&](int t) { return row_of_token(first + t, period, groups); };
   RowModulation<T> mods[Tokens] = {};
 #pragma unroll
   for (int t = 0; t < Tokens; ++t) {
@@ -93,12 +114,12 @@ __global__ void __launch_bounds__(kMostThreads)
   Statistics statistics[Tokens];
   statistics_of(rows, spread, modulation.epsilon, scratch, statistics);
   if (!mine) return;
-  for (int half = 0; half < halves; ++half) {
+  for (int group = 0; group < groups; ++group) {
 #pragma unroll
     for (int t = 0; t < Tokens; ++t) {
       if (t >= count) continue;
-      const std::int64_t row = row_of(t) + half * period;
-      if (half > 0) mods[t] = {modulation, row, width};
+      const std::int64_t row = row_of(t) + group * period;
+      if (group > 0) mods[t] = {modulation, row, width};
       store_eight(h + row * width + column, rows[t]);
       store_eight(operand + row * width + column, mods[t].apply(rows[t], affine, statistics[t]));
     }
@@ -112,7 +133,7 @@ __global__ void __launch_bounds__(kMostThreads)
     residual_kernel(const T* product, const T* bias, const T* mods, float* h, Modulation<T> next, Out* operand,
                     int width, const std::int32_t* live) {
   float* scratch = shared_memory<float>();
-  const RowSpread spread(width);
+  const RowSpread spread(width, next.rms);
   const bool mine = spread.mine();
   const int column = own_column();
   const std::int64_t row = blockIdx.x, at = row * width + column;

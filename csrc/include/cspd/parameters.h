@@ -1,7 +1,8 @@
 // What the launches of csrc/*.cu are given: plain structures of raw pointers to device memory.
 //
-// N tokens of C channels, with K candidates each where that is said. A denoising chain works on M rows of width W: N,
-// or 2 N under guidance with the conditional ones first. T is the type of GEMM operands.
+// N tokens of C channels, with K candidates each where that is said. A denoising chain works on M = G N rows of width
+// W: under guidance there are G = 2 or 3 groups of N, the fully conditional one first. A network block goes through H
+// values a row. T is the type of GEMM operands.
 #pragma once
 
 #include <cstddef>
@@ -60,25 +61,31 @@ struct Randn {
   bool reversed;     // the first call's values come last
 };
 
-// Coefficients of one reverse step; the log standard deviations are those at v = 1 and at v = -1.
+constexpr int kMostGroups = 3;
+
+// Coefficients of one reverse step; the log standard deviations are those at v = 1 and at v = -1, the lower one where
+// the variance is not learned. -inf: the step adds no noise.
 struct alignas(16) StepTable {
-  float sqrt_recip_acp, sqrt_recipm1_acp, coef1, coef2, log_std_upper, log_std_lower, unused[2];
+  float x0_x, x0_out, mean_x0, mean_x, log_std_upper, log_std_lower, unused[2];
 };
 
-// What turns a row of h into a layer's operand: LN(h) (1 + scale) + shift.
+// What turns a row of h into a layer's operand: norm(h) (1 + scale) + shift. The norm is LayerNorm, or, with ``rms``,
+// the same of values whose mean is taken to be 0.
 template <typename T>
 struct Modulation {
-  const float *gain, *offset;  // [W] of an affine LayerNorm, or null
+  const float *gain, *offset;  // [W] of an affine norm, or null
   const T* mods;               // [M, stride]: shift, scale, and further columns
   int stride;
   float epsilon;
+  bool rms = false;
 };
 
-// The same of any operand type. ``operand`` is of that type where the LayerNorm is affine, else float32.
+// The same of any operand type. ``operand`` is of that type where the norm is affine, else float32.
 struct AnyModulation {
   const float *gain, *offset;
   const void* mods;
   float epsilon;
+  bool rms = false;
 };
 
 // Modulations that kernels to come will read, and that the one at hand asks the second-level cache for: they come from
@@ -87,18 +94,22 @@ struct Ahead {
   const void* gates;  // [M, 3 W], the third column block
   const void* next;   // [M, next_stride], the first two column blocks: shift and scale of the next layer
   int next_stride;
+  int width;  // W
 };
 
-// A layer of width W whose product and what follows are one kernel: activations = silu(operand weight^T + bias) or,
-// where ``h`` is not null, h += gate (operand weight^T + bias). Of type T, a half-precision one, but for h.
+// A layer of K values in and ``columns`` out, whose product and what follows are one kernel, with P = operand weight^T
+// + bias: activations = silu(P) or, where ``h`` is not null, h += gate P. A swiglu layer has two rows of weights for
+// every column, those that go through silu all before the others: activations = silu(P_0) P_1. Of type T, a
+// half-precision one, but for h.
 struct Product {
-  const void *operand, *weight, *bias;  // [M, W], [W, W], [W]
-  void* activations;                    // [M, W]
-  const void* mods;                     // [M, 3 W]: the gate is the third column block
-  float* h;                             // [M, W]
+  const void *operand, *weight, *bias;  // [M, K], [columns, K], [columns]; swiglu: [2 columns, K], [2 columns]
+  void* activations;                    // [M, columns]
+  const void* mods;                     // [M, 3 columns]: the gate is the third column block
+  float* h;                             // [M, columns]
   Ahead ahead;
   std::int64_t rows;
-  int width;
+  int inner, columns;  // K, and of the output
+  bool swiglu = false;
   const std::int32_t* live = nullptr;  // see ``idle``
 };
 
@@ -112,44 +123,47 @@ struct Noise {
 // The ends of the network, float32 whatever T.
 struct Ends {
   const float *input_weight, *input_bias;  // [W, C], [W]
-  const float *final_weight, *final_bias;  // [2 C, W] eps and v, or [C, W] with a fixed variance
+  const float *final_weight, *final_bias;  // [2 C, W] what x0 is made of and v, or [C, W] with a fixed variance
 };
 
 struct Update {
   const float* operand;  // [M, W], of the final layer
   Ends ends;
   const StepTable* table;            // of this step
-  const float *temperature, *scale;  // [1], [N]; scale is null without guidance
+  const float *temperature, *scale;  // [1], [G - 1, N]
+  const float* clip;                 // [2, C], the least and the most that x0 may be; or null
   float* x;                          // [N, C], in place
   Noise noise;
   float *log_std, *path;  // [N, C] of step 0, without the temperature; [N, C], added to by the others
   std::int64_t tokens;
-  int step, channels, width;
+  int step, groups, channels, width;
   bool learned;
   const std::int32_t* live = nullptr;  // see ``idle``
 };
 
-// The final layer of a chain's network at all of its steps: eps, v and eps_u, [T N, C] each, or null.
+// The final layer of a chain's network at all of its steps, or of the network alone: then T = G = 1, and C is all that
+// it puts out.
 struct NetworkOutput {
-  const float* operand;  // [T M, W]; of token t = i N + n and half g the row (i halves + g) N + n
+  const float* operand;  // [T M, W]; of token t = i N + n and group g the row (i G + g) N + n
   const float *final_weight, *final_bias;
-  float *eps, *v, *eps_u;
+  float *out, *v;               // [G, T N, C], [T N, C] of the first group or null
   std::int64_t tokens, period;  // T N, N
-  int channels, width;
+  int groups, channels, width;
   const std::int32_t* live;  // nothing is done where it is 0
 };
 
 // A sweep over all T steps of N tokens: what the network puts out at the inputs x becomes the next inputs.
 struct Sweep {
-  const float *eps, *v, *eps_u;              // [T, N, C]; v is null with a fixed variance, eps_u without guidance
-  const float *start, *scale, *temperature;  // [N, C], x_T; [N]; [1]
+  const float *out, *v;                      // [G, T, N, C], [T, N, C]; v is null with a fixed variance
+  const float *start, *scale, *temperature;  // [N, C], x_T; [G - 1, N]; [1]
+  const float* clip;                         // [2, C], or null
   Noise noise;
   const StepTable* tables;                       // [T]
-  float *x, *before, *x0, *x0_u;                 // [T, N, C], in place
+  float *x, *before, *x0;                        // [T, N, C] and, x0, [G, T, N, C], in place
   float *mean, *log_std, *path, *change, *size;  // [N, C]
   const std::int32_t *settled, *done, *live;     // [N], [1], [1]
   std::int64_t tokens;
-  int steps, channels;
+  int steps, groups, channels;
   bool begin, guessed;  // the inputs of the first sweep, from the noise alone; or all but one are there
 };
 
@@ -187,13 +201,13 @@ struct Persistent {
   const void* final_mods;  // [..., 2 W]
   Ends ends;
   const StepTable* tables;  // [T]
-  const float *temperature, *scale;
+  const float *temperature, *scale, *clip;
   float* x;  // [N, C], in place
   Noise noise;
   float *log_std, *path;
-  std::uint32_t* exchange;  // [exchange_words]
-  std::int32_t* error;      // [1], set where a block waited too long; x is then NaN
-  int tokens, halves, channels, depth, width;
+  std::uint32_t* exchange;                     // [exchange_words]
+  std::int32_t* error;                         // [1], set where a block waited too long; x is then NaN
+  int tokens, groups, channels, depth, width;  // one or two groups
   bool learned;
   float epsilon;
   int first, start, stop;  // runs the steps stop - 1 .. start

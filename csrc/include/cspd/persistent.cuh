@@ -36,7 +36,7 @@ class ChainBlock {
       : chain_(chain),
         columns_(plan.columns),
         first_column_(static_cast<int>(blockIdx.x) * plan.columns),
-        rows_(chain.tokens * chain.halves),
+        rows_(chain.tokens * chain.groups),
         outputs_(chain.learned ? 2 * chain.channels : chain.channels),
         stride_(operand_stride<T>(chain.width)),
         x_stride_(x_stride(chain.channels)),
@@ -141,7 +141,7 @@ class ChainBlock {
     for (int i = thread(); i < chain_.tokens * channels; i += kChainThreads) path_[i] = 0.0f;
   }
 
-  // h of the block's columns, from x: the same for both halves.
+  // h of the block's columns, from x: the same for both groups.
   __device__ __forceinline__ void project() {
     ++h_written_;
     items_.for_each([&](const Item& i) {
@@ -369,21 +369,22 @@ class ChainBlock {
   // x after the step, in every block.
   __device__ __forceinline__ void update(int step) {
     const int channels = chain_.channels;
-    const bool guided = chain_.halves == 2;
+    const bool guided = chain_.groups == 2;
     for (int i = thread(); i < chain_.tokens * channels; i += kChainThreads) {
       const int token = i / channels, channel = i % channels;
       const float noise = step > 0 ? noise_at(chain_.noise, step, token, channel, channels) : 0.0f;
       const StepTable table = chain_.tables[step];
-      const float scale = guided ? chain_.scale[token] : 1.0f, temperature = *chain_.temperature;
-      // What there is none of is the word of eps once more.
-      const auto* eps = output_word(token, channel);
-      const std::uint32_t* const words[] = {eps, chain_.learned ? output_word(token, channels + channel) : eps,
-                                            guided ? output_word(chain_.tokens + token, channel) : eps};
+      const float scales[kMostGroups - 1] = {guided ? chain_.scale[token] : 1.0f}, temperature = *chain_.temperature;
+      const Limits limits(chain_.clip, channel, channels);
+      // What there is none of is the first word once more.
+      const auto* word = output_word(token, channel);
+      const std::uint32_t* const words[] = {word, chain_.learned ? output_word(token, channels + channel) : word,
+                                            guided ? output_word(chain_.tokens + token, channel) : word};
       float values[3];
       await(words, values, outputs_written_ & 1, watchdog_);
-      const Output out = {values[0], chain_.learned ? values[1] : 0.0f, values[2]};
+      const float out = guided_output<2>({{values[0], values[2], 0.0f}, 0.0f}, chain_.groups, scales);
       float& x = x_[token * x_stride_ + channel];
-      const Step after = reverse_step(x, out, table, guided, scale, temperature, noise, step == 0);
+      const Step after = reverse_step(x, out, values[1], table, chain_.learned, limits, temperature, noise, step == 0);
       x = after.x;
       log_stds_[i] = after.log_std;
       if (step > 0) path_[i] += after.log_std;

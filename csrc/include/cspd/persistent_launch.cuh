@@ -14,7 +14,7 @@ inline int compiled_rows(int rows) { return rows <= 2 ? 2 : rows <= 4 ? 4 : rows
 template <typename T, int MaxWidth, bool Resident>
 cudaError_t launch_with_rows(const Persistent& chain, const PersistentPlan& plan, cudaStream_t stream) {
   const Grid grid{plan.blocks, kChainThreads, plan.shared_bytes, true};
-  switch (compiled_rows(chain.tokens * chain.halves)) {
+  switch (compiled_rows(chain.tokens * chain.groups)) {
     case 2: return launch(persistent_kernel<T, 2, MaxWidth, Resident>, grid, stream, chain, plan);
     case 4: return launch(persistent_kernel<T, 4, MaxWidth, Resident>, grid, stream, chain, plan);
     case 8: return launch(persistent_kernel<T, 8, MaxWidth, Resident>, grid, stream, chain, plan);
@@ -27,13 +27,13 @@ cudaError_t launch_with_rows(const Persistent& chain, const PersistentPlan& plan
 #define CSPD_LAUNCH(type, max_width, resident)                                                                     \
   template cudaError_t cspd::launch_with_rows<type, max_width, resident>(const Persistent&, const PersistentPlan&, \
                                                                          cudaStream_t)
-extern CSPD_LAUNCH(float, kMaxWidth, false);
+extern CSPD_LAUNCH(float, kMostWidth, false);
 extern CSPD_LAUNCH(float16, kNarrowWidth, true);
 extern CSPD_LAUNCH(float16, kNarrowWidth, false);
-extern CSPD_LAUNCH(float16, kMaxWidth, false);
+extern CSPD_LAUNCH(float16, kMostWidth, false);
 extern CSPD_LAUNCH(bfloat16, kNarrowWidth, true);
 extern CSPD_LAUNCH(bfloat16, kNarrowWidth, false);
-extern CSPD_LAUNCH(bfloat16, kMaxWidth, false);
+extern CSPD_LAUNCH(bfloat16, kMostWidth, false);
 
 template <typename T>
 cudaError_t launch_chain(const Persistent& chain, const PersistentPlan& plan, cudaStream_t stream) {
@@ -42,7 +42,7 @@ cudaError_t launch_chain(const Persistent& chain, const PersistentPlan& plan, cu
     if (compiled_width<T>(chain.width) == kNarrowWidth)
       return launch_with_rows<T, kNarrowWidth, false>(chain, plan, stream);
   }
-  return launch_with_rows<T, kMaxWidth, false>(chain, plan, stream);
+  return launch_with_rows<T, kMostWidth, false>(chain, plan, stream);
 }
 
 }  // namespace cspd

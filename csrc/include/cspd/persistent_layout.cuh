@@ -12,12 +12,12 @@ struct SharedLayout {
       blocks, layers, bytes;
 };
 
-constexpr int kNarrowWidth = 4 * kRowThreads;
+constexpr int kNarrowWidth = 4 * kRowThreads, kMostWidth = 2048;
 
 // Widths as the kernel is compiled for.
 template <typename T>
 CSPD_HD constexpr int compiled_width(int width) {
-  return sizeof(T) == 2 && width <= kNarrowWidth ? kNarrowWidth : kMaxWidth;
+  return sizeof(T) == 2 && width <= kNarrowWidth ? kNarrowWidth : kMostWidth;
 }
 
 // Whether every block computes all of a step's first h for itself. That takes 64 fused products a row and thread, so

@@ -6,23 +6,56 @@
 
 namespace cspd {
 
-// What the network puts out for one channel: eps and v of the conditional row, eps of the unconditional one.
+// What the network puts out for one channel: in every group what x0 is made of, in the first v, too.
 struct Output {
-  float eps, v, eps_u;
+  float of[kMostGroups], v;
 };
+
+// Under guidance: out of the last group, and from group to group to the first as much of the way as the scale says.
+// ``scale`` is the token's in the first of ``stride`` tokens.
+template <int Most = kMostGroups>
+CSPD_HD float guided_output(const Output& out, int groups, const float (&scales)[kMostGroups - 1]) {
+  if (Most == 3 && groups == 3) {
+    const float two = out.of[2] + scales[1] * (out.of[1] - out.of[2]);
+    return two + scales[0] * (out.of[0] - out.of[1]);
+  }
+  return groups == 2 ? out.of[1] + scales[0] * (out.of[0] - out.of[1]) : out.of[0];
+}
+
+// What x0 of a channel is limited to: nothing where there is no ``clip`` [2, C].
+struct Limits {
+  float low = -INFINITY, high = INFINITY;
+
+  Limits() = default;
+  CSPD_HD Limits(const float* clip, int channel, int channels) {
+    if (!clip) return;
+    low = clip[channel];
+    high = clip[channels + channel];
+  }
+  CSPD_HD bool beyond(float x0) const { return x0 < low || x0 > high; }
+  CSPD_HD float of(float x0) const { return x0 < low ? low : x0 > high ? high : x0; }  // NaN stays NaN
+};
+
+CSPD_HD float log_std_of(float v, const StepTable& table, bool learned) {
+  const float f = (v + 1.0f) * 0.5f;
+  return learned ? f * table.log_std_upper + (1.0f - f) * table.log_std_lower : table.log_std_lower;
+}
+
+// 0 of a step that adds none, whatever lies where its noise would be.
+CSPD_HD float scaled_noise(float noise, float temperature, float log_std) {
+  return log_std == -INFINITY ? 0.0f : temperature * expf(log_std) * noise;
+}
 
 struct Step {
   float x, log_std;  // after the step; without the temperature
 };
 
-CSPD_HD Step reverse_step(float x, const Output& out, const StepTable& table, bool guided, float scale,
+CSPD_HD Step reverse_step(float x, float out, float v, const StepTable& table, bool learned, const Limits& limits,
                           float temperature, float noise, bool last) {
-  const float eps = guided ? out.eps_u + scale * (out.eps - out.eps_u) : out.eps;
-  const float x0 = table.sqrt_recip_acp * x - table.sqrt_recipm1_acp * eps;
-  const float mean = table.coef1 * x0 + table.coef2 * x;
-  const float f = (out.v + 1.0f) * 0.5f;
-  const float log_std = f * table.log_std_upper + (1.0f - f) * table.log_std_lower;
-  return {last ? mean : mean + temperature * expf(log_std) * noise, log_std};
+  const float x0 = limits.of(table.x0_x * x + table.x0_out * out);
+  const float mean = table.mean_x0 * x0 + table.mean_x * x;
+  const float log_std = log_std_of(v, table, learned);
+  return {last ? mean : mean + scaled_noise(noise, temperature, log_std), log_std};
 }
 
 CSPD_HD float noise_at(const Noise& noise, int step, std::int64_t token, int channel, int channels) {

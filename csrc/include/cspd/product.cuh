@@ -1,9 +1,11 @@
 // The products of a network block for few rows, with what follows each: bias and SiLU, or bias, gate and residual.
 //
-// A block makes a tile of [Rows, Columns]. The sum over k is split among its warps, span after span of 64 in turn, and
-// a warp copies, keeps and multiplies spans of its own, so that until their sums are added up no warp waits for
-// another. Weights are asked for before the kernels before this one have ended, activations after (wait_for_earlier).
-// In which order a value's products are added depends on the width alone: its bits are the same in every tile.
+// A block makes a tile of [Rows, Columns]; of a swiglu layer it has half as many columns of the output, whose gates are
+// the first half of the tile and whose other factors the second. The sum over k is split among its warps, span after
+// span of 64 in turn, and a warp copies, keeps and multiplies spans of its own, so that until their sums are added up
+// no warp waits for another. Weights are asked for before the kernels before this one have ended, activations after
+// (wait_for_earlier). In which order a value's products are added depends on the width alone: its bits are the same in
+// every tile.
 #pragma once
 
 #include "cspd/block_rows.cuh"
@@ -17,9 +19,10 @@ constexpr int kRingBytes = 24 << 10;  // of a warp; a block's 96 KiB fit every d
 static_assert(kProductWarps * kRingBytes <= 99 << 10, "the least that a block may have from 8.0 on");
 constexpr int kSumsPad = 8;  // floats between rows of sums: other banks
 
-template <typename T, int Rows, int Columns>
+template <typename T, int Rows, int Columns, bool Swiglu>
 class ProductTile {
   static_assert(sizeof(T) == 2 && Rows % 16 == 0 && Columns % 16 == 0);
+  static constexpr int kOut = Swiglu ? Columns / 2 : Columns;  // columns of the output
   // Of a span at a time: all of it, or half where two stages of it are too large.
   static constexpr int kDepth = 2 * (Rows + Columns) * kSpan * 2 <= kRingBytes ? kSpan : kSpan / 2;
   static constexpr int kParts = kSpan / kDepth;
@@ -30,7 +33,7 @@ class ProductTile {
   static_assert(kStages >= 2);
   static constexpr int kSumsStride = Columns + kSumsPad;
   static_assert(Rows * kSumsStride * 4 <= kRingBytes);
-  static constexpr int kFours = Rows * Columns / 4;  // neighbouring values that a thread ends together
+  static constexpr int kFours = Rows * kOut / 4;  // neighbouring values that a thread ends together
   static constexpr int kOwnFours = (kFours + kProductThreads - 1) / kProductThreads;
   static constexpr bool kEarly = kOwnFours <= 2;  // whether there are registers for what ends them beside the sums
 
@@ -39,15 +42,16 @@ class ProductTile {
       : product_(product), ring_(shared_memory<unsigned char>() + warp() * kRingBytes) {
     const std::int64_t row_tiles = (product.rows + Rows - 1) / Rows;  // neighbours share weights
     first_row_ = blockIdx.x % row_tiles * Rows;
-    first_column_ = static_cast<int>(blockIdx.x / row_tiles) * Columns;
-    count_ = ((product.width + kSpan - 1) / kSpan + kProductWarps - 1) / kProductWarps * kParts;
+    first_column_ = static_cast<int>(blockIdx.x / row_tiles) * kOut;
+    count_ = ((product.inner + kSpan - 1) / kSpan + kProductWarps - 1) / kProductWarps * kParts;
     // Of the rows that this lane copies the first, which may already be beyond the matrix.
     const std::int64_t row = first_row_ + lane() / kPieces;
     const int column = first_column_ + lane() / kPieces;
     rows_left_ = product.rows - row < Rows ? static_cast<int>(product.rows - row) : Rows;
-    columns_left_ = product.width - column;
-    operand_ = static_cast<const T*>(product.operand) + (rows_left_ > 0 ? row : 0) * product.width;
-    weight_ = static_cast<const T*>(product.weight) + (columns_left_ > 0 ? column : 0) * product.width;
+    columns_left_ = product.columns - column;
+    operand_ = static_cast<const T*>(product.operand) + (rows_left_ > 0 ? row : 0) * product.inner;
+    weight_ = static_cast<const T*>(product.weight) +
+              static_cast<std::int64_t>(columns_left_ > 0 ? column : 0) * product.inner;
   }
 
   __device__ __forceinline__ void run() {
@@ -65,7 +69,7 @@ class ProductTile {
       copy_operand(stage, stage);
       copy_async_commit();
     }
-    if (kEarly && product_.h) load_residual();
+    if (kEarly && !Swiglu && product_.h) load_residual();
     look_ahead();
     int stage = 0;
 #pragma unroll 1
@@ -83,7 +87,7 @@ class ProductTile {
     sync_warp();
     leave_sums();
     if (!kEarly) load_biases();
-    if (!kEarly && product_.h) load_residual();
+    if (!kEarly && !Swiglu && product_.h) load_residual();
     sync_block();
     finish();
   }
@@ -102,8 +106,8 @@ class ProductTile {
     from += k;
 #pragma unroll
     for (int i = 0; i < Count / kAtOnce; ++i) {
-      const bool valid = k < product_.width && kAtOnce * i < left;
-      const std::int64_t offset = static_cast<std::int64_t>(kAtOnce * i) * product_.width;
+      const bool valid = k < product_.inner && kAtOnce * i < left;
+      const std::int64_t offset = static_cast<std::int64_t>(kAtOnce * i) * product_.inner;
       copy_async(to + place(i * kAtOnce + lane() / kPieces, lane() % kPieces), from + offset, valid);
     }
   }
@@ -118,7 +122,13 @@ class ProductTile {
   }
 
   __device__ __forceinline__ void copy_weights(int stage, int part) {
-    copy<Columns>(ring_ + stage * kStageBytes + Rows * kDepth * 2, weight_, columns_left_, k_of(part));
+    unsigned char* to = ring_ + stage * kStageBytes + Rows * kDepth * 2;
+    copy<kOut>(to, weight_, columns_left_, k_of(part));
+    if constexpr (Swiglu) {
+      static_assert(kOut % 8 == 0, "columns beyond this exchange their pieces as those before it");
+      const std::int64_t others = static_cast<std::int64_t>(product_.columns) * product_.inner;
+      copy<kOut>(to + place(kOut, 0), weight_ + others, columns_left_, k_of(part));
+    }
   }
 
   __device__ __forceinline__ void multiply(int stage) {
@@ -166,15 +176,17 @@ class ProductTile {
 #pragma unroll
     for (int i = 0; i < kOwnFours; ++i) {
       const int four = static_cast<int>(threadIdx.x) + i * kProductThreads;
-      const int row = four / (Columns / 4), column = four % (Columns / 4) * 4;
-      if (four >= kFours || first_row_ + row >= product_.rows || first_column_ + column >= product_.width) continue;
+      const int row = four / (kOut / 4), column = four % (kOut / 4) * 4;
+      if (four >= kFours || first_row_ + row >= product_.rows || first_column_ + column >= product_.columns) continue;
       use(i, row, column);
     }
   }
 
   __device__ __forceinline__ void load_biases() {
     for_fours([&](int i, int, int column) {
-      biases_[i] = load_four(static_cast<const T*>(product_.bias) + first_column_ + column);
+      const T* bias = static_cast<const T*>(product_.bias) + first_column_ + column;
+      biases_[i] = load_four(bias);
+      if constexpr (Swiglu) other_biases_[i] = load_four(bias + product_.columns);
     });
   }
 
@@ -182,30 +194,40 @@ class ProductTile {
   __device__ __forceinline__ void load_residual() {
     for_fours([&](int i, int row, int column) {
       const std::int64_t at = first_row_ + row;
-      before_[i] = load_four(product_.h + at * product_.width + first_column_ + column);
+      before_[i] = load_four(product_.h + at * product_.columns + first_column_ + column);
       gates_[i] = *reinterpret_cast<const Vector<T, 4>*>(static_cast<const T*>(product_.mods) +
-                                                         (3 * at + 2) * product_.width + first_column_ + column);
+                                                         (3 * at + 2) * product_.columns + first_column_ + column);
     });
   }
 
   __device__ __forceinline__ void look_ahead() const {
     const int row = static_cast<int>(threadIdx.x);
     if (row >= Rows || first_row_ + row >= product_.rows) return;
-    prefetch_ahead<T>(product_.ahead, first_row_ + row, first_column_, product_.width);
+    prefetch_ahead<T>(product_.ahead, first_row_ + row, first_column_);
+  }
+
+  // The sums of all warps, added to ``value``.
+  static __device__ __forceinline__ Vector<float, 4> total(Vector<float, 4> value, int row, int column) {
+    const auto* sums = shared_memory<float>();
+#pragma unroll
+    for (int w = 0; w < kProductWarps; ++w) {
+      const auto part = load_four(sums + w * kRingBytes / 4 + row * kSumsStride + column);
+#pragma unroll
+      for (int k = 0; k < 4; ++k) value.v[k] += part.v[k];
+    }
+    return value;
   }
 
   __device__ __forceinline__ void finish() {
-    const auto* sums = shared_memory<float>();
     for_fours([&](int i, int row, int column) {
-      Vector<float, 4> value = biases_[i];
+      auto value = total(biases_[i], row, column);
+      const std::int64_t at = (first_row_ + row) * product_.columns + first_column_ + column;
+      if constexpr (Swiglu) {
+        const auto other = total(other_biases_[i], row, kOut + column);
 #pragma unroll
-      for (int w = 0; w < kProductWarps; ++w) {
-        const auto part = load_four(sums + w * kRingBytes / 4 + row * kSumsStride + column);
-#pragma unroll
-        for (int k = 0; k < 4; ++k) value.v[k] += part.v[k];
-      }
-      const std::int64_t at = (first_row_ + row) * product_.width + first_column_ + column;
-      if (product_.h) {
+        for (int k = 0; k < 4; ++k) value.v[k] = silu(value.v[k]) * other.v[k];
+        store_four(static_cast<T*>(product_.activations) + at, value);
+      } else if (product_.h) {
 #pragma unroll
         for (int k = 0; k < 4; ++k) value.v[k] = fmaf(to_float(gates_[i].v[k]), value.v[k], before_[i].v[k]);
         store_four(product_.h + at, value);
@@ -223,13 +245,13 @@ class ProductTile {
   std::int64_t first_row_;
   int first_column_, rows_left_, columns_left_, count_;  // the last: parts of spans of a warp
   float sums_[Rows / 16][Columns / 8][4] = {};
-  Vector<float, 4> biases_[kOwnFours], before_[kOwnFours];
+  Vector<float, 4> biases_[kOwnFours], before_[kOwnFours], other_biases_[Swiglu ? kOwnFours : 1];
   Vector<T, 4> gates_[kOwnFours];
 };
 
-template <typename T, int Rows, int Columns>
+template <typename T, int Rows, int Columns, bool Swiglu>
 __global__ void __launch_bounds__(kProductThreads, Rows* Columns > 2048 ? 2 : 3) product_kernel(Product product) {
-  ProductTile<T, Rows, Columns>(product).run();
+  ProductTile<T, Rows, Columns, Swiglu>(product).run();
 }
 
 }  // namespace cspd

@@ -6,7 +6,6 @@
 
 namespace cspd {
 
-constexpr int kMaxWidth = 2048;
 constexpr int kRowThreads = 256;  // of a block
 constexpr int kRowWarps = kRowThreads / kWarp;
 
@@ -27,12 +26,12 @@ __device__ __forceinline__ void store_four(T* at, const Vector<float, 4>& values
   *reinterpret_cast<Vector<T, 4>*>(at) = stored;
 }
 
-// The row of a token's first half; the other half of the ``period`` tokens of a step follows theirs. Tokens are few
-// enough for 32 bits, whose division is short.
-__device__ __forceinline__ std::int64_t row_of_token(std::int64_t token, std::int64_t period, int halves) {
-  if (halves == 1) return token;
+// The row of a token in the first group; the other groups of the ``period`` tokens of a step follow theirs. Tokens are
+// few enough for 32 bits, whose division is short.
+__device__ __forceinline__ std::int64_t row_of_token(std::int64_t token, std::int64_t period, int groups) {
+  if (groups == 1) return token;
   const auto step = static_cast<std::uint32_t>(token) / static_cast<std::uint32_t>(period);
-  return token + step * (halves - 1) * period;
+  return token + step * (groups - 1) * period;
 }
 
 struct Statistics {

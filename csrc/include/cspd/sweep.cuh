@@ -36,7 +36,7 @@ constexpr CSPD_HD int sweep_floats(int steps, int channels) { return steps * (5 
 // A chunk of steps in shared memory.
 struct SweepChunk {
   float *x, *x0, *slope, *noise, *log_std;  // [steps, group]
-  float *coef1, *coef2;                     // [steps]
+  float *mean_x0, *mean_x;                  // [steps]
 
   __device__ __forceinline__ SweepChunk(float* memory, int steps, int group) {
     const int count = steps * group;
@@ -45,33 +45,39 @@ struct SweepChunk {
     slope = x0 + count;
     noise = slope + count;
     log_std = noise + count;
-    coef1 = log_std + count;
-    coef2 = coef1 + steps;
+    mean_x0 = log_std + count;
+    mean_x = mean_x0 + steps;
   }
 };
 
 // Of one step and channel of a token whose network has been called; leaves x and x0 where the next sweep looks for
-// them.
-__device__ __forceinline__ StepOfSweep step_of_sweep(const Sweep& sweep, const StepTable& table, std::int64_t at,
-                                                     float scale, bool first) {
+// them. Where x0 is limited its slope is 0.
+__device__ __forceinline__ StepOfSweep step_of_sweep(const Sweep& sweep, const StepTable& table, std::int64_t token,
+                                                     std::int64_t at, const Limits& limits, bool first) {
   StepOfSweep step;
   const float x = step.x = sweep.x[at], x_before = first ? 0.0f : sweep.before[at];
-  const auto solve = [&](const float* eps, float* stored, float* slope) {
-    const float x0 = table.sqrt_recip_acp * x - table.sqrt_recipm1_acp * eps[at];
-    *slope = first ? 0.0f : slope_of(x0, stored[at], x, x_before);
-    stored[at] = x0;
-    return x0;
-  };
-  step.x0 = solve(sweep.eps, sweep.x0, &step.slope);
-  if (sweep.eps_u) {
-    float slope_u;
-    const float x0_u = solve(sweep.eps_u, sweep.x0_u, &slope_u);
-    step.x0 = x0_u + scale * (step.x0 - x0_u);
-    step.slope = slope_u + scale * (step.slope - slope_u);
+  float after[2] = {};  // x0 and its slope in the group after this one
+#pragma unroll 1
+  for (int g = sweep.groups - 1; g >= 0; --g) {  // as in guided_output
+    const std::int64_t of_group = g * sweep.steps * sweep.tokens * sweep.channels + at;
+    const float x0 = table.x0_x * x + table.x0_out * sweep.out[of_group];
+    const float slope = first ? 0.0f : slope_of(x0, sweep.x0[of_group], x, x_before);
+    sweep.x0[of_group] = x0;
+    if (g == sweep.groups - 1) {
+      step.x0 = x0;
+      step.slope = slope;
+    } else {
+      const float scale = sweep.scale[g * sweep.tokens + token];
+      step.x0 += scale * (x0 - after[0]);
+      step.slope += scale * (slope - after[1]);
+    }
+    after[0] = x0;
+    after[1] = slope;
   }
   sweep.before[at] = x;
-  const float f = ((sweep.v ? sweep.v[at] : 0.0f) + 1.0f) * 0.5f;
-  step.log_std = f * table.log_std_upper + (1.0f - f) * table.log_std_lower;
+  if (limits.beyond(step.x0)) step.slope = 0.0f;
+  step.x0 = limits.of(step.x0);
+  step.log_std = log_std_of(sweep.v ? sweep.v[at] : 0.0f, table, sweep.v != nullptr);
   return step;
 }
 
@@ -87,7 +93,7 @@ __global__ void __launch_bounds__(kSweepThreads) sweep_kernel(Sweep sweep) {
   wait_for_earlier();
   if (!sweep.begin && (idle(sweep.live) || sweep.settled[token])) return;
   const bool first = sweep.begin || *sweep.done == 0, guessed = sweep.begin && sweep.guessed;
-  const float temperature = *sweep.temperature, scale = sweep.eps_u ? sweep.scale[token] : 1.0f;
+  const float temperature = *sweep.temperature;
   // The state of the recursion, of the threads that run it.
   const bool runs = static_cast<int>(threadIdx.x) < group;
   const std::int64_t own = token * channels + first_channel + static_cast<int>(threadIdx.x);
@@ -99,8 +105,8 @@ __global__ void __launch_bounds__(kSweepThreads) sweep_kernel(Sweep sweep) {
       const int of_chunk = i / quads, step = start + of_chunk, from = i % quads * kQuad;
       const StepTable table = sweep.tables[step];
       if (from == 0) {
-        chunk.coef1[of_chunk] = table.coef1;
-        chunk.coef2[of_chunk] = table.coef2;
+        chunk.mean_x0[of_chunk] = table.mean_x0;
+        chunk.mean_x[of_chunk] = table.mean_x;
       }
       const std::int64_t of_token = token * channels + first_channel + from;
       Normals normals = {};
@@ -111,11 +117,14 @@ __global__ void __launch_bounds__(kSweepThreads) sweep_kernel(Sweep sweep) {
 #pragma unroll
       for (int k = 0; k < kQuad; ++k) {
         if (from + k >= group) continue;
+        const Limits limits(sweep.clip, first_channel + from + k, channels);
         StepOfSweep values = {0.0f, 0.0f, 0.0f, 0.0f, table.log_std_lower};
-        if (!sweep.begin) values = step_of_sweep(sweep, table, step * step_stride + of_token + k, scale, first);
+        if (!sweep.begin) {
+          values = step_of_sweep(sweep, table, token, step * step_stride + of_token + k, limits, first);
+        }
         if (step > 0) {
           if (sweep.noise.noise) normals.v[k] = sweep.noise.noise[step * sweep.noise.stride + of_token + k];
-          values.noise = temperature * expf(values.log_std) * normals.v[k];
+          values.noise = scaled_noise(normals.v[k], temperature, values.log_std);
         }
         const int at = of_chunk * group + from + k;
         chunk.x[at] = values.x;
@@ -134,7 +143,7 @@ __global__ void __launch_bounds__(kSweepThreads) sweep_kernel(Sweep sweep) {
         if (!guessed || step == sweep.steps - 1) sweep.x[step * step_stride + own] = y;
         change = larger(change, fabsf(moved));
         size = larger(size, fabsf(y));
-        mean = chunk.coef1[of_chunk] * (chunk.x0[at] + chunk.slope[at] * moved) + chunk.coef2[of_chunk] * y;
+        mean = chunk.mean_x0[of_chunk] * (chunk.x0[at] + chunk.slope[at] * moved) + chunk.mean_x[of_chunk] * y;
         log_std = chunk.log_std[at];
         if (step > 0) path += log_std;
         y = mean + chunk.noise[at];

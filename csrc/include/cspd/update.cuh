@@ -34,32 +34,33 @@ __device__ __forceinline__ float sums_over_warp(const float (&values)[Count]) {
 struct FinalRows {
   const float *operand, *weight;
   std::int64_t tokens, period;
-  int channels, width;
-  bool learned, guided;
+  int groups, channels, width;
+  bool learned;
 };
 
 __device__ __forceinline__ FinalRows final_rows(const Update& update) {
-  return {update.operand, update.ends.final_weight, update.tokens,          update.tokens, update.channels,
-          update.width,   update.learned,           update.scale != nullptr};
+  return {update.operand, update.ends.final_weight, update.tokens, update.tokens,
+          update.groups,  update.channels,          update.width,  update.learned};
 }
 
 __device__ __forceinline__ FinalRows final_rows(const NetworkOutput& to) {
-  return {to.operand,  to.final_weight, to.tokens,       to.period,
-          to.channels, to.width,        to.v != nullptr, to.eps_u != nullptr};
+  return {to.operand, to.final_weight, to.tokens, to.period, to.groups, to.channels, to.width, to.v != nullptr};
 }
 
-// A warp's share of the final layer. Rows and columns that there are not are the last ones once more.
-template <int Tokens, int Channels>
+// A warp's share of the final layer, of one group or two, or (``Groups`` 3) of three. Rows and columns that there are
+// not are the last ones once more.
+template <int Tokens, int Channels, int Groups>
 struct FinalLayer {
+  static_assert(Groups == 2 || Groups == 3);
   static constexpr int kCount = Tokens * Channels;
-  float eps[kCount] = {}, v[kCount] = {}, eps_u[kCount] = {};  // [Tokens, Channels]
+  float of[Groups][kCount] = {}, v[kCount] = {};  // [Tokens, Channels]
 
   __device__ __forceinline__ void run(const FinalRows& rows, std::int64_t first_token, int first_channel) {
     const float *operands[Tokens], *weights[Channels];
 #pragma unroll
     for (int t = 0; t < Tokens; ++t) {
       const std::int64_t token = first_token + t < rows.tokens ? first_token + t : rows.tokens - 1;
-      operands[t] = rows.operand + row_of_token(token, rows.period, rows.guided ? 2 : 1) * rows.width;
+      operands[t] = rows.operand + row_of_token(token, rows.period, groups_of(rows)) * rows.width;
     }
 #pragma unroll
     for (int c = 0; c < Channels; ++c) {
@@ -67,36 +68,47 @@ struct FinalLayer {
       weights[c] = rows.weight + static_cast<std::int64_t>(channel) * rows.width;
     }
     const std::int64_t to_v = static_cast<std::int64_t>(rows.channels) * rows.width;
-    const std::int64_t to_u = rows.period * rows.width;
+    const std::int64_t to_next = rows.period * rows.width;
     [[maybe_unused]] constexpr int kUnroll = kCount == 1 ? 4 : kCount <= 4 ? 2 : 1;
 #pragma unroll kUnroll
     for (int column = 4 * lane(); column < rows.width; column += 4 * kWarp) {
-      Vector<float, 4> of_eps[Channels], of_v[Channels] = {}, a[Tokens], u[Tokens] = {};
+      Vector<float, 4> of_x0[Channels], of_v[Channels] = {}, a[Groups][Tokens] = {};
 #pragma unroll
-      for (int c = 0; c < Channels; ++c) of_eps[c] = load_four(weights[c] + column);
+      for (int c = 0; c < Channels; ++c) of_x0[c] = load_four(weights[c] + column);
 #pragma unroll
       for (int c = 0; c < Channels; ++c) {
         if (rows.learned) of_v[c] = load_four(weights[c] + to_v + column);
       }
 #pragma unroll
-      for (int t = 0; t < Tokens; ++t) a[t] = load_four(operands[t] + column);
+      for (int g = 0; g < Groups; ++g) {
 #pragma unroll
-      for (int t = 0; t < Tokens; ++t) {
-        if (rows.guided) u[t] = load_four(operands[t] + to_u + column);
+        for (int t = 0; t < Tokens; ++t) {
+          if (g < groups_of(rows)) a[g][t] = load_four(operands[t] + g * to_next + column);
+        }
       }
-      add(eps, a, of_eps);
-      if (rows.learned) add(v, a, of_v);
-      if (rows.guided) add(eps_u, u, of_eps);
+      add(of[0], a[0], of_x0);
+      if (rows.learned) add(v, a[0], of_v);
+#pragma unroll
+      for (int g = 1; g < Groups; ++g) {
+        if (g < groups_of(rows)) add(of[g], a[g], of_x0);
+      }
     }
   }
 
   // Of the lane that has the sums of a token and channel: see sums_over_warp.
-  __device__ __forceinline__ Output output(const Output& bias, bool learned, bool guided) const {
-    return {sums_over_warp(eps) + bias.eps, learned ? sums_over_warp(v) + bias.v : 0.0f,
-            guided ? sums_over_warp(eps_u) + bias.eps_u : 0.0f};
+  __device__ __forceinline__ Output output(const Output& bias, const FinalRows& rows) const {
+    Output out = {};
+#pragma unroll
+    for (int g = 0; g < Groups; ++g) {
+      if (g < groups_of(rows)) out.of[g] = sums_over_warp(of[g]) + bias.of[g];
+    }
+    if (rows.learned) out.v = sums_over_warp(v) + bias.v;
+    return out;
   }
 
  private:
+  static __device__ __forceinline__ int groups_of(const FinalRows& rows) { return Groups == 3 ? 3 : rows.groups; }
+
   static __device__ __forceinline__ void add(float (&sums)[kCount], const Vector<float, 4> (&rows)[Tokens],
                                              const Vector<float, 4> (&weights)[Channels]) {
 #pragma unroll
@@ -113,7 +125,7 @@ struct FinalLayer {
 };
 
 // What a lane of a warp ends, of the final layer's tiles of [Tokens, Channels].
-template <int Tokens, int Channels, int Threads>
+template <int Tokens, int Channels, int Groups, int Threads>
 struct FinalTile {
   std::int64_t first_token, token, at;  // ``at``: in [N, C]
   int first_channel, channel;
@@ -134,35 +146,40 @@ struct FinalTile {
   __device__ __forceinline__ Output bias(const float* biases, int channels, bool learned) const {
     Output bias = {};
     if (!mine) return bias;
-    bias.eps = bias.eps_u = biases[channel];
+    for (float& of_group : bias.of) of_group = biases[channel];
     if (learned) bias.v = biases[channels + channel];
     return bias;
   }
 
   // Of this lane; every lane of the warp calls it.
   __device__ __forceinline__ Output run(const FinalRows& rows, const Output& bias) const {
-    FinalLayer<Tokens, Channels> layer;
+    FinalLayer<Tokens, Channels, Groups> layer;
     layer.run(rows, first_token, first_channel);
-    return layer.output(bias, rows.learned, rows.guided);
+    return layer.output(bias, rows);
   }
 };
 
-template <int Tokens, int Channels, int Threads>
+template <int Tokens, int Channels, int Groups, int Threads>
 __global__ void __launch_bounds__(Threads) update_kernel(Update update) {
-  const FinalTile<Tokens, Channels, Threads> tile(update.tokens, update.channels);
+  const FinalTile<Tokens, Channels, Groups, Threads> tile(update.tokens, update.channels);
   const Output bias = tile.bias(update.ends.final_bias, update.channels, update.learned);
   wait_for_earlier();
   if (idle(update.live)) return;
   // On their way while the final layer is made.
-  const bool guided = update.scale != nullptr, last = update.step == 0, stored = update.noise.noise != nullptr;
-  float x = 0.0f, scale = 1.0f, noise = 0.0f;
+  const bool last = update.step == 0, stored = update.noise.noise != nullptr;
+  float x = 0.0f, scales[kMostGroups - 1] = {}, noise = 0.0f;
   std::uint64_t seed = 0;
   std::int64_t address = 0;
   StepTable table = {};
+  Limits limits;
   if (tile.mine) {
     x = update.x[tile.at];
-    if (guided) scale = update.scale[tile.token];
+#pragma unroll
+    for (int g = 0; g < Groups - 1; ++g) {
+      if (g < update.groups - 1) scales[g] = update.scale[g * update.tokens + tile.token];
+    }
     table = *update.table;
+    limits = {update.clip, tile.channel, update.channels};
     if (!last && stored) noise = update.noise.noise[update.step * update.noise.stride + tile.at];
     if (!last && !stored) {
       seed = static_cast<std::uint64_t>(*update.noise.seed);
@@ -172,7 +189,8 @@ __global__ void __launch_bounds__(Threads) update_kernel(Update update) {
   const Output out = tile.run(final_rows(update), bias);
   if (!tile.mine) return;
   if (!last && !stored) noise = normal_at(seed, address, update.step, tile.channel, kStreamStep);
-  const Step step = reverse_step(x, out, table, guided, scale, *update.temperature, noise, last);
+  const Step step = reverse_step(x, guided_output<Groups>(out, update.groups, scales), out.v, table, update.learned,
+                                 limits, *update.temperature, noise, last);
   update.x[tile.at] = step.x;
   if (last) {
     update.log_std[tile.at] = step.log_std;
@@ -182,17 +200,19 @@ __global__ void __launch_bounds__(Threads) update_kernel(Update update) {
 }
 
 // The final layer alone.
-template <int Tokens, int Channels, int Threads>
+template <int Tokens, int Channels, int Groups, int Threads>
 __global__ void __launch_bounds__(Threads) output_kernel(NetworkOutput to) {
-  const FinalTile<Tokens, Channels, Threads> tile(to.tokens, to.channels);
+  const FinalTile<Tokens, Channels, Groups, Threads> tile(to.tokens, to.channels);
   const Output bias = tile.bias(to.final_bias, to.channels, to.v != nullptr);
   wait_for_earlier();
   if (idle(to.live)) return;
   const Output out = tile.run(final_rows(to), bias);
   if (!tile.mine) return;
-  to.eps[tile.at] = out.eps;
+#pragma unroll
+  for (int g = 0; g < Groups; ++g) {
+    if (g < to.groups) to.out[g * to.tokens * to.channels + tile.at] = out.of[g];
+  }
   if (to.v) to.v[tile.at] = out.v;
-  if (to.eps_u) to.eps_u[tile.at] = out.eps_u;
 }
 
 }  // namespace cspd

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from functools import partial
 
+import numpy as np
 import torch
 import torch.nn as nn
 from torch.utils.checkpoint import checkpoint
@@ -15,6 +16,8 @@ from torch.utils.checkpoint import checkpoint
 from cspd_kernels import Schedule
 
 from .diffusion import GaussianDiffusion
+
+_FLOWS = ("euler", "euler_maruyama")
 
 
 def _modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -120,7 +123,8 @@ class DiffLoss(nn.Module):
     Args:
         target_channels: C. z_channels: Z. depth, width: D residual blocks of width W.
         num_sampling_steps: T of ``sample`` (an int, or a string as in LTH14/mar).
-        schedule: ``"cosine"`` (MAR) or ``"linear"``.
+        schedule: ``"cosine"`` (MAR) or ``"linear"`` of a diffusion; ``"euler"`` or ``"euler_maruyama"`` of a flow,
+            whose network predicts the velocity from time 0, noise, to 1 and has no variance to learn.
         num_train_steps: steps of the schedule it is trained on, of which T are kept for sampling.
         learn_sigma: whether the network puts out a variance besides the noise (MAR), or the
             posterior's is used (as in MotionStreamer and MARDM).
@@ -139,19 +143,25 @@ class DiffLoss(nn.Module):
         learn_sigma=True,
     ):
         super().__init__()
-        if schedule not in ("cosine", "linear"):
-            raise ValueError(f"DiffLoss expected schedule 'cosine' or 'linear', got {schedule!r}")
-        variance = "learned" if learn_sigma else "fixed_small"
-        make = partial(getattr(Schedule, schedule), train_steps=num_train_steps, variance=variance)
+        if schedule not in ("cosine", "linear", *_FLOWS):
+            raise ValueError(
+                f"DiffLoss expected schedule 'cosine', 'linear', 'euler' or 'euler_maruyama', got {schedule!r}"
+            )
+        learn_sigma = learn_sigma and schedule not in _FLOWS
         self.in_channels = target_channels
         out_channels = target_channels * (2 if learn_sigma else 1)
+        if schedule in _FLOWS:
+            make = partial(flow_schedule, schedule)
+        else:
+            variance = "learned" if learn_sigma else "fixed_small"
+            make = partial(getattr(Schedule, schedule), train_steps=num_train_steps, variance=variance)
         self.net = SimpleMLPAdaLN(target_channels, width, out_channels, z_channels, depth, grad_checkpointing)
         self.train_diffusion = GaussianDiffusion(make(num_train_steps))
         self.gen_diffusion = GaussianDiffusion(make(int(num_sampling_steps)))
 
     def forward(self, target, z, mask=None):
         """Mean loss over rows; target (N, C), z (N, Z), mask (N,) weights."""
-        t = torch.randint(0, self.train_diffusion.num_timesteps, (target.shape[0],), device=target.device)
+        t = self.train_diffusion.random_times(target.shape[0], target.device)
         loss = self.train_diffusion.training_losses(self.net, target, t, dict(c=z))
         return loss.mean() if mask is None else (loss * mask).sum() / mask.sum()
 
@@ -161,6 +171,11 @@ class DiffLoss(nn.Module):
         """
         noise = first_noise(len(z) if cfg == 1.0 else len(z) // 2, self.in_channels, z.device)
         return sample_from(self, noise, z, temperature, cfg)
+
+
+def flow_schedule(name: str, steps: int) -> Schedule:
+    """``"euler"`` or ``"euler_maruyama"`` in equal steps from noise, at 0, to data, at 1."""
+    return getattr(Schedule, name)(np.linspace(0.0, 1.0, steps + 1))
 
 
 def sample_from(diffloss, noise: torch.Tensor, z: torch.Tensor, temperature, cfg) -> torch.Tensor:

@@ -15,9 +15,11 @@ from tqdm import tqdm
 
 from cspd_kernels import Schedule
 
+from .flow import velocity_losses
+
 
 class GaussianDiffusion:
-    """Training loss and sampling under a :class:`cspd_kernels.Schedule`; the loss needs one of a diffusion.
+    """Training loss and sampling under a :class:`cspd_kernels.Schedule`; the loss needs one of a diffusion or a flow.
 
     Source: Ho et al. 2020 (arXiv 2006.11239), Nichol & Dhariwal 2021 (arXiv 2102.09672, eq. 15-16
     for the learned variance and its variational term).
@@ -95,13 +97,21 @@ class GaussianDiffusion:
             x = mean if i == 0 else mean + torch.exp(0.5 * log_variance) * drawn * temperature
         return x
 
+    def random_times(self, rows: int, device: torch.device) -> torch.Tensor:
+        """(N,) times to train at: uniform over the steps of a diffusion, over [0, 1) of a flow."""
+        if self.schedule.prediction == "velocity":
+            return torch.rand(rows, device=device)
+        return torch.randint(0, self.num_timesteps, (rows,), device=device)
+
     def training_losses(self, model, x0: torch.Tensor, t: torch.Tensor, model_kwargs=None) -> torch.Tensor:
         """Per-row loss (N,): MSE of the prediction, plus the variational term (bits per channel) of the variance.
 
         Args:
-            t: (N,) int64 indices into this schedule.
+            t: (N,) int64 indices into this schedule; of a flow (N,) times, see :func:`velocity_losses`.
         """
         s = self.schedule
+        if s.prediction == "velocity":
+            return velocity_losses(s, model, x0, t, model_kwargs)
         tables = {
             name: torch.tensor(getattr(s, name), dtype=torch.float32, device=x0.device)[t, None]
             for name in ("alphas_cumprod", "x0_x", "x0_out", "mean_x0", "mean_x", "log_std_upper", "log_std_lower")

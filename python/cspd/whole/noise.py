@@ -83,7 +83,8 @@ class TableSource:
     2N of them under guidance, at each of the T denoising steps.
 
     Args:
-        batch: B. span: tokens of an image that are kept at a time. first_on: "cpu" or "device".
+        batch: B. span: tokens of an image that are kept at a time. head: that with the most denoising steps.
+        first_on: "cpu" or "device".
     """
 
     values = ()  # of :class:`PhiloxSource`; tables are filled where they are
@@ -102,8 +103,12 @@ class TableSource:
         """As of :class:`PhiloxSource`."""
         return (self.batch, self.span, self.guided, self.steps, self.channels, self.stream)
 
-    def fill(self, steps: list[Step], length: int, loop_dtype: torch.dtype) -> None:
-        """Draw what these steps need; ``loop_dtype``: of the loop's x behind its first step."""
+    def fill(self, steps: list[Step], length: int, loop_dtype: torch.dtype, counts: list[int] | None = None) -> None:
+        """Draw what these steps need.
+
+        Args:
+            loop_dtype: of the loop's x behind its first step. counts: denoising steps of each, where they differ.
+        """
         base = length - steps[0].before
         if self.base is None:
             shape, options = (self.batch, self.span, self.channels), {"dtype": self.stream, "device": self.device}
@@ -111,16 +116,16 @@ class TableSource:
             self.base = torch.zeros(1, dtype=torch.int64, device=self.device)
         self.base.fill_(base)
         first = []
-        for step in steps:
+        for step, count in zip(steps, counts or [self.steps] * len(steps), strict=True):
             n = self.batch * (step.before - step.after)
             columns = slice(length - step.before - base, length - step.after - base)
             x = torch.randn(n, self.channels, device="cpu" if self.first_on == "cpu" else self.device)
             first.append(x.to(self.stream).view(self.batch, -1, self.channels))
             drawn = draw_steps(
-                self.steps, (2 * n if self.guided else n, self.channels), x.dtype,
+                count, (2 * n if self.guided else n, self.channels), x.dtype,
                 torch.promote_types(x.dtype, loop_dtype), self.device, self.backend,
             )  # fmt: skip
-            self.noise[:, :, columns] = drawn[:, :n].view(self.steps, self.batch, -1, self.channels)
+            self.noise[:count, :, columns] = drawn[:, :n].view(count, self.batch, -1, self.channels)
         x = to_device(torch.cat(first, dim=1), self.device)
         self.x_T[:, : x.shape[1]] = x
 
@@ -128,4 +133,4 @@ class TableSource:
         """x_T (B n, C), and the noise (T, B n, C) of the steps; there is one chain a token."""
         columns = plan.columns - self.base
         x_T = self.x_T.index_select(1, columns).flatten(0, 1)  # noqa: N806
-        return x_T, self.noise.index_select(2, columns).flatten(1, 2)
+        return x_T, self.noise[: head.num_steps].index_select(2, columns).flatten(1, 2)

@@ -6,7 +6,7 @@ import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from ..diffusions import NotServedError, Tables
 from ..heads import HeadCache, unwrapped
 from ..order import Plan, Step, by_token, plan_steps, to_device
 from ..run_state import Model, RunState, class_embedding
+from ..sampling import OWN, Sampling
 from ..standins import WholeSampling
 from .chosen import ChosenTransformer, training
 from .compare import own, where_it_starts, why_not_its_loop
@@ -44,6 +45,7 @@ class SampleOptions:
     noise: str = "upstream"
     parallel_tol: float | str | None = AUTO
     compile: bool = False
+    sampling: Sampling = OWN
 
     def check(self) -> None:
         if self.noise not in _NOISES:
@@ -51,6 +53,7 @@ class SampleOptions:
         if self.dtype is not None and self.dtype not in OPERAND_DTYPES:
             raise ValueError(f"sample_tokens expected dtype None or one of {OPERAND_DTYPES}, got {self.dtype!r}")
         check_tolerance("sample_tokens", self.parallel_tol)
+        self.sampling.check("sample_tokens")
         implementation("denoise", self.backend)
 
 
@@ -85,6 +88,9 @@ def sample_tokens(
     noise: str = "upstream",
     parallel_tol: float | str | None = AUTO,
     compile: bool = False,
+    sampler: str | None = None,
+    eta: float = 0.0,
+    sampling_steps: int | tuple[int, int] | None = None,
 ) -> torch.Tensor:
     """Generate images with a MAR model: the same as ``model.sample_tokens`` draws from the same seeds, up to rounding.
 
@@ -100,6 +106,7 @@ def sample_tokens(
             autocast, else the weights' type. The residual streams stay float32.
         backend, noise, parallel_tol: as in :func:`cspd.patch`.
         compile: run the transformer's blocks under ``torch.compile``, on a GPU. It takes about a minute at first.
+        sampler, eta, sampling_steps: as in :func:`cspd.patch`; other images than the model's own.
 
     Returns:
         (bsz, c, h, w) float32 latents.
@@ -111,7 +118,8 @@ def sample_tokens(
 
     Source: LTH14/mar ``models/mar.py`` (sample_tokens), arXiv 2406.11838.
     """
-    options = SampleOptions(dtype, backend, noise, parallel_tol, compile)
+    sampling = Sampling(sampler, eta, sampling_steps)
+    options = SampleOptions(dtype, backend, noise, parallel_tol, compile, sampling)
     options.check()
     with _lock:
         own = vars(model).get(_SAMPLERS) if isinstance(model, nn.Module) else None
@@ -187,8 +195,11 @@ class Sampler:
         with tqdm(total=len(state.plan.steps), disable=not progress) as bar:
             for first, chunk in _chunks(state):
                 if isinstance(state.noise, TableSource):
-                    state.noise.fill(chunk, self.length, torch.promote_types(torch.float32, weights))
+                    heads = [models["target"].head for models in state.annealed[first : first + len(chunk)]]
+                    wide = torch.promote_types(torch.float32, weights)
+                    state.noise.fill(chunk, self.length, wide, [head.num_steps for head in heads] or None)
                 for i in range(first, first + len(chunk)):
+                    state.go_to(i)
                     steps.target(i)
                     bar.update()
 
@@ -254,7 +265,13 @@ class Sampler:
 
     def _begin(self, model, bsz, num_iter, cfg, cfg_schedule, labels, temperature) -> RunState:
         steps, guided = plan_steps(self.length, num_iter, cfg, cfg_schedule), bool(cfg != 1.0)
-        device, head, options = model.fake_latent.device, self._head(self.options.dtype), self.options
+        device, options = model.fake_latent.device, self.options
+        own, sampling = self._tables.schedule(), options.sampling
+        heads = [
+            self._cache.get(sampling.schedule(own, step.index, num_iter), options.dtype)
+            for step in (steps if sampling.anneals else steps[:1])
+        ]
+        head = max(heads, key=lambda head: head.num_steps)
         transformer = self._transformer.get(options.dtype, refresh=self._cache.weights == "live")
         labels = None if labels is None else to_device(labels, device)
         orders = np.tile(np.arange(self.length), (bsz, 1))
@@ -267,10 +284,12 @@ class Sampler:
         else:
             span = max(sum(s.before - s.after for s in chunk) for _, chunk in _grouped(steps, _most(bsz, head)))
             noise = TableSource(bsz, span, head, guided, self._first_on, options.backend)
+        target = Model(type(model).__name__, head, transformer, class_embedding(model, bsz, labels, guided))
         return RunState(
             tokens=torch.zeros(bsz, self.length, model.token_embed_dim, dtype=torch.float32, device=device),
             plan=plan,
-            target=Model(type(model).__name__, head, transformer, class_embedding(model, bsz, labels, guided)),
+            target=target,
+            annealed=tuple({"target": replace(target, head=head)} for head in heads) if sampling.anneals else (),
             noise=noise,
             temperature=float(temperature),
             backend=options.backend,
@@ -293,7 +312,8 @@ def _most(batch: int, head: DiffusionHead) -> int:
 
 def _chunks(state: RunState) -> Iterator[tuple[int, list[Step]]]:
     """Steps whose noise is drawn at a time, each with the index of its first one."""
-    return _grouped(state.plan.steps, _most(len(state.tokens), state.target.head))
+    heads = [state.target.head, *(models["target"].head for models in state.annealed)]
+    return _grouped(state.plan.steps, _most(len(state.tokens), max(heads, key=lambda head: head.num_steps)))
 
 
 def _grouped(steps: list[Step], most: int) -> Iterator[tuple[int, list[Step]]]:

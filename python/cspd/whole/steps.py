@@ -150,6 +150,7 @@ class Steps:
         ``draws``: tokens of an image by which the launch moves on. Launched again, it draws the same ones again: it
         reads those alone that were drawn before, and what of it is ``restored`` in between.
         """
+        key = (key, self.state.target.head.handle)  # annealed steps have several
         plan = self.plans.get(key, lambda: ([], []), self.state.tokens.device)
 
         def keep() -> None:
@@ -251,9 +252,9 @@ def tensors(state: RunState) -> list[torch.Tensor]:
 
 def signature(state: RunState) -> tuple:
     """What a run's graphs depend on beside the values of its tensors."""
+    models = [state.draft, state.target, *(model for step in state.annealed for model in step.values())]
     models = tuple(
-        None if model is None else (model.head.handle, model.transformer, model.initial_scale)
-        for model in (state.draft, state.target)
+        None if model is None else (model.head.handle, model.transformer, model.initial_scale) for model in models
     )
     shapes = tuple((tuple(value.shape), value.dtype) for value in tensors(state))
     relaxation = None if isinstance(state.relaxation, torch.Tensor) else state.relaxation

@@ -1,0 +1,34 @@
+"""Samplers that are no diffusion object's: heads whose ``sample`` is a loop of its own, stood in for by the kernels.
+
+One file a code base, of what differs between them: an :class:`Adapter`. Any that its head is not seen to agree with on
+a small copy is left out.
+"""
+
+from __future__ import annotations
+
+import torch.nn as nn
+
+from .adapter import Adapter, Draws, Reading
+from .bitdance import BitDance
+from .flow_mar import FlowMar
+from .nextstep import NextStep
+from .rectified_flow import RectifiedFlow
+
+__all__ = ["Adapter", "Draws", "Reading", "adapter_of", "register"]
+
+ADAPTERS: list[Adapter] = [NextStep(), BitDance(), FlowMar(), RectifiedFlow()]
+
+
+def register(adapter: Adapter) -> None:
+    """Have :func:`cspd.patch` know one more sampler, before those that it knows already."""
+    if not isinstance(adapter, Adapter):
+        raise TypeError(f"register expected an Adapter, got {type(adapter).__name__}")
+    for name in adapter.methods:
+        if not callable(getattr(adapter, name, None)):
+            raise TypeError(f"register expected {type(adapter).__name__} to read {name}, which it has no method for")
+    ADAPTERS.insert(0, adapter)
+
+
+def adapter_of(module: nn.Module) -> Adapter | None:
+    """Who knows how a module samples, None where nobody does."""
+    return next((adapter for adapter in ADAPTERS if adapter.recognises(module)), None)

@@ -1,0 +1,141 @@
+"""One call of a head's network by a backend's kernels: on a GPU, or interpreted on the CPU."""
+
+import pytest
+import torch
+from packed_heads import random_network
+
+from cspd_kernels import Schedule, evaluate
+from cspd_kernels.ops.denoise.chain import Tables
+from cspd_kernels.ops.evaluate import on_device, reference
+from cspd_kernels.testing import relative_error
+
+KINDS = {
+    "as MAR's": {"outputs": 8, "hidden": 48},
+    "gated": {"norm": "rms", "mlp": "swiglu"},
+    "given": {"given": True, "modulations": (0, 0), "times": 2},
+}
+
+
+@pytest.fixture
+def backend():
+    return "triton"
+
+
+@pytest.fixture
+def network(kernel_device):
+    """``network(...)``: a head without a schedule where the kernels run."""
+    return lambda schedule=None, **options: random_network(schedule, device=kernel_device, **options)
+
+
+def inputs(head, rows, seed=0):
+    """(x, timesteps, cond)."""
+    generator = torch.Generator().manual_seed(seed)
+    x, cond = (torch.randn(rows, n, generator=generator) for n in (head.channels, head.cond_channels))
+    return x.to(head.device), torch.randint(1000, (rows,), generator=generator).to(head.device), cond.to(head.device)
+
+
+def assert_agrees(head, x, timesteps, cond, tolerance=1e-5, **options):
+    out = evaluate(head, x, timesteps, cond, **{"backend": "triton", **options})
+    if not isinstance(timesteps, torch.Tensor):
+        timesteps = torch.full((len(x),), timesteps, device=head.device)
+    expected = reference.evaluate(head, x, timesteps, cond, dtype=torch.float64)
+    assert out.dtype == torch.float32 and relative_error(out, expected) <= tolerance
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rows", [1, 7])
+def test_the_networks_output(network, kind, rows):
+    assert_agrees(head := network(**KINDS[kind]), *inputs(head, rows))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(network, dtype):
+    assert_agrees(head := network(**KINDS["gated"], dtype=dtype), *inputs(head, 5), 2e-2)
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_every_form_of_timesteps(network, times):
+    head = network(depth=1, width=16, hidden=16, times=times)
+    x, t, cond = inputs(head, 3)
+    fractions = torch.rand(3, times, generator=torch.Generator().manual_seed(1)).to(head.device)
+    for timesteps in (t, t.int(), t / 999, (t / 999).double(), fractions, 0.25, 999):
+        assert_agrees(head, x, timesteps, cond)
+    for one in (t[:1], t[1].cpu(), t[:1].expand(3)):
+        out = evaluate(head, x, one, cond, backend="triton")
+        own = evaluate(head, x, one.to(head.device).reshape(-1)[:1].repeat(3), cond, backend="triton")
+        assert relative_error(out, own) <= 1e-6
+
+
+def test_a_head_with_a_schedule_and_no_rows(network):
+    head = network(Schedule.linear(2), depth=1, width=16, hidden=16, outputs=8)
+    assert_agrees(head, *inputs(head, 2))
+    assert evaluate(head, *inputs(head, 0), backend="triton").shape == (0, 8)
+
+
+def test_blocks_of_rows(network):
+    head = network(depth=1, width=16, hidden=16)
+    for rows, workspace_bytes in ((3, 1), (5, 2 * 16 * 6 * 4)):
+        assert_agrees(head, *inputs(head, rows), workspace_bytes=workspace_bytes)
+
+
+def test_a_call_leaves_nothing_to_the_next(network):
+    """Of fewer rows, other times and another condition in the same buffers."""
+    from cspd_kernels.ops.denoise.triton import KERNELS
+
+    head = network(depth=1, width=16, hidden=16)
+    call, tables = on_device.NetworkCall(KERNELS, head, 4, torch.zeros(4, dtype=torch.int64), True), Tables(head)
+    for rows in (4, 2, 3):
+        x, t, cond = inputs(head, rows, rows)
+        call.load(x, t, cond)
+        call.launch(head, tables)
+        expected = reference.evaluate(head, x, t, cond, dtype=torch.float64)
+        assert relative_error(call.results(rows), expected) <= 1e-5
+    kept = call.results(3)
+    call.load(*inputs(head, 4, 9))
+    call.launch(head, tables)
+    assert relative_error(kept, expected) <= 1e-5
+
+
+# --- on a GPU ---
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rows", [1, 4, 33, 600])
+def test_launched_captured_and_replayed(network, kind, rows):
+    head = network(**KINDS[kind])
+    for seed in range(4):
+        assert_agrees(head, *inputs(head, rows, seed))
+        assert_agrees(head, *(v[: max(1, rows - 1)] for v in inputs(head, rows, seed + 10)))
+
+
+@pytest.mark.gpu
+def test_in_a_graph_of_the_callers(network):
+    """Replays read the inputs anew."""
+    head = network(**KINDS["gated"])
+    x, t, cond = inputs(head, 5)
+    with pytest.raises(RuntimeError, match="expected a first call"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        evaluate(head, x, t, cond, backend="triton")
+    torch.cuda.synchronize()
+    evaluate(head, x, t, cond, backend="triton")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = evaluate(head, x, t, cond, backend="triton")
+    for seed in range(3):
+        for value, new in zip((x, t, cond), inputs(head, 5, seed)):
+            value.copy_(new)
+        graph.replay()
+        expected = reference.evaluate(head, x, t, cond, dtype=torch.float64)
+        assert relative_error(out, expected) <= 1e-5
+
+
+@pytest.mark.gpu
+def test_the_host_does_not_wait(network):
+    from dispatch_modes import no_wait_for_cuda
+
+    head = network(**KINDS["as MAR's"])
+    x, t, cond = inputs(head, 4)
+    for _ in range(3):
+        with no_wait_for_cuda():
+            evaluate(head, x, t, cond, backend="triton")
+            evaluate(head, x, 0.5, cond, backend="triton")
