@@ -249,7 +249,7 @@ def run_call(
     scales = []
     for scale in meaning.scales(list(call.scales.values())):
         if isinstance(scale, torch.Tensor):
-            scale = scale.to(device, stream) if scale.numel() != 1 else scale.to(stream)  # noqa: PLW2901
+            scale = scale.to(device, stream) if scale.numel() != 1 else scale.to(stream)
         scales.append(scale)
     if len(scales) == 1 and isinstance(scales[0], float) and scales[0] == 1.0:  # guided by nothing
         cond = cond[:rows]

@@ -149,7 +149,9 @@ class OwnSampler:
                 failure = failure or CannotRunError(first_line(error))
                 continue
             try:
-                plan = plan_of(self.adapter, ours, name, _bound(name, inspect.signature(getattr(ours, name)), (), again), source)
+                plan = plan_of(
+                    self.adapter, ours, name, _bound(name, inspect.signature(getattr(ours, name)), (), again), source
+                )
                 head = cache.get(plan.reading.schedule, torch.float32)
                 # Step by step, whatever was asked for: what is compared is code, which a tolerance would hide.
                 served = seeded(lambda: run(plan, head, "torch", False, None), [])  # noqa: B023
