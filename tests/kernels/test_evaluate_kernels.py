@@ -1,11 +1,14 @@
 """One call of a head's network by a backend's kernels: on a GPU, or interpreted and emulated on the CPU."""
 
+import weakref
+
 import pytest
 import torch
 from chains import kernels_of
 from packed_heads import random_network
 
 from cspd_kernels import Schedule, evaluate
+from cspd_kernels.graphs import why_not_here
 from cspd_kernels.ops.denoise.chain import Tables
 from cspd_kernels.ops.evaluate import on_device, reference
 from cspd_kernels.testing import relative_error
@@ -95,6 +98,53 @@ def test_a_call_leaves_nothing_to_the_next(backend, network):
     call.load(*inputs(head, 4, 9))
     call.launch(head, tables)
     assert relative_error(kept, expected) <= 1e-5
+
+
+# --- graphs ---
+
+
+@pytest.fixture
+def device(cuda, monkeypatch, kernel_device):
+    """The fake device, whose graphs hold calls that run on the CPU."""
+    if kernel_device.type == "cuda":
+        pytest.skip("the kernels run on a device here; the tests below have the real graphs")
+    launch = on_device.NetworkCall.launch
+
+    def launched(call, head, tables):
+        call, head = weakref.ref(call), weakref.ref(head)  # a graph holds neither
+        cuda.launch("call", lambda: launch(call(), head(), tables))
+
+    monkeypatch.setattr(on_device.NetworkCall, "launch", launched)
+    monkeypatch.setattr(on_device, "why_not_here", lambda device: why_not_here(torch.device("cuda")))
+    return cuda
+
+
+def test_calls_of_one_bucket_share_a_graph(backend, network, assert_agrees, device):
+    head = network(depth=1, width=16, hidden=16)
+    for seed, rows in enumerate((4, 3, 4, 3)):
+        assert_agrees(head, *inputs(head, rows, seed))
+    plans = on_device._HEADS[head][backend].plans
+    assert len(plans) == 1
+    assert [line for line in device.told() if "main: " in line] == ["main: call"] + ["main: call replayed"] * 3
+    x, t, cond = inputs(head, 3)
+    assert_agrees(head, x, 7, cond)  # one timestep for all rows
+    assert_agrees(head, x, t / 7, cond)  # of another type
+    assert len(plans) == 3
+
+
+def test_inside_a_capture_of_the_caller_the_buffers_are_the_calls_own(backend, network, assert_agrees, device):
+    head = network(depth=1, width=16, hidden=16)
+    device.captured_by_caller = True
+    with pytest.raises(RuntimeError, match="evaluate expected a first call with this head before a CUDA graph"):
+        evaluate(head, *inputs(head, 2), backend=backend)
+    device.captured_by_caller = False
+    assert_agrees(head, *inputs(head, 2))
+    device.told()
+    device.captured_by_caller = True
+    for seed in range(2):
+        assert_agrees(head, *inputs(head, 3, seed))
+    assert device.told() == ["main: call"] * 2
+    assert len(on_device._HEADS[head][backend].plans) == 1
 
 
 # --- on a GPU ---
