@@ -202,6 +202,9 @@ def test_nothing_is_compiled_to_be_compared():
     head = cspd.patch(made(Compiled))
     with torch.no_grad():
         tokens = head.sample(conditions(), 2.5, 5)
+        around = torch.compile(lambda z: head.sample(z, 2.5, 5) + 1.0, backend=backend)
+        assert around(conditions()).shape == tokens.shape
+        compiled.clear()  # what is around the call
     assert cspd.describe(head).heads[0].own_loop is None
     assert (head.net.evaluations, len(compiled)) == (0, 0)
     assert tokens.shape == (6, head.ch_target)

@@ -17,6 +17,7 @@ import torch
 import torch.nn as nn
 from torch.autograd import forward_ad
 
+from cspd_kernels.backends import untraced
 from cspd_kernels.structure import compiled_from
 
 from ..diffusions import Code, NotServedError
@@ -196,6 +197,7 @@ class ServedSample(StandIn):
             raise AttributeError(name)
         return self._as_original(name)
 
+    @untraced
     def call(self, name: str, args: tuple, kwargs: dict):
         original, net = self.original(name), self.module._modules.get("net")
         patch = None if net is None else patch_of(unwrapped(net)[0])
