@@ -24,11 +24,11 @@ from .meanings import Meaning
 from .network import FastNetwork
 from .network_patch import NetworkForward
 from .samplers.served import OwnSampler, ServedSample
-from .sampling import Sampling
+from .sampling import OWN, Sampling
 from .source import written
 from .standins import StandIn, WatchedMoves, WatchedSample, WholeSampling, passes_begun
 from .twin import CannotRunError
-from .verify import DiffersError, check_loop, check_sample, plain_calls
+from .verify import DiffersError, check_loop, check_sample, hidden, plain_calls
 from .whole.chosen import training
 from .whole.sampler import SampleOptions, Sampler
 
@@ -48,7 +48,7 @@ class Options:
     whole: bool = False
     compile: bool = False
     loop: str | None = None
-    sampling: Sampling = Sampling()
+    sampling: Sampling = OWN
 
     @property
     def watches(self) -> bool:
@@ -352,7 +352,7 @@ class HeadPatch:
     def _schedule(self, call: Call, meaning: Meaning, hook: LoopHook) -> Schedule:
         """The steps of a call: its loop's, or those that were asked for in their place."""
         sampling = self.options.sampling
-        if not sampling.changes:
+        if sampling.sampler is None and sampling.steps is None:
             return hook.tables.schedule(Steps(call.eta, meaning.clip))
         if call.inter_noise is not None:
             raise NotServedError(f"the noise of its steps is given, which {sampling} does not make")
@@ -391,7 +391,13 @@ class HeadPatch:
         )
 
     def _compare_now(self, kind: tuple, call: Call, hook: LoopHook, verdicts: dict) -> None:
-        """A kind of call that was not seen when the head was patched: it is compared before it is served."""
+        """A kind of call that was not seen when the head was patched: it is compared before it is served.
+
+        Raises:
+            NotServedError: it tells nothing of its kind.
+        """
+        if (name := hidden(call)) is not None:
+            raise NotServedError(f"{name} is 0 in all rows, which hides what the network does with it")
         with LOCK:
             try:
                 verdicts[kind] = check_loop(call, hook.diffusion)

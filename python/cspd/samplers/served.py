@@ -207,7 +207,7 @@ class ServedSample(StandIn):
             return original(*args, **kwargs)
         try:
             if sampler.module is not self.module:
-                raise NotServedError("this is a replica or a shallow copy of the patched head")
+                raise NotServedError("its network was patched as another head's since")
             if name in self.replaced and not _is_of_class(self.replaced[name], self.module, name):
                 raise NotServedError(f"its {name} had been replaced on the instance")
             return sampler.serve(patch, name, original, args, kwargs)
