@@ -44,7 +44,8 @@ def patch(
 
     Taken over are ``p_sample_loop`` and ``ddim_sample_loop`` of the diffusion objects that the model holds,
     and ``p_sample_loop_with_noise`` of MarkXCloud/CSpD (its distribution manager is filled as before). The
-    head's own ``sample`` runs as it is. Served are learned and fixed variances, networks that predict the
+    head's own ``sample`` runs as it is; where that is a loop of its own which is known
+    (:mod:`cspd.samplers`), it is taken over itself. Served are learned and fixed variances, networks that predict the
     noise, x0 or v, limits of x0, guidance of two or three groups of rows, tokens of any rank, and further
     inputs that modules of the network's own embed. What of it is code and not data is found by comparison:
     of a few meanings the one that agrees is taken. A loop that does anything else runs its own code, and so
