@@ -145,7 +145,7 @@ class HeadPatch:
             ValueError: those differ, too.
         """
         self.own_loop, self.own_sampler, self.verdicts = why, None, {}
-        self.network = FastNetwork(self.net, self.cache, self.options.backend, self.options.dtype)
+        self.network = self._network()
         try:
             self.network.check()
         except CannotRunError as error:
@@ -157,13 +157,17 @@ class HeadPatch:
                 f"{self.name} samples differently and is left unpatched: {why}; and its network: {error}"
             ) from None
         if self.options.loop is None:
-            _logger.warning("cspd.patch: %s keeps its own loop, its network is accelerated: %s", self.name, why)
+            _logger.warning("cspd.patch: %s keeps its own loop, %s: %s", self.name, self.network.outcome, why)
         if (model := self._model and self._model()) is not None:
             self.tell_of_model(model, why)
 
+    def _network(self) -> FastNetwork:
+        o = self.options
+        return FastNetwork(self.net, self.cache, o.backend, o.dtype, asked=o.loop == "own" or o.backend is not None)
+
     def _add_network(self) -> None:
         """For loops that run their own code; where it differs, they run all of it."""
-        self.network = FastNetwork(self.net, self.cache, self.options.backend, self.options.dtype)
+        self.network = self._network()
         try:
             self.network.check()
         except (CannotRunError, DiffersError):
@@ -209,6 +213,7 @@ class HeadPatch:
     def _without_sample(self, why: str) -> None:
         """Its own ``sample`` did not run: compare the loops by themselves, as far as those run."""
         results = [self._compare_loops(loop) for loop in LOOPS if loop != DDIM]  # which waits for a first call
+        self._add_network()  # it may come to a loop of its own
         if any(agree for agree, _ in results):
             _logger.info("cspd.patch: %s: its sample did not run on a copy (%s); its loop was compared", self.name, why)
         else:
@@ -421,7 +426,7 @@ class HeadPatch:
             self.tell_of_network(reason)
         elif reason not in self.told:
             self.told.append(reason)
-            _logger.warning("cspd.patch: %s keeps its own loop, its network is accelerated: %s", self.name, reason)
+            _logger.warning("cspd.patch: %s keeps its own loop, %s: %s", self.name, self.network.outcome, reason)
 
     def tell_of_network(self, reason: str) -> None:
         """Log once why the head's own code runs, with its own network."""
