@@ -371,7 +371,8 @@ class HeadPatch:
         if not sampling.changes:
             return
         if self.own_loop is not None or self.own_sampler is not None:
-            raise ValueError(f"{self.name} is left unpatched: expected a diffusion object to sample by {sampling}")
+            why = "" if self.own_loop is None else f", and its loop stays its own: {self.own_loop}"
+            raise ValueError(f"{self.name} is left unpatched: expected a diffusion object to sample by {sampling}{why}")
         for path, diffusion in self.found.diffusions.items():
             try:
                 schedule = (LoopHook.of(diffusion) or LoopHook(diffusion)).tables.schedule()
