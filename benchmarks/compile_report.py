@@ -1,5 +1,5 @@
-"""What the compilers make of every Triton kernel, at the sizes of MAR's heads and tokens, and of every CUDA kernel in
-the installed extension: needs no GPU.
+"""What the compilers make of every Triton kernel, at the sizes of MAR's heads, of others and of tokens, and of every
+CUDA kernel in the installed extension: needs no GPU.
 
 ``python benchmarks/kernels.py --compile-report [--quick] [--json FILE]``
 """
@@ -28,6 +28,8 @@ from cspd_kernels.ops.density_ratio.triton import log_density_ratio
 from cspd_kernels.triton_randn import randn
 from cspd_kernels.triton_refresh import Refresh
 from cspd_kernels.triton_report import ARCHITECTURES, Launch, compiled, recorded_launches
+
+import compile_heads
 
 CHANNELS = 16
 TOKENS = (1, 2, 4, 8, 16, 64, 128, 512)  # every tile of the table
@@ -127,6 +129,11 @@ def _sweep_rows(model, size, dtype, tokens, steps, case) -> list[dict]:
     guided, philox = case
     described = {"model": model, "tokens": f"{tokens} x {steps}", "guided": guided, "philox": philox}
     return _rows(sweep_launches(*size, dtype, tokens, guided, philox, steps), dtype, described)
+
+
+def _head_rows(name, dtype, tokens, groups) -> list[dict]:
+    described = {"model": name, "tokens": f"{tokens} in {groups}", "guided": groups > 1, "philox": True}
+    return _rows(compile_heads.launches_of(name, dtype, tokens, groups), dtype, described)
 
 
 def _tile_rows(model, size, dtype, tile) -> list[dict]:
@@ -235,6 +242,12 @@ def report(heads: dict[str, tuple[int, int, int]], quick: bool, processes: int) 
         for dtype in DTYPES[: 1 if quick else None]
         for tokens, steps in SWEPT[: 1 if quick else None]
         for case in CASES[: 1 if quick else None]
+    ]
+    others = [(name, *case) for name in compile_heads.NETWORKS for case in compile_heads.CASES]
+    work += [
+        (_head_rows, name, dtype, tokens, groups)
+        for name, tokens, groups in (compile_heads.QUICK if quick else others)
+        for dtype in DTYPES[: 1 if quick else None]
     ]
     work += [
         (_tile_rows, model, size, dtype, tile)

@@ -85,7 +85,7 @@ def _cuda_extension() -> dict[str, str]:
 
 @dataclass(frozen=True, eq=False)
 class _Head:
-    """What the choice of a backend looks at in a head, without weights."""
+    """What the choice of a backend looks at in a head of MAR's, without weights."""
 
     depth: int
     width: int
@@ -94,6 +94,26 @@ class _Head:
     channels: int = 16
     num_steps: int = 100
     blocks: tuple = ()
+    norm: str = "layer"
+    mlp: str = "silu"
+
+    @property
+    def hidden(self) -> int:
+        return self.width
+
+    @property
+    def modulation_of(self) -> tuple[int, ...]:
+        return tuple(range(self.depth))
+
+    @property
+    def shared(self) -> dict:
+        return {}
+
+    @property
+    def schedule(self):
+        from .schedule import Schedule
+
+        return Schedule.linear(self.num_steps)
 
 
 def _chosen() -> dict[str, str]:

@@ -30,7 +30,9 @@ class LiveWeights:
         self._on_device = None
         if self.device.type == "cpu":
             self._prints = [fingerprint(source) for _, source in self.copies]
-            self._time_prints = [fingerprint(weight) for weight in self._time]
+            self._time_prints = None  # of no use to a head that is only evaluated
+            if head.schedule is not None:
+                self._time_prints = [fingerprint(weight) for weight in self._time]
         elif self.copies:
             self._on_device = copier(self.copies, self.device)
 
@@ -53,8 +55,10 @@ class LiveWeights:
             if not same(now, self._prints[i]):
                 packed.copy_(source)
                 self._prints[i] = now
+        if all(head.schedule is None for head in heads):
+            return
         now = [fingerprint(weight) for weight in self._time]
-        if not all(map(same, now, self._time_prints)):
+        if self._time_prints is None or not all(map(same, now, self._time_prints)):
             self._embed(heads)
             self._time_prints = now
 

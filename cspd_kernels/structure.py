@@ -110,7 +110,7 @@ def why_not_as_written(module: nn.Module) -> str | None:
         if hooks:
             return f"has a {what} ({_names(hooks)})"
     for name, value in module.__dict__.items():
-        own = getattr(type(module), name, None)
+        own = compiled_from(getattr(type(module), name, None))
         aside = hasattr(nn.Module, name) and name not in ("forward", "__call__", "_call_impl", "_wrapped_call_impl")
         if aside or not isinstance(own, FunctionType):
             continue
@@ -128,7 +128,8 @@ def _names(*hooks: dict) -> str:
 def compiled_from(function):
     """What ``torch.compile`` was given to make this function; any other function as it is."""
     while (inner := getattr(function, "_torchdynamo_orig_callable", None)) is not None:
-        function = inner
+        owner = getattr(function, "__self__", None)  # of a method that its class has compiled
+        function = inner if owner is None or not isinstance(inner, FunctionType) else inner.__get__(owner)
         if getattr(function, "__globals__", {}).get("__name__") == "torch._dynamo.external_utils":
             function = function.__wrapped__  # around what the compiler would otherwise skip, as torch's own layers
     return function

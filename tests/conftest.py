@@ -138,6 +138,7 @@ def make_head(make_diffloss, kernel_device):
 def benchmarks(monkeypatch):
     """The modules of the folder of benchmarks, by name."""
     monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
+
     import baselines
     import blocks
     import common
@@ -148,6 +149,8 @@ def benchmarks(monkeypatch):
     import images
     import judging
     import kernels
+    import network
+    import network_heads
     import parallel
     import quality
     import quality_docs
@@ -170,6 +173,8 @@ def benchmarks(monkeypatch):
         host_judging,
         images,
         judging,
+        network,
+        network_heads,
         parallel,
         quality,
         quality_docs,

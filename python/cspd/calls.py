@@ -246,11 +246,10 @@ def run_call(
     else:
         drawn = draw_steps(head.num_steps, tuple(x_T.shape), x_T.dtype, wide, device, backend)
         noise = drawn[:, :rows].to(stream)
-    scales = []
-    for scale in meaning.scales(list(call.scales.values())):
-        if isinstance(scale, torch.Tensor):
-            scale = scale.to(device, stream) if scale.numel() != 1 else scale.to(stream)  # noqa: PLW2901
-        scales.append(scale)
+    scales = [
+        s if not isinstance(s, torch.Tensor) else s.to(stream) if s.numel() == 1 else s.to(device, stream)
+        for s in meaning.scales(list(call.scales.values()))
+    ]
     if len(scales) == 1 and isinstance(scales[0], float) and scales[0] == 1.0:  # guided by nothing
         cond = cond[:rows]
     cond, x_T = (v.to(stream) if v.dtype == torch.float64 else v for v in (cond, x_T[:rows].to(device)))  # noqa: N806
@@ -272,11 +271,12 @@ def embedded(call: Call, meaning: Meaning, head: DiffusionHead) -> torch.Tensor:
     Raises:
         NotServedError: those make something else.
     """
-    cond = call.cond
+    cond, inner = call.cond, call.shape[1:-1]
+    if meaning.way is None and not inner:
+        return cond
     if meaning.way is not None:
         with torch.no_grad():
             cond = meaning.way.embed(call.net, cond, call.extra)
-    inner = call.shape[1:-1]
     if not _broadcasts(cond.shape[1:-1], inner) or cond.shape[-1] != head.cond_channels:
         raise NotServedError(f"its conditions become {tuple(cond.shape)}, not (..., {head.cond_channels})")
     return cond.expand(len(cond), *inner, cond.shape[-1]).reshape(-1, cond.shape[-1]) if inner else cond

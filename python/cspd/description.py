@@ -32,6 +32,7 @@ class HeadDescription:
         backend: what would serve it, or why nothing can.
         patched: whether its loops, or its network, are taken over.
         own_loop: why its loops stay its own, where its network alone is taken over or would be; else None.
+        network: whether calls of its network by loops of its own are the kernels', on the device where it is.
         parallel_tol: as patched, else patch's default.
         sampling: the steps that are made in place of the loops' own; empty where those are.
         whole: whether ``sample_tokens`` of the model around it is taken over, too.
@@ -51,6 +52,7 @@ class HeadDescription:
     backend: str
     patched: bool
     own_loop: str | None
+    network: bool
     parallel_tol: float | str | None
     sampling: str
     whole: bool
@@ -63,7 +65,7 @@ class HeadDescription:
         kinds = _short(self.dtype) if self.dtype == self.weights else f"{_short(self.dtype)} of {_short(self.weights)}"
         patched = "not patched"
         if self.patched and self.own_loop is not None:
-            patched = "patched: its own loop, its network by the kernels"
+            patched = f"patched: its own loop, its {'network by the kernels' if self.network else 'own network'}"
         elif self.patched:
             taken = "patched, whole images" if self.whole else "patched"
             taken += f", {self.sampling}" if self.sampling else ""
@@ -121,6 +123,7 @@ def describe_head(found: FoundHead, head_patch=None) -> HeadDescription:
     options = head_patch.options if head_patch is not None else None
     dtype = options.dtype if options is not None and options.dtype is not None else None
     dtype = dtype or call_dtype(weight.device, weight.dtype)
+    network = None if head_patch is None else head_patch.network
     samplers, schedule, why = {}, None, NO_DIFFUSION
     for path, diffusion in found.diffusions.items():
         try:
@@ -146,6 +149,7 @@ def describe_head(found: FoundHead, head_patch=None) -> HeadDescription:
         device=weight.device,
         backend=_backend(net, schedule, dtype, weight.device, options.backend if options is not None else None),
         patched=head_patch is not None,
+        network=network is not None and network.pays,
         own_loop=head_patch.own_loop if head_patch is not None else None if schedule is not None else why,
         parallel_tol=options.parallel_tol if options is not None else AUTO,
         sampling=str(options.sampling) if options is not None and options.sampling.changes else "",

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from enum import Enum
 from itertools import chain
 from types import MappingProxyType
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -80,8 +80,7 @@ class Code:
         return (*self._classes, *own, *[base.forward for base in self._torch], nn.Module.__call__)
 
 
-@dataclass(frozen=True)
-class Steps:
+class Steps(NamedTuple):
     """How a diffusion object's tables are sampled: its own ancestral steps where nothing is said.
 
     Attributes:

@@ -60,7 +60,7 @@ def _through(module: nn.Module, value: torch.Tensor) -> torch.Tensor:
 
 
 def ways_of(net: nn.Module, spec: HeadSpec, extra: Iterable[str]) -> list[Way | None]:
-    """The ways that a network with these further inputs may embed its condition; None: a linear layer that is packed."""
+    """The ways that a network with these further inputs may embed its condition; None: by a layer that is packed."""
     names, extra = spec.parts.names, list(extra)
     first = names[id(spec.parts.cond)].removeprefix("net.")
     if not extra:

@@ -24,11 +24,11 @@ from .meanings import Meaning
 from .network import FastNetwork
 from .network_patch import NetworkForward
 from .samplers.served import OwnSampler, ServedSample
-from .sampling import Sampling
+from .sampling import OWN, Sampling
 from .source import written
 from .standins import StandIn, WatchedMoves, WatchedSample, WholeSampling, passes_begun
 from .twin import CannotRunError
-from .verify import DiffersError, check_loop, check_sample, plain_calls
+from .verify import DiffersError, check_loop, check_sample, hidden, plain_calls
 from .whole.chosen import training
 from .whole.sampler import SampleOptions, Sampler
 
@@ -48,7 +48,7 @@ class Options:
     whole: bool = False
     compile: bool = False
     loop: str | None = None
-    sampling: Sampling = Sampling()
+    sampling: Sampling = OWN
 
     @property
     def watches(self) -> bool:
@@ -145,7 +145,7 @@ class HeadPatch:
             ValueError: those differ, too.
         """
         self.own_loop, self.own_sampler, self.verdicts = why, None, {}
-        self.network = FastNetwork(self.net, self.cache, self.options.backend, self.options.dtype)
+        self.network = self._network()
         try:
             self.network.check()
         except CannotRunError as error:
@@ -157,13 +157,17 @@ class HeadPatch:
                 f"{self.name} samples differently and is left unpatched: {why}; and its network: {error}"
             ) from None
         if self.options.loop is None:
-            _logger.warning("cspd.patch: %s keeps its own loop, its network is accelerated: %s", self.name, why)
+            _logger.warning("cspd.patch: %s keeps its own loop, %s: %s", self.name, self.network.outcome, why)
         if (model := self._model and self._model()) is not None:
             self.tell_of_model(model, why)
 
+    def _network(self) -> FastNetwork:
+        o = self.options
+        return FastNetwork(self.net, self.cache, o.backend, o.dtype, asked=o.loop == "own" or o.backend is not None)
+
     def _add_network(self) -> None:
         """For loops that run their own code; where it differs, they run all of it."""
-        self.network = FastNetwork(self.net, self.cache, self.options.backend, self.options.dtype)
+        self.network = self._network()
         try:
             self.network.check()
         except (CannotRunError, DiffersError):
@@ -209,6 +213,7 @@ class HeadPatch:
     def _without_sample(self, why: str) -> None:
         """Its own ``sample`` did not run: compare the loops by themselves, as far as those run."""
         results = [self._compare_loops(loop) for loop in LOOPS if loop != DDIM]  # which waits for a first call
+        self._add_network()  # it may come to a loop of its own
         if any(agree for agree, _ in results):
             _logger.info("cspd.patch: %s: its sample did not run on a copy (%s); its loop was compared", self.name, why)
         else:
@@ -347,7 +352,7 @@ class HeadPatch:
     def _schedule(self, call: Call, meaning: Meaning, hook: LoopHook) -> Schedule:
         """The steps of a call: its loop's, or those that were asked for in their place."""
         sampling = self.options.sampling
-        if not sampling.changes:
+        if sampling.sampler is None and sampling.steps is None:
             return hook.tables.schedule(Steps(call.eta, meaning.clip))
         if call.inter_noise is not None:
             raise NotServedError(f"the noise of its steps is given, which {sampling} does not make")
@@ -386,7 +391,13 @@ class HeadPatch:
         )
 
     def _compare_now(self, kind: tuple, call: Call, hook: LoopHook, verdicts: dict) -> None:
-        """A kind of call that was not seen when the head was patched: it is compared before it is served."""
+        """A kind of call that was not seen when the head was patched: it is compared before it is served.
+
+        Raises:
+            NotServedError: it tells nothing of its kind.
+        """
+        if (name := hidden(call)) is not None:
+            raise NotServedError(f"{name} is 0 in all rows, which hides what the network does with it")
         with LOCK:
             try:
                 verdicts[kind] = check_loop(call, hook.diffusion)
@@ -414,7 +425,7 @@ class HeadPatch:
             self.tell_of_network(reason)
         elif reason not in self.told:
             self.told.append(reason)
-            _logger.warning("cspd.patch: %s keeps its own loop, its network is accelerated: %s", self.name, reason)
+            _logger.warning("cspd.patch: %s keeps its own loop, %s: %s", self.name, self.network.outcome, reason)
 
     def tell_of_network(self, reason: str) -> None:
         """Log once why the head's own code runs, with its own network."""

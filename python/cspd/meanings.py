@@ -45,12 +45,19 @@ class Meaning:
 
     def scales(self, given: list) -> tuple:
         """The scales of :func:`cspd_kernels.denoise` for those of a call: sums of the weights of the first groups."""
+        if self._as_given:
+            return tuple(given)
         scales = []
         for constant, *factors in self._sums:
             terms = [g if f == 1.0 else f * g for f, g in zip(factors, given) if f != 0.0]
             scale = sum(terms[1:], start=terms[0]) if terms else constant
             scales.append(scale + constant if terms and constant != 0.0 else scale)
         return tuple(scales)
+
+    @cached_property
+    def _as_given(self) -> bool:
+        """Whether the scales are those of the call: each call asks."""
+        return self._sums == [[0.0, 1.0]][: len(self.weights)]
 
     @cached_property
     def _sums(self) -> list[list[float]]:

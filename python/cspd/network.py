@@ -17,6 +17,7 @@ import torch.nn as nn
 from torch.autograd import forward_ad
 
 from cspd_kernels import DiffusionHead, evaluate
+from cspd_kernels.parts import part_of
 from cspd_kernels.spec import HeadSpec, specs_of
 from cspd_kernels.structure import compiled_from
 
@@ -45,10 +46,13 @@ class FastNetwork:
     Args:
         cache: of its packed weights, shared with whoever else serves it.
         backend, dtype: as in :func:`cspd.patch`.
+        asked: serve everywhere; else where it is faster than its own forward (:attr:`pays`).
     """
 
-    def __init__(self, net: nn.Module, cache: HeadCache, backend: str | None, dtype: torch.dtype | None):
-        self.net, self.cache, self.backend, self.dtype = net, cache, backend, dtype
+    def __init__(
+        self, net: nn.Module, cache: HeadCache, backend: str | None, dtype: torch.dtype | None, asked: bool = True
+    ):
+        self.net, self.cache, self.backend, self.dtype, self.asked = net, cache, backend, dtype, asked
         self.roles: Roles | None = None
         self.kinds: dict[Kind, Answer | str] = {}  # or why not
         self.written: tuple | None = None  # the code and the settings that those are about
@@ -56,6 +60,18 @@ class FastNetwork:
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "roles": None, "kinds": {}, "written": None, "checked": None}
+
+    @property
+    def pays(self) -> bool:
+        """Whether it serves where it stands: on a CPU looking for changed weights takes what it saves."""
+        return self.asked or self.cache.weights == "frozen" or part_of(self.net, "input").weight.device.type != "cpu"
+
+    @property
+    def outcome(self) -> str:
+        """What becomes of its calls, for the log."""
+        if self.pays:
+            return "its network is accelerated"
+        return "and on the CPU its own network (faster with weights='frozen')"
 
     def check(self) -> None:
         """Compare plain kinds of calls, N rows and a time for each. What the network may compute is tried in turn.

@@ -30,7 +30,7 @@ class NetworkForward(StandIn):
     def run(self, *args, **kwargs) -> torch.Tensor:
         patch = patch_of(self.module)
         network = None if patch is None else getattr(patch, "network", None)  # a Trial's has none
-        if network is not None:
+        if network is not None and network.pays:
             try:
                 return network.serve(args, kwargs)
             except NotServedError as reason:

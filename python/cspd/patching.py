@@ -42,11 +42,15 @@ def patch(
     other models, ``state_dict``, ``isinstance``, device moves and copies are as before. Patching again
     replaces the options.
 
-    Taken over is ``p_sample_loop`` of the diffusion objects that the model holds, and
-    ``p_sample_loop_with_noise`` of MarkXCloud/CSpD (its distribution manager is filled as before). The
-    head's own ``sample`` runs as it is. A loop that is not MAR's in everything it is given runs its own
-    code, and so does a network that computes more than its weights say (hooks, replaced or computed
-    layers); the log tells why, once.
+    Taken over are ``p_sample_loop`` and ``ddim_sample_loop`` of the diffusion objects that the model holds,
+    and ``p_sample_loop_with_noise`` of MarkXCloud/CSpD (its distribution manager is filled as before). The
+    head's own ``sample`` runs as it is; where that is a loop of its own which is known
+    (:mod:`cspd.samplers`), it is taken over itself. Served are learned and fixed variances, networks that predict the
+    noise, x0 or v, limits of x0, guidance of two or three groups of rows, tokens of any rank, and further
+    inputs that modules of the network's own embed. What of it is code and not data is found by comparison:
+    of a few meanings the one that agrees is taken. A loop that does anything else runs its own code, and so
+    does a network that computes more than its weights say (hooks, replaced or computed layers); the log
+    tells why, once.
 
     Before anything is changed, a small copy of each head with random weights samples with and without
     the kernels; a difference refuses. Where its own code does not run here, the first call that can
@@ -57,11 +61,11 @@ def patch(
     so, and :func:`describe`.
 
     Under guidance 2N rows come back as before; the last N, which callers drop, repeat the first. On a
-    GPU the host waits nowhere that the replaced code does not; a temperature there is read. Weights are
-    looked at at every call, so that they are never stale. ``torch.compile`` of a model around it breaks
-    its graph at the loop. A CUDA graph of the caller's needs one call before it, and the patch as long as
-    it is replayed. Shallow copies (``copy.copy``) of a patched head, diffusion object or model go on calling the
-    original one: unpatch first.
+    GPU the host waits nowhere that the replaced code does not. Weights are looked at at every call, so that
+    they are never stale. ``torch.compile`` of a model around it breaks its graph at the loop. A CUDA graph
+    of the caller's needs one call before it, and the patch as long as it is replayed. Shallow copies
+    (``copy.copy``) of a patched head, diffusion object or model go on calling the original one: unpatch
+    first.
 
     Args:
         model: any module tree that holds one or more heads.

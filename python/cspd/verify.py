@@ -78,7 +78,8 @@ def _compare_samples(found: FoundHead, scale: float, options: dict, outcome: Out
     if served is None:
         outcome.own += [] if own.reasons else [NO_LOOP]
         return
-    outcome.kinds |= served.meanings
+    # What else the network is given is compared with values of our own, at the first call.
+    outcome.kinds |= {kind: meaning for kind, meaning in served.meanings.items() if not served.kinds[kind][0].extra}
     (first, *more), tokens = served.calls, served.tokens
     scales = [meaning.scales([*first.scales.values()]) for meaning in served.meanings.values()]
     asked = scales in ([()], [(1.0,)]) if scale == 1.0 else [*first.scales.values()] == [scale]
@@ -248,10 +249,23 @@ def _run_loop(call: Call, copies: Copies):
 
 
 def _rows_of(value: torch.Tensor, rows: int) -> torch.Tensor:
-    """So many rows of what a call gave the network: an index must be one that there is."""
+    """So many rows of what a call gave the network, floats between zero and what they were, or 0 and 1/2.
+
+    An index must be one that there is; and one that is 0 would hide what is done with it.
+    """
     value = value.detach().clone()
     value = value[torch.arange(rows, device=value.device) % len(value)]
-    return value.float() if value.is_floating_point() else value
+    if not value.is_floating_point():
+        return value
+    share = torch.linspace(0.2, 1.0, rows, device=value.device).view(-1, *(1,) * (value.dim() - 1))
+    value = value.float()
+    return torch.where(value == 0, 0.45 * share, value * (0.5 + 0.5 * share))
+
+
+def hidden(call: Call) -> str | None:
+    """The whole numbers that a call gives its network as 0 alone: others may be no index that there is."""
+    whole = (name for name, value in call.extra.items() if not value.is_floating_point() and not bool(value.any()))
+    return next(whole, None)
 
 
 def same(own: Run, served: Run, guided: Call | None, what: str, net: nn.Module) -> None:

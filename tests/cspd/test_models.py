@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import math
 from itertools import pairwise
 
 import pytest
@@ -51,14 +52,17 @@ def test_training_loss_reaches_every_parameter(checkpointing):
     assert not [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
 
 
-def test_exact_noise_estimate_has_no_loss_and_a_wrong_one_has():
-    diffusion = GaussianDiffusion(Schedule.linear(50))
+@pytest.mark.parametrize("prediction", ["epsilon", "x0", "v"])
+def test_an_exact_estimate_has_no_loss_and_a_wrong_one_has(prediction):
+    diffusion = GaussianDiffusion(Schedule.linear(50, prediction=prediction))
     x0 = torch.randn(200, 4, generator=torch.Generator().manual_seed(0))
     t = torch.arange(200) % 49 + 1  # not the last reverse step, whose term is a density and not a divergence
     acp = torch.tensor(diffusion.schedule.alphas_cumprod, dtype=torch.float32)[t, None]
 
     def exact(x_t, _):  # the posterior's own variance is v = -1
-        return torch.cat([(x_t - acp.sqrt() * x0) / (1 - acp).sqrt(), -torch.ones_like(x0)], 1)
+        eps = (x_t - acp.sqrt() * x0) / (1 - acp).sqrt()
+        estimate = {"epsilon": eps, "x0": x0, "v": acp.sqrt() * eps - (1 - acp).sqrt() * x0}[prediction]
+        return torch.cat([estimate, -torch.ones_like(x0)], 1)
 
     torch.manual_seed(0)
     assert diffusion.training_losses(exact, x0, t).abs().max() < 1e-3
@@ -96,6 +100,33 @@ def test_the_loop_is_the_released_one(how):
         results.append(torch.get_rng_state())
     assert relative_error(results[0], results[2]) < 1e-5
     assert torch.equal(results[1], results[3])
+
+
+SCHEDULES = {
+    "DDIM": Schedule.linear(6).ddim(),
+    "DDIM with noise": Schedule.linear(6).ddim(0.7).clipped(-0.5, [0.1, 0.2, 0.3, 0.4]),
+    "Euler": Schedule.euler([0.0, 0.2, 0.5, 1.0]),
+    "Euler-Maruyama": Schedule.euler_maruyama([0.0, 0.2, 0.5, 1.0]).clipped(-0.5, 0.5),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_the_loop_follows_any_schedule(name):
+    schedule, x = SCHEDULES[name], torch.randn(5, 4, generator=torch.Generator().manual_seed(1))
+    torch.manual_seed(2)
+    got = GaussianDiffusion(schedule).p_sample_loop(net, x.shape, x, clip_denoised=False, temperature=0.9)
+    torch.manual_seed(2)
+    x = x.double()
+    for i in reversed(range(schedule.num_steps)):
+        out = net(x, torch.full((5,), schedule.timesteps[i]))[:, :4]
+        x0 = schedule.x0_x[i] * x + schedule.x0_out[i] * out
+        if schedule.clip is not None:
+            x0 = x0.clamp(*torch.tensor(schedule.clip))
+        x = schedule.mean_x0[i] * x0 + schedule.mean_x[i] * x
+        drawn = torch.randn(5, 4)
+        if i and not schedule.deterministic:
+            x = x + 0.9 * math.exp(schedule.log_std_lower[i]) * drawn
+    assert relative_error(got, x) < 1e-5
 
 
 def test_the_loop_has_the_released_signature_and_moves_the_mean(capsys):

@@ -72,18 +72,26 @@ def test_the_same_numbers_by_its_own_loop(name, caplog):
 @pytest.mark.parametrize("name", [name for name in MODELS if "taken over" not in name and "same" not in name])
 def test_chosen_where_there_is_no_loop_to_take_over(name, caplog):
     model, net, call = model_of(name)
-    expected = called(net, call, model)[0]
-    with caplog.at_level(logging.WARNING, "cspd"):
-        cspd.patch(model)
-    (record,) = caplog.records
-    assert "keeps its own loop, its network is accelerated: it holds no diffusion object" in record.getMessage()
-    actual, _, counted = called(net, call, model)
-    assert counted == 0
-    assert relative_error(actual, expected) < 1e-5
-    (head,) = cspd.describe(model).heads
-    assert head.patched
-    assert head.own_loop == "it holds no diffusion object with p_sample_loop"
-    assert "its own loop, its network by the kernels" in head.line
+    expected, _, own = called(net, call, model)
+    for options, told, counted in (
+        ({}, "and on the CPU its own network", own),
+        ({"weights": "frozen"}, "its network is accelerated", 0),
+        ({"backend": "torch"}, "its network is accelerated", 0),
+    ):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, "cspd"):
+            cspd.patch(model, **options)
+        (record,) = caplog.records
+        assert f"keeps its own loop, {told}" in record.getMessage()
+        assert "it holds no diffusion object" in record.getMessage()
+        actual, _, evaluations = called(net, call, model)
+        assert evaluations == counted
+        assert torch.equal(actual, expected) if counted else relative_error(actual, expected) < 1e-5
+        (head,) = cspd.describe(model).heads
+        assert head.patched
+        assert head.own_loop == "it holds no diffusion object with p_sample_loop"
+        assert "patched: its own loop, " in head.line
+        assert ("its network by the kernels" in head.line) == (counted == 0)
     with cspd.patched(model, loop="own"):
         assert called(net, call, model)[2] == 0
     assert cspd.is_patched(model)
@@ -124,7 +132,7 @@ def test_chosen_where_the_loop_computes_something_else(caplog):
     head = made(Head, OddStep())
     expected = run(head, lambda h: h.sample(Z))
     with caplog.at_level(logging.WARNING, "cspd"):
-        cspd.patch(head)
+        cspd.patch(head, weights="frozen")
     (record,) = caplog.records
     assert "keeps its own loop, its network is accelerated: its sample" in record.getMessage()
     assert "differ by" in record.getMessage()

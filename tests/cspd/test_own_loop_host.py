@@ -79,21 +79,24 @@ class Short(nn.Module):
         self.net = Net(learned=False)
 
     def sample(self, z):
-        return loop(self.net, torch.randn(len(z), CHANNELS), torch.arange(len(z)), z, steps=2)
+        return loop(self.net, torch.randn(len(z), CHANNELS), torch.arange(len(z)), z, steps=1)
 
 
-@pytest.mark.parametrize(("how", "backend"), [(wrapped, "aot_eager")] + [
-    (how, "eager") for how in (in_place, wrapped, method, a_layers, sample)
-])  # fmt: skip
-@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize(
+    ("how", "when"),
+    [
+        (wrapped, "before"), (in_place, "before"), (a_layers, "before"), (sample, "before"), (method, "before"),
+        (method, "after"), (wrapped, "after"),
+    ],
+)  # fmt: skip
 @torch.no_grad()
-def test_compiled_parts(how, when, backend):
+def test_compiled_parts(how, when):
     torch._dynamo.reset()
     head, twin = ready(Short), ready(Short)
     net, calls = head.net, []
     if when == "after":
         cspd.patch(head, loop="own")
-    how(head, partial(torch.compile, backend=backend))
+    how(head, partial(torch.compile, backend="eager"))
     if when == "before":
         head.sample(Z)  # so that it is compiled
         cspd.patch(head, loop="own")

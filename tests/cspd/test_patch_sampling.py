@@ -159,3 +159,20 @@ def test_a_model_that_does_not_say_how_many_steps():
     model = cspd.patch(Two(), sampling_steps=(6, 3))
     with pytest.raises(RuntimeError, match="with num_iter"):
         model.sample_tokens(1)
+
+
+class Flow(nn.Module):
+    """A head without a diffusion object."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = made().net
+
+
+@pytest.mark.parametrize(
+    ("model", "options"), [(made, {"loop": "own"}), (Flow, {})], ids=["its own loop", "no diffusion object"]
+)
+def test_other_steps_of_a_loop_that_is_kept(model, options):
+    with pytest.raises(ValueError, match="sampler 'ddim', eta 0 cannot be made in place of its own loop"):
+        cspd.patch(model(), sampler="ddim", **options)
+    assert not cspd.is_patched(model())

@@ -10,6 +10,8 @@ from functools import partial
 import pytest
 import torch
 import torch.nn as nn
+from field.other_networks import DiffHead
+from foreign import conditions, made
 from small_models import sample
 from states import after, before, listening, model_in, served_calls
 
@@ -184,3 +186,22 @@ def test_a_patched_layer_list_stays_a_module_list():
     model = cspd.patch(model_in())
     assert isinstance(model.diffloss.net.res_blocks, nn.ModuleList)
     assert type(model.diffloss) is type(model_in().diffloss)
+
+
+def test_nothing_is_compiled_to_be_compared():
+    """Of a head with a loop of its own, whose code base compiles its sample in the class."""
+    compiled = []
+
+    def backend(graph, _):
+        compiled.append(graph)
+        return graph.forward
+
+    class Compiled(DiffHead):
+        sample = torch.compile(DiffHead.sample, backend=backend)
+
+    head = cspd.patch(made(Compiled))
+    with torch.no_grad():
+        tokens = head.sample(conditions(), 2.5, 5)
+    assert cspd.describe(head).heads[0].own_loop is None
+    assert (head.net.evaluations, len(compiled)) == (0, 0)
+    assert tokens.shape == (6, head.ch_target)

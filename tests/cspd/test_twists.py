@@ -253,6 +253,12 @@ def test_an_index_in_the_network(caplog):
     head, index = made(Indexed), torch.tensor([0, 1, 2, 3, 0, 1])
     assert_accelerated(head, lambda h: h.sample(Z), caplog)
     assert_accelerated(head, lambda h: h.sample(Z, index=index), caplog)
+    zeros = torch.zeros(6, dtype=torch.int64)
+    reason = "index is 0 in all rows, which hides what the network does with it"
+    assert_own_code(head, lambda h: h.sample(Z, index=zeros), caplog, reason)
+    cspd.patch(head)
+    for given, evaluations in ((zeros, STEPS), (index, 0), (zeros, 0)):
+        assert run(head, lambda h, index=given: h.sample(Z, index=index))[2] == evaluations
 
 
 @pytest.mark.parametrize("cfg", [1.0, 2.5])

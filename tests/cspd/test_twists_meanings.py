@@ -261,6 +261,16 @@ def test_an_index_beside_the_condition(how, cfg, caplog):
     assert relative_error(actual[:3], run(cspd.unpatch(head), lambda h: h.sample(Z, 1.0, cfg, index))[0][:3]) < 1e-5
 
 
+def test_an_index_of_zero_tells_nothing_of_what_is_done_with_it(caplog):
+    class Squared(Indexed):
+        class net_class(Indexed.net_class):  # noqa: N801
+            def forward(self, x, t, c, index=None):
+                return super().forward(x, t, c, index if index is None else index**2)
+
+    reason = "its sampling loop and the kernels' differ by"
+    assert_own_code(made(Squared), lambda h: h.sample(Z, index=torch.zeros(6, 1)), caplog, reason)
+
+
 def test_without_its_index(caplog):
     assert_accelerated(made(Indexed), lambda h: h.sample(Z, 0.9), caplog)
 

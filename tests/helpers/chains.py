@@ -73,7 +73,7 @@ def run_chain(chain, head, inputs, temperature=0.9, cfg_scale=None):
 
 UNSUPPORTED = [  # options of a head, and what is said of it
     ({"dtype": torch.float64}, "this head is float64: use backend='torch', or build the head with"),
-    ({"channels": 65}, "up to 64 channels, and this head has 65: use backend='torch'"),
+    ({"channels": 257}, "channels, and this head has 257: use backend='torch'"),
     ({"width": 50}, "multiples of 16 up to 4096, and this head's is 50: use backend='torch'"),
     ({"width": 4112}, "multiples of 16 up to 4096, and this head's is 4112: use backend='torch'"),
 ]

@@ -38,7 +38,7 @@ def make(make_head):
     """``make(dtype, ...)``: a head of another network than MAR's, or with another sampler."""
 
     def of(dtype=torch.float32, *, norm="layer", mlp="silu", hidden=None, modulations=None, given=False, sampler="ddpm",
-           clip=None, seed=0, **options):  # fmt: skip
+           clip=None, seed=1, **options):  # fmt: skip
         head = make_head(dtype, **{"depth": 2, "steps": 4, **options})
         generator, width = torch.Generator().manual_seed(seed), head.width
         inner = hidden or width
@@ -101,15 +101,14 @@ NETWORKS = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, HALF])
-@pytest.mark.parametrize("groups", [1, 2, 3])
+@pytest.mark.parametrize(("dtype", "groups"), [(torch.float32, 1), (torch.float32, 3), (HALF, 2)])
 @pytest.mark.parametrize("network", NETWORKS)
 def test_networks(make, dtype, groups, network):
     check(make(dtype, **NETWORKS[network]), 5, groups)
 
 
 @pytest.mark.parametrize("tile", TILES)
-@pytest.mark.parametrize(("rows", "width", "hidden"), [(3, 48, 80), (40, 80, 48), (70, 16, 208)])
+@pytest.mark.parametrize(("rows", "width", "hidden"), [(3, 48, 80), (70, 16, 112)])
 @pytest.mark.parametrize("mlp", ["silu", "swiglu"])
 def test_products_of_every_tile(make, monkeypatch, used, tile, rows, width, hidden, mlp):
     monkeypatch.setattr(LayeredChain, "table", (Entry(1 << 20, 1 << 20, tile),))
@@ -117,12 +116,10 @@ def test_products_of_every_tile(make, monkeypatch, used, tile, rows, width, hidd
     assert {chain.tile for chain in used} == {tile}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, HALF])
-@pytest.mark.parametrize("groups", [1, 2, 3])
+@pytest.mark.parametrize(("groups", "philox"), [(1, True), (2, False), (3, False), (3, True)])
 @pytest.mark.parametrize("sampler", SAMPLERS)
-@pytest.mark.parametrize("philox", [False, True])
-def test_samplers(make, dtype, groups, sampler, philox):
-    head = make(dtype, sampler=sampler, learn_sigma=sampler == "ddpm")
+def test_samplers(make, groups, sampler, philox):
+    head = make(sampler=sampler, learn_sigma=sampler == "ddpm")
     check(head, 3, groups, noise=addressed(head, 3) if philox else None)
 
 
@@ -136,10 +133,11 @@ def test_limits(make, groups, clip, parallel):
 
 
 @pytest.mark.parametrize("groups", [1, 2, 3])
-@pytest.mark.parametrize("network", ["wide inside", "some share"])
-@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "euler-maruyama"])
+@pytest.mark.parametrize(
+    ("network", "sampler"), [("wide inside", "ddpm"), ("some share", "ddim"), ("given", "euler-maruyama")]
+)
 def test_sweeps(make, groups, network, sampler):
-    head = make(sampler=sampler, learn_sigma=sampler == "ddpm", clip=(-0.5, 0.5), **NETWORKS[network])
+    head = make(sampler=sampler, learn_sigma=sampler == "ddpm", clip=(-1.0, 1.0), **NETWORKS[network])
     actual = check(head, 3, groups, parallel_tol=1e-6)
     assert (actual.sweeps <= head.num_steps).all()
 
@@ -149,7 +147,7 @@ def test_the_products_of_sweeps_are_never_the_librarys_in_half_precision(make, m
     monkeypatch.setattr(
         LayeredChain, "evaluate", lambda self, *given, run=LayeredChain.evaluate: made.append(self) or run(self, *given)
     )
-    check(make(HALF, mlp="swiglu", hidden=2064, width=16, steps=2), 2, 1, parallel_tol=1e-3)
+    check(make(HALF, mlp="swiglu", hidden=2064, width=16, depth=1, steps=2), 1, 1, parallel_tol=1e-3)
     assert {chain.tile for chain in made} == {OWN[-1].tile}
 
 
@@ -167,29 +165,42 @@ def test_a_step_without_noise_reads_none(make, sampler, parallel):
     assert not any(value.isnan().any() for value in expected)
 
 
-@pytest.mark.parametrize(("width", "hidden", "mlp"), [(2064, 48, "silu"), (4096, 80, "swiglu"), (48, 12288, "swiglu")])
-def test_wide_heads(make, width, hidden, mlp):
-    check(make(width=width, hidden=hidden, mlp=mlp, norm="rms", depth=1, steps=2), 2, 2)
-
-
-def test_many_tokens_of_a_wide_head(make):
+def test_a_wide_head(make):
     """Beyond a width of 2048 a block has one token, however many there are."""
-    check(make(width=2064, depth=1, steps=2), 66, 1)
+    check(make(width=2064, hidden=48, mlp="swiglu", norm="rms", depth=1, steps=1), 66, 1)
+
+
+def test_a_head_with_wide_blocks(make):
+    check(make(hidden=12288, mlp="swiglu", norm="rms", depth=1), 2, 2)
 
 
 @pytest.mark.parametrize("channels", [65, 256])
-def test_many_channels(make, monkeypatch, channels):
+def test_many_channels(make, channels):
     head = make(channels=channels)
     check(head, 3, 2)
     check(head, 2, 1, parallel_tol=1e-6)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("table", [TABLE, ()])
+@pytest.mark.parametrize(("network", "groups"), [("wide inside", 3), ("some share", 2), ("rms", 1)])
+def test_kernels_that_start_early_give_the_same_bits_every_time(make, monkeypatch, used, table, network, groups):
+    """Launched one by one, and as a graph over and over: what starts too early would show now and then."""
+    monkeypatch.setattr(LayeredChain, "table", table)
+    head = make(HALF, **{**NETWORKS[network], "width": 1024, "hidden": 1536, "channels": 16, "steps": 25})
+    cond, x, noise = inputs_of(head, 20, groups)
+    options = dict(cfg_scale=SCALES[groups], backend="cuda")
+    first = denoise(head, cond, x, noise, **options)
+    for _ in range(50):
+        assert all(map(torch.equal, denoise(head, cond, x, noise, **options), first))
+    assert {type(chain) for chain in used} == {LayeredChain}
+
+
 # --- one call of the network ---
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, HALF])
-@pytest.mark.parametrize("embeddings", [1, 5])
-@pytest.mark.parametrize("network", ["given", "wide inside", "some share", "rms"])
+@pytest.mark.parametrize(("dtype", "embeddings"), [(torch.float32, 1), (torch.float32, 5), (HALF, 5)])
+@pytest.mark.parametrize("network", ["given", "wide inside", "some share"])
 def test_one_call(make, dtype, embeddings, network):
     head = replace(make(dtype, **NETWORKS[network]), schedule=None, time_embedding=None)
     generator = torch.Generator().manual_seed(3)
@@ -215,13 +226,12 @@ def test_one_call(make, dtype, embeddings, network):
 # --- the persistent kernel ---
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, HALF])
-@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize(("dtype", "groups"), [(torch.float32, 1), (HALF, 2)])
 @pytest.mark.parametrize(
     "options",
     [
-        {"clip": (-0.3, 0.4)},
-        {"sampler": "ddim", "learn_sigma": False, "clip": (-0.3, 0.4)},
+        {"clip": (-0.8, 0.9)},
+        {"sampler": "ddim", "learn_sigma": False, "clip": (-0.8, 0.9)},
         {"sampler": "euler-maruyama", "learn_sigma": False},
         {"modulations": (0, 0, 0), "depth": 3},
         {"given": True},

@@ -254,7 +254,7 @@ def test_a_chain_serves_fewer_tokens_than_it_has_and_one_call_after_the_other(
         cond, x, stored = guided_inputs(head, rows, seed)
         inputs = cond, x, stored if noise == "stored" else addressed(head, rows, seed)
         scale = torch.linspace(0, 4, rows, device=head.device)[:, None] if seed % 2 else 2.0 + seed
-        chain = chain or getattr(kernels_of(backend), kind)(head, 4, True, inputs[2], 2, static=True)
+        chain = chain or getattr(kernels_of(backend), kind)(head, 4, 2, inputs[2], 2, static=True)
         out = run_chain(chain, head, inputs, 0.9 + seed, scale)
         assert_close(out, definition(head, *inputs, 0.9 + seed, scale), 1e-5)
 

@@ -89,7 +89,7 @@ def test_calls_in_parallel_share_a_graph_likewise(backend, plans, make_head, dev
     assert [line for line in device.told() if "main: " in line] == ["main: chain", "main: chain replayed"]
     network, state = plan.value.network, plan.value.state
     counted = {buffer.data_ptr() for buffer in plan.buffers}
-    assert {value.data_ptr() for value in (network.h, network.eps, state.before, state.sweeps)} <= counted
+    assert {value.data_ptr() for value in (network.h, network.out, state.before, state.sweeps)} <= counted
     shared = plan.value.memory.data_ptr()
     assert not any(shared <= at < shared + plan.value.memory_bytes for at in counted)
 
@@ -163,17 +163,17 @@ def test_the_tables_of_a_head_are_copies(make_head, device):
 def test_a_number_that_stays_is_filled_in_once(backend, call, make_head, device, monkeypatch):
     fills, fill = [], Chain._fill
 
-    def counted(chain, name, value):
-        before = getattr(chain, name)._version
-        fill(chain, name, value)
-        fills.append((name, getattr(chain, name)._version - before))
+    def counted(chain, name, buffer, value, n=None):
+        before = buffer._version
+        fill(chain, name, buffer, value, n)
+        fills.append((name, buffer._version - before))
 
     monkeypatch.setattr(Chain, "_fill", counted)
     head = make_head()
     for seed, temperature in ((1, 0.5), (1, 0.5), (1, 2.0), (3, 2.0)):
         call(head, 2, seed, guided=True, noise="addressed", temperature=temperature)
     assert [count for name, count in fills if name == "temperature"] == [1, 0, 1, 0]
-    assert [count for name, count in fills if name == "scale"] == [1, 0, 0, 1]
+    assert [count for name, count in fills if name == ("scale", 0)] == [1, 0, 0, 1]
     assert [count for name, count in fills if name == "seed"] == [1, 0, 0, 1]
     head = make_head(seed=1)
     cond, x, noise = random_inputs(head, 2, 0, guided=True)

@@ -19,6 +19,15 @@ def test_heads_beyond_a_limit_are_refused_by_its_name(backend, make_diffloss, ke
             denoise(head, *random_inputs(head, 2, 0), backend=backend)
 
 
+def test_how_many_channels_a_head_may_have(backend, make_diffloss, kernel_device):
+    most = {"triton": 64, "cuda": 256}[backend]
+    head = unsupported_head(make_diffloss, kernel_device, channels=most)
+    denoise(head, *random_inputs(head, 1, 0), backend=backend)
+    head = unsupported_head(make_diffloss, kernel_device, channels=most + 1)
+    with pytest.raises(RuntimeError, match=f"up to {most} channels, and this head has {most + 1}: use backend='torch'"):
+        denoise(head, *random_inputs(head, 1, 0), backend=backend)
+
+
 @pytest.mark.parametrize(
     "op", [log_density_ratio, lambda *chains, **options: accept_reject(*chains, seed=0, **options)]
 )

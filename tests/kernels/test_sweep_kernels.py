@@ -189,7 +189,7 @@ def test_tokens_settle_by_their_own_changes_and_stay_as_they_are(make_head):
         ours.sweep()
         for name in ("x", "before", "x0", "mean", "log_std", "path", "change", "size", "sweeps"):
             value, old = getattr(ours.state, name), before[name]
-            axis = 1 if value.dim() == 3 else 0
+            axis = max(0, value.dim() - 2)
             frozen = settled.nonzero().flatten().to(value.device)
             assert torch.equal(value.index_select(axis, frozen), old.index_select(axis, frozen)), name
         when[~settled] = count

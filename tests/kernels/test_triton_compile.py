@@ -40,7 +40,12 @@ LAYERED = {
 # What a guided chain of one token of 100 steps launches in parallel over its steps: all may be called off.
 SWEPT, FIRST = ("bfloat16", "1 x 100"), {"_sweep_kernel", "_settle_kernel"}
 SWEEPS = ALWAYS | FEW | OWN | FIRST | {"_output_kernel"}
-WEIGHTS = {"weight", "bias", "norm_weight", "norm_bias", "coefficients"}
+# Of heads of other shapes: tokens in groups of rows.
+OTHERS = {
+    ("VibeVoice-1.5B", "1 in 2"): ALWAYS | FEW,
+    ("BitDance-H", "64 in 3"): ALWAYS | OWN,
+}  # fmt: skip
+WEIGHTS = {"weight", "bias", "norm_weight", "norm_bias", "coefficients", "clip"}
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +81,9 @@ def test_the_report_leaves_nothing_out(rows):
     for kernel in SWEEPS:
         assert {case(row)[:2] for row in of_case if row["kernel"] == kernel} == sizes
     assert {row["kernel"] for row in of_case} == SWEEPS
+    for (model, tokens), kernels in OTHERS.items():
+        of_case = [row for row in rows if (row["model"], row["tokens"], row["dtype"]) == (model, tokens, "bfloat16")]
+        assert {(r["kernel"], r["architecture"]) for r in of_case} == {(k, a) for k in kernels for a in ARCHITECTURES}
     types = {(a, d) for a in ARCHITECTURES for d in ("float32", "bfloat16")}
     tiles = [row for row in rows if str(row["tokens"]).startswith("tile ")]  # the smallest of either type
     assert {case(row)[1:] for row in tiles} == types

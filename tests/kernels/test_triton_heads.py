@@ -6,6 +6,7 @@ from chains import assert_agrees
 from packed_heads import grouped_inputs, random_network
 
 from cspd_kernels import Schedule, denoise
+from cspd_kernels.ops.denoise.chain import Tables
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
 
@@ -149,6 +150,16 @@ def test_a_temperature_may_be_a_tensor(network, temperature):
             denoise(head, *inputs, temperature=temperature, **options),
         ):
             torch.testing.assert_close(out, expected, rtol=1e-6, atol=0)
+    # As on a device, where the op cannot look at its value.
+    cond, x, noise = inputs
+    chain = LayeredChain(head, 2, 1, noise, 2, static=True)
+    for value in (there, 0.3, there):
+        chain.load(cond[None], x, noise, value, ())
+        chain.launch(head, tables := Tables(head))
+        out = chain.results(2, value, tables)
+        expected = denoise(head, *inputs, temperature=float(value), **options)
+        for a, b in zip(out, expected):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=0)
 
 
 def test_what_is_not_a_number_passes_the_limits(network):
@@ -159,7 +170,7 @@ def test_what_is_not_a_number_passes_the_limits(network):
     noise[2, 1, 0] = torch.nan  # of the first step; values of a call on a device are not looked at
     chain = LayeredChain(head, 3, 1, noise, 3, static=True)
     chain.load(cond[None], x, noise, 1.0, ())
-    chain.launch(head, triton_chain.Tables(head))
+    chain.launch(head, Tables(head))
     assert chain.x[1].isnan().any()
     assert torch.equal(chain.x[[0, 2]], alone[[0, 2]])
 
@@ -175,6 +186,7 @@ def test_every_number_of_rows_has_its_products(dtype, shape):
         made = own_products(rows, Shape(*shape), dtype, CPU)
         assert made.first in (halved(tiles) if shape[2] else tiles) and made.second in tiles
         assert products(rows, Shape(*shape), dtype, CPU) in (made, Products(None, None))
+        assert all(tile.bm * tile.bn < triton_config.SPILLING for tile in made)
 
 
 def test_what_was_measured_is_of_square_weights(monkeypatch):

@@ -176,25 +176,26 @@ def run(
     """
     head = DiffusionHead.of_handle(head)
     stream = stream_dtype(head.dtype)
-    scales = tuple(_number(scale) for scale in (cfg_scale, second_scale) if scale is not None)
+    guided, scales = len(cond) != len(x_T), ()
+    if cfg_scale is not None:
+        scales = (_number(cfg_scale, stream),)
+        if second_scale is not None:
+            scales = (*scales, _number(second_scale, stream))
     check_values(x_T=x_T, cond=cond, noise=noise, guess=guess, cfg_scale=scales)
     if temperatures is not None:
-        temperature = _number(temperatures)
+        temperature = _number(temperatures, stream)
         if isinstance(temperature, torch.Tensor):
-            temperature = temperature.to(stream).reshape(1)
+            temperature = temperature[0]  # (1,)
         elif not 0 <= temperature < math.inf:
             raise ValueError(f"denoise expected a finite temperature >= 0, got {temperature!r}")
     overflows = late_overflows(head)
-    guided = len(cond) != len(x_T)
     automatic = parallel_tol is not None and parallel_tol < 0
     if automatic:
         parallel_tol = automatic_tolerance(head, len(x_T), guided, backend)
     function = remembered_chain(backend, head, len(x_T), guided, parallel_tol is not None)
     seed = seed % 2**64 if seeds is None else seeds
     noise = PhiloxNoise(seed, rows) if noise is None else noise.to(stream)
-    if not guided:
-        scales = ()
-    scales = tuple(s.to(stream).reshape(-1, 1) if isinstance(s, torch.Tensor) else s for s in scales)  # [1 or N, 1]
+    scales = scales if guided else ()
     parallel = None
     if parallel_tol is not None:
         parallel = Parallel(parallel_tol, None if guess is None else guess.to(stream))
@@ -206,9 +207,11 @@ def run(
     return tuple(value.contiguous() for value in out)
 
 
-def _number(value: torch.Tensor) -> float | torch.Tensor:
-    """A tensor of one element on the CPU as its number."""
-    return float(value) if value.numel() == 1 and value.device.type == "cpu" else value
+def _number(value: torch.Tensor, stream: torch.dtype) -> float | torch.Tensor:
+    """A tensor of one element on the CPU as its number; others of 1 or N elements as (1 or N, 1) of a type."""
+    if value.numel() == 1 and value.device.type == "cpu":
+        return float(value)
+    return value.to(stream).reshape(-1, 1)
 
 
 def automatic_tolerance(head: DiffusionHead, tokens: int, guided: bool, backend: str | None) -> float | None:

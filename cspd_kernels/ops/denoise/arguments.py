@@ -101,8 +101,10 @@ def check_tensor(name: str, tensor, head: DiffusionHead, shape: tuple) -> None:
 
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"denoise expected {name} as a tensor {wanted()}, got {type(tensor).__name__}")
-    fits = all(isinstance(size, str) or size == got for size, got in zip(shape, tensor.shape))
-    if tensor.dim() != len(shape) or not fits:
+    fits = tensor.dim() == len(shape)
+    for size, got in zip(shape, tensor.shape):
+        fits = fits and (isinstance(size, str) or size == got)
+    if not fits:
         raise ValueError(f"denoise expected {name} of shape {wanted()}, got {tuple(tensor.shape)}")
     if tensor.device != head.device:
         raise ValueError(f"denoise expected {name} on the head's device {head.device}, got {tensor.device}")
@@ -116,13 +118,12 @@ def check_tensor(name: str, tensor, head: DiffusionHead, shape: tuple) -> None:
 def check_values(**values) -> None:
     """Raise on NaN and infinity where the host can see them; on a device, looking would wait for it."""
     for name, value in values.items():
-        if isinstance(value, tuple):
-            for one in value:
-                check_values(**{name: one})
+        if value is None:
             continue
-        if isinstance(value, torch.Tensor):
-            finite = value.device.type != "cpu" or bool(torch.isfinite(value).all())
-        else:
-            finite = value is None or math.isfinite(value)
-        if not finite:
-            raise ValueError(f"denoise expected finite values in {name}, got NaN or infinity")
+        for one in value if isinstance(value, tuple) else (value,):
+            if isinstance(one, torch.Tensor):
+                finite = one.device.type != "cpu" or bool(torch.isfinite(one).all())
+            else:
+                finite = math.isfinite(one)
+            if not finite:
+                raise ValueError(f"denoise expected finite values in {name}, got NaN or infinity")

@@ -63,9 +63,10 @@ def clip_table(head: DiffusionHead) -> torch.Tensor | None:
 
 def modulations_of(head: DiffusionHead) -> tuple[int, ...]:
     """Which modulation every block takes; kept, as every call asks."""
-    if "modulations" not in head.shared:
-        head.shared["modulations"] = head.modulation_of
-    return head.shared["modulations"]
+    made = head.shared.get("modulations")
+    if made is None:
+        made = head.shared["modulations"] = head.modulation_of
+    return made
 
 
 def to_device(value: torch.Tensor, device: torch.device) -> torch.Tensor:

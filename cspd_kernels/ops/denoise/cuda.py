@@ -13,14 +13,14 @@ from .cuda_persistent import PersistentChain
 from .on_device import Kernels, denoise_on_device, why_not_covered
 
 KERNELS = Kernels("cuda", LayeredChain, PersistentChain)
-_ALIGNMENT = 16  # bytes
+_ALIGNMENT, _MOST_CHANNELS = 16, 256  # bytes; tokens of the verdict have as many at most
 _REASONS: weakref.WeakKeyDictionary[DiffusionHead, str | None] = weakref.WeakKeyDictionary()
 
 
 def why_unsupported(head: DiffusionHead) -> str | None:
     """None when the kernels cover this head, else the limit it exceeds."""
     if head not in _REASONS:  # its tensors are up to a hundred, and never change
-        _REASONS[head] = why_not_covered(head) or _why_not_read_wide(head)
+        _REASONS[head] = why_not_covered(head, _MOST_CHANNELS) or _why_not_read_wide(head)
     return _REASONS[head]
 
 

@@ -24,7 +24,7 @@ from .parallel_chain import ParallelChain
 from .workspace import in_blocks_of_rows
 
 GRAPH_BYTES = 1 << 30  # of the buffers of a head's graphs together, for each backend; the modulations are shared
-_MAX_CHANNELS, _MAX_WIDTH, _MAX_HIDDEN, _WIDTH_MULTIPLE = 64, 4096, 12288, 16
+MOST_CHANNELS, _MAX_WIDTH, _MAX_HIDDEN, _WIDTH_MULTIPLE = 64, 4096, 12288, 16
 
 
 @dataclass(frozen=True)
@@ -52,16 +52,16 @@ Plans = weakref.WeakKeyDictionary[DiffusionHead, dict[str, HeadPlans]]
 _HEADS: Plans = weakref.WeakKeyDictionary()
 
 
-def why_not_covered(head: DiffusionHead) -> str | None:
-    """None when the kernels cover heads like this one, else the limit it exceeds."""
+def why_not_covered(head: DiffusionHead, most_channels: int = MOST_CHANNELS) -> str | None:
+    """None when a backend's kernels cover heads like this one, else the limit it exceeds."""
     if head.dtype == torch.float64:
         return (
             "its kernels compute in float32, float16 or bfloat16, and this head is float64: use backend='torch', "
             "or build the head with dtype=torch.float32"
         )
-    if head.channels > _MAX_CHANNELS:
+    if head.channels > most_channels:
         return (
-            f"its kernels cover up to {_MAX_CHANNELS} channels, and this head has {head.channels}: use backend='torch'"
+            f"its kernels cover up to {most_channels} channels, and this head has {head.channels}: use backend='torch'"
         )
     if head.width > _MAX_WIDTH or head.width % _WIDTH_MULTIPLE:
         return (

@@ -47,6 +47,7 @@ HALF_TILES = (
     Tile(32, 32, 128, 4, 4), Tile(16, 64, 128, 4, 4), Tile(16, 32, 128, 4, 4), Tile(16, 16, 128, 4, 4),
     Tile(16, 16, 256, 4, 3),
 )  # fmt: skip
+SPILLING = 128 * 128  # from so many elements on, with sums of other lengths, on sm_100
 FLOAT32_TILES = (Tile(64, 64, 32, 8, 3), Tile(32, 32, 32, 4, 4), Tile(16, 32, 64, 4, 3), Tile(16, 16, 64, 4, 3))
 
 
@@ -137,6 +138,8 @@ def _fastest_tiles(rows: int, shape: Shape, dtype: torch.dtype, multiprocessors:
     def fastest(columns: int, sum_of: int, times: int) -> Tile:
         tiles = FLOAT32_TILES if dtype.itemsize == 4 else HALF_TILES
         tiles = halved(tiles) if times == 2 else tiles
+        if not shape.plain:
+            tiles = tuple(tile for tile in tiles if tile.bm * tile.bn < SPILLING)
         candidates = [tile for tile in tiles if tile.bm <= max(16, power_of_two(rows))]
         work = columns, sum_of, times, dtype.itemsize, multiprocessors
         return min(candidates, key=lambda tile: _cycles(tile, rows, *work))

@@ -16,7 +16,7 @@ from ...triton_noise import normal
 
 STREAM_STEP: tl.constexpr = tl.constexpr(_STREAM_STEP)
 GROUP: tl.constexpr = tl.constexpr(8)  # row tiles that share a tile of weights while it is in the cache
-MOST_LINES: tl.constexpr = tl.constexpr(64)  # of a column's weights, asked for ahead of time
+MOST_LINES: tl.constexpr = tl.constexpr(4096)  # of weights that a program asks for ahead of time
 
 
 @triton.jit
@@ -155,7 +155,8 @@ def prefetch_weights(weight, row_tile, cols, K: tl.constexpr, N: tl.constexpr):
     tiles that need them does."""
     LINE: tl.constexpr = 1024 // weight.dtype.element_ty.primitive_bitwidth  # elements of 128 bytes
     ALL: tl.constexpr = triton.next_power_of_2((K + LINE - 1) // LINE)
-    LINES: tl.constexpr = ALL if ALL < MOST_LINES else MOST_LINES
+    MOST: tl.constexpr = MOST_LINES // cols.shape[0]
+    LINES: tl.constexpr = ALL if ALL < MOST else MOST
     if row_tile == 0:
         start = tl.minimum(tl.arange(0, LINES) * LINE, K - 1)
         address = (weight + tl.minimum(cols, N - 1)[:, None] * K + start[None, :]).to(tl.int64)

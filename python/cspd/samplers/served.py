@@ -149,7 +149,9 @@ class OwnSampler:
                 failure = failure or CannotRunError(first_line(error))
                 continue
             try:
-                plan = plan_of(self.adapter, ours, name, _bound(name, inspect.signature(getattr(ours, name)), (), again), source)
+                plan = plan_of(
+                    self.adapter, ours, name, _bound(name, inspect.signature(getattr(ours, name)), (), again), source
+                )
                 head = cache.get(plan.reading.schedule, torch.float32)
                 # Step by step, whatever was asked for: what is compared is code, which a tolerance would hide.
                 served = seeded(lambda: run(plan, head, "torch", False, None), [])  # noqa: B023
@@ -205,7 +207,7 @@ class ServedSample(StandIn):
             return original(*args, **kwargs)
         try:
             if sampler.module is not self.module:
-                raise NotServedError("this is a replica or a shallow copy of the patched head")
+                raise NotServedError("its network was patched as another head's since")
             if name in self.replaced and not _is_of_class(self.replaced[name], self.module, name):
                 raise NotServedError(f"its {name} had been replaced on the instance")
             return sampler.serve(patch, name, original, args, kwargs)
