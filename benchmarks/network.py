@@ -1,7 +1,7 @@
 """One call of a head's network: ``python benchmarks/network.py [--quick] [--json FILE]``.
 
 What ``cspd.patch(model, loop="own")`` makes of a network, also with ``weights="frozen"``, beside its own forward:
-eagerly, under ``torch.compile`` and, on a GPU, in a CUDA graph. A run is a loop of 20 calls with one condition and
+eagerly, under ``torch.compile`` and, on a GPU, in a CUDA graph. A run is a loop of calls with one condition and
 another x and time at each, as solvers and schedulers make them; the seconds are those of a call. The error is the
 largest difference from float64 on the same weights, relative to the largest value.
 """
@@ -25,7 +25,7 @@ from common import captured, measure, spread
 from network_heads import HEADS, Head, network_of
 from report import Report, Row
 
-CALLS = 20
+CALLS = {"cuda": 20, "cpu": 5}  # of a run
 ROWS = (1, 2, 8, 64)
 BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 BASELINE_BOUND = 0.1  # far beyond rounding
@@ -40,11 +40,11 @@ def loop(call: Callable, x: torch.Tensor, times: torch.Tensor, c: torch.Tensor) 
 
 def inputs_of(head: Head, rows: int, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, ...]:
     """x (calls, N, C), times (calls, N) and a condition (N, Z)."""
-    generator = torch.Generator().manual_seed(rows)
+    calls, generator = CALLS[device.type], torch.Generator().manual_seed(rows)
     x, c = (
-        torch.randn(*shape, generator=generator) for shape in ((CALLS, rows, head.channels), (rows, head.cond_channels))
+        torch.randn(*shape, generator=generator) for shape in ((calls, rows, head.channels), (rows, head.cond_channels))
     )
-    times = torch.linspace(0, head.largest_time, CALLS).round(decimals=2)[:, None].repeat(1, rows)
+    times = torch.linspace(0, head.largest_time, calls).round(decimals=2)[:, None].repeat(1, rows)
     return x.to(device, dtype), times.to(device, dtype), c.to(device, dtype)
 
 
@@ -67,7 +67,7 @@ def network_rows(name: str, rows: int, dtype: torch.dtype, runs: int, device: to
         seconds = measure(
             calls, [arguments], runs, device, failed=lambda what, error: report.failed("network", size, what, error)
         )
-    spreads = {what: [value / CALLS for value in spread(values)] for what, values in seconds.items()}
+    spreads = {what: [value / CALLS[device.type] for value in spread(values)] for what, values in seconds.items()}
     for ours in (what for what in OURS if what in spreads):
         for what in (what for what in spreads if what not in OURS):
             accuracy = f"against float64; the baseline {errors[what]:.1e}"
@@ -120,7 +120,7 @@ def main() -> None:
             for dtype in BOUNDS:
                 gc.collect()
                 with report.trying("network", f"{name} N={rows}"), torch.no_grad():
-                    runs = 3 if args.quick else 15 if device.type == "cuda" else 7
+                    runs = 3 if args.quick else 15 if device.type == "cuda" else 5
                     network_rows(name, rows, dtype, runs, device, report)
     print("\ncalls a second (median; 20 % and 80 %)")
     for line in calls_a_second(report.rows):

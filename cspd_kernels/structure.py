@@ -115,7 +115,8 @@ def why_not_as_written(module: nn.Module) -> str | None:
         if aside or not isinstance(own, FunctionType):
             continue
         function = stood_for(value)
-        if getattr(function, "__func__", None) is not own or function.__self__ is not module:
+        inner = compiled_from(getattr(function, "__func__", function))  # of a class that compiles it, too
+        if inner is not compiled_from(own) or getattr(function, "__self__", module) is not module:
             return f"had its {name} replaced (by {getattr(function, '__qualname__', type(function).__name__)})"
     return None
 

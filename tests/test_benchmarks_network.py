@@ -22,7 +22,7 @@ def test_every_contender_has_a_row(benchmarks, monkeypatch, tmp_path, capsys):
     module = benchmarks.network
     monkeypatch.setattr(module, "HEADS", small(benchmarks.network_heads))
     monkeypatch.setattr(module, "ROWS", (3,))
-    monkeypatch.setattr(module, "CALLS", 2)
+    monkeypatch.setitem(module.CALLS, "cpu", 2)
     monkeypatch.setattr(torch, "compile", lambda net, **options: net)
     assert run_main(module, monkeypatch, "--json", tmp_path / "r.json") is None
     rows = json.loads((tmp_path / "r.json").read_text())["rows"]

@@ -78,7 +78,8 @@ class HeadDescription:
     def __str__(self) -> str:
         lines = [self.line, *(f"  {name}: {what}" for name, what in self.samplers.items())]
         if self.own_loop is not None:
-            lines.append(f"  keeps its own loop: {self.own_loop}")
+            own = "" if self.network or not self.patched else " and network (faster with weights='frozen')"
+            lines.append(f"  keeps its own loop{own}: {self.own_loop}")
         lines += [f"  ran its own code: {reason}" for reason in self.own_code]
         if self.untouched:
             lines.append(f"  not taken over: {', '.join(self.untouched)}")

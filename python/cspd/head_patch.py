@@ -157,7 +157,7 @@ class HeadPatch:
                 f"{self.name} samples differently and is left unpatched: {why}; and its network: {error}"
             ) from None
         if self.options.loop is None:
-            _logger.warning("cspd.patch: %s keeps its own loop, %s: %s", self.name, self.network.outcome, why)
+            _logger.warning("cspd.patch: %s %s: %s", self.name, self.network.outcome, why)
         if (model := self._model and self._model()) is not None:
             self.tell_of_model(model, why)
 
@@ -371,7 +371,8 @@ class HeadPatch:
         if not sampling.changes:
             return
         if self.own_loop is not None or self.own_sampler is not None:
-            raise ValueError(f"{self.name} is left unpatched: expected a diffusion object to sample by {sampling}")
+            why = "" if self.own_loop is None else f", and its loop stays its own: {self.own_loop}"
+            raise ValueError(f"{self.name} is left unpatched: expected a diffusion object to sample by {sampling}{why}")
         for path, diffusion in self.found.diffusions.items():
             try:
                 schedule = (LoopHook.of(diffusion) or LoopHook(diffusion)).tables.schedule()
@@ -421,11 +422,11 @@ class HeadPatch:
 
     def tell(self, reason: str) -> None:
         """Log once why the head's own loop runs."""
-        if self.network is None:
+        if self.network is None or not self.network.pays:
             self.tell_of_network(reason)
         elif reason not in self.told:
             self.told.append(reason)
-            _logger.warning("cspd.patch: %s keeps its own loop, %s: %s", self.name, self.network.outcome, reason)
+            _logger.warning("cspd.patch: %s %s: %s", self.name, self.network.outcome, reason)
 
     def tell_of_network(self, reason: str) -> None:
         """Log once why the head's own code runs, with its own network."""

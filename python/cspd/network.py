@@ -7,7 +7,6 @@ copy with random weights. Every other call runs its own forward.
 from __future__ import annotations
 
 import contextlib
-import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import MethodType
@@ -24,7 +23,7 @@ from cspd_kernels.structure import compiled_from
 from .diffusions import NotServedError
 from .heads import HeadCache
 from .loop import LOCK
-from .network_call import Kind, Roles, flatten
+from .network_call import READINGS, Kind, Roles, flatten
 from .source import Source, written
 from .twin import CannotRunError, copies_of, first_line, quiet
 from .verify import DiffersError, difference, tolerance
@@ -36,7 +35,7 @@ _transformed = getattr(torch._C, "_are_functorch_transforms_active", lambda: Fal
 class Answer:
     """How calls of a kind are served."""
 
-    in_columns: bool  # of (N, 1) times
+    reading: str  # of its times' shape, one of READINGS
     dtype: torch.dtype  # of what its own forward returns
 
 
@@ -68,10 +67,8 @@ class FastNetwork:
 
     @property
     def outcome(self) -> str:
-        """What becomes of its calls, for the log."""
-        if self.pays:
-            return "its network is accelerated"
-        return "and on the CPU its own network (faster with weights='frozen')"
+        """What a head does by it, for the log."""
+        return "keeps its own loop, its network is accelerated" if self.pays else "runs its own code, unaccelerated"
 
     def check(self) -> None:
         """Compare plain kinds of calls, N rows and a time for each. What the network may compute is tried in turn.
@@ -92,21 +89,22 @@ class FastNetwork:
         raise failure
 
     def _plain_kinds(self, spec: HeadSpec) -> dict[Kind, Answer]:
-        """Of the calls that its own forward takes, which may want times of one type or shape alone."""
-        weight, kinds, failure = spec.parts.input.weight.dtype, {}, None
+        """Of the calls that its own forward takes, which may want times of one type, or shapes of one rank, alone."""
+        weight, kinds, failures = spec.parts.input.weight.dtype, {}, []
         self.roles = Roles(own_forward(self.net), len(spec.times))
-        types = dict.fromkeys((weight, torch.float32, torch.int64))
-        for shape, time in itertools.product(((3,), (3, 1)), types):
-            if kinds and len(shape) == 2:
-                break
-            kind = Kind(((3,), weight), ((shape, time),) * len(spec.times), ((3,), weight), None)
-            try:
-                kinds[kind] = self._compare(kind)
-            except CannotRunError as error:
-                failure = error
-        if not kinds:
-            raise failure
-        return kinds
+        for rows, times in (((3,), (3,)), ((3,), (3, 1)), ((3, 1), (3,))):
+            for time in dict.fromkeys((weight, torch.float32, torch.int64)):
+                kind = Kind((rows, weight), ((times, time),) * len(spec.times), (rows, weight), None)
+                try:
+                    kinds[kind] = self._compare(kind)
+                except CannotRunError as error:
+                    failures.append(error)
+                except DiffersError as error:
+                    failures.insert(0, error)
+                    break
+            if kinds:
+                return kinds
+        raise failures[0]
 
     def serve(self, args: tuple, kwargs: dict) -> torch.Tensor:
         """One call.
@@ -128,7 +126,7 @@ class FastNetwork:
             answer = self._compare_now(kind)
         if isinstance(answer, str):
             raise NotServedError(answer)
-        head, flat = self.cache.get(None, self.dtype, source), flatten(x, times, c, answer.in_columns)
+        head, flat = self.cache.get(None, self.dtype, source), flatten(x, times, c, answer.reading)
         try:
             out = evaluate(head, flat.x, flat.times, flat.c, backend=self.backend)
         except (TypeError, ValueError) as error:  # as its own code has it, which may know better
@@ -185,9 +183,9 @@ class FastNetwork:
             expected = _attempt(lambda: self._own(net, x, times, c))
             head = DiffusionHead.from_network(net, None, dtype=torch.float32, spec=spec)
             answers, failure = [], None
-            for in_columns in (False, True):
+            for reading in READINGS:
                 try:
-                    flat = flatten(x, times, c, in_columns)
+                    flat = flatten(x, times, c, reading)
                 except NotServedError as error:
                     failure = failure or DiffersError(str(error))
                     continue
@@ -197,7 +195,7 @@ class FastNetwork:
                     continue
                 error = difference(expected, actual)
                 if error <= tolerance(net):
-                    answers.append(in_columns)
+                    answers.append(reading)
                     break
                 failure = DiffersError(f"its forward and the kernels' differ by {error:.2g} of the largest value")
         if not answers:

@@ -152,18 +152,27 @@ class Flat:
     shape: tuple[int, ...]
 
 
-def flatten(x: torch.Tensor, times: tuple, c: torch.Tensor, in_columns: bool) -> Flat:
+# How times of a shape stand beside the rows of x: as they broadcast; with a last dimension that is their one feature,
+# as of (N, 1); or by the first dimensions of x, as (N,) beside (N, 1, C).
+READINGS = ("rows", "columns", "first")
+
+
+def flatten(x: torch.Tensor, times: tuple, c: torch.Tensor, reading: str) -> Flat:
     """Rows of a call whose dimensions broadcast as those of ``time(t) + cond(c)`` and of x do.
 
     Args:
-        in_columns: a time's last dimension is its one feature, as of (N, 1).
+        reading: one of READINGS.
 
     Raises:
         NotServedError: they do not.
     """
-    leads = [t.shape[:-1] if in_columns else t.shape for t in times if isinstance(t, torch.Tensor)]
-    if in_columns and any(t.dim() == 0 or t.shape[-1] != 1 for t in times if isinstance(t, torch.Tensor)):
-        raise NotServedError("its times have no column")
+    leads = [t.shape for t in times if isinstance(t, torch.Tensor)]
+    if reading == "columns":
+        if not all(lead[-1:] == (1,) for lead in leads):
+            raise NotServedError("its times have no column")
+        leads = [lead[:-1] for lead in leads]
+    elif reading == "first":
+        leads = [(*lead, *[1] * (x.dim() - 1 - len(lead))) for lead in leads]
     if len(leads) not in (0, len(times)):
         raise NotServedError("its times are a number and a tensor")
     if x.dim() == 2 and c.shape[:-1] == x.shape[:-1] and all(lead == x.shape[:-1] for lead in leads):  # as most are

@@ -115,6 +115,24 @@ def test_two_times_and_the_condition_first(rows):
     assert_served(net, c, x=x, t=t[:, None], s=t[:, None] / 2)
 
 
+class Tokens(Net):
+    """Like OpenMotionLab/MotionGPT3's: x (N, 1, C), a time for each of N, conditions (N, 1, Z)."""
+
+    def forward(self, x, t, c):
+        self.evaluations = self.evaluations + 1
+        h, y = self.input_proj(x), self.time_embed(t).unsqueeze(1) + self.cond_embed(c)
+        for block in self.res_blocks:
+            h = block(h, y)
+        return self.final_layer(h, y)
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+def test_tokens_of_rank_3(rows):
+    x, t, c = call_of(rows)
+    assert_served(ready(Tokens), x[:, None], t, c[:, None])
+    assert_served(ready(Tokens), x[:, None].expand(-1, 2, -1), t, c[:, None])
+
+
 def test_by_keyword_and_with_more_dimensions():
     net = ready(SpeechNet)
     x, t, c = call_of(6)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import pickle
 from functools import partial
@@ -10,6 +11,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn as nn
+from field.flow_heads import FlowMatchingHead
 from field.other_networks import DiffHead
 from foreign import conditions, made
 from small_models import sample
@@ -188,6 +190,30 @@ def test_a_patched_layer_list_stays_a_module_list():
     assert type(model.diffloss) is type(model_in().diffloss)
 
 
+def test_a_sampler_compiled_in_one_graph_that_is_not_served(caplog):
+    """As in stepfun-ai/NextStep-1: the graph must be a whole one, and a wrapper hides that it is compiled."""
+    whole = torch.compile(FlowMatchingHead.sample, fullgraph=True, backend="eager")
+
+    class Compiled(FlowMatchingHead):
+        @functools.wraps(FlowMatchingHead.sample)
+        def sample(self, *args, **kwargs):
+            return whole(self, *args, **kwargs)
+
+        sample.original = FlowMatchingHead.sample
+
+    def call(head):
+        torch.manual_seed(5)
+        return head.sample(conditions(), num_sampling_steps=6)
+
+    expected = call(made(FlowMatchingHead))
+    head = cspd.patch(made(Compiled))
+    assert relative_error(call(head), expected) < 1e-5
+    assert not cspd.describe(head).heads[0].own_code
+    head.net.res_blocks[0].register_forward_hook(lambda *_: None)
+    assert relative_error(call(head), expected) < 1e-5
+    assert "has a forward hook" in caplog.text
+
+
 def test_nothing_is_compiled_to_be_compared():
     """Of a head with a loop of its own, whose code base compiles its sample in the class."""
     compiled = []
@@ -202,6 +228,9 @@ def test_nothing_is_compiled_to_be_compared():
     head = cspd.patch(made(Compiled))
     with torch.no_grad():
         tokens = head.sample(conditions(), 2.5, 5)
+        around = torch.compile(lambda z: head.sample(z, 2.5, 5) + 1.0, backend=backend)
+        assert around(conditions()).shape == tokens.shape
+        compiled.clear()  # what is around the call
     assert cspd.describe(head).heads[0].own_loop is None
     assert (head.net.evaluations, len(compiled)) == (0, 0)
     assert tokens.shape == (6, head.ch_target)

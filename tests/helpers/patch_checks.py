@@ -34,7 +34,8 @@ def assert_own_loop(head, call, caplog, match, steps=STEPS):
     cspd.unpatch(head)
     expected, rng, own = run(head, call)
     assert own == steps
-    for weights, network in (("live", r"and on the CPU its own network .*"), ("frozen", "its network is accelerated")):
+    told = {"live": "runs its own code, unaccelerated", "frozen": "keeps its own loop, its network is accelerated"}
+    for weights, outcome in told.items():
         caplog.clear()
         with caplog.at_level(logging.WARNING, "cspd"):
             cspd.patch(head, weights=weights)
@@ -45,7 +46,7 @@ def assert_own_loop(head, call, caplog, match, steps=STEPS):
                 assert actual.dtype == expected.dtype
                 assert torch.equal(actual, expected) if evaluations else relative_error(actual, expected) < 1e-5
         (message,) = [record.getMessage() for record in caplog.records]
-        assert re.search(f"keeps its own loop, {network}: {match}", message)
+        assert re.search(f"{outcome}: {match}", message)
 
 
 def compare(head, call, caplog, steps, evaluations, told):

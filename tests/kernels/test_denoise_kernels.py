@@ -298,7 +298,7 @@ def test_calls_that_stopped_waiting_are_told_of_once_however_many(backend, make_
     multiprocessors(1)
     head = make_head()
     tables, (_, _, noise) = Tables(head), random_inputs(head, 1, 0)
-    chain = kernels_of(backend).persistent(head, 1, False, noise, 2, static=True)
+    chain = kernels_of(backend).persistent(head, 1, 1, noise, 2, static=True)
     chain.error.fill_(1)
     for calls in (1, 2, 1):
         for _ in range(calls):

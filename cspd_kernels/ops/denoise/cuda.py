@@ -29,7 +29,8 @@ def why_not_persistent(head: DiffusionHead, tokens: int, guided: bool) -> str | 
     groups = 2 if guided else 1
     if PersistentChain.serves(head, bucket(tokens), groups):
         return None
-    return f"{bucket(tokens) * groups} rows of this head do not fit one launch here"
+    rows = bucket(tokens) * groups
+    return PersistentChain.why_not_covered(head) or f"{rows} rows of this head do not fit one launch here"
 
 
 def _why_not_read_wide(head: DiffusionHead) -> str | None:

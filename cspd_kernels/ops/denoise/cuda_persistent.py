@@ -28,11 +28,18 @@ class PersistentChain(CudaChain):
 
     @staticmethod
     def serves(head: DiffusionHead, tokens: int, groups: int) -> bool:
-        """Whether the kernel covers so many tokens of this head, on its device: of networks of LayerNorm and silu whose
-        blocks are as wide as they, each with modulations of its own or all with the same."""
-        known = head.norm == "layer" and head.mlp == "silu" and head.hidden == head.width
-        known = known and len(set(modulations_of(head))) in (1, head.depth)
-        return known and groups <= 2 and plan_of(head, tokens, groups).blocks > 0
+        """Whether the kernel covers so many tokens of this head, on its device."""
+        covered = PersistentChain.why_not_covered(head) is None and groups <= 2
+        return covered and plan_of(head, tokens, groups).blocks > 0
+
+    @staticmethod
+    def why_not_covered(head: DiffusionHead) -> str | None:
+        """None where the kernel is for networks like this one, however many tokens."""
+        if head.norm != "layer" or head.mlp != "silu" or head.hidden != head.width:
+            return "its persistent kernel is for LayerNorm and silu, in blocks as wide as the network"
+        if len(set(modulations_of(head))) not in (1, head.depth):
+            return "its persistent kernel is for blocks that share all modulations or none"
+        return None
 
     def __init__(self, head, tokens, groups, noise, steps, static):
         super().__init__(head, tokens, groups, noise, steps, static)

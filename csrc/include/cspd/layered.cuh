@@ -20,8 +20,9 @@ __global__ void __launch_bounds__(kElementThreads)
   if (chunk >= chunks) return;
   const std::int64_t row = chunk * kOwn / width;
   const int column = static_cast<int>(chunk * kOwn % width);
-  const auto time = load_packed(time_embedding + (own ? row : row / rows) * width + column);
-  const auto condition = load_packed(y + row % rows * width + column);
+  const std::int64_t step = row / rows;
+  const auto time = load_packed(time_embedding + (own ? row : step) * width + column);
+  const auto condition = load_packed(y + (row - step * rows) * width + column);
   Eight value;
 #pragma unroll
   for (int i = 0; i < kOwn; ++i) value.v[i] = silu(time[i] + condition[i]);

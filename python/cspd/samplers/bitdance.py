@@ -22,7 +22,7 @@ class BitDance(Adapter):
 
     def sample(self, head, z, cfg, num_sampling_steps) -> Reading:
         scales = (float(cfg),) if cfg > 1.0 else ()
-        schedule = steps(num_sampling_steps, float(head.time_shift))
+        schedule = steps(int(num_sampling_steps), float(head.time_shift))
         return Reading(schedule, z, scales, copies=1 + len(scales))
 
     def trials(self, head, z):

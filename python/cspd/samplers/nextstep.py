@@ -21,7 +21,7 @@ class NextStep(Adapter):
     def sample(self, head, c, cfg, cfg2, timesteps_shift, num_sampling_steps, last_step_size, noise_repeat) -> Reading:
         scales = {1: (), 2: (cfg,), 3: (cfg, cfg2)}[1 + (cfg > 1.0) + (cfg2 > 1.0)]
         return Reading(
-            schedule=steps(num_sampling_steps, timesteps_shift, last_step_size, c.dtype),
+            schedule=steps(int(num_sampling_steps), float(timesteps_shift), float(last_step_size), c.dtype),
             cond=c,
             scales=tuple(map(float, scales)),
             draws=Draws(rows=noise_repeat),

@@ -17,6 +17,7 @@ import torch
 import torch.nn as nn
 from torch.autograd import forward_ad
 
+from cspd_kernels.backends import untraced
 from cspd_kernels.structure import compiled_from
 
 from ..diffusions import Code, NotServedError
@@ -144,7 +145,7 @@ class OwnSampler:
         for (name, arguments), (_, again) in zip(*trials):
             what = f"its {name}" + _numbers(arguments)
             try:
-                own = seeded(lambda: getattr(theirs, name)(**arguments), [])  # noqa: B023
+                own = seeded(lambda: _as_written(getattr(theirs, name))(**arguments), [])  # noqa: B023
             except Exception as error:  # noqa: BLE001  (whatever a fork's code raises)
                 failure = failure or CannotRunError(first_line(error))
                 continue
@@ -196,6 +197,7 @@ class ServedSample(StandIn):
             raise AttributeError(name)
         return self._as_original(name)
 
+    @untraced
     def call(self, name: str, args: tuple, kwargs: dict):
         original, net = self.original(name), self.module._modules.get("net")
         patch = None if net is None else patch_of(unwrapped(net)[0])
@@ -213,7 +215,18 @@ class ServedSample(StandIn):
             return sampler.serve(patch, name, original, args, kwargs)
         except NotServedError as reason:
             patch.tell(str(reason))
+        if patch.network is not None:  # in whose place something stands: a full graph would not take it
+            original = _as_written(original)
         return original(*args, **kwargs)
+
+
+def _as_written(method: Callable) -> Callable:
+    """A method without what ``torch.compile`` made of it, also behind a wrapper (``smart_compile`` of NextStep-1)."""
+    function = compiled_from(getattr(method, "__func__", method))
+    inner = getattr(function, "original", None)
+    function = inner if isinstance(inner, FunctionType) else function
+    owner = getattr(method, "__self__", None)
+    return function if owner is None else MethodType(function, owner)
 
 
 def _is_of_class(method, module: nn.Module, name: str) -> bool:

@@ -163,6 +163,7 @@ FIELD: dict[str, Case] = {
     "msa-t2m": _case(_f.RectifiedFlowHead, unrecorded, (*PLAIN, {"additive": True}, {"additive": True, "rows": 1})),
     "bitdance": _case(_o.DiffHead, bit_dance, ({}, {"cfg": 3.0}, {"double": True}, {"cfg": 2.0, "rows": 33})),
     "bitdance, shifted": _case(_o.DiffHead, bit_dance, ({}, {"cfg": 3.0}), time_shift=2.5),
+    "bitdance, compiled": _case(_o.DiffHead, bit_dance, ({"cfg": 3.0},), network=_o.CompiledEncoder, alone=False),
     "vibevoice": _case(_v.VibeVoice, speech, ({}, {"cfg_scale": 1.3, "rows": 3}), **_VIBE),
     "vibevoice, sde": _case(_v.VibeVoice, speech, ({"cfg_scale": 1.5}, {"rows": 3}), **_VIBE, sde=True),
     "vibevoice, hub": _case(_v.HubVibeVoice, hub_speech, ({}, {"cfg": 1.0, "rows": 3}), **_HUB),

@@ -72,12 +72,18 @@ class MlpEncoder(nn.Module):
         return self.final_layer(x, y)
 
 
+class CompiledEncoder(MlpEncoder):
+    """Its class compiles ``forward``, as the released code does."""
+
+    forward = torch.compile(MlpEncoder.forward, backend="eager")
+
+
 class DiffHead(nn.Module):
     """shallowdream204/BitDance: the network puts out the data; Euler-Maruyama, then one step to the data."""
 
-    def __init__(self, time_shift=1.0):
+    def __init__(self, time_shift=1.0, network=MlpEncoder):
         super().__init__()
-        self.ch_target, self.time_shift, self.net = CHANNELS, time_shift, MlpEncoder()
+        self.ch_target, self.time_shift, self.net = CHANNELS, time_shift, network()
 
     def sample(self, z, cfg, num_sampling_steps):
         return to_data(self.ch_target, self.net.forward, z, cfg, num_sampling_steps, time_shift=self.time_shift)
