@@ -139,11 +139,14 @@ def parts_of(net: nn.Module) -> Parts | str:
     )
     blocks_name, blocks = found["blocks"]
     shared_name, shared = found["modulations"]
-    if shared is not None and (not len(shared) or len(blocks) % max(1, len(blocks) // len(shared))):
+    for name, several in ((blocks_name, blocks), (shared_name, shared)):
+        if several is not None and not isinstance(several, (nn.ModuleList, nn.Sequential)):
+            return f"net.{name} is {type(several).__name__}, not a list of modules"
+    if shared is not None and (not len(shared) or len(blocks) % len(shared)):
         return f"net.{shared_name} are {len(shared)}, which are not shared evenly by {len(blocks)} blocks"
     read, modulation_of = [], []
     for i, block in enumerate(blocks):
-        group = None if shared is None else i // max(1, len(blocks) // len(shared))
+        group = None if shared is None else i // (len(blocks) // len(shared))
         part = _block(f"net.{blocks_name}[{i}]", block, named, shared is None)
         if isinstance(part, str):
             return part
@@ -262,7 +265,8 @@ def norm_kinds(norm: nn.Module) -> tuple[str, ...]:
         return ("layer",)
     if isinstance(norm, torchs_rms()):
         return ("rms",)
-    if norm_eps(norm) is None:
+    others = any(base.__module__.startswith("torch.") and base is not nn.Module for base in type(norm).__mro__)
+    if others or norm_eps(norm) is None:  # of groups, of batches
         return ()
     return ("layer",) if getattr(norm, "bias", None) is not None else ("rms", "layer")
 

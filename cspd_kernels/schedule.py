@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields, replace
-from numbers import Real
+from numbers import Integral, Real
 
 import numpy as np
 
@@ -81,6 +81,8 @@ class Schedule:
                 raise ValueError(f"Schedule expected finite values in {name}, got {values[~finite][0]}")
         if self.clip is not None:
             values = self._keep("clip")
+            if values.shape == (2, 1):  # one for all channels
+                object.__setattr__(self, "clip", values := values[:, 0])
             low, high = values if values.ndim in (1, 2) and len(values) == 2 else (np.ones(1), np.zeros(1))
             if not np.all(low <= high):  # false for NaN, too
                 raise ValueError(
@@ -107,8 +109,12 @@ class Schedule:
         """Whether a step that should add noise, or the last, has no standard deviation: then a chain has no density."""
         return bool(np.isneginf(self.log_std_lower).any())
 
+    def __reduce__(self):
+        """Copies and pickles are read-only, too, and leave behind what is kept for a device."""
+        return type(self), tuple(getattr(self, f.name) for f in fields(self))
+
     def __repr__(self) -> str:
-        if self.width is not None:
+        if self.width is not None and self.clip is None:
             return f"Schedule.one_step({self.width!r})"
         told = [f"{self.name}, num_steps={self.num_steps}, prediction={self.prediction!r}"]
         told += [f"variance={self.variance!r}"] if self.variance is not None else []
@@ -153,7 +159,7 @@ class Schedule:
             timesteps=timesteps, **samplers.ancestral(betas, variance, prediction), learned=variance == "learned",
             name="ddpm", prediction=prediction, variance=variance, betas=betas,
         )  # fmt: skip
-        return made if clip is None else made.clipped(*clip)
+        return made._within(clip)
 
     @classmethod
     def cosine(
@@ -199,7 +205,7 @@ class Schedule:
         Source: Lipman et al. 2022 (arXiv 2210.02747), Liu et al. 2022 (arXiv 2209.03003).
         """
         made = cls(name="euler", prediction=prediction, **samplers.euler(times, data_at, prediction, timesteps))
-        return made if clip is None else made.clipped(*clip)
+        return made._within(clip)
 
     @classmethod
     def euler_maruyama(
@@ -226,7 +232,7 @@ class Schedule:
         """
         table = samplers.euler_maruyama(times, data_at, sizes, prediction, timesteps)
         made = cls(name="euler_maruyama", prediction=prediction, **table)
-        return made if clip is None else made.clipped(*clip)
+        return made._within(clip)
 
     @classmethod
     def one_step(cls, width: float) -> Schedule:
@@ -257,12 +263,14 @@ class Schedule:
         """
         obj = getattr(obj, "schedule", obj)
         if isinstance(obj, cls):
-            return obj if clip is None else obj.clipped(*clip)
+            return obj._within(clip)
         betas, timesteps, variance, prediction = samplers.read(obj)
         return cls.diffusion(betas, timesteps, variance, prediction=prediction, clip=clip)
 
     def last(self, steps: int) -> Schedule:
         """The last ``steps`` of the steps taken, or all where there are no more."""
+        if not isinstance(steps, Integral) or steps < 1:
+            raise ValueError(f"Schedule.last expected steps as an int >= 1, got {steps!r}")
         tables = {f.name: getattr(self, f.name) for f in fields(self)}
         return replace(self, **{n: v[:steps] for n, v in tables.items() if isinstance(v, np.ndarray) and n != "clip"})
 
@@ -307,8 +315,22 @@ class Schedule:
 
         It is limited after guidance and before the mean.
         """
-        limits = np.broadcast_arrays(np.asarray(low, np.float64), np.asarray(high, np.float64))
-        return replace(self, clip=np.stack(limits))
+        low, high = np.array(low, np.float64), np.array(high, np.float64)
+        if low.shape != high.shape and low.size != 1 and high.size != 1:
+            raise ValueError(
+                f"Schedule.clipped expected as many lower limits as upper ones, got {low.size} and {high.size}"
+            )
+        return replace(self, clip=np.stack(np.broadcast_arrays(low, high)))
+
+    def _within(self, clip) -> Schedule:
+        """``clipped(*clip)``, or itself without a clip."""
+        if clip is None:
+            return self
+        try:
+            low, high = clip
+        except (TypeError, ValueError):
+            raise ValueError(f"Schedule expected clip as a pair of limits, (low, high), got {clip!r}") from None
+        return self.clipped(low, high)
 
     def _needs_ancestral(self, method: str) -> None:
         if self.variance is None:

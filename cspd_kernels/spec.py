@@ -141,14 +141,18 @@ def specs_of(net: nn.Module, channels: int | None = None) -> list[HeadSpec] | st
         "gate_first": (True, False) if any(b.form == "swiglu" and len(b.mlp) == 1 for b in blocks) else (True,),
         "scale": _first(known.get("scale"), (1.0, 1000.0)),
         "cosines_first": (True, False),
-        "time_norm": (None,) if parts.times[0].norm is None else ("variance", "rms"),
+        "time_norm": _time_norms(parts.times[0].norm),
         "outputs": tuple(range(sizes["O"], 0, -sizes["C"])),
     }
 
     def spec(norm, modulation, gate_first, scale, cosines_first, time_norm, outputs) -> HeadSpec:
-        time_eps = 0.0 if time_norm is None else norm_eps(parts.times[0].norm)
-        times = [TimeSpec(time.fc0.in_features, scale, 10000.0, cosines_first, time_norm, time_eps)
-                 for time in parts.times]  # fmt: skip
+        times = [
+            TimeSpec(
+                time.fc0.in_features, scale, 10000.0, cosines_first, time_norm,
+                0.0 if time_norm is None else norm_eps(time.norm),
+            )
+            for time in parts.times
+        ]  # fmt: skip
         return HeadSpec(
             channels=sizes["C"], outputs=outputs, width=sizes["W"], hidden=sizes["H"], depth=len(blocks),
             cond_channels=sizes["W"] if given else sizes["Z"], norm=norm, norm_eps=eps,
@@ -165,6 +169,13 @@ def specs_of(net: nn.Module, channels: int | None = None) -> list[HeadSpec] | st
 
 def _first(expected, values: tuple) -> tuple:
     return values if expected is None else (expected, *(value for value in values if value != expected))
+
+
+def _time_norms(norm: nn.Module | None) -> tuple:
+    """Which norms one at the end of a time embedding may be, the likeliest first."""
+    if norm is None:
+        return (None,)
+    return ("rms",) if norm_kinds(norm) == ("rms",) else ("variance", "rms")
 
 
 def _features(layer, side: str) -> int:
@@ -213,8 +224,8 @@ def _norms(parts: Parts, width: int) -> tuple[tuple[str, ...], float] | str:
     if len(epsilons) != 1:
         return f"its LayerNorms differ in eps: {sorted(epsilons)}"
     for name, norm in parts.time_norms():
-        if norm_eps(norm) is None:
-            return f"{name} is {_kind(norm)}, which says no eps"
+        if "rms" not in norm_kinds(norm) or norm_eps(norm) is None:
+            return f"{name} is {_kind(norm)}, not a norm without an offset that says its eps"
     return kinds, epsilons.pop()
 
 

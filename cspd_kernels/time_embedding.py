@@ -84,6 +84,11 @@ def embed(times: tuple[TimeEmbedding, ...], timesteps: torch.Tensor) -> torch.Te
 def embed_schedule(times: tuple[TimeEmbedding, ...], schedule: Schedule) -> torch.Tensor:
     """(T, W), as :func:`embed`, of a schedule's timesteps, whose features are kept with it: they are asked for again
     where weights are watched."""
+    if schedule.timesteps.ndim == 2 and schedule.timesteps.shape[1] != len(times):
+        raise ValueError(
+            f"a head of {len(times)} time embeddings expected a schedule with timesteps of shape (T,) or "
+            f"(T, {len(times)}), got {schedule.timesteps.shape}"
+        )
     kept = schedule.__dict__.setdefault("_features", {})
     made = []
     for k, time in enumerate(times):

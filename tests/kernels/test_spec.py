@@ -181,6 +181,10 @@ REFUSED = {
         lambda net: setattr(net.res_blocks[1], "in_ln", nn.Identity()),
         r"\[1\].in_ln is Identity\(\), not a LayerNorm of width 48 or an RMSNorm, the same in every block",
     ),
+    "a norm of groups": (
+        lambda net: [setattr(block, "in_ln", nn.GroupNorm(4, W, eps=1e-6)) for block in net.res_blocks] and net,
+        r"\[0\].in_ln is GroupNorm.*, not a LayerNorm",
+    ),
     "another width": (lambda net: setattr(net.res_blocks[1], "in_ln", nn.LayerNorm(W + 1)), "not a LayerNorm of width"),
     "a norm at the end that is trained": (
         lambda net: setattr(net.final_layer, "norm_final", nn.LayerNorm(W, eps=1e-6)), "has affine parameters",
@@ -198,6 +202,17 @@ REFUSED = {
     "times of two sizes": (
         lambda net: setattr(net, "time_embed", nn.ModuleList([Times(), Times(size=8)])),
         r"time_embed\[1\].mlp\[0\] is 8 -> 48, expected 16 -> 48",
+    ),
+    "a time that ends in a LayerNorm": (
+        lambda net: net.time_embed.mlp.append(nn.LayerNorm(W)) and None,
+        r"mlp\[3\] is .*LayerNorm, not a norm without an offset",
+    ),
+    "blocks that are no list": (
+        lambda net: setattr(net, "res_blocks", nn.Linear(2, 2)), "net.res_blocks is Linear, not a list of modules",
+    ),
+    "modulations for other blocks": (
+        lambda net: setattr(net, "ada_ln_blocks", nn.ModuleList(nn.Linear(W, 3 * W) for _ in range(3))),
+        "ada_ln_blocks are 3, which are not shared evenly by 4 blocks",
     ),
     "no time": (lambda net: setattr(net, "time_embed", nn.ModuleList()), "it lacks net.time_embed"),
     "modulations that do not divide the blocks": (
@@ -221,4 +236,11 @@ def test_what_is_refused_is_named_in_one_sentence(kind):
 def test_a_schedule_has_a_column_of_timesteps_for_each_embedding(columns):
     net = Network(**KINDS["averaged times"])
     with pytest.raises(ValueError, match=rf"shape \(T,\) or \(T, 2\), got \(2, {columns}\)"):
-        DiffusionHead.from_network(net, Schedule(torch.zeros(2, columns), *[[1.0, 1.0]] * 5))
+        DiffusionHead.from_network(net, Schedule([[0.0] * columns] * 2, *[[1.0, 1.0]] * 5))
+
+
+def test_the_norms_of_times_have_an_epsilon_each():
+    net = Network(**KINDS["averaged times"])
+    net.time_embed[1].mlp[3].eps = 0.5
+    assert [time.norm_eps for time in spec_of(net).times] == [1e-5, 0.5]
+    assert difference(net, spec_of(net)) <= 1e-10

@@ -49,6 +49,7 @@ def check_result(head: DiffusionHead, tokens: torch.Tensor, overflows: LateRepor
         return
     tensors = [getattr(head, f.name) for f in fields(head)]
     tensors += [getattr(block, f.name) for block in head.blocks for f in fields(Block)]
+    tensors += [weight for time in head.time for weight in time.tensors()]  # of a head that is only evaluated
     weights = all(bool(torch.isfinite(v).all()) for v in tensors if isinstance(v, torch.Tensor))
     if head.dtype == torch.float16:
         raise RuntimeError(_OVERFLOW.format(op=op, call="this call's"))
