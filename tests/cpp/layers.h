@@ -2,7 +2,7 @@
 #pragma once
 
 #include "cspd/launch.h"
-#include "cspd/posterior.cuh"
+#include "cspd/step.cuh"
 #include "device.h"
 #include "random.h"
 

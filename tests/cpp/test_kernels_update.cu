@@ -1,4 +1,4 @@
-// The end of a reverse step: final layer, guidance, limits, posterior, noise.
+// The end of a reverse step: final layer, guidance, limits, the update rule, noise.
 #include "layers.h"
 
 namespace {

@@ -13,7 +13,7 @@
 #include "cspd/exchange.cuh"
 #include "cspd/items.cuh"
 #include "cspd/persistent_layout.cuh"
-#include "cspd/posterior.cuh"
+#include "cspd/step.cuh"
 #include "cspd/step_start.cuh"
 
 namespace cspd {

@@ -5,7 +5,7 @@
 #include <cfloat>
 
 #include "cspd/device.cuh"
-#include "cspd/posterior.cuh"
+#include "cspd/step.cuh"
 
 namespace cspd {
 

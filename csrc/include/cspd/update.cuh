@@ -1,4 +1,4 @@
-// The end of a reverse step: final layer, guidance, posterior, noise.
+// The end of a reverse step: final layer, guidance, the update rule, noise.
 //
 // A warp makes ``Tokens`` x ``Channels`` of them, its lanes side by side along k: each row of the weights that it reads
 // serves all of its tokens, each row of the operand all of its channels, and neighbouring warps of a block meet the
@@ -6,8 +6,8 @@
 #pragma once
 
 #include "cspd/philox.cuh"
-#include "cspd/posterior.cuh"
 #include "cspd/rows.cuh"
+#include "cspd/step.cuh"
 
 namespace cspd {
 
@@ -133,10 +133,10 @@ struct FinalTile {
 
   __device__ __forceinline__ FinalTile(std::int64_t tokens, int channels) {
     constexpr int kLanes = kWarp / (Tokens * Channels);
-    const int groups = (channels + Channels - 1) / Channels, own = lane() / kLanes;
+    const int across = (channels + Channels - 1) / Channels, own = lane() / kLanes;  // tiles
     const std::int64_t tile = static_cast<std::int64_t>(blockIdx.x) * (Threads / kWarp) + warp();
-    first_token = tile / groups * Tokens;
-    first_channel = static_cast<int>(tile % groups) * Channels;
+    first_token = tile / across * Tokens;
+    first_channel = static_cast<int>(tile % across) * Channels;
     channel = first_channel + own % Channels;
     token = first_token + own / Channels;
     at = token * channels + channel;

@@ -1,6 +1,6 @@
 // One reverse step of a channel against long double, and where its noise comes from.
 #include "check.h"
-#include "cspd/posterior.cuh"
+#include "cspd/step.cuh"
 #include "random.h"
 
 namespace {
@@ -111,5 +111,5 @@ int main() {
   ends();
   limits();
   noise();
-  return check::finish("posterior");
+  return check::finish("step");
 }
