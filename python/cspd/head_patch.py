@@ -26,7 +26,7 @@ from .network_patch import NetworkForward
 from .samplers.served import OwnSampler, ServedSample
 from .sampling import OWN, Sampling
 from .source import written
-from .standins import StandIn, WatchedMoves, WatchedSample, WholeSampling, passes_begun
+from .standins import StandIn, WatchedMoves, WatchedSample, WholeSampling, autoregressive_step
 from .twin import CannotRunError
 from .verify import DiffersError, check_loop, check_sample, hidden, plain_calls
 from .whole.chosen import training
@@ -358,7 +358,7 @@ class HeadPatch:
             raise NotServedError(f"the noise of its steps is given, which {sampling} does not make")
         if call.eta is not None and sampling.sampler is None:
             sampling = replace(sampling, sampler="ddim", eta=call.eta)
-        step, of = passes_begun() if sampling.anneals else (0, 1)
+        step, of = autoregressive_step() if sampling.anneals else (0, 1)
         return sampling.schedule(hook.tables.schedule(Steps(clip=meaning.clip)), step, of)
 
     def check_sampling(self) -> None:
