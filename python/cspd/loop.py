@@ -22,7 +22,7 @@ from .diffusions import LOOPS, NotServedError, Tables
 from .heads import bound_network
 
 PATCHES = "_cspd_patches"  # attribute of a network: its patches, the last one in charge
-NO_LOOP = "its sample runs without p_sample_loop: by a sampler of its own"
+NO_LOOP = "its sample runs without p_sample_loop: by a sampler of its own, or a diffusion object that it has just made"
 LOCK = threading.RLock()  # of patching and unpatching, of any model
 _thread = threading.local()
 

@@ -19,7 +19,7 @@ import torch.nn as nn
 
 from cspd_kernels.backends import untraced
 
-from .diffusions import LOOPS, NotServedError, diffusions_of
+from .diffusions import LOOPS, NotServedError, diffusions_of, held
 from .heads import unwrapped
 from .loop import LOCK, NO_LOOP, LoopHook, loops_entered, patch_of
 
@@ -170,8 +170,9 @@ class WatchedSample(StandIn):
 
     def _follow(self) -> None:
         """Diffusion objects that were exchanged since the last call are taken over, too."""
-        held = [value for value in [*self.module.__dict__.values()] if hasattr(type(value), LOOPS[0])]
-        if any(LoopHook.of(diffusion) is None for diffusion in held):
+        attributes = [value for name, value in [*self.module.__dict__.items()] if name[:1] != "_"]
+        values = (value for attribute in attributes for _, value in held("", attribute))
+        if any(hasattr(type(value), LOOPS[0]) and LoopHook.of(value) is None for value in values):
             with LOCK:
                 for user in self.present():
                     user.take_over(diffusions_of(self.module))

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn as nn
-from foreign import Head, Spaced, conditions, made, run
+from foreign import Head, Mean, Spaced, conditions, made, run
 from small_models import CSpDDiffLoss, sample, small_mar
 
 import cspd
@@ -180,6 +180,13 @@ def test_other_steps_of_a_loop_that_is_kept(model, options, why):
     match = f"expected a diffusion object to sample by sampler 'ddim', eta 0, and its loop stays its own: {why}"
     with pytest.raises(ValueError, match=match):
         cspd.patch(model(), sampler="ddim", **options)
+
+
+def test_other_steps_of_a_diffusion_object_that_is_not_read():
+    head = made(Head, Spaced(mean=Mean.PREVIOUS_X))
+    with pytest.raises(ValueError, match="left unpatched: its gen_diffusion cannot be sampled by sampling_steps 5: "):
+        cspd.patch(head, sampling_steps=5)
+    assert not cspd.is_patched(head)
 
 
 class Fork(DiffLoss):
