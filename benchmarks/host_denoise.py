@@ -72,7 +72,7 @@ def _without_launch(backend: str):
         mock.patch.multiple(
             _OP,
             remembered_chain=lambda *_: module.denoise,
-            _check_values=lambda **_: None,
+            check_values=lambda **_: None,
             check_result=lambda *_: None,
         ),
         mock.patch.object(on_device, "why_not_here", lambda device: None),

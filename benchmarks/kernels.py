@@ -151,7 +151,7 @@ def _contenders(size: str, heads: dict, rows: int, backends: list[str], device: 
 
 def _serves_persistent(backend: str, head: DiffusionHead, rows: int) -> bool:
     persistent = importlib.import_module(f"cspd_kernels.ops.denoise.{backend}").KERNELS.persistent
-    return persistent is not None and persistent.serves(head, bucket(rows), guided=False)
+    return persistent is not None and persistent.serves(head, bucket(rows), groups=1)
 
 
 def _up_to(tokens: int, head: DiffusionHead, *inputs, backend: str):

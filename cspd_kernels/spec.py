@@ -105,9 +105,9 @@ class HeadSpec:
         """Every norm with its name, those of time embeddings too."""
         return itertools.chain(self.parts.norms(), self.parts.time_norms())
 
-    def constants(self) -> list:
-        """The numbers that torch's own norms hold; those of other classes are plain attributes of theirs."""
-        return [norm.eps for _, norm in self.norms() if isinstance(norm, (nn.LayerNorm, *torchs_rms()))]
+    def torchs_norms(self) -> list[nn.Module]:
+        """The norms of torch's own classes, whose numbers are their own; what other classes hold is for them to say."""
+        return [norm for _, norm in self.norms() if isinstance(norm, (nn.LayerNorm, *torchs_rms()))]
 
 
 def spec_of(net: nn.Module, channels: int | None = None) -> HeadSpec | str:

@@ -50,7 +50,8 @@ class Source:
         self.weight_kinds = [*map(type, self.weights)]
         first = spec.parts.input.weight
         self.device, self.dtype = first.device, first.dtype
-        self.constants, self.state = spec.constants(), self._state()
+        self.norms = spec.torchs_norms()
+        self.constants, self.state = [norm.eps for norm in self.norms], self._state()
         self.moody = [m for m in self.modules if _is_moody(m)]
         self.theirs = [m for m in self.modules if not _is_torchs(type(m))]
         self.buffers = list(net.buffers())
@@ -79,7 +80,7 @@ class Source:
         if [*map(type, self.weights)] != self.weight_kinds or not self.code.is_current():
             return False
         return (
-            self.spec.constants() == self.constants
+            [norm.eps for norm in self.norms] == self.constants
             and self._state() == self.state
             and settings(self.theirs, self.buffers) == self.settings
         )

@@ -164,8 +164,9 @@ def test_guidance_of_another_form(how, caplog):
 
 def test_guidance_of_no_known_form(caplog):
     head = mixing(lambda c, u, s: u + s**0.5 * (c - u))
-    reason = "its sample .* differ by .* of the largest value"
-    assert_own_loop(head, lambda h: h.sample(Z, 0.9, 2.5)[:3], caplog, reason)
+    assert_own_loop(
+        head, lambda h: h.sample(Z, 0.9, 2.5)[:3], caplog, "its sample .* differ by .* of the largest value"
+    )
 
 
 class Three(Head):
