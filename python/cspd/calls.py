@@ -68,7 +68,7 @@ class Call:
     def kind(self) -> tuple:
         """What decides whether the kernels compute the same; the numbers do not."""
         given = (self.noise is None, self.inter_noise is None)
-        inputs = tuple((name, value.dim()) for name, value in self.extra.items())
+        inputs = tuple((name, value.dim(), value.dtype) for name, value in self.extra.items())
         more = (tuple(self.scales), inputs, self.shape[1:-1], self.cond.dim(), self.clip, self.eta)
         return (self.loop, self.method, self.function, self.nothing, *given, self.cond.device.type, more)
 
@@ -113,8 +113,15 @@ def read_call(
         got = tuple(cond.shape) if isinstance(cond, torch.Tensor) else type(cond).__name__
         rows = {1: "", 2: " with an even number of rows under guidance"}.get(groups, f" with {groups} groups of rows")
         raise NotServedError(f"its conditions are {got}, not {(*shape[:-1], spec.cond_channels)}{rows}")
+    if linear and not cond.is_floating_point():
+        raise NotServedError(f"its conditions are {cond.dtype}, not floats")
     if cond.is_meta or (noise is not None and noise.is_meta):
         raise NotServedError("its conditions or its noise are on the meta device")
+    for name in (*scales, "temperature"):
+        value = kwargs.get(name, arguments.get(name))
+        wide = isinstance(value, torch.Tensor) and value.dim() and value.dtype == torch.float64
+        if wide and spec.parts.input.weight.dtype != torch.float64:
+            raise NotServedError(f"{name} is a float64 tensor of shape {tuple(value.shape)}: it makes all of x float64")
     inter = arguments.get("inter_noise")
     if inter is not None and (inter.dim() != 3 or tuple(inter.shape[1:]) != shape):
         raise NotServedError(f"the noise of the steps is {tuple(inter.shape)}, not (T, {shape[0]}, {channels})")

@@ -32,17 +32,18 @@ def diffusions_of(module: nn.Module) -> dict[str, object]:
     found = {}
     for prefix, part in module.named_modules():
         for name, value in (("", part), *vars(part).copy().items()):
-            for path, candidate in _held(".".join(filter(None, (prefix, name))), value, depth=3):
+            for path, candidate in held(".".join(filter(None, (prefix, name))), value):
                 if callable(getattr(type(candidate), LOOPS[0], None)) and hasattr(candidate, "__dict__"):
                     found.setdefault(id(candidate), (path, candidate))
     return dict(found.values())
 
 
-def _held(path: str, value, depth: int) -> Iterator[tuple[str, object]]:
+def held(path: str, value, depth: int = 3) -> Iterator[tuple[str, object]]:
+    """What an attribute holds, by path: itself, or what is in its lists and dictionaries."""
     if isinstance(value, (list, tuple, dict)):
         if depth:
             for key, item in value.items() if isinstance(value, dict) else enumerate(value):
-                yield from _held(f"{path}[{key!r}]", item, depth - 1)
+                yield from held(f"{path}[{key!r}]", item, depth - 1)
     else:
         yield path, value
 
@@ -124,7 +125,7 @@ class Tables:
         return made[steps]
 
     def sort(self) -> tuple:
-        """The object without its tables and its number of steps: of a list of them many are of one sort."""
+        """The object without its tables of a value a step and its number of steps: of a list many are of one sort."""
         return self._current()[2]
 
     def _current(self) -> tuple:
@@ -135,7 +136,7 @@ class Tables:
             except (TypeError, ValueError) as error:
                 raise NotServedError(str(error)) from None
             code = Code([type(self.diffusion)])
-            self._read = (state, {OWN_STEPS: schedule}, (code.functions, *self._sort()), code)
+            self._read = (state, {OWN_STEPS: schedule}, (code.functions, *self._sort(schedule)), code)
         return self._read
 
     def _state(self) -> list:
@@ -146,10 +147,14 @@ class Tables:
         held = [_contents(value, id) for value in own if isinstance(value, _CONTAINERS)]
         return [type(self.diffusion), *own, (tables, held)]
 
-    def _sort(self) -> tuple:
+    def _sort(self, schedule: Schedule) -> tuple:
         told = []
         for name, value in sorted(vars(self.diffusion).copy().items()):
-            if name in (*LOOPS, *_STEPS) or isinstance(value, (np.ndarray, torch.Tensor, Schedule)):
+            if name in (*LOOPS, *_STEPS) or isinstance(value, Schedule):
+                continue
+            if isinstance(value, (np.ndarray, torch.Tensor)):
+                if value.ndim != 1 or len(value) != schedule.num_steps:  # limits of x0, or the like
+                    told.append((name, _values(value)))
                 continue
             if isinstance(value, _CONTAINERS):
                 told.append((name, _contents(value, _function)))

@@ -26,7 +26,7 @@ from .network_patch import NetworkForward
 from .samplers.served import OwnSampler, ServedSample
 from .sampling import OWN, Sampling
 from .source import written
-from .standins import StandIn, WatchedMoves, WatchedSample, WholeSampling, passes_begun
+from .standins import StandIn, WatchedMoves, WatchedSample, WholeSampling, autoregressive_step
 from .twin import CannotRunError
 from .verify import DiffersError, check_loop, check_sample, hidden, plain_calls
 from .whole.chosen import training
@@ -310,8 +310,8 @@ class HeadPatch:
         Raises:
             NotServedError: the loop's own code must run; nothing was drawn.
         """
-        if self.own_loop is not None:  # its diffusion object is another head's, too
-            raise NotServedError(self.own_loop)
+        if self.own_loop is not None:  # its diffusion object is another patch's, too
+            raise NotServedError("")  # which is told already
         kind, source = hook.kind(call), self.cache.look()
         if source.spec is not call.spec:
             call = replace(call, spec=source.spec)
@@ -358,7 +358,7 @@ class HeadPatch:
             raise NotServedError(f"the noise of its steps is given, which {sampling} does not make")
         if call.eta is not None and sampling.sampler is None:
             sampling = replace(sampling, sampler="ddim", eta=call.eta)
-        step, of = passes_begun() if sampling.anneals else (0, 1)
+        step, of = autoregressive_step() if sampling.anneals else (0, 1)
         return sampling.schedule(hook.tables.schedule(Steps(clip=meaning.clip)), step, of)
 
     def check_sampling(self) -> None:
@@ -373,16 +373,20 @@ class HeadPatch:
         if self.own_loop is not None or self.own_sampler is not None:
             why = "" if self.own_loop is None else f", and its loop stays its own: {self.own_loop}"
             raise ValueError(f"{self.name} is left unpatched: expected a diffusion object to sample by {sampling}{why}")
+        unread = []
         for path, diffusion in self.found.diffusions.items():
             try:
                 schedule = (LoopHook.of(diffusion) or LoopHook(diffusion)).tables.schedule()
-            except NotServedError:
+            except NotServedError as error:
+                unread.append(f"its {path} cannot be sampled by {sampling}: {error}")
                 continue  # its loop runs as it is, which is told
             try:
                 for step in (0, 1):
                     sampling.schedule(schedule, step, 2)
             except ValueError as error:
                 raise ValueError(f"{self.name} is left unpatched: its {path}: {error}") from None
+        if len(unread) == len(self.found.diffusions):
+            raise ValueError(f"{self.name} is left unpatched: {'; '.join(unread)}")
         _logger.warning("cspd.patch: %s samples by %s, as asked for: other tokens than its own", self.name, sampling)
 
     def refuse_capture(self) -> None:
@@ -422,6 +426,8 @@ class HeadPatch:
 
     def tell(self, reason: str) -> None:
         """Log once why the head's own loop runs."""
+        if not reason:
+            return
         if self.network is None or not self.network.pays:
             self.tell_of_network(reason)
         elif reason not in self.told:

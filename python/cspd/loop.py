@@ -6,10 +6,11 @@ arguments (:mod:`cspd.calls`). Every call that they do not know runs the loop th
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import threading
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch.nn as nn
 
@@ -21,7 +22,7 @@ from .diffusions import LOOPS, NotServedError, Tables
 from .heads import bound_network
 
 PATCHES = "_cspd_patches"  # attribute of a network: its patches, the last one in charge
-NO_LOOP = "its sample runs without p_sample_loop: by a sampler of its own"
+NO_LOOP = "its sample runs without p_sample_loop: by a sampler of its own, or a diffusion object that it has just made"
 LOCK = threading.RLock()  # of patching and unpatching, of any model
 _thread = threading.local()
 
@@ -29,6 +30,28 @@ _thread = threading.local()
 def loops_entered() -> int:
     """How many hooked loops this thread has entered so far."""
     return getattr(_thread, "entered", 0)
+
+
+@contextlib.contextmanager
+def uncounted() -> Iterator[None]:
+    """Loops that a comparison enters are nobody's."""
+    entered = loops_entered()
+    try:
+        yield
+    finally:
+        _thread.entered = entered
+
+
+@contextlib.contextmanager
+def own_loops() -> Iterator[None]:
+    """For its length, hooked loops run their own code in this thread: what is compared is that, patched or not."""
+    before = getattr(_thread, "own", False)
+    _thread.own = True
+    try:
+        with uncounted():
+            yield
+    finally:
+        _thread.own = before
 
 
 class LoopHook:
@@ -103,6 +126,8 @@ class LoopHook:
     def _run(self, name: str, args, kwargs):
         _thread.entered = loops_entered() + 1
         original, patch = self.original(name), None
+        if getattr(_thread, "own", False):
+            return original(*args, **kwargs)
         try:
             arguments, parameters = self._bind(original, args, kwargs)
             found = bound_network(arguments["model"])

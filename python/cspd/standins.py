@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import operator
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ import torch.nn as nn
 
 from cspd_kernels.backends import untraced
 
-from .diffusions import LOOPS, NotServedError, diffusions_of
+from .diffusions import LOOPS, NotServedError, diffusions_of, held
 from .heads import unwrapped
 from .loop import LOCK, NO_LOOP, LoopHook, loops_entered, patch_of
 
@@ -29,31 +30,32 @@ _thread = threading.local()
 
 @contextlib.contextmanager
 def counted(original: Callable, args: tuple, kwargs: dict) -> Iterator[None]:
-    """For the length of a call of ``sample_tokens``, count this thread's calls of the head."""
-    bound = inspect.signature(original).bind(*args, **kwargs)
-    bound.apply_defaults()
-    before = getattr(_thread, "passes", None)
-    _thread.passes = [0, bound.arguments.get("num_iter")]
+    """For the length of a call of ``sample_tokens``, count the loops that this thread enters: one a step."""
+    before, first, of = getattr(_thread, "passes", None), loops_entered(), None
+    with contextlib.suppress(TypeError):  # its own error, if it is one
+        bound = inspect.signature(original).bind(*args, **kwargs)
+        bound.apply_defaults()
+        of = operator.index(bound.arguments.get("num_iter"))
+    _thread.passes = (first, of)
     try:
         yield
-    finally:
-        _thread.passes = before
+    finally:  # to one around it, these loops are none
+        _thread.passes = None if before is None else (before[0] + loops_entered() - first, before[1])
 
 
-def passes_begun() -> tuple[int, int]:
-    """(which, of how many) autoregressive step this thread's call of the head is of; counts it.
+def autoregressive_step() -> tuple[int, int]:
+    """(which, of how many) the loop is of that this thread has entered last.
 
     Raises:
         RuntimeError: it is of none.
     """
-    begun, of = getattr(_thread, "passes", None) or (0, None)
-    if not isinstance(of, int):
+    first, of = getattr(_thread, "passes", None) or (0, None)
+    if of is None:
         raise RuntimeError(
             "a head patched with a pair of sampling_steps expected to be called by its model's sample_tokens with "
             "num_iter, whose autoregressive steps the pair is for: call that, or patch with one number"
         )
-    _thread.passes[0] = begun + 1
-    return min(begun, of - 1), of
+    return min(loops_entered() - 1 - first, of - 1), of
 
 
 class StandIn:
@@ -168,8 +170,9 @@ class WatchedSample(StandIn):
 
     def _follow(self) -> None:
         """Diffusion objects that were exchanged since the last call are taken over, too."""
-        held = [value for value in [*self.module.__dict__.values()] if hasattr(type(value), LOOPS[0])]
-        if any(LoopHook.of(diffusion) is None for diffusion in held):
+        attributes = [value for name, value in [*self.module.__dict__.items()] if name[:1] != "_"]
+        values = (value for attribute in attributes for _, value in held("", attribute))
+        if any(hasattr(type(value), LOOPS[0]) and LoopHook.of(value) is None for value in values):
             with LOCK:
                 for user in self.present():
                     user.take_over(diffusions_of(self.module))

@@ -27,7 +27,7 @@ from .calls import Call, finish, run_call
 from .cut import SEED, Cut
 from .diffusions import LOOPS, NotServedError, Steps
 from .heads import HeadCache
-from .loop import PATCHES, LoopHook
+from .loop import PATCHES, LoopHook, uncounted
 from .meanings import PLAIN, Meaning
 from .standins import StandIn
 
@@ -232,7 +232,7 @@ def quiet(net: nn.Module) -> Iterator[None]:
             torch.set_default_dtype(torch.float32)
         meta = default_device().type == "meta"
         default = torch.device(device) if meta else contextlib.nullcontext()
-        with torch.inference_mode(False), torch.no_grad(), without_autocast(device), default:
+        with torch.inference_mode(False), torch.no_grad(), without_autocast(device), default, uncounted():
             yield
     finally:
         if dtype != torch.float32:

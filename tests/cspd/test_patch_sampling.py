@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import logging
+import pickle
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 import torch.nn as nn
-from foreign import Head, Spaced, conditions, made, run
+from foreign import Head, Mean, Spaced, conditions, made, run
 from small_models import CSpDDiffLoss, sample, small_mar
 
 import cspd
 from cspd import head_patch
-from cspd.models import GaussianDiffusion
+from cspd.models import DiffLoss, GaussianDiffusion
 from cspd_kernels.testing import randomize_, relative_error
 
 Z = conditions()
@@ -177,3 +180,57 @@ def test_other_steps_of_a_loop_that_is_kept(model, options, why):
     match = f"expected a diffusion object to sample by sampler 'ddim', eta 0, and its loop stays its own: {why}"
     with pytest.raises(ValueError, match=match):
         cspd.patch(model(), sampler="ddim", **options)
+
+
+def test_other_steps_of_a_diffusion_object_that_is_not_read():
+    head = made(Head, Spaced(mean=Mean.PREVIOUS_X))
+    with pytest.raises(ValueError, match="left unpatched: its gen_diffusion cannot be sampled by sampling_steps 5: "):
+        cspd.patch(head, sampling_steps=5)
+    assert not cspd.is_patched(head)
+
+
+class Fork(DiffLoss):
+    """MAR's head, of another class: it is compared with its own sample before whole images are taken over."""
+
+    def sample(self, z, temperature=1.0, cfg=1.0):
+        return super().sample(z, temperature, cfg)
+
+
+@pytest.mark.parametrize("options", [{"sampler": "ddim"}, {"sampling_steps": (12, 3)}])
+def test_whole_images_are_compared_with_the_heads_own_steps(options):
+    model = small_mar()
+    model.diffloss.__class__ = Fork
+    own = sample(model)
+    images = sample(cspd.patch(model, whole=True, **options))
+    copied = copy.deepcopy(model)  # which compares anew, patched
+    assert torch.equal(sample(copied), images)
+    assert torch.equal(sample(pickle.loads(pickle.dumps(model))), images)
+    assert "ran its own code" not in str(cspd.describe(copied))
+    assert relative_error(sample(cspd.patch(model, whole=True)), own) < 1e-4
+    assert "ran its own code" not in str(cspd.describe(model))
+
+
+def test_the_number_of_steps_as_any_whole_number():
+    model = cspd.patch(small_mar(), sampling_steps=(12, 3))
+    images = sample(model, num_iter=4)
+    assert torch.equal(sample(model, num_iter=np.int64(4)), images)
+    assert torch.equal(sample(pickle.loads(pickle.dumps(model)), num_iter=4), images)  # compared at its first step
+    with pytest.raises(TypeError, match="unexpected keyword argument 'iterations'"):
+        model.sample_tokens(1, iterations=4)
+
+
+def test_a_step_that_runs_its_own_code_is_counted_too():
+    model = cspd.patch(small_mar(), sampling_steps=(12, 3))
+    diffusion, calls, counts = model.diffloss.gen_diffusion, [], []
+    loop = diffusion.p_sample_loop
+
+    def first_otherwise(*args, **kwargs):
+        calls.append(None)
+        more = {"denoised_fn": lambda x: x} if len(calls) == 1 else {}
+        return loop(*args, **kwargs, **more)
+
+    diffusion.p_sample_loop = first_otherwise
+    with mock.patch.object(head_patch, "run_call", side_effect=head_patch.run_call) as called:
+        sample(model, num_iter=4)
+    counts = [call.args[1].num_steps for call in called.call_args_list]
+    assert counts == [9, 6, 3]

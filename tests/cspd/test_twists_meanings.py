@@ -347,3 +347,26 @@ def test_a_temperature_on_a_device_stays_there():
     value = torch.ones(1, dtype=torch.int64, device="meta")
     assert _temperature(value).dtype == torch.float32  # a value that is read would raise
     assert _temperature(torch.tensor([0.5])) == 0.5
+
+
+@pytest.mark.parametrize("name", ["temperature", "cfg"])
+def test_a_float64_tensor_that_makes_all_of_the_loop_float64(name, caplog):
+    options = {"temperature": 0.8, "cfg": 2.0}
+    value = torch.tensor([options[name]], dtype=torch.float64)
+    reason = "is a float64 tensor of shape (1,): it makes all of x float64"
+    assert_own_code(made(), lambda h: h.sample(Z, **{**options, name: value}), caplog, reason)
+    # A scalar tensor does not.
+    assert_accelerated(made(), lambda h: h.sample(Z, **{**options, name: value.squeeze()})[:3], caplog)
+
+
+def test_conditions_that_are_whole_numbers_are_its_own_matter():
+    class Converting(Net):
+        def forward(self, x, t, c):
+            return super().forward(x, t, c.to(x.dtype))
+
+    head = made(type("Converted", (Head,), {"net_class": Converting}))
+    expected, rng, _ = run(head, lambda h: h.sample(Z.round().long()))
+    cspd.patch(head)
+    actual, rng_after, _ = run(head, lambda h: h.sample(Z.round().long()))
+    assert torch.equal(actual, expected)
+    assert torch.equal(rng_after, rng)

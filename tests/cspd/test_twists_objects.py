@@ -10,7 +10,7 @@ import pickle
 import pytest
 import torch
 import torch.nn as nn
-from foreign import STEPS, Head, Mean, Spaced, conditions, made, own_messages, run
+from foreign import CHANNELS, STEPS, Head, Mean, Spaced, conditions, made, own_messages, run
 from patch_checks import assert_accelerated, assert_own_code, assert_own_loop
 
 import cspd
@@ -102,6 +102,58 @@ def test_options_of_a_diffusion_object_are_looked_at_again(caplog):
         assert torch.equal(actual, expected) == clip
     (message,) = own_messages(caplog)
     assert "its sampling loop and the kernels' differ by" in message
+
+
+def test_limits_in_a_table_are_looked_at_again():
+    class Limited(Spaced):
+        def __init__(self):
+            super().__init__()
+            self.limits = torch.ones(CHANNELS + STEPS)
+
+        def limited(self, x0):
+            return torch.minimum(torch.maximum(x0, -self.limits[:CHANNELS]), self.limits[:CHANNELS])
+
+    class Clipped(Head):
+        def call(self, *args, **more):
+            arguments, options = super().call(*args, **more)
+            return arguments, {**options, "clip_denoised": True}
+
+    head = made(Clipped, Limited())
+    head.gen_diffusion.limits *= 0.3
+    expected = run(head, lambda h: h.sample(Z))[0]
+    head.gen_diffusion.limits.fill_(1.0)
+    cspd.patch(head)
+    assert run(head, lambda h: h.sample(Z))[2] == 0
+    head.gen_diffusion.limits *= 0.3
+    assert torch.equal(run(head, lambda h: h.sample(Z))[0], expected)
+
+
+@pytest.mark.parametrize("how", ["the list", "one of it"])
+def test_a_list_that_is_exchanged_after_patching(how, caplog):
+    class Listed(Head):
+        def __init__(self):
+            super().__init__()
+            self.others = [Spaced(5), Spaced(9)]
+
+        def sample(self, z, temperature=1.0):
+            args, options = self.call(z)
+            return self.others[1].p_sample_loop(*args, **options, temperature=temperature)
+
+    head = made(Listed)
+    others, head.others = head.others, [Spaced(4), Spaced(7)]
+    expected = run(head, lambda h: h.sample(Z))[0]
+    new, head.others = head.others, others
+    cspd.patch(head)
+    if how == "the list":
+        head.others = new
+    else:
+        head.others[1] = new[1]
+    with caplog.at_level(logging.WARNING, "cspd"):
+        actual, _, evaluations = run(head, lambda h: h.sample(Z))
+    assert evaluations == 0
+    assert relative_error(actual, expected) < 1e-5
+    cspd.unpatch(head)
+    assert not any("p_sample_loop" in vars(diffusion) for diffusion in (*new, *others))
 
 
 class Several(nn.Module):

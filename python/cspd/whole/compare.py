@@ -18,7 +18,7 @@ from cspd_kernels.parts import part_of
 
 from ..calls import draw_steps
 from ..diffusions import NotServedError
-from ..loop import LoopHook
+from ..loop import LoopHook, own_loops
 from ..models import DiffLoss, GaussianDiffusion
 from ..order import Plan, by_token, plan_steps
 from ..run_state import class_embedding
@@ -80,7 +80,7 @@ def _sample_differs(module, net, head: DiffusionHead, cfg: float, first_on: str)
     z = torch.randn(rows, head.cond_channels, generator=generator, device="cpu").to(device)
     _seed(device)
     try:
-        with _here_instead(device), _cast(part_of(net, "input").weight):
+        with _here_instead(device), _cast(part_of(net, "input").weight), own_loops():
             expected = module.sample(z, _TEMPERATURE, cfg)[:n].float()
     except Exception as error:  # noqa: BLE001  (whatever a fork's code raises)
         return f"its head's sample does not run here to be compared with ({type(error).__name__}: {error})"
