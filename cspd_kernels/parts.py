@@ -265,8 +265,9 @@ def norm_kinds(norm: nn.Module) -> tuple[str, ...]:
         return ("layer",)
     if isinstance(norm, torchs_rms()):
         return ("rms",)
-    others = any(base.__module__.startswith("torch.") and base is not nn.Module for base in type(norm).__mro__)
-    if others or norm_eps(norm) is None:  # of groups, of batches
+    classes = (base for base in type(norm).__mro__ if base is not nn.Module)
+    torchs = any(base.__module__.startswith("torch.nn.modules.") for base in classes)
+    if torchs or norm_eps(norm) is None:  # torch's others are of groups, of batches
         return ()
     return ("layer",) if getattr(norm, "bias", None) is not None else ("rms", "layer")
 
