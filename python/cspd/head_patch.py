@@ -430,8 +430,8 @@ class HeadPatch:
             return
         if self.network is None or not self.network.pays:
             self.tell_of_network(reason)
-        elif reason not in self.told:
-            self.told.append(reason)
+        elif (line := f"{reason} (its network is accelerated)") not in self.told:
+            self.told.append(line)
             _logger.warning("cspd.patch: %s %s: %s", self.name, self.network.outcome, reason)
 
     def tell_of_network(self, reason: str) -> None:
