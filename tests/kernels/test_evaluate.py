@@ -239,6 +239,13 @@ def test_overflow_and_weights_that_are_not_finite():
         evaluate(head, *inputs(net, 2))
 
 
+def test_a_time_embedding_that_is_not_finite():
+    net, head = make()
+    net.time_embed.mlp[2].weight.data[0, 0] = math.nan
+    with pytest.raises(ValueError, match="evaluate expected finite weights in the head"):
+        evaluate(head, *inputs(net, 2))
+
+
 def test_the_environment_chooses(monkeypatch):
     net, head = make()
     monkeypatch.setenv("CSPD_BACKEND", "nothing")

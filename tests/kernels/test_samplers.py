@@ -1,6 +1,8 @@
 """Schedule: the steps of every sampler against formulas written out here, one number at a time."""
 
+import copy
 import math
+import pickle
 
 import numpy as np
 import pytest
@@ -209,6 +211,10 @@ def test_clipped():
     assert schedule.clipped(-1, 0.5).clip.tolist() == [-1, 0.5]
     assert schedule.clipped([-1, -2], 3).ddim().last(2).clip.tolist() == [[-1, -2], [3, 3]]
     assert schedule.clipped(-math.inf, 0).clip.tolist() == [-math.inf, 0]
+    assert schedule.clipped([-1], np.ones(1)).clip.tolist() == [-1, 1]  # one for all channels
+    limits = np.linspace(-1, -0.5, 3), 0.5
+    assert Schedule.diffusion(schedule.betas, clip=limits).clip[:, 2].tolist() == [-0.5, 0.5]
+    assert Schedule.from_diffusion(schedule, clip=limits).clip[:, 0].tolist() == [-1, 0.5]
     with pytest.raises(ValueError, match="read-only"):
         schedule.clipped(-1, 1).clip[0] = 0
 
@@ -237,6 +243,12 @@ BAD = {
     "clip": (lambda: Schedule.linear(3).clipped(1, -1), "no lower limit above its upper"),
     "clip of NaN": (lambda: Schedule.linear(3).clipped(math.nan, 1), "no lower limit above its upper"),
     "clip of three": (lambda: Schedule([0], [1], [1], [1], [1], [0], clip=[1, 2, 3]), r"clip as \(2,\) or \(2, C\)"),
+    "clips of other lengths": (
+        lambda: Schedule.linear(3).clipped([0, 0], [1, 1, 1]), "as many lower limits as upper ones, got 2 and 3",
+    ),
+    "one limit": (lambda: Schedule.euler([0, 1], clip=1.0), r"clip as a pair of limits, \(low, high\), got 1.0"),
+    "last none": (lambda: Schedule.linear(3).last(0), "last expected steps as an int >= 1, got 0"),
+    "last but one": (lambda: Schedule.linear(3).last(-1), "last expected steps as an int >= 1, got -1"),
     "eta": (lambda: Schedule.linear(3).ddim(1.5), r"eta in \[0, 1\], got 1.5"),
     "DDIM of DDIM": (lambda: Schedule.linear(3).ddim().ddim(), "ddim expected the ancestral steps"),
     "DDIM of a flow": (lambda: Schedule.euler([0, 1]).ddim(), "ddim expected the ancestral steps of a diffusion"),
@@ -266,3 +278,18 @@ def test_repr():
     assert repr(Schedule.euler([0, 1]).clipped(-1, 1)) == (
         "Schedule(euler, num_steps=1, prediction='velocity', clip=[-1.0, 1.0])"
     )
+    assert repr(Schedule.one_step(0.5)) == "Schedule.one_step(0.5)"
+    assert "clip=[-1.0, 1.0]" in repr(Schedule.one_step(0.5).clipped(-1, 1))
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda schedule: pickle.loads(pickle.dumps(schedule))])
+def test_copies_are_read_only_and_keep_nothing_of_a_device(copied):
+    schedule = Schedule.linear(4).ddim(0.5).clipped(-1, 1)
+    schedule.__dict__["_features"] = {"a device": "its tensors"}
+    again = copied(schedule)
+    assert repr(again) == repr(schedule)
+    assert "_features" not in again.__dict__
+    for name, value in vars(again).items():
+        if isinstance(value, np.ndarray):
+            np.testing.assert_array_equal(value, getattr(schedule, name))
+            assert not value.flags.writeable, name

@@ -215,3 +215,10 @@ def test_what_is_refused_is_named_in_one_sentence(kind):
     with pytest.raises(TypeError, match=message) as raised:
         DiffusionHead.from_network(net, SCHEDULE)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("columns", [1, 3])
+def test_a_schedule_has_a_column_of_timesteps_for_each_embedding(columns):
+    net = Network(**KINDS["averaged times"])
+    with pytest.raises(ValueError, match=rf"shape \(T,\) or \(T, 2\), got \(2, {columns}\)"):
+        DiffusionHead.from_network(net, Schedule(torch.zeros(2, columns), *[[1.0, 1.0]] * 5))

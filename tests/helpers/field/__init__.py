@@ -148,7 +148,7 @@ FIELD: dict[str, Case] = {
     "far": _case(_n.Far, always_guided, (*_INDEXED, {"cfg": 1.0}, {"index": None}), alone=False),
     "freqpolicy": _case(_n.Freqpolicy, with_index, _INDEXED, alone=False),
     "motiongpt3": _case(_n.MotionGpt3, calls=_POOLED, alone=False),
-    "motiongpt3, linear": _case(_n.MotionGpt3, calls=_ONE, alone=False, pooled=False),
+    "motiongpt3, linear": _case(_n.MotionGpt3, calls=_ONE, pooled=False),
     "detok": _case(_n.Detok),
     "calm": _case(_n.Calm, of_shape, ({}, {"shape": (5,)}, {"shape": (2, 3, 1), "temperature": 0.7}, {"shape": ()})),
     "himar": _case(_d.Himar),
