@@ -13,10 +13,11 @@ import torch.nn as nn
 from cspd_kernels import Schedule
 from cspd_kernels.spec import HeadSpec
 
-from .calls import Call, finish, run_call
+from .calls import Call
 from .diffusions import NotServedError, Steps
 from .heads import FoundHead, HeadCache, unwrapped
 from .loop import LOCK, PATCHES, LoopHook
+from .made_calls import finish, run_call
 from .meanings import Meaning
 from .network import FastNetwork
 from .network_patch import NetworkForward

@@ -20,7 +20,7 @@ from cspd_kernels.structure import stood_for, why_not_a_network, why_not_as_writ
 from .diffusions import NotServedError, diffusions_of
 from .source import Source
 
-_MAX_SCHEDULES = 64  # of one network, whose packed heads share their weights
+_MAX_SCHEDULES = 128  # of one network, whose packed heads share their weights: steps annealed from 100 to 1 have 100
 
 
 @dataclass(frozen=True)

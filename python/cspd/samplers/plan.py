@@ -16,8 +16,8 @@ import torch.nn as nn
 from cspd_kernels import DiffusionHead, PhiloxNoise, denoise
 from cspd_kernels.head import stream_dtype
 
-from ..calls import draw_steps
 from ..diffusions import NotServedError
+from ..made_calls import draw_steps
 from ..source import Source
 from .adapter import Adapter, Reading
 
