@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 import cspd
-from cspd import calls
+from cspd import made_calls
 from cspd.models import DiffLoss
 from cspd_kernels.testing import randomize_, relative_error
 
@@ -42,13 +42,13 @@ def rows_of(model: str, dtype: torch.dtype, weights: str, runs: int, device: tor
         with torch.no_grad():
             expected = eager()
             cspd.patch(head, dtype=dtype, weights=weights)
-            with mock.patch.object(calls, "denoise", wraps=calls.denoise) as record:
+            with mock.patch.object(made_calls, "denoise", wraps=made_calls.denoise) as record:
                 error = relative_error(eager()[:tokens], expected[:tokens])
             (args, kwargs) = record.call_args
-            op = partial(calls.denoise, *args, **kwargs)
+            op = partial(made_calls.denoise, *args, **kwargs)
             result = op()
             seconds = measure({"call": eager, "op": op}, [()], runs, device)
-            with mock.patch.object(calls, "denoise", lambda *_, result=result, **__: result):
+            with mock.patch.object(made_calls, "denoise", lambda *_, result=result, **__: result):
                 rest = measure({"rest": eager}, [()], 10 * runs, device)["rest"]
                 host = host_seconds(eager, 10 * runs, device)
             cspd.unpatch(head)

@@ -49,7 +49,8 @@ def check_sampling(role: str, diffloss) -> None:
         _logger.info("%s could not be compared with its own sample, which does not run here: %s", name, error)
         return
     if not outcome.plain or not all(outcome.plain.values()):
-        reason = "; ".join(dict.fromkeys(outcome.own)) or "its sample does more than its loop"
+        more = "its sample does more than ancestral steps (limits of x0, other guidance, something beside its loop)"
+        reason = "; ".join(dict.fromkeys(outcome.own)) or more
         raise ValueError(f"expected {name} to sample as MAR does, with nothing before or after the loop: {reason}")
 
 

@@ -1,76 +1,35 @@
-"""The patch of one head: compared before it is installed, asked at every call of its loops."""
+"""The patch of one head, asked at every call of its loops; what it knows before is in :mod:`cspd.before_patching`."""
 
 from __future__ import annotations
 
 import copy
 import logging
 import weakref
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 import torch.nn as nn
 
 from cspd_kernels import Schedule
-from cspd_kernels.backends import implementation
-from cspd_kernels.head import OPERAND_DTYPES
-from cspd_kernels.ops.denoise.parallel import AUTO, check_tolerance
 from cspd_kernels.spec import HeadSpec
 
-from .calls import Call, finish, run_call
-from .diffusions import DDIM, LOOPS, NO_DIFFUSION, NotServedError, Steps
+from .calls import Call
+from .diffusions import NotServedError, Steps
 from .heads import FoundHead, HeadCache, unwrapped
 from .loop import LOCK, PATCHES, LoopHook
+from .made_calls import finish, run_call
 from .meanings import Meaning
 from .network import FastNetwork
 from .network_patch import NetworkForward
+from .options import Options
 from .samplers.served import OwnSampler, ServedSample
-from .sampling import OWN, Sampling
 from .source import written
 from .standins import StandIn, WatchedMoves, WatchedSample, WholeSampling, autoregressive_step
 from .twin import CannotRunError
-from .verify import DiffersError, check_loop, check_sample, hidden, plain_calls
-from .whole.chosen import training
+from .verify import DiffersError, check_loop, hidden
 from .whole.sampler import SampleOptions, Sampler
 
 _logger = logging.getLogger("cspd")
-_NOISES, _WEIGHTS, _LOOPS = ("upstream", "philox"), ("live", "frozen"), (None, "own")
-
-
-@dataclass(frozen=True)
-class Options:
-    """What :func:`patch` was asked for."""
-
-    backend: str | None = None
-    dtype: torch.dtype | None = None
-    noise: str = "upstream"
-    weights: str = "live"
-    parallel_tol: float | str | None = AUTO
-    whole: bool = False
-    compile: bool = False
-    loop: str | None = None
-    sampling: Sampling = OWN
-
-    @property
-    def watches(self) -> bool:
-        """Whether the model around the head is needed."""
-        return self.whole or self.sampling.anneals
-
-    def check(self) -> None:
-        if self.noise not in _NOISES:
-            raise ValueError(f"patch expected noise one of {_NOISES}, got {self.noise!r}")
-        if self.weights not in _WEIGHTS:
-            raise ValueError(f"patch expected weights one of {_WEIGHTS}, got {self.weights!r}")
-        if self.dtype is not None and self.dtype not in OPERAND_DTYPES:
-            raise ValueError(f"patch expected dtype None or one of {OPERAND_DTYPES}, got {self.dtype!r}")
-        if self.compile and not self.whole:
-            raise ValueError("patch expected compile=True together with whole=True: heads have kernels of their own")
-        if self.loop not in _LOOPS:
-            raise ValueError(f"patch expected loop one of {_LOOPS}, got {self.loop!r}")
-        if self.loop == "own" and self.whole:
-            raise ValueError("patch expected loop='own' without whole=True, which takes the loop over, too")
-        check_tolerance("patch", self.parallel_tol)
-        self.sampling.check("patch")
-        implementation("denoise", self.backend)
 
 
 class HeadPatch:
@@ -101,6 +60,11 @@ class HeadPatch:
     def net(self) -> nn.Module:
         return self.found.net
 
+    @property
+    def model(self) -> nn.Module | None:
+        """The model around the head, where its ``sample_tokens`` is taken over, too."""
+        return None if self._model is None else self._model()
+
     def __getstate__(self) -> dict:
         return {**self.__dict__, "verdicts": {}, "written": None, "sampler": None, "_model": None}
 
@@ -114,64 +78,6 @@ class HeadPatch:
         self.__dict__.update(state)
         for hook in self.hooks:
             hook.users.add(self)
-
-    def compare(self) -> None:
-        """Sample with and without the kernels on a copy, and tell what of it runs its own code.
-
-        Raises:
-            ValueError: the two differ.
-        """
-        found = self.found
-        _check_values(found, self.options.dtype)
-        if self.options.loop == "own" or not (found.diffusions or self.own_sampler):
-            self._keep_loop("loop='own' was asked for" if self.options.loop else NO_DIFFUSION)
-            return
-        try:
-            self._compare_sampler() if self.own_sampler is not None else self._compare(found)
-        except DiffersError as error:
-            self._keep_loop(f"{error}")
-            return
-        model = self._model and self._model()
-        if self.options.whole and model is not None and not training(model):
-            try:
-                self.sampler_of(model).check()
-            except NotServedError as error:
-                self.tell_of_model(model, f"{error}")
-
-    def _keep_loop(self, why: str) -> None:
-        """Its loops stay as they are, and its network's calls are taken over.
-
-        Raises:
-            ValueError: those differ, too.
-        """
-        self.own_loop, self.own_sampler, self.verdicts = why, None, {}
-        self.network = self._network()
-        try:
-            self.network.check()
-        except CannotRunError as error:
-            _logger.info(
-                "cspd.patch: %s: its network's first call compares, as it does not run here: %s", self.name, error
-            )
-        except DiffersError as error:
-            raise ValueError(
-                f"{self.name} samples differently and is left unpatched: {why}; and its network: {error}"
-            ) from None
-        if self.options.loop is None:
-            _logger.warning("cspd.patch: %s %s: %s", self.name, self.network.outcome, why)
-        if (model := self._model and self._model()) is not None:
-            self.tell_of_model(model, why)
-
-    def _network(self) -> FastNetwork:
-        o = self.options
-        return FastNetwork(self.net, self.cache, o.backend, o.dtype, asked=o.loop == "own" or o.backend is not None)
-
-    def _add_network(self) -> None:
-        """For loops that run their own code; where it differs, they run all of it."""
-        self.network = self._network()
-        try:
-            self.network.check()
-        except (CannotRunError, DiffersError):
-            self.network = None
 
     def sampler_of(self, model: nn.Module) -> Sampler:
         """Of whole images, where that was asked for.
@@ -188,61 +94,6 @@ class HeadPatch:
                 raise NotServedError(f"{error}") from None
         return self.sampler
 
-    def _compare_sampler(self) -> None:
-        """Raises DiffersError where its own sampler is another one than its adapter says."""
-        self._add_network()  # for the calls that are not served; and which of its candidates the network is, is known
-        try:
-            self.own_sampler.check(self.cache.choice, self.written)
-        except CannotRunError as error:
-            _logger.info(
-                "cspd.patch: %s: its own code does not run here, so its first call compares: %s", self.name, error
-            )
-
-    def _compare(self, found: FoundHead) -> None:
-        try:
-            outcome = check_sample(found)
-            self.verdicts = dict(outcome.kinds)
-            self._compare_loops(LOOPS[1])  # which sample does not call
-            if outcome.own:
-                self._add_network()
-            for reason in outcome.own:
-                self.tell(reason)
-        except CannotRunError as error:
-            self._without_sample(str(error))
-
-    def _without_sample(self, why: str) -> None:
-        """Its own ``sample`` did not run: compare the loops by themselves, as far as those run."""
-        results = [self._compare_loops(loop) for loop in LOOPS if loop != DDIM]  # which waits for a first call
-        self._add_network()  # it may come to a loop of its own
-        if any(agree for agree, _ in results):
-            _logger.info("cspd.patch: %s: its sample did not run on a copy (%s); its loop was compared", self.name, why)
-        else:
-            reasons = "; ".join(dict.fromkeys([why, *(failure for _, failure in results if failure)]))
-            _logger.info(
-                "cspd.patch: %s: its own code does not run here, so its first call compares: %s", self.name, reasons
-            )
-
-    def _compare_loops(self, loop: str) -> tuple[int, str]:
-        """Compare a loop by itself, as the released code calls it: how many kinds of calls agree, and what else came.
-
-        Raises:
-            DiffersError: from the kernels'.
-        """
-        agree, failure = 0, ""
-        for diffusion in self.found.samplers:
-            if not callable(getattr(diffusion, loop, None)):
-                continue
-            hook = LoopHook.of(diffusion) or LoopHook(diffusion)
-            try:
-                for call in plain_calls(self.net, loop, hook.tables.schedule().num_steps):
-                    kind = hook.kind(call)
-                    if not isinstance(self.verdicts.get(kind), Meaning):
-                        self.verdicts[kind] = check_loop(call, diffusion)
-                    agree += 1
-            except (CannotRunError, NotServedError) as error:
-                failure = str(error)
-        return agree, failure
-
     def install(self) -> None:
         """Take its place; :meth:`remove` undoes it, also where this raised in between."""
         self.net.__dict__.setdefault(PATCHES, []).append(self)
@@ -256,7 +107,7 @@ class HeadPatch:
             self._hook(ServedSample, self.own_sampler.module)
         elif callable(getattr(module, "sample", None)):
             self._hook(WatchedSample, module)
-        model = self._model and self._model()
+        model = self.model
         if model is not None and WholeSampling.of(model) is None:
             WholeSampling(model).install()
         self.take_over(self.found.diffusions)
@@ -300,7 +151,7 @@ class HeadPatch:
             self.net.__dict__.pop(PATCHES, None)
         self._release([*self.hooks])
         self.cache.clear()
-        self.sampler, model = None, self._model and self._model()
+        self.sampler, model = None, self.model
         if model is not None:
             leave_whole(model)
 
@@ -361,34 +212,6 @@ class HeadPatch:
         step, of = autoregressive_step() if sampling.anneals else (0, 1)
         return sampling.schedule(hook.tables.schedule(Steps(clip=meaning.clip)), step, of)
 
-    def check_sampling(self) -> None:
-        """Of the steps that are asked for in place of the loops' own: that they can be made, told once.
-
-        Raises:
-            ValueError: they cannot.
-        """
-        sampling = self.options.sampling
-        if not sampling.changes:
-            return
-        if self.own_loop is not None or self.own_sampler is not None:
-            why = "" if self.own_loop is None else f", and its loop stays its own: {self.own_loop}"
-            raise ValueError(f"{self.name} is left unpatched: expected a diffusion object to sample by {sampling}{why}")
-        unread = []
-        for path, diffusion in self.found.diffusions.items():
-            try:
-                schedule = (LoopHook.of(diffusion) or LoopHook(diffusion)).tables.schedule()
-            except NotServedError as error:
-                unread.append(f"its {path} cannot be sampled by {sampling}: {error}")
-                continue  # its loop runs as it is, which is told
-            try:
-                for step in (0, 1):
-                    sampling.schedule(schedule, step, 2)
-            except ValueError as error:
-                raise ValueError(f"{self.name} is left unpatched: its {path}: {error}") from None
-        if len(unread) == len(self.found.diffusions):
-            raise ValueError(f"{self.name} is left unpatched: {'; '.join(unread)}")
-        _logger.warning("cspd.patch: %s samples by %s, as asked for: other tokens than its own", self.name, sampling)
-
     def refuse_capture(self) -> None:
         raise RuntimeError(
             f"{self.name} expected a first call like this one before a CUDA graph of the caller's is captured, "
@@ -430,8 +253,8 @@ class HeadPatch:
             return
         if self.network is None or not self.network.pays:
             self.tell_of_network(reason)
-        elif reason not in self.told:
-            self.told.append(reason)
+        elif (line := f"{reason} (its network is accelerated)") not in self.told:
+            self.told.append(line)
             _logger.warning("cspd.patch: %s %s: %s", self.name, self.network.outcome, reason)
 
     def tell_of_network(self, reason: str) -> None:
@@ -448,19 +271,3 @@ def leave_whole(model: nn.Module) -> None:
     left = [] if net is None else unwrapped(net)[0].__dict__.get(PATCHES, ())
     if stands is not None and not any(patch.options.watches for patch in left):
         stands.remove()
-
-
-def _check_values(found: FoundHead, dtype: torch.dtype | None) -> None:
-    for name, weight in found.net.named_parameters(prefix="net"):
-        if weight.is_meta:
-            return
-        weight = weight.detach()
-        if not bool(torch.isfinite(weight).all()):
-            raise ValueError(
-                f"{found.name} is left unpatched: expected finite weights, got NaN or infinity in {name}: load weights "
-                "that did not diverge"
-            )
-        if dtype == torch.float16 and weight.numel() and float(weight.abs().max()) > torch.finfo(dtype).max:
-            raise ValueError(
-                f"{found.name} is left unpatched: {name} holds values beyond float16's range: use dtype=torch.bfloat16"
-            )

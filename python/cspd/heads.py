@@ -20,7 +20,7 @@ from cspd_kernels.structure import stood_for, why_not_a_network, why_not_as_writ
 from .diffusions import NotServedError, diffusions_of
 from .source import Source
 
-_MAX_SCHEDULES = 64  # of one network, whose packed heads share their weights
+_MAX_SCHEDULES = 128  # of one network, whose packed heads share their weights: steps annealed from 100 to 1 have 100
 
 
 @dataclass(frozen=True)
@@ -137,20 +137,26 @@ class HeadCache:
         weights: ``"live"`` looks at the network at every :meth:`get`: at its modules, hooks and
             memory, and at the values of what had to be converted (:mod:`cspd_kernels.live`).
             ``"frozen"`` packs once and looks at nothing.
+        choice: which of the network's specs it is, where a comparison has chosen another than the first.
     """
 
-    def __init__(self, net: nn.Module, weights: str = "live"):
-        self.net, self.weights = net, weights
-        self.choice = 0  # which of its specs, where a comparison has chosen another one
+    def __init__(self, net: nn.Module, weights: str = "live", choice: int = 0):
+        self.net, self.weights, self.choice = net, weights, choice
         self._lock = threading.RLock()
         self._forms: dict[torch.dtype, _Form] = {}
         self._source: Source | None = None
 
     def __getstate__(self) -> dict:
-        return {"net": self.net, "weights": self.weights}  # copies and pickles pack their own
+        return {"net": self.net, "weights": self.weights, "choice": self.choice}  # copies and pickles pack their own
 
     def __setstate__(self, state: dict) -> None:
         self.__init__(**state)
+
+    def choose(self, choice: int) -> None:
+        """Take the network for another of its specs."""
+        if choice != self.choice:
+            self.choice = choice
+            self.clear()
 
     def clear(self) -> None:
         """Forget what is packed, and free its memory."""

@@ -79,13 +79,14 @@ class FastNetwork:
         failure = None
         self.kinds, self.written = {}, written(self.net)
         for choice, spec in enumerate(specs_of(self.net)):
-            self.cache.choice = choice
+            self.cache.choose(choice)
             try:
                 self.kinds, self.checked = self._plain_kinds(spec), ""
                 return
             except DiffersError as error:
                 failure = failure or error
-        self.cache.choice, self.checked = 0, str(failure)
+        self.cache.choose(0)
+        self.checked = str(failure)
         raise failure
 
     def _plain_kinds(self, spec: HeadSpec) -> dict[Kind, Answer]:

@@ -87,8 +87,8 @@ class Kind:
     def of(x, times: tuple, c) -> Kind:
         """Raises NotServedError where a tensor is none, or of a kind that the kernels must not see."""
         for value in (x, c):
-            if type(value) not in _TENSORS or not value.is_floating_point():
-                raise NotServedError(f"its network is given a {_kind(value)}, not a floating tensor")
+            if type(value) not in _TENSORS or not value.is_floating_point() or value.layout != torch.strided:
+                raise NotServedError(f"its network is given a {_kind(value)}, not a dense tensor of floats")
             if value.dim() < 2:
                 raise NotServedError(f"its network is given a tensor of rank {value.dim()}, not rows")
         device, sizes = x.device, {0: 0, 1: 1}
@@ -98,7 +98,7 @@ class Kind:
 
         lead, told = small(x.shape[:-1]), []
         for t in times:
-            if type(t) in _TENSORS:
+            if type(t) in _TENSORS and t.dtype != torch.bool and not t.is_complex() and t.layout == torch.strided:
                 if t.device != device and (t.dim() or t.device.type != "cpu"):
                     raise NotServedError(f"its network is given times on {t.device} and x on {device}")
                 told.append((small(t.shape), t.dtype))
@@ -195,4 +195,6 @@ def flatten(x: torch.Tensor, times: tuple, c: torch.Tensor, reading: str) -> Fla
 
 
 def _kind(value) -> str:
-    return f"{value.dtype} tensor" if isinstance(value, torch.Tensor) else type(value).__name__
+    if type(value) not in _TENSORS:
+        return type(value).__name__
+    return f"{value.dtype} tensor" if value.layout == torch.strided else f"tensor of {value.layout}"

@@ -9,11 +9,13 @@ from collections.abc import Iterator, Sequence
 import torch
 import torch.nn as nn
 
+from .before_patching import check_sampling, compare
 from .description import describe_head
 from .diffusions import diffusions_of
-from .head_patch import HeadPatch, Options, leave_whole
+from .head_patch import HeadPatch, leave_whole
 from .heads import FoundHead, find_heads
 from .loop import LOCK, PATCHES, LoopHook
+from .options import Options
 from .sampling import Sampling
 from .standins import WatchedMoves, WatchedSample
 
@@ -53,12 +55,11 @@ def patch(
     tells why, once.
 
     Before anything is changed, a small copy of each head with random weights samples with and without
-    the kernels; a difference refuses. Where its own code does not run here, the first call that can
-    compares.
+    the kernels. Where its own code does not run here, the first call that can compares.
 
-    A head whose loop is none of these (a solver or a scheduler of its own), or computes something else, keeps it, and
+    A head whose loop is none of these (a solver or a scheduler of its own), or whose tokens differ, keeps its loop, and
     its network's ``forward`` is taken over: the kernels make each of the loop's calls (docs/loops.md). The log tells
-    so, and :func:`describe`.
+    so, and :func:`describe`. A network that differs, too, refuses.
 
     Under guidance 2N rows come back as before; the last N, which callers drop, repeat the first. On a
     GPU the host waits nowhere that the replaced code does not. Weights are looked at at every call, so that
@@ -95,7 +96,8 @@ def patch(
         The same model.
 
     Raises:
-        TypeError, ValueError: nothing to patch, or a head that samples differently; nothing was changed.
+        TypeError, ValueError: nothing to patch, a network that computes something else, or an option that cannot be;
+            nothing was changed.
         RuntimeError: the backend cannot serve.
     """
     sampling = Sampling(sampler, eta, sampling_steps)
@@ -154,8 +156,8 @@ def _prepare(model: nn.Module, options: Options) -> list[HeadPatch]:
     around = [_model_of(model, head, options) if options.watches else None for head in found.heads]
     patches = [HeadPatch(head, options, its) for head, its in zip(found.heads, around)]
     for head_patch in patches:
-        head_patch.compare()
-        head_patch.check_sampling()
+        compare(head_patch)
+        check_sampling(head_patch)
     for name, reason in found.near.items():
         _logger.warning("cspd.patch: %s is left unpatched: %s", name, reason)
     return patches

@@ -23,11 +23,12 @@ from cspd_kernels.parts import part_of
 from cspd_kernels.spec import HeadSpec, spec_of
 from cspd_kernels.structure import compiled_from
 
-from .calls import Call, finish, run_call
+from .calls import Call
 from .cut import SEED, Cut
 from .diffusions import LOOPS, NotServedError, Steps
 from .heads import HeadCache
 from .loop import PATCHES, LoopHook, uncounted
+from .made_calls import finish, run_call
 from .meanings import PLAIN, Meaning
 from .standins import StandIn
 

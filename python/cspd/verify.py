@@ -41,7 +41,7 @@ class Outcome:
 
     kinds: dict[tuple, Meaning] = field(default_factory=dict)
     own: list[str] = field(default_factory=list)
-    plain: dict[float, bool] = field(default_factory=dict)  # by guidance: one loop with just that, and nothing more
+    plain: dict[float, bool] = field(default_factory=dict)  # by guidance: one ancestral loop of it, and nothing more
 
 
 def check_sample(found: FoundHead) -> Outcome:
@@ -81,11 +81,13 @@ def _compare_samples(found: FoundHead, scale: float, options: dict, outcome: Out
     # What else the network is given is compared with values of our own, at the first call.
     outcome.kinds |= {kind: meaning for kind, meaning in served.meanings.items() if not served.kinds[kind][0].extra}
     (first, *more), tokens = served.calls, served.tokens
-    scales = [meaning.scales([*first.scales.values()]) for meaning in served.meanings.values()]
-    asked = scales in ([()], [(1.0,)]) if scale == 1.0 else [*first.scales.values()] == [scale]
+    meanings = [*served.meanings.values()]
+    scales = [meaning.scales([*first.scales.values()]) for meaning in meanings]
+    asked = scales in ([()], [(1.0,)]) if scale == 1.0 else scales == [(scale,)]
+    ancestral = first.loop == LOOPS[0] and all(m.clip is None and m.way is None for m in meanings)
     warm = first.temperature == _TEMPERATURE or "temperature" not in options
     nothing_else = isinstance(result, torch.Tensor) and result.shape == tokens.shape and torch.equal(result, tokens)
-    outcome.plain[scale] = asked and warm and not more and nothing_else
+    outcome.plain[scale] = asked and ancestral and warm and not more and nothing_else
 
 
 def _what_runs(found: FoundHead, options: dict) -> tuple[tuple[int, ...], bool]:

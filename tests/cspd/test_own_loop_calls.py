@@ -323,3 +323,21 @@ def test_a_gradient_is_its_own():
             each(*call_of()).square().sum().backward()
     for a, b in zip(net.parameters(), twin.parameters()):
         assert torch.equal(a.grad, b.grad)
+
+
+@pytest.mark.parametrize("what", ["sparse x", "times that are true or false"])
+def test_tensors_of_another_kind_are_its_own_matter(what):
+    x, t, c = call_of()
+    call = (x.to_sparse(), t, c) if what == "sparse x" else (x, t > 500, c)
+
+    def outcome(net):
+        try:
+            return net(*call)
+        except Exception as error:  # noqa: BLE001
+            return str(error)
+
+    net = ready(Net)
+    with torch.no_grad():
+        expected = outcome(net)
+        actual = outcome(cspd.patch(net, loop="own"))
+    assert torch.equal(actual, expected) if isinstance(expected, torch.Tensor) else actual == expected

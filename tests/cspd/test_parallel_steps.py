@@ -15,7 +15,7 @@ from foreign import Head, conditions, made, run, state, unchanged
 from small_models import CSpDDiffLoss, sample, small_mar
 
 import cspd
-from cspd import calls, window
+from cspd import made_calls, window
 from cspd.candidates import Drafted
 from cspd.demo.pair import load_pair
 from cspd.loop import patch_of
@@ -44,7 +44,7 @@ def chains(monkeypatch):
 
         return denoise
 
-    for module in (calls, window):
+    for module in (made_calls, window):
         monkeypatch.setattr(module, "denoise", watched(module.denoise))
     return seen
 

@@ -22,7 +22,7 @@ def test_patched_restores_options_and_survives_exceptions():
     with pytest.raises(RuntimeError, match="inside"), cspd.patched(model, noise="philox"):
         assert patch_of(net).options.noise == "philox"
         raise RuntimeError("inside")
-    assert patch_of(net).options == cspd.head_patch.Options(dtype=torch.bfloat16)
+    assert patch_of(net).options == cspd.options.Options(dtype=torch.bfloat16)
     cspd.unpatch(model)
     with pytest.raises(RuntimeError, match="inside"), cspd.patched(model):
         raise RuntimeError("inside")

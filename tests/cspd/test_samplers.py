@@ -5,6 +5,7 @@ That the heads of the field sample as before is in test_field.py.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 import logging
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn as nn
+from field import FIELD
 from field.flow_heads import FlowMatchingHead, OneOutputNet, RectifiedFlowHead, guided
 from field.other_networks import DiffHead
 from foreign import CHANNELS, conditions, made, run
@@ -23,6 +25,7 @@ from patch_checks import assert_accelerated, assert_own_loop
 
 import cspd
 from cspd import samplers
+from cspd.loop import patch_of
 from cspd.samplers import Adapter, Draws, Reading, served
 from cspd.samplers.bitdance import steps as bitdance_steps
 from cspd.samplers.nextstep import NextStep
@@ -38,6 +41,10 @@ def unguided(head):
 
 def in_parts(head):
     return head.sample(Z, cfg=3.0, cfg2=1.5, num_sampling_steps=STEPS, noise_repeat=2)
+
+
+def flow_mar(head):
+    return head.sample(Z, cfg=2.0)
 
 
 def bit_dance(head):
@@ -303,6 +310,24 @@ def test_copies_and_pickles_carry_it(made_by):
         cspd.unpatch(twin)
         assert "sample" not in vars(twin)
     by_the_kernels(head, bit_dance, made_by)
+
+
+@torch.no_grad()
+def test_a_copy_knows_which_of_its_specs_the_network_is(made_by):
+    head = FIELD["flow_mar"].make()
+    tokens, generator = by_the_kernels(cspd.patch(head), flow_mar, made_by)
+    assert patch_of(head.net).cache.choice == 1
+    for twin in (copy.deepcopy(head), pickle.loads(pickle.dumps(head))):
+        again, state = by_the_kernels(twin, flow_mar, made_by)
+        assert torch.equal(again, tokens)
+        assert torch.equal(state, generator)
+
+
+def test_fewer_steps_than_a_sampler_makes_are_its_own_matter():
+    head = cspd.patch(made(FlowMatchingHead))
+    with contextlib.suppress(IndexError):
+        head.sample(Z, num_sampling_steps=1)
+    assert "it takes no step of 1" in str(cspd.describe(head))
 
 
 def test_shallow_copies_run_their_own_code(caplog):

@@ -6,10 +6,13 @@ import math
 
 import pytest
 import torch
+from foreign import Spaced
 from small_models import small_mar
 
 import cspd
+from cspd.loop import patch_of
 from cspd.models import DiffLoss, GaussianDiffusion
+from cspd.models.diffloss import SimpleMLPAdaLN
 
 CHANNELS = 4
 
@@ -130,6 +133,41 @@ def test_heads_that_sample_otherwise(pair, role, sample, match):
     models = {"draft": pair[0], "target": pair[1], role: odd}
     with pytest.raises(ValueError, match=rf"the {role}'s diffloss \(Odd\) to sample as MAR does.*{match}"):
         cspd.SpecDecodeRunner(models["draft"], models["target"])
+
+
+def limited(head, z, temperature=1.0, cfg=1.0):
+    noise = torch.randn(len(z), CHANNELS)
+    kwargs = {"clip_denoised": True, "model_kwargs": {"c": z}, "temperature": temperature}
+    return head.gen_diffusion.p_sample_loop(head.net.forward, noise.shape, noise, **kwargs)
+
+
+def by_ddim(head, z):
+    noise = torch.randn(len(z), CHANNELS)
+    kwargs = {"clip_denoised": False, "model_kwargs": {"c": z}}
+    return head.gen_diffusion.ddim_sample_loop(head.net.forward, noise.shape, noise, **kwargs)
+
+
+class Beyond(SimpleMLPAdaLN):
+    """``c + s (c - u)``, as mit-han-lab/hart guides."""
+
+    def forward_with_cfg(self, x, t, c, cfg_scale):
+        return super().forward_with_cfg(x, t, c, 1.0 + cfg_scale)
+
+
+@pytest.mark.parametrize("what", ["limits", "ddim", "guidance"])
+def test_heads_that_patch_serves_and_a_run_does_not(pair, what):
+    """What a run computes is ancestral steps."""
+    odd = small_mar(0, schedule="linear")
+    if what == "guidance":
+        odd.diffloss.net.__class__ = Beyond
+    else:
+        odd.diffloss.__class__ = type("Odd", (DiffLoss,), {"sample": {"limits": limited, "ddim": by_ddim}[what]})
+        odd.diffloss.gen_diffusion = Spaced(12) if what == "ddim" else odd.diffloss.gen_diffusion
+    cspd.patch(odd.diffloss)
+    assert not patch_of(odd.diffloss.net).told
+    cspd.unpatch(odd.diffloss)
+    with pytest.raises(ValueError, match=r"to sample as MAR does, .* more than ancestral steps"):
+        cspd.SpecDecodeRunner(pair[0], odd)
 
 
 def test_a_loop_that_computes_otherwise(pair):

@@ -16,6 +16,7 @@ import torch.nn as nn
 from states import everything, listening, model_in, rows, sample, served_calls
 
 import cspd
+import cspd.before_patching
 import cspd.head_patch
 import cspd.patching
 from cspd.head_patch import HeadPatch
@@ -27,8 +28,8 @@ from cspd_kernels.testing import relative_error
 
 STEPS = {
     "looking": (cspd.patching, "find_heads"),
-    "checking values": (cspd.head_patch, "_check_values"),
-    "comparing": (cspd.head_patch, "check_sample"),
+    "checking values": (cspd.before_patching, "_check_values"),
+    "comparing": (cspd.before_patching, "check_sample"),
     "describing": (cspd.patching, "describe_head"),
     "telling": (logging.Handler, "handle"),
     "a patch": (HeadPatch, "__init__"),

@@ -14,6 +14,7 @@ from foreign import CHANNELS, STEPS, Head, Mean, Spaced, conditions, made, own_m
 from patch_checks import assert_accelerated, assert_own_code, assert_own_loop
 
 import cspd
+from cspd import heads
 from cspd.loop import LoopHook, patch_of
 from cspd_kernels.testing import relative_error
 
@@ -53,7 +54,8 @@ def test_a_dictionary_of_lists_of_diffusion_objects(caplog):
         assert_accelerated(head, lambda h, step=step: h.sample(Z, step=step), caplog, steps)
 
 
-def test_many_schedules_share_the_weights():
+def test_many_schedules_share_the_weights(monkeypatch):
+    monkeypatch.setattr(heads, "_MAX_SCHEDULES", 64)
     head = cspd.patch(made(Stepped, [Spaced(steps) for steps in range(3, 80)]))
     for step in range(77):
         head.sample(Z, step=step)

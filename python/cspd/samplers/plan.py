@@ -16,8 +16,8 @@ import torch.nn as nn
 from cspd_kernels import DiffusionHead, PhiloxNoise, denoise
 from cspd_kernels.head import stream_dtype
 
-from ..calls import draw_steps
 from ..diffusions import NotServedError
+from ..made_calls import draw_steps
 from ..source import Source
 from .adapter import Adapter, Reading
 
@@ -66,8 +66,10 @@ def plan_of(adapter: Adapter, head: nn.Module, name: str, bound: inspect.BoundAr
             raise NotServedError(f"its {name} is called with {key}, which is not known")
     try:
         reading = read(head, **arguments)
-    except Exception as error:  # noqa: BLE001  (of arguments that nobody has thought of)
+    except ValueError as error:
         raise NotServedError(f"{error}") from None
+    except Exception as error:  # noqa: BLE001  (of arguments that nobody has thought of)
+        raise NotServedError(f"its {name} is called with what is not read: {type(error).__name__}: {error}") from None
     cond, groups, width = reading.cond, reading.groups, source.spec.cond_channels
     if not isinstance(cond, torch.Tensor) or cond.dim() != 2 or cond.shape[1] != width or len(cond) % groups:
         got = tuple(cond.shape) if isinstance(cond, torch.Tensor) else type(cond).__name__

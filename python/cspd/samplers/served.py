@@ -171,9 +171,7 @@ class OwnSampler:
             raise CannotRunError(first_line(error)) from error
         if (stands := ServedSample.of(copies.module)) is not None:
             stands.remove()
-        cache = HeadCache(copies.trial.net)
-        cache.choice = choice
-        return copies.module, cache
+        return copies.module, HeadCache(copies.trial.net, choice=choice)
 
 
 class ServedSample(StandIn):

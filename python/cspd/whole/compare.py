@@ -16,9 +16,9 @@ from cspd_kernels import DiffusionHead, denoise
 from cspd_kernels.head import stream_dtype, without_autocast
 from cspd_kernels.parts import part_of
 
-from ..calls import draw_steps
 from ..diffusions import NotServedError
 from ..loop import LoopHook, own_loops
+from ..made_calls import draw_steps
 from ..models import DiffLoss, GaussianDiffusion
 from ..order import Plan, by_token, plan_steps
 from ..run_state import class_embedding

@@ -10,7 +10,7 @@ from cspd_kernels import DiffusionHead, PhiloxNoise
 from cspd_kernels.head import stream_dtype
 from cspd_kernels.noise import CANDIDATE_STRIDE
 
-from ..calls import draw_steps
+from ..made_calls import draw_steps
 from ..order import Pass, Step, to_device
 
 
