@@ -114,6 +114,14 @@ def samplers(steps: int, denoising: int) -> list[Setting]:
         f"DDIM, {denoising} to {least} denoising steps": {"sampler": "ddim", "sampling_steps": (denoising, least)},
     }
     return [
-        Setting("sampler", f"target, {name}", steps, options=options, quick="to" in name, model="target")
+        Setting(
+            "sampler",
+            f"target, {name}",
+            steps,
+            None,
+            options,
+            isinstance(options.get("sampling_steps"), tuple),
+            "target",
+        )
         for name, options in chosen.items()
     ]
