@@ -78,7 +78,7 @@ def parallel_rows(
     for backend in backends:
         if device.type == "cuda" and why_unavailable(backend):
             continue
-        persistent = backend == "cuda" and prefers_persistent(head, n, guided)
+        persistent = backend == "cuda" and prefers_persistent(head, n, 2 if guided else 1)
         steps = f"{PERSISTENT if persistent else backend} {name}"
         counts = (SWEEPS, SLOW) if guided and backend != "torch" else (SWEEPS,)
         contenders = {steps: partial(denoise, head, cfg_scale=scale, backend=backend, parallel_tol=None)} | {

@@ -73,7 +73,7 @@ def implementation(
     device: torch.device | None = None,
     subject=None,
     tokens: int | None = None,
-    guided: bool = False,
+    groups: int = 1,
     parallel: bool = False,
 ) -> Callable:
     """The function that computes ``op``: the attribute of that name in ``ops/<op>/<backend>.py``.
@@ -87,7 +87,7 @@ def implementation(
         subject: what the op is about to work on (the head of ``denoise``); a backend module may refuse
             it with ``why_unsupported(subject)``.
         tokens: how many tokens the op is about to work on, where that is known.
-        guided: whether ``denoise`` computes two rows a token.
+        groups: rows that ``denoise`` computes of a token: 2 under guidance, 3 by two scales.
         parallel: whether it makes all of its steps at once.
 
     Raises:
@@ -97,7 +97,7 @@ def implementation(
     if backend is None and os.environ.get(ENVIRONMENT_VARIABLE):
         backend, source = os.environ[ENVIRONMENT_VARIABLE], ENVIRONMENT_VARIABLE
     if backend is None:
-        return _load(op, _automatic(op, device, subject, tokens, guided, parallel))
+        return _load(op, _automatic(op, device, subject, tokens, groups, parallel))
     if backend not in BACKENDS:
         raise ValueError(f"expected {source} one of {', '.join(BACKENDS)}, got {backend!r}")
     if reason := _why_not(op, backend, device, subject):
@@ -117,29 +117,29 @@ def remembered(op: str, backend: str | None, x: torch.Tensor) -> Callable:
     return remember((op, x.shape), backend, x.device, lambda: implementation(op, backend, x.device, x, x.shape[0]))
 
 
-def remembered_chain(backend: str | None, head, tokens: int, guided: bool, parallel: bool = False) -> Callable:
+def remembered_chain(backend: str | None, head, tokens: int, groups: int, parallel: bool = False) -> Callable:
     """The same for ``denoise`` with so many tokens of a head."""
     return remember(
-        (head.handle, tokens, guided, parallel),
+        (head.handle, tokens, groups, parallel),
         backend,
         head.device,
-        lambda: implementation("denoise", backend, head.device, head, tokens, guided, parallel),
+        lambda: implementation("denoise", backend, head.device, head, tokens, groups, parallel),
     )
 
 
-def prefers_parallel(backend: str | None, head, tokens: int, guided: bool) -> bool:
+def prefers_parallel(backend: str | None, head, tokens: int, groups: int) -> bool:
     """Whether sweeps over all steps were measured to be the fastest ``denoise`` for so many tokens of a head."""
     backend = backend or os.environ.get(ENVIRONMENT_VARIABLE)
     if backend is not None:
-        return crossover.prefers_parallel(head, tokens, guided, backend)
+        return crossover.prefers_parallel(head, tokens, groups, backend)
     if head.device.type != "cuda":
-        return crossover.prefers_parallel(head, tokens, guided, "torch")
+        return crossover.prefers_parallel(head, tokens, groups, "torch")
 
     def look() -> bool:
-        call = "denoise", head.device, head, tokens, guided, None
+        call = "denoise", head.device, head, tokens, groups, None
         return ranked(*call)[0].endswith(PARALLEL) and choice(*call)[0].endswith(PARALLEL)
 
-    return remember((head.handle, tokens, guided), None, head.device, look)
+    return remember((head.handle, tokens, groups), None, head.device, look)
 
 
 def remember(key: tuple, backend: str | None, device: torch.device, choose: Callable):
@@ -154,26 +154,26 @@ def remember(key: tuple, backend: str | None, device: torch.device, choose: Call
     return chosen
 
 
-def _automatic(op: str, device: torch.device | None, subject, tokens: int | None, guided: bool, parallel: bool) -> str:
+def _automatic(op: str, device: torch.device | None, subject, tokens: int | None, groups: int, parallel: bool) -> str:
     if device is None or device.type != "cuda":
         return "torch"
-    name, refusals = choice(op, device, subject, tokens, guided, parallel)
+    name, refusals = choice(op, device, subject, tokens, groups, parallel)
     if refusals:
         log_once(f"automatic backend of {op}: {name} ({'; '.join(f'{n}: {why}' for n, why in refusals.items())})")
     return name.split()[0]
 
 
 def choice(
-    op: str, device: torch.device, subject, tokens: int | None, guided: bool = False, parallel: bool | None = False
+    op: str, device: torch.device, subject, tokens: int | None, groups: int = 1, parallel: bool | None = False
 ) -> tuple[str, dict[str, str]]:
     """(what the automatic choice takes on a CUDA device, why not what would have come before it)."""
     refusals: dict[str, str] = {}
-    for name in ranked(op, device, subject, tokens, guided, parallel):
+    for name in ranked(op, device, subject, tokens, groups, parallel):
         backend = name.split()[0]
         if reason := _why_not(op, backend, device, subject):
             refusals[backend] = reason
             continue
-        if name == PERSISTENT and (reason := _load(op, backend, "why_not_persistent")(subject, tokens, guided)):
+        if name == PERSISTENT and (reason := _load(op, backend, "why_not_persistent")(subject, tokens, groups)):
             refusals[name] = reason
             continue
         return name, refusals

@@ -149,11 +149,11 @@ def bucket(tokens: int) -> int:
     return -(-tokens // multiple) * multiple
 
 
-def size_of(op: str, subject, tokens: int, guided: bool = False) -> Size:
-    """The size of an op's call; ``subject`` is the head of ``denoise``, which computes two rows a token if guided."""
+def size_of(op: str, subject, tokens: int, groups: int = 1) -> Size:
+    """The size of an op's call; ``subject`` is the head of ``denoise``, which computes ``groups`` rows a token."""
     if op != "denoise":
         return (tokens,)
-    return _square_width(subject), subject.depth, subject.dtype.itemsize, bucket(tokens) * (2 if guided else 1)
+    return _square_width(subject), subject.depth, subject.dtype.itemsize, bucket(tokens) * groups
 
 
 def _square_width(head) -> int:
@@ -230,7 +230,7 @@ def ranked(
     device: torch.device,
     subject=None,
     tokens: int | None = None,
-    guided: bool = False,
+    groups: int = 1,
     parallel: bool | None = False,
 ) -> tuple[str, ...]:
     """Names in the order in which the automatic choice of an op tries them on a CUDA device, the fastest first.
@@ -246,11 +246,11 @@ def ranked(
     """
     if tokens is None:
         return DEFAULT
-    size, order = size_of(op, subject, tokens, guided), ()
+    size, order = size_of(op, subject, tokens, groups), ()
     if device.type == "cuda":
         swept = ()
         if op == "denoise" and (parallel or (parallel is None and _swept(subject))):
-            swept = GUIDED if guided else PARALLEL, subject.num_steps
+            swept = GUIDED if groups > 1 else PARALLEL, subject.num_steps
         order = _measured_order(op, _capability(device), size, *swept)
         order = order or _measured_order(op, _capability(device), size)
     if op == "denoise" and parallel:
@@ -266,15 +266,15 @@ def ranked(
     return tuple(dict.fromkeys((*order, *DEFAULT)))
 
 
-def prefers_persistent(head, tokens: int, guided: bool) -> bool:
+def prefers_persistent(head, tokens: int, groups: int) -> bool:
     """Whether the CUDA backend is to try its persistent kernel before the layered ones."""
-    order = ranked("denoise", head.device, head, tokens, guided)
+    order = ranked("denoise", head.device, head, tokens, groups)
     return PERSISTENT in order and order.index(PERSISTENT) < order.index("cuda")
 
 
-def prefers_parallel(head, tokens: int, guided: bool, backend: str) -> bool:
+def prefers_parallel(head, tokens: int, groups: int, backend: str) -> bool:
     """Whether a backend's sweeps were measured to be faster than what else it has."""
-    own = [name for name in ranked("denoise", head.device, head, tokens, guided, None) if name.split()[0] == backend]
+    own = [name for name in ranked("denoise", head.device, head, tokens, groups, None) if name.split()[0] == backend]
     return own[:1] == [f"{backend} {PARALLEL}"]
 
 

@@ -123,17 +123,17 @@ def _chosen() -> dict[str, str]:
     if not torch.cuda.device_count():
         return {"cpu": "torch: the kernels run on CUDA devices"}
     return {
-        f"cuda:{i} {model} bfloat16, {tokens} tokens{', guided' if guided else ''}": _explained(
-            _Head(depth, width, torch.bfloat16, torch.device("cuda", i)), tokens, guided
+        f"cuda:{i} {model} bfloat16, {tokens} tokens{', guided' if groups > 1 else ''}": _explained(
+            _Head(depth, width, torch.bfloat16, torch.device("cuda", i)), tokens, groups
         )
         for i in range(torch.cuda.device_count())
         for model, (depth, width) in HEADS.items()
         for tokens in TOKENS
-        for guided in (False, True)
+        for groups in (1, 2)
     }
 
 
-def _explained(head: _Head, tokens: int, guided: bool) -> str:
+def _explained(head: _Head, tokens: int, groups: int) -> str:
     import torch
 
     from .backends import ENVIRONMENT_VARIABLE, choice
@@ -142,12 +142,12 @@ def _explained(head: _Head, tokens: int, guided: bool) -> str:
 
     if forced := os.environ.get(ENVIRONMENT_VARIABLE):
         return f"{forced}: {ENVIRONMENT_VARIABLE} is set"
-    way = "" if switched_off() else GUIDED if guided else PARALLEL
-    name, refusals = choice("denoise", head.device, head, tokens, guided, None if way else False)
+    way = "" if switched_off() else GUIDED if groups > 1 else PARALLEL
+    name, refusals = choice("denoise", head.device, head, tokens, groups, None if way else False)
     if way and not name.endswith(PARALLEL):
         way = ""
-        name, refusals = choice("denoise", head.device, head, tokens, guided)
-    capability, size = torch.cuda.get_device_capability(head.device), size_of("denoise", head, tokens, guided)
+        name, refusals = choice("denoise", head.device, head, tokens, groups)
+    capability, size = torch.cuda.get_device_capability(head.device), size_of("denoise", head, tokens, groups)
     text = name
     if found := nearest("denoise", capability, size, way):
         at, measured, times = found

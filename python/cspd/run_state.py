@@ -136,4 +136,4 @@ def tolerance_of(state: RunState, head: DiffusionHead, tokens: int) -> float | N
     """``parallel_tol`` of a head's call, "auto" resolved: a trajectory comes back only where a number is asked for."""
     if state.parallel_tol != AUTO:
         return state.parallel_tol
-    return automatic_tolerance(head, tokens, state.plan.guided, state.backend)
+    return automatic_tolerance(head, tokens, 2 if state.plan.guided else 1, state.backend)

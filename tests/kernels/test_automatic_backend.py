@@ -119,11 +119,11 @@ def test_the_fastest_may_not_serve(fake_kernels, measured, caplog):
 def test_the_persistent_kernel_may_not_cover_the_size(fake_kernels, measured, caplog):
     measured("cuda persistent", "triton", "cuda")
     with caplog.at_level(logging.INFO, "cspd_kernels"):
-        assert implementation("denoise", None, CUDA, "any", 8, True) == ("denoise", "cuda")
-        assert implementation("denoise", None, CUDA, "long", 8, True) == ("denoise", "triton")
-    assert caplog.messages == ["automatic backend of denoise: triton (cuda persistent: long, 8, True)"]
+        assert implementation("denoise", None, CUDA, "any", 8, 2) == ("denoise", "cuda")
+        assert implementation("denoise", None, CUDA, "long", 8, 2) == ("denoise", "triton")
+    assert caplog.messages == ["automatic backend of denoise: triton (cuda persistent: long, 8, 2)"]
     assert backends.choice("denoise", CUDA, "any", 8) == ("cuda persistent", {})
-    assert backends.choice("denoise", CUDA, "long", 8) == ("triton", {"cuda persistent": "long, 8, False"})
+    assert backends.choice("denoise", CUDA, "long", 8) == ("triton", {"cuda persistent": "long, 8, 1"})
 
 
 def test_a_head_that_kernels_refuse(fake_kernels, caplog):

@@ -272,8 +272,8 @@ def test_a_chains_choice_is_made_once_for_each_head_and_number_of_rows(monkeypat
     monkeypatch.setenv("CSPD_PERSISTENT_MAX_TOKENS", "0")
     assert backends.remembered_chain(*calls[0]) == 6
     on_cpu = SimpleNamespace(handle=3, device=torch.device("cpu"))
-    assert [backends.remembered_chain(None, on_cpu, 4, False) for _ in range(2)] == [7, 8]
-    assert backends.remembered_chain(None, heads[0], 4, False, True) == 9  # in parallel
+    assert [backends.remembered_chain(None, on_cpu, 4, 1) for _ in range(2)] == [7, 8]
+    assert backends.remembered_chain(None, heads[0], 4, 1, True) == 9  # in parallel
 
 
 def test_on_the_cpu_and_for_what_is_no_name_nothing_is_remembered(choices):

@@ -176,16 +176,16 @@ def test_what_was_not_measured_has_the_default_order(card, table):
 )
 def test_the_released_heads_on_an_h100(card, model, expected):
     assert {n: ranked("denoise", CUDA, head(*model), n)[0] for n in expected} == expected
-    taken = {n: prefers_persistent(head(*model), n, guided=False) for n in expected if n > 1}
+    taken = {n: prefers_persistent(head(*model), n, groups=1) for n in expected if n > 1}
     assert taken == {n: name == PERSISTENT for n, name in expected.items() if n > 1}
-    assert prefers_persistent(head(*model), 1, guided=False)  # the fastest of its backend's
+    assert prefers_persistent(head(*model), 1, groups=1)  # the fastest of its backend's
 
 
 def test_guidance_doubles_the_rows(card):
-    assert prefers_persistent(head(), 8, guided=False)
-    assert not prefers_persistent(head(), 8, guided=True)
-    assert prefers_persistent(head(), 4, guided=True)
-    assert size_of("denoise", head(), 5, guided=True) == (1024, 6, 2, 16)
+    assert prefers_persistent(head(), 8, groups=1)
+    assert not prefers_persistent(head(), 8, groups=2)
+    assert prefers_persistent(head(), 4, groups=2)
+    assert size_of("denoise", head(), 5, groups=2) == (1024, 6, 2, 16)
 
 
 def test_another_operand_type_is_farther_than_any_number_of_rows(card, table):
@@ -199,8 +199,8 @@ def test_the_persistent_kernel_is_not_tried_beyond_its_rows(card, monkeypatch):
     assert nearest("denoise", HOPPER, size_of("denoise", wide, 17))[2].keys() >= {PERSISTENT}  # 32 rows, as of 16
     assert PERSISTENT not in ranked("denoise", CUDA, wide, 17)
     monkeypatch.setenv("CSPD_PERSISTENT_MAX_TOKENS", "16")
-    assert PERSISTENT in ranked("denoise", CUDA, wide, 8, guided=True)
-    assert PERSISTENT not in ranked("denoise", CUDA, wide, 9, guided=True)
+    assert PERSISTENT in ranked("denoise", CUDA, wide, 8, groups=2)
+    assert PERSISTENT not in ranked("denoise", CUDA, wide, 9, groups=2)
 
 
 def test_another_device_takes_the_nearest_one(card):
@@ -213,12 +213,12 @@ def test_the_switch_goes_before_the_table(card, monkeypatch):
     for value in (0, 5, 16):
         monkeypatch.setenv("CSPD_PERSISTENT_MAX_TOKENS", str(value))
         for device in (CUDA, CPU):
-            taken = [n for n in range(1, 20) if prefers_persistent(head(device=device), n, guided=False)]
+            taken = [n for n in range(1, 20) if prefers_persistent(head(device=device), n, groups=1)]
             assert taken == list(range(1, value + 1))
             assert [n for n in range(1, 20) if PERSISTENT in ranked("denoise", device, head(), n)] == taken
         assert PERSISTENT not in ranked("log_density_ratio", CUDA, None, 1)
     monkeypatch.setenv("CSPD_PERSISTENT_MAX_TOKENS", "")  # counts as not set
-    assert not prefers_persistent(head(device=CPU), 1, guided=False)
+    assert not prefers_persistent(head(device=CPU), 1, groups=1)
 
 
 @pytest.mark.parametrize("value", ["17", "-1", "1.5", "all", "²"])
@@ -227,7 +227,7 @@ def test_the_switch_takes_a_small_number(monkeypatch, value):
     with pytest.raises(
         ValueError, match=f"expected CSPD_PERSISTENT_MAX_TOKENS as a number from 0 to 16, got '{value}'"
     ):
-        prefers_persistent(head(device=CPU), 1, guided=False)
+        prefers_persistent(head(device=CPU), 1, groups=1)
 
 
 def test_buckets():
@@ -257,16 +257,14 @@ def test_sweeps_are_taken_where_they_were_measured_to_be_the_fastest(card, table
     assert ranked("denoise", CUDA, head(), 2) == (PERSISTENT, "triton", "cuda", "torch")  # step by step
     forced = ("triton parallel", "cuda parallel", "torch parallel")
     assert ranked("denoise", CUDA, head(), 64, parallel=True) == forced
-    assert [prefers_parallel(head(), 2, False, backend) for backend in ("cuda", "triton", "torch")] == [
+    assert [prefers_parallel(head(), 2, 1, backend) for backend in ("cuda", "triton", "torch")] == [
         True,
         True,
         False,
     ]
-    assert [prefers_parallel(head(), 64, False, backend) for backend in ("cuda", "triton")] == [False, False]
-    assert backends.prefers_parallel("cuda", head(), 2, False) and not backends.prefers_parallel(
-        "torch", head(), 2, False
-    )
-    assert prefers_parallel(head(), 1, True, "cuda")  # two rows
+    assert [prefers_parallel(head(), 64, 1, backend) for backend in ("cuda", "triton")] == [False, False]
+    assert backends.prefers_parallel("cuda", head(), 2, 1) and not backends.prefers_parallel("torch", head(), 2, 1)
+    assert prefers_parallel(head(), 1, 2, "cuda")  # two rows
 
 
 @pytest.mark.parametrize(
@@ -278,38 +276,38 @@ def test_sweeps_are_taken_where_they_were_measured_to_be_the_fastest(card, table
     ],
 )  # fmt: skip
 def test_where_the_released_heads_are_made_in_sweeps_on_an_h100(card, serving, model, alone, guided):
-    for numbers, guidance in ((alone, False), (guided, True)):
-        assert {n: backends.prefers_parallel(None, head(*model), n, guidance) for n in numbers} == numbers
+    for numbers, groups in ((alone, 1), (guided, 2)):
+        assert {n: backends.prefers_parallel(None, head(*model), n, groups) for n in numbers} == numbers
         for backend in ("triton", "cuda"):
-            assert prefers_parallel(head(*model), 1, guidance, backend)
-            assert not prefers_parallel(head(*model), 64, guidance, backend)
-        assert not prefers_parallel(head(*model), 1, guidance, "torch")  # its host waits
-    assert prefers_parallel(head(*model, dtype=torch.float16), 1, False, "cuda")
-    assert not backends.prefers_parallel(None, head(*model, dtype=torch.float32), 1, False)  # nobody measured it
+            assert prefers_parallel(head(*model), 1, groups, backend)
+            assert not prefers_parallel(head(*model), 64, groups, backend)
+        assert not prefers_parallel(head(*model), 1, groups, "torch")  # its host waits
+    assert prefers_parallel(head(*model, dtype=torch.float16), 1, 1, "cuda")
+    assert not backends.prefers_parallel(None, head(*model, dtype=torch.float32), 1, 1)  # nobody measured it
 
 
 def test_sweeps_are_not_taken_on_another_device(card, serving):
-    assert backends.prefers_parallel(None, head(), 1, False)
+    assert backends.prefers_parallel(None, head(), 1, 1)
     backends._remembered.clear()
     for capability in ((8, 0), (10, 0)):
         card(capability)
-        assert not prefers_parallel(head(), 1, False, "cuda")
+        assert not prefers_parallel(head(), 1, 1, "cuda")
         assert ranked("denoise", CUDA, head(), 1, parallel=True)[0].endswith(PARALLEL)  # if asked for
-    assert not prefers_parallel(head(device=CPU), 1, False, "torch")
+    assert not prefers_parallel(head(device=CPU), 1, 1, "torch")
 
 
 def test_few_steps_are_made_one_by_one(card, table):
     """Sweeps take no less time for them, and steps do."""
     table(denoise={(1024, 6, 2, 2): {"cuda parallel": 3.0, "cuda": 8.0}})
-    taken = {steps: prefers_parallel(head(steps=steps), 2, False, "cuda") for steps in (1, 37, 38, 100, 1000)}
+    taken = {steps: prefers_parallel(head(steps=steps), 2, 1, "cuda") for steps in (1, 37, 38, 100, 1000)}
     assert taken == {1: False, 37: False, 38: True, 100: True, 1000: True}
 
 
 def test_guided_calls_are_made_in_as_many_sweeps_as_they_need(card, table):
     table(denoise={(1024, 6, 2, 2): {"cuda parallel": 3.0, "cuda": 8.0, "cuda parallel guided": 9.0}})
-    assert [prefers_parallel(head(), 1, guided, "cuda") for guided in (False, True)] == [True, False]
+    assert [prefers_parallel(head(), 1, groups, "cuda") for groups in (1, 2)] == [True, False]
     table(denoise={(1024, 6, 2, 2): {"cuda parallel": 3.0, "cuda": 8.0}})
-    assert not prefers_parallel(head(), 1, True, "cuda")  # not measured
+    assert not prefers_parallel(head(), 1, 2, "cuda")  # not measured
 
 
 def test_between_two_sizes_sweeps_are_as_at_the_larger_one(card, table):
@@ -318,30 +316,30 @@ def test_between_two_sizes_sweeps_are_as_at_the_larger_one(card, table):
         (1024, 6, 2, 32): {"cuda": 8.0},  # says nothing of sweeps
         (1024, 6, 2, 64): {"cuda parallel": 9.0, "cuda": 8.0},
     })  # fmt: skip
-    assert [prefers_parallel(head(), n, False, "cuda") for n in (16, 32, 64)] == [True, False, False]
+    assert [prefers_parallel(head(), n, 1, "cuda") for n in (16, 32, 64)] == [True, False, False]
 
 
 def test_sweeps_of_what_does_not_serve_are_no_reason(card, table, serving):
     table(denoise={(1024, 6, 2, 2): {"cuda parallel": 1.0, PERSISTENT: 2.0, "triton": 3.0, "triton parallel": 4.0}})
-    assert backends.prefers_parallel(None, head(), 2, False)
+    assert backends.prefers_parallel(None, head(), 2, 1)
     backends._remembered.clear()
     serving["cuda"] = "nobody built it"
-    assert not backends.prefers_parallel(None, head(), 2, False)
+    assert not backends.prefers_parallel(None, head(), 2, 1)
     backends._remembered.clear()
     table(denoise={(1024, 6, 2, 2): {"cuda parallel": 1.0, PERSISTENT: 2.0, "triton": 3.0, "triton parallel": 2.0}})
-    assert backends.prefers_parallel(None, head(), 2, False)
+    assert backends.prefers_parallel(None, head(), 2, 1)
 
 
 def test_the_switch_of_sweeps(card, table, serving, monkeypatch):
     times = {"cuda parallel": 1.0, "cuda": 8.0}
     table(denoise={(1024, 6, 2, 2): times, (1024, 6, 4, 2): times})
-    assert automatic_tolerance(head(), 2, False, None) == 1e-3
-    assert automatic_tolerance(head(dtype=torch.float32), 2, False, None) == 1e-6
+    assert automatic_tolerance(head(), 2, 1, None) == 1e-3
+    assert automatic_tolerance(head(dtype=torch.float32), 2, 1, None) == 1e-6
     monkeypatch.setenv("CSPD_PARALLEL", "0")
-    assert automatic_tolerance(head(), 2, False, None) is None
+    assert automatic_tolerance(head(), 2, 1, None) is None
     monkeypatch.setenv("CSPD_PARALLEL", "off")
     with pytest.raises(ValueError, match="expected CSPD_PARALLEL as 0"):
-        automatic_tolerance(head(), 1, True, None)
+        automatic_tolerance(head(), 1, 2, None)
 
 
 def test_a_head_of_another_shape_is_that_of_as_many_weights():
@@ -357,5 +355,11 @@ def test_sweeps_are_taken_with_the_sampler_that_they_were_measured_with(card):
     for name, clip, taken in (("ddpm", None, True), ("ddim", None, False), ("euler", None, False), ("ddpm", 1, False)):
         other = head()
         other.schedule.name, other.schedule.clip = name, clip
-        assert prefers_parallel(other, 1, False, "triton") == taken
+        assert prefers_parallel(other, 1, 1, "triton") == taken
         assert ranked("denoise", other.device, other, 1, parallel=True)[0].endswith(PARALLEL)  # who asks for them
+
+
+def test_three_groups_are_three_rows_a_token(card):
+    assert size_of("denoise", head(), 2, groups=3) == (1024, 6, 2, 6)
+    assert prefers_persistent(head(), 4, groups=2)
+    assert not prefers_persistent(head(), 8, groups=3)

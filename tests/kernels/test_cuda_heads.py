@@ -248,7 +248,7 @@ def test_what_the_persistent_kernel_leaves_to_the_layered_chain(make, monkeypatc
     monkeypatch.setenv("CSPD_PERSISTENT_MAX_TOKENS", "16")
     head = make(**NETWORKS[network])
     assert not PersistentChain.serves(head, 2, 1)
-    assert "its persistent kernel is for" in cuda.why_not_persistent(head, 2, False)
+    assert "its persistent kernel is for" in cuda.why_not_persistent(head, 2, 1)
     check(head, 2, 1)
     assert {type(chain) for chain in used} == {LayeredChain}
 

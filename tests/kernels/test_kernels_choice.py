@@ -51,10 +51,10 @@ def test_the_persistent_kernel_covers_few_rows_of_a_head_with_blocks(device_of, 
 
     device = device_of("cuda")
     head = DiffusionHead.from_module(make_diffloss(steps=2).to(device))
-    assert all(why_not_persistent(head, n, guided) is None for n, guided in ((1, False), (16, False), (8, True)))
-    assert why_not_persistent(head, 9, True) == "32 rows of this head do not fit one launch here"
+    assert all(why_not_persistent(head, n, groups) is None for n, groups in ((1, 1), (16, 1), (8, 2)))
+    assert why_not_persistent(head, 9, 2) == "32 rows of this head do not fit one launch here"
     empty = DiffusionHead.from_module(make_diffloss(depth=0, steps=2).to(device))
-    assert why_not_persistent(empty, 1, False) == "1 rows of this head do not fit one launch here"
+    assert why_not_persistent(empty, 1, 1) == "1 rows of this head do not fit one launch here"
 
 
 @pytest.fixture

@@ -176,7 +176,7 @@ def run(
     """
     head = DiffusionHead.of_handle(head)
     stream = stream_dtype(head.dtype)
-    guided, scales = len(cond) != len(x_T), ()
+    groups, scales = len(cond) // len(x_T) if len(x_T) else 1, ()
     if cfg_scale is not None:
         scales = (_number(cfg_scale, stream),)
         if second_scale is not None:
@@ -191,11 +191,11 @@ def run(
     overflows = late_overflows(head)
     automatic = parallel_tol is not None and parallel_tol < 0
     if automatic:
-        parallel_tol = automatic_tolerance(head, len(x_T), guided, backend)
-    function = remembered_chain(backend, head, len(x_T), guided, parallel_tol is not None)
+        parallel_tol = automatic_tolerance(head, len(x_T), groups, backend)
+    function = remembered_chain(backend, head, len(x_T), groups, parallel_tol is not None)
     seed = seed % 2**64 if seeds is None else seeds
     noise = PhiloxNoise(seed, rows) if noise is None else noise.to(stream)
-    scales = scales if guided else ()
+    scales = scales if len(cond) != len(x_T) else ()
     parallel = None
     if parallel_tol is not None:
         parallel = Parallel(parallel_tol, None if guess is None else guess.to(stream))
@@ -214,9 +214,9 @@ def _number(value: torch.Tensor, stream: torch.dtype) -> float | torch.Tensor:
     return value.to(stream).reshape(-1, 1)
 
 
-def automatic_tolerance(head: DiffusionHead, tokens: int, guided: bool, backend: str | None) -> float | None:
+def automatic_tolerance(head: DiffusionHead, tokens: int, groups: int, backend: str | None) -> float | None:
     """What ``parallel_tol="auto"`` stands for: a number, or None where the sequential chain is taken."""
-    return ROUNDING[head.dtype] if not switched_off() and prefers_parallel(backend, head, tokens, guided) else None
+    return ROUNDING[head.dtype] if not switched_off() and prefers_parallel(backend, head, tokens, groups) else None
 
 
 def _fake(head, cond, x_T, *arguments):  # noqa: N803

@@ -24,9 +24,8 @@ def why_unsupported(head: DiffusionHead) -> str | None:
     return _REASONS[head]
 
 
-def why_not_persistent(head: DiffusionHead, tokens: int, guided: bool) -> str | None:
+def why_not_persistent(head: DiffusionHead, tokens: int, groups: int) -> str | None:
     """None when the persistent kernel covers so many tokens of this head, on its device."""
-    groups = 2 if guided else 1
     if PersistentChain.serves(head, bucket(tokens), groups):
         return None
     rows = bucket(tokens) * groups

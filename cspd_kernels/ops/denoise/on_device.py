@@ -115,7 +115,7 @@ def _chain(kernels, head, cond, x, noise, temperature, scales, parallel, limit, 
     shared.tables.check()
     tokens, philox, kind = min(bucket(rows), limit), isinstance(noise, PhiloxNoise), kernels.layered
     steps = head.num_steps if parallel is not None else _evenly(head.num_steps, limit // tokens)
-    if parallel is None and kernels.persistent is not None and prefers_persistent(head, rows, groups > 1):
+    if parallel is None and kernels.persistent is not None and prefers_persistent(head, rows, groups):
         kind = kernels.persistent if kernels.persistent.serves(head, tokens, groups) else kind
     if reason is None and (0 if philox else 4 * noise[:, :1].numel() * tokens) > GRAPH_BYTES // 2:
         reason = "the noise is too large to copy"
