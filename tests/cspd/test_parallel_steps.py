@@ -241,8 +241,8 @@ def test_the_guess_is_the_draft_at_the_same_places(digits, chains):
 def test_automatic_in_the_runner(digits, cfg, chains, monkeypatch):
     """Where sweeps were measured to be faster for a draw, it is made in sweeps to rounding; a guess needs both."""
 
-    def few(backend, head, tokens, guided):
-        assert (backend, guided) == ("torch", cfg != 1.0)
+    def few(backend, head, tokens, groups):
+        assert (backend, groups) == ("torch", 1 if cfg == 1.0 else 2)
         return tokens <= limit
 
     monkeypatch.setattr(denoise_op, "prefers_parallel", few)
