@@ -26,7 +26,8 @@ from .meanings import Meaning, all_meanings
 from .twin import CannotRunError, Copies, OwnNumbers, Run, Trial, copies_of, first_line, normal, quiet, seeded
 
 _ROWS, _TEMPERATURE, _GUIDANCE, _LAST = 4, 0.8, 2.5, 10
-_SCALES = (_GUIDANCE, 1.7)
+_AGAIN = 1.1  # guidance of the last steps: what a method does with its scale may be right at one alone
+_SCALES, _SCALES_AGAIN = (_GUIDANCE, 1.7), (0.6, -0.4)
 _GUIDANCE_NAMES = ("cfg", "cfg_scale", "guidance_scale", "guidance")
 
 
@@ -70,7 +71,9 @@ def _compare_samples(found: FoundHead, scale: float, options: dict, outcome: Out
     shape, cut = _what_runs(found, options)
 
     def run(copies: Copies):
-        return copies.module.sample(normal(shape, copies.trial.net), **options)
+        again = scale != 1.0 and copies.trial.steps is not None
+        given = {name: _AGAIN if again and name in _GUIDANCE_NAMES else value for name, value in options.items()}
+        return copies.module.sample(normal(shape, copies.trial.net), **given)
 
     make = partial(copies_of, found.net, found.samplers, found.module, cut=cut)
     own, served, result = _compare(make, run, what)
@@ -238,7 +241,7 @@ def _run_loop(call: Call, copies: Copies):
     rows = _ROWS * groups // 2 if groups > 1 else _ROWS
     shape = (rows, *call.shape[1:])
     kwargs = {"c": normal((rows, *call.cond.shape[1:]), net), **dict.fromkeys(call.nothing)}
-    kwargs |= {name: scale for name, scale in zip(call.scales, _SCALES)}
+    kwargs |= dict(zip(call.scales, _SCALES if copies.trial.steps is None else _SCALES_AGAIN))
     kwargs |= {name: _rows_of(value, rows) for name, value in call.extra.items()}
     arguments = {"clip_denoised": call.clip, "model_kwargs": kwargs, "temperature": _TEMPERATURE, "eta": call.eta}
     if call.noise is not None:

@@ -135,7 +135,7 @@ def test_heads_that_sample_otherwise(pair, role, sample, match):
         cspd.SpecDecodeRunner(models["draft"], models["target"])
 
 
-def limited(head, z, temperature=1.0, cfg=1.0):
+def limited(head, z, temperature=1.0):
     noise = torch.randn(len(z), CHANNELS)
     kwargs = {"clip_denoised": True, "model_kwargs": {"c": z}, "temperature": temperature}
     return head.gen_diffusion.p_sample_loop(head.net.forward, noise.shape, noise, **kwargs)

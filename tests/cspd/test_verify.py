@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn as nn
-from foreign import CHANNELS, COND, STEPS, WIDTH, Head, Spaced, conditions, made, run, state, unchanged
+from foreign import CHANNELS, COND, STEPS, WIDTH, Head, Net, Spaced, conditions, made, run, state, unchanged
 from small_models import small_mar
 
 import cspd
@@ -275,3 +275,23 @@ def test_a_sample_that_raises_is_no_difference():
     run(head, lambda h: h.gen_diffusion.p_sample_loop(*args, **options))
     assert head.net.evaluations == 0
     assert head.gen_diffusion.num_timesteps == STEPS
+
+
+class Bounded(Net):
+    """Right at most scales of guidance."""
+
+    least = 1.2
+
+    def forward_with_cfg(self, x, t, c, cfg_scale):
+        return super().forward_with_cfg(x, t, c, max(cfg_scale, self.least))
+
+
+@pytest.mark.parametrize("least", [1.2, 0.8])
+def test_a_method_is_compared_at_more_than_one_scale(least):
+    head = made(type("Odd", (Head,), {"net_class": type("Net", (Bounded,), {"least": least})}))
+    call = plain_call(head.net, "p_sample_loop", "forward_with_cfg")
+    with pytest.raises(DiffersError, match="differ by"):
+        check_loop(call, head.gen_diffusion)
+    if least > 1.0:
+        cspd.patch(head)
+        assert patch_of(head.net).own_loop is not None
