@@ -174,8 +174,8 @@ def test_one_block_beside_its_two_products(benchmarks, fake_capture, monkeypatch
     class Chain:
         wrong = 1.0
 
-        def __init__(self, head, tokens, guided, noise, steps, static):
-            assert (guided, steps, static) == (False, 1, True)
+        def __init__(self, head, tokens, groups, noise, steps, static):
+            assert (groups, steps, static) == (1, 1, True)
             self.h, self.done = None, []
 
         def load(self, cond, x, noise, temperature, cfg_scale):

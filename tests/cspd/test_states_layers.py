@@ -106,13 +106,10 @@ COMPUTES_MORE = {
     "class of a block": lambda m: subclass(
         m.diffloss.net.res_blocks[0], forward=double(type(m.diffloss.net.res_blocks[0]))
     ),
-    "class of the time embedding": lambda m: subclass(
-        m.diffloss.net.time_embed, timestep_embedding=staticmethod(swapped)
-    ),
     "method of the time embedding": lambda m: setattr(m.diffloss.net.time_embed, "timestep_embedding", swapped),
     "forward of a layer": lambda m: twice(layer(m), "forward"),
     "forward of the network": lambda m: twice(m.diffloss.net, "forward"),
-    "adapter of peft": lambda m: setattr(m.diffloss.net, "cond_embed", Adapter(layer(m))),
+    "adapter of peft": lambda m: setattr(m.diffloss.net, "input_proj", Adapter(m.diffloss.net.input_proj)),
     "adapter of loralib": lora_subclass,
     "weight as a plain tensor": plain_tensor,
     "one more layer": grow,
@@ -126,6 +123,20 @@ def test_what_computes_more_is_refused_before_and_runs_its_own_code_after(what):
     assert outcome.what == "refused"
     assert "diffloss (DiffLoss)" in outcome.told[0]
     assert after(COMPUTES_MORE[what]).what == "own"
+
+
+def test_an_adapter_around_the_conditions_layer_embeds_the_condition_itself():
+    """As any module there does; the kernels go on from what it makes."""
+    assert before(lambda m: setattr(m.diffloss.net, "cond_embed", Adapter(layer(m)))).what == "served"
+
+
+def test_a_network_that_another_description_fits_keeps_its_loop():
+    """Sines first: its loop is compared by the likeliest description alone."""
+    change = lambda m: subclass(m.diffloss.net.time_embed, timestep_embedding=staticmethod(swapped))  # noqa: E731
+    outcome = before(change)
+    assert outcome.what == "own"
+    assert "differ by" in outcome.told[0]
+    assert after(change).what == "own"
 
 
 SERVED = {
