@@ -96,15 +96,15 @@ def made(monkeypatch):
 
 def test_a_condition_is_embedded_once_and_a_timestep_once_for_all_rows(made):
     net, head = make()
-    x, _, c = inputs(net, 6)
-    for t in (5, 4, torch.full((6,), 3.0)):
+    x, _, c = inputs(net, 10)
+    for t in (5, 4, torch.full((10,), 3.0)):
         evaluate(head, x, t, c.clone())  # the values count
-    assert made == ([6], [1, 1, 1])
-    evaluate(head, x, torch.tensor([1, 2, 1, 2, 1, 1]), c)
-    assert made == ([6], [1, 1, 1, 2])
-    evaluate(head, x[:5], 3, c[:5])
+    assert made == ([10], [1, 1, 1])
+    evaluate(head, x, torch.tensor([1, 2] * 5), c)
+    assert made == ([10], [1, 1, 1, 2])
+    evaluate(head, x[:9], 3, c[:9])
     evaluate(head, x, 3, c)
-    assert made[0] == [6, 5, 6]
+    assert made[0] == [10, 9, 10]
 
 
 CHANGES = {
@@ -117,7 +117,7 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("rows", [4, 6])  # with the weights as they are, and with what was made of them
+@pytest.mark.parametrize("rows", [8, 10])  # with the weights as they are, and with what was made of them
 @pytest.mark.parametrize("change", CHANGES)
 def test_what_has_changed_is_seen(change, rows):
     net, head = make()
@@ -133,24 +133,24 @@ def test_what_has_changed_is_seen(change, rows):
 
 def test_conditions_in_inference_mode(made):
     net, head = make()
-    x, t, c = inputs(net, 6)
+    x, t, c = inputs(net, 10)
     out = evaluate(head, x, t, c)
     with torch.inference_mode():
         again = c * 1.0
         assert torch.equal(evaluate(head, x, t, again), out)
         again.mul_(2)
         assert not torch.equal(evaluate(head, x, t, again), out)
-    assert made[0] == [6, 6]
+    assert made[0] == [10, 10]
     assert torch.equal(evaluate(head, x, t, c), out)
 
 
 def test_heads_of_several_schedules_share_what_is_kept(made):
     net, _ = make()
-    x, t, c = inputs(net, 6)
+    x, t, c = inputs(net, 10)
     head = DiffusionHead.from_network(net, Schedule.linear(4))
     out = evaluate(head, x, t, c)
     assert torch.equal(evaluate(head.with_schedule(Schedule.linear(3)), x, t, c), out)
-    assert made[0] == [6]
+    assert made[0] == [10]
 
 
 # --- one operator ---
