@@ -8,7 +8,7 @@ from ..denoise.torch_network import embedded, layers_of, modulations_of, network
 from .kept import KeptCondition, embed_few
 
 # Rows up to which a head that follows its module multiplies in float32 with its weights as they are: looking for
-# changes in what was made of them takes as long as so few rows' products. In half precision packing never gains as much.
+# changes in what was made of them takes as long as so few rows' products. In half precision packing gains less.
 _FEW = 8
 
 
