@@ -23,16 +23,16 @@ def check(head, cond, x_T, noise, temperature, cfg_scale, workspace_bytes) -> No
         raise TypeError(f"denoise expected a DiffusionHead, got {type(head).__name__}: use DiffusionHead.from_module")
     if head.schedule is None:
         raise ValueError("denoise expected a head with a schedule, got one without, which can only be evaluated")
-    check_tensor("x_T", x_T, head, ("N", head.channels))
+    check_tensor("denoise", "x_T", x_T, head, ("N", head.channels))
     rows = x_T.shape[0]
-    check_tensor("cond", cond, head, ("N, 2N or 3N", head.cond_channels))
+    check_tensor("denoise", "cond", cond, head, ("N, 2N or 3N", head.cond_channels))
     if isinstance(noise, PhiloxNoise):
         if noise.rows.shape[0] != rows or noise.rows.device != head.device:
             raise ValueError(
                 f"denoise expected PhiloxNoise of {rows} rows on {head.device}, got {len(noise)} on {noise.rows.device}"
             )
     else:
-        check_tensor("noise", noise, head, (head.num_steps, rows, head.channels))
+        check_tensor("denoise", "noise", noise, head, (head.num_steps, rows, head.channels))
     if isinstance(temperature, torch.Tensor):
         if temperature.numel() != 1 or not _is_near(temperature, head):
             raise ValueError(
@@ -90,27 +90,27 @@ def _is_near(value: torch.Tensor, head: DiffusionHead) -> bool:
 def check_parallel(head, x_T, parallel_tol, guess) -> None:  # noqa: N803
     check_tolerance("denoise", parallel_tol)
     if guess is not None:
-        check_tensor("guess", guess, head, (x_T.shape[0], head.num_steps, head.channels))
+        check_tensor("denoise", "guess", guess, head, (x_T.shape[0], head.num_steps, head.channels))
 
 
-def check_tensor(name: str, tensor, head: DiffusionHead, shape: tuple) -> None:
-    """``shape`` holds a size or, as text, what may stand there."""
+def check_tensor(op: str, name: str, tensor, head: DiffusionHead, shape: tuple) -> None:
+    """Of an op's argument: ``shape`` holds a size or, as text, what may stand there."""
 
     def wanted() -> str:
         return f"({', '.join(map(str, shape))})"
 
     if not isinstance(tensor, torch.Tensor):
-        raise TypeError(f"denoise expected {name} as a tensor {wanted()}, got {type(tensor).__name__}")
+        raise TypeError(f"{op} expected {name} as a tensor {wanted()}, got {type(tensor).__name__}")
     fits = tensor.dim() == len(shape)
     for size, got in zip(shape, tensor.shape):
         fits = fits and (isinstance(size, str) or size == got)
     if not fits:
-        raise ValueError(f"denoise expected {name} of shape {wanted()}, got {tuple(tensor.shape)}")
+        raise ValueError(f"{op} expected {name} of shape {wanted()}, got {tuple(tensor.shape)}")
     if tensor.device != head.device:
-        raise ValueError(f"denoise expected {name} on the head's device {head.device}, got {tensor.device}")
+        raise ValueError(f"{op} expected {name} on the head's device {head.device}, got {tensor.device}")
     if not tensor.is_floating_point() or (tensor.dtype == torch.float64 and head.dtype != torch.float64):
         raise ValueError(
-            f"denoise expected {name} floating and no wider than the head's arithmetic ({stream_dtype(head.dtype)}), "
+            f"{op} expected {name} floating and no wider than the head's arithmetic ({stream_dtype(head.dtype)}), "
             f"got {tensor.dtype}: convert it with {name}.to({stream_dtype(head.dtype)})"
         )
 

@@ -11,6 +11,7 @@ from ...dtypes import stream_dtype, without_autocast
 from ...head import DiffusionHead
 from ...library import define
 from ..denoise import WORKSPACE_BYTES
+from ..denoise.arguments import check_tensor
 from ..denoise.finite import check_result, late_overflows
 
 
@@ -100,8 +101,8 @@ def _check(head, x, timesteps, cond, workspace_bytes) -> None:
         raise TypeError(f"evaluate expected a DiffusionHead, got {type(head).__name__}: use DiffusionHead.from_network")
     if not head.time:
         raise ValueError("evaluate expected a head with its time embedding, got one without: build it from its module")
-    _check_tensor("x", x, head, ("M", head.channels))
-    _check_tensor("cond", cond, head, ("M", head.cond_channels))
+    check_tensor("evaluate", "x", x, head, ("M", head.channels))
+    check_tensor("evaluate", "cond", cond, head, ("M", head.cond_channels))
     rows = x.shape[0]
     if cond.shape[0] != rows:
         raise ValueError(f"evaluate expected cond of as many rows as x, {rows}, got {cond.shape[0]}")
@@ -120,17 +121,3 @@ def _check(head, x, timesteps, cond, workspace_bytes) -> None:
         raise ValueError(f"evaluate expected timesteps of an integer or floating type, got {timesteps.dtype}")
     if not isinstance(workspace_bytes, int) or workspace_bytes <= 0:
         raise ValueError(f"evaluate expected workspace_bytes as an int > 0, got {workspace_bytes!r}")
-
-
-def _check_tensor(name: str, tensor, head: DiffusionHead, shape: tuple) -> None:
-    if not isinstance(tensor, torch.Tensor):
-        raise TypeError(f"evaluate expected {name} as a tensor ({shape[0]}, {shape[1]}), got {type(tensor).__name__}")
-    if tensor.dim() != 2 or tensor.shape[1] != shape[1]:
-        raise ValueError(f"evaluate expected {name} of shape ({shape[0]}, {shape[1]}), got {tuple(tensor.shape)}")
-    if tensor.device != head.device:
-        raise ValueError(f"evaluate expected {name} on the head's device {head.device}, got {tensor.device}")
-    if not tensor.is_floating_point() or (tensor.dtype == torch.float64 and head.dtype != torch.float64):
-        raise ValueError(
-            f"evaluate expected {name} floating and no wider than the head's arithmetic ({stream_dtype(head.dtype)}), "
-            f"got {tensor.dtype}: convert it with {name}.to({stream_dtype(head.dtype)})"
-        )
