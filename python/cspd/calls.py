@@ -89,7 +89,7 @@ def read_call(
             raise NotServedError(f"{meaning} ({name})")
     for name, value in arguments.items():
         known = name in _IGNORED or name in _PLAIN or (loop == DDIM and name == "eta")
-        if not known and not _is_default(value, parameters[name]):
+        if not known and not is_default(value, parameters[name]):
             raise NotServedError(f"the loop is called with {name}, which the kernels do not know")
     kwargs = dict(arguments.get("model_kwargs") or {})
     cond = kwargs.pop("c", None)
@@ -169,7 +169,8 @@ def broadcasts(inner: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
     return len(inner) == len(wanted) and all(a in (1, b) for a, b in zip(inner, wanted))
 
 
-def _is_default(value, parameter: inspect.Parameter) -> bool:
+def is_default(value, parameter: inspect.Parameter) -> bool:
+    """Whether an argument has its default's value; what collects further ones, none."""
     default = parameter.default
     if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
         return not value

@@ -52,19 +52,33 @@ def run_call(
     else:
         drawn = draw_steps(head.num_steps, tuple(x_T.shape), x_T.dtype, wide, device, backend)
         noise = drawn[:, :rows].to(stream)
+    scales = meaning.scales(list(call.scales.values()))
+    x_T = x_T[:rows].to(device)  # noqa: N806
+    return denoised(head, cond, x_T, noise, scales, call.temperature, backend=backend, parallel_tol=parallel_tol)
+
+
+def denoised(
+    head: DiffusionHead, cond, x_T, noise, scales, temperature, *, backend, parallel_tol  # noqa: N803
+) -> Denoised | DenoisedInParallel:  # fmt: skip
+    """:func:`cspd_kernels.denoise` by what a foreign loop has: G - 1 ``scales``, numbers or tensors of one element or
+    (N, 1); conditions and x_T (N, C) of any type.
+
+    A tensor of one element stays where it is: the host does not wait for its value.
+    """
+    device, stream = head.device, stream_dtype(head.dtype)
     scales = [
         s if not isinstance(s, torch.Tensor) else s.to(stream) if s.numel() == 1 else s.to(device, stream)
-        for s in meaning.scales(list(call.scales.values()))
+        for s in scales
     ]
     if len(scales) == 1 and isinstance(scales[0], float) and scales[0] == 1.0:  # guided by nothing
-        cond = cond[:rows]
-    cond, x_T = (v.to(stream) if v.dtype == torch.float64 else v for v in (cond, x_T[:rows].to(device)))  # noqa: N806
+        cond, scales = cond[: len(x_T)], []
+    cond, x_T = (v.to(stream) if v.dtype == torch.float64 else v for v in (cond, x_T))  # noqa: N806
     return denoise(
         head,
         cond,
         x_T,
         noise,
-        temperature=call.temperature,
+        temperature=temperature,
         cfg_scale=tuple(scales) if len(scales) > 1 else scales[0] if scales else 1.0,
         backend=backend,
         parallel_tol=parallel_tol,

@@ -25,7 +25,7 @@ from .heads import HeadCache
 from .loop import LOCK
 from .network_call import READINGS, Kind, Roles, flatten
 from .source import Source, written
-from .twin import CannotRunError, copies_of, first_line, quiet
+from .twin import CannotRunError, copies_of, cut_or_whole, first_line, quiet
 from .verify import DiffersError, difference, tolerance
 
 _transformed = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
@@ -168,13 +168,7 @@ class FastNetwork:
 
     def _compare(self, kind: Kind) -> Answer:
         """Raises DiffersError, with the figure; CannotRunError where its own forward raises."""
-        failure = None
-        for cut in (True, False):  # a fork may have more parts, which fit the full width only
-            try:
-                return self._compare_copies(kind, cut)
-            except CannotRunError as error:
-                failure = failure or error
-        raise failure
+        return cut_or_whole(lambda cut: self._compare_copies(kind, cut))
 
     def _compare_copies(self, kind: Kind, cut: bool) -> Answer:
         with quiet(self.net):

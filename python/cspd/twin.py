@@ -43,6 +43,20 @@ class CannotRunError(ValueError):
     """The module's own code does not run on a small copy here; nothing is known."""
 
 
+def cut_or_whole(compare: Callable):
+    """``compare(cut)`` on a copy that is cut to a small width, else on a whole one: more parts may fit that alone.
+
+    Raises:
+        CannotRunError: of the small one, where neither runs.
+    """
+    try:
+        return compare(True)
+    except CannotRunError as failure:
+        with contextlib.suppress(CannotRunError):
+            return compare(False)
+        raise failure
+
+
 @dataclass(eq=False)
 class Trial:
     """The patch of a copied network: runs its own loop, or serves its calls by the torch backend, and keeps notes."""

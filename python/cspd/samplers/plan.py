@@ -13,11 +13,12 @@ import numpy as np
 import torch
 import torch.nn as nn
 
-from cspd_kernels import DiffusionHead, PhiloxNoise, denoise
+from cspd_kernels import DiffusionHead, PhiloxNoise
 from cspd_kernels.head import stream_dtype
 
+from ..calls import is_default
 from ..diffusions import NotServedError
-from ..made_calls import draw_steps
+from ..made_calls import denoised, draw_steps
 from ..source import Source
 from .adapter import Adapter, Reading
 
@@ -62,7 +63,7 @@ def plan_of(adapter: Adapter, head: nn.Module, name: str, bound: inspect.BoundAr
     for key, value in bound.arguments.items():
         if key in known:
             arguments[key] = value
-        elif not _is_default(value, parameters[key]):
+        elif not is_default(value, parameters[key]):
             raise NotServedError(f"its {name} is called with {key}, which is not known")
     try:
         reading = read(head, **arguments)
@@ -91,13 +92,6 @@ def _parameters(read: Callable) -> frozenset[str]:
     return frozenset(inspect.signature(read).parameters)
 
 
-def _is_default(value, parameter: inspect.Parameter) -> bool:
-    if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
-        return not value
-    plain = isinstance(value, (int, float, str)) and type(value) is type(parameter.default)
-    return value is parameter.default or (plain and value == parameter.default)
-
-
 def _check_number(what: str, value, rows: int) -> None:
     if isinstance(value, torch.Tensor):
         if value.numel() != 1 and tuple(value.shape) != (rows, 1):
@@ -115,20 +109,11 @@ def run(
         philox: the noise of the steps is addressed by one drawn seed. parallel_tol: as in
             :func:`cspd_kernels.denoise`.
     """
-    reading, rows, device, stream = plan.reading, plan.rows, head.device, stream_dtype(head.dtype)
+    reading = plan.reading
     x_T, noise = _draw(plan, head, backend, philox)  # noqa: N806
-    scales, cond = [_on(scale, device, stream) for scale in reading.scales], reading.cond
-    if len(scales) == 1 and isinstance(scales[0], float) and scales[0] == 1.0:  # guided by nothing
-        cond, scales = cond[:rows], []
-    out = denoise(
-        head,
-        cond.to(stream) if cond.dtype == torch.float64 else cond,
-        x_T,
-        noise,
-        temperature=reading.temperature,
-        cfg_scale=tuple(scales) if len(scales) > 1 else scales[0] if scales else 1.0,
-        backend=backend,
-        parallel_tol=parallel_tol,
+    scales = [s.reshape(-1) if isinstance(s, torch.Tensor) else float(s) for s in reading.scales]
+    out = denoised(
+        head, reading.cond, x_T, noise, scales, reading.temperature, backend=backend, parallel_tol=parallel_tol
     )
     tokens = out.sample.to(reading.dtype)
     return tokens if reading.copies == 1 else tokens.repeat(reading.copies, 1)
@@ -151,10 +136,3 @@ def _draw(plan: Plan, head: DiffusionHead, backend: str | None, philox: bool):
     if draws.steps:
         tokens, seed = tokens % plan.drawn, int(torch.randint(2**63 - 1, (), device="cpu"))
     return x_T, PhiloxNoise(seed, tokens)  # of a sampler whose steps add none, nobody sees it
-
-
-def _on(scale, device: torch.device, dtype: torch.dtype) -> float | torch.Tensor:
-    """A tensor of one element stays where it is: the host does not wait for its value."""
-    if not isinstance(scale, torch.Tensor):
-        return float(scale)
-    return scale.reshape(-1).to(dtype) if scale.numel() == 1 else scale.reshape(-1).to(device, dtype)

@@ -25,7 +25,7 @@ from ..heads import FoundHead, HeadCache, unwrapped
 from ..loop import LOCK, patch_of
 from ..source import Source
 from ..standins import StandIn
-from ..twin import CannotRunError, copies_of, first_line, quiet, seeded
+from ..twin import CannotRunError, copies_of, cut_or_whole, first_line, quiet, seeded
 from ..verify import DiffersError, same
 from . import adapter_of
 from .adapter import Adapter
@@ -129,14 +129,8 @@ class OwnSampler:
         return self._code.functions, _told(own, depth=3)
 
     def _compare(self, choice: int) -> frozenset[tuple]:
-        failure = None
         with quiet(self.net), _eagerly():
-            for cut in (True, False):  # a fork may have more parts, which fit the full width only
-                try:
-                    return self._compare_copies(choice, cut)
-                except CannotRunError as error:
-                    failure = failure or error
-        raise failure
+            return cut_or_whole(lambda cut: self._compare_copies(choice, cut))
 
     def _compare_copies(self, choice: int, cut: bool) -> frozenset[tuple]:
         (theirs, _), (ours, cache) = (self._copy(choice, cut) for _ in range(2))
