@@ -7,6 +7,7 @@ import logging
 import pytest
 import torch
 import torch.nn as nn
+from field.diffusion_networks import FarNet
 from foreign import CHANNELS, COND, WIDTH, Head, Mean, Net, Spaced, Var, conditions, made, own_messages, run
 from patch_checks import assert_accelerated, assert_own_code, assert_own_loop
 
@@ -216,7 +217,7 @@ def test_weights_of_groups_add_up(scales):
 class Indexed(Head):
     """A number for each row, embedded beside t and c, as yuhuUSTC/FAR and 4DVLab/Freqpolicy have it."""
 
-    class net_class(Net):  # noqa: N801
+    class net_class(FarNet):  # noqa: N801
         how = "add"
 
         def __init__(self, how="add"):
@@ -235,14 +236,6 @@ class Indexed(Head):
             for block in self.res_blocks:
                 x = block(x, y)
             return self.final_layer(x, y)
-
-        def forward_with_cfg(self, x, t, c, cfg_scale, index):
-            half = x[: len(x) // 2]
-            out = self.forward(torch.cat([half, half]), t, c, index)
-            eps, rest = out[:, :CHANNELS], out[:, CHANNELS:]
-            conditional, plain = eps.chunk(2)
-            mixed = plain + cfg_scale * (conditional - plain)
-            return torch.cat([torch.cat([mixed, mixed]), rest], dim=1)
 
     def sample(self, z, temperature=1.0, cfg=1.0, index=None):
         args, options = self.call(z, cfg, index=index)
