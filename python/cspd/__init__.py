@@ -18,8 +18,10 @@ if TYPE_CHECKING:
     from .context_relaxation import ContextRelaxation
     from .description import describe
     from .entropy_draft import EntropyDraft
+    from .output import SampleOutput
     from .patching import is_patched, patch, patched, unpatch
     from .policies import AdaptiveDraft, SimilarityRelaxation, Window
+    from .progress import Progress
     from .speculative import SpecDecodeRunner
     from .vae import load_vae
     from .whole.sampler import sample_tokens
@@ -28,6 +30,8 @@ __all__ = [
     "AdaptiveDraft",
     "ContextRelaxation",
     "EntropyDraft",
+    "Progress",
+    "SampleOutput",
     "SimilarityRelaxation",
     "SpecDecodeRunner",
     "Window",
@@ -47,6 +51,8 @@ _HOMES = {
     "AdaptiveDraft": "policies",
     "ContextRelaxation": "context_relaxation",
     "EntropyDraft": "entropy_draft",
+    "Progress": "progress",
+    "SampleOutput": "output",
     "SimilarityRelaxation": "policies",
     "SpecDecodeRunner": "speculative",
     "Window": "policies",
