@@ -219,7 +219,8 @@ class SpecDecodeRunner:
         graphs = self._graphs(state)
         with graphs.of(state):
             images, recorder = self._run(graphs, gamma, progress)
-            images, recorder.outcome = images.clone(), recorder.outcome.clone()  # the next run writes there
+            images = images.clone()  # the next run writes there, and into the maps
+            recorder.outcome, recorder.probability = recorder.outcome.clone(), recorder.probability.clone()
         self._recorder = recorder
         return images
 
@@ -286,6 +287,7 @@ class SpecDecodeRunner:
         state = RunState(
             tokens=torch.zeros(bsz, self.seq_len, self.token_embed_dim, dtype=torch.float32, device=device),
             outcome=torch.full(orders.shape, PREFILLED, dtype=torch.int8, device=device),
+            probability=torch.ones(orders.shape, dtype=torch.float32, device=device),
             plan=plan,
             prefilled=sum(step.index < self.prefill * steps - 1e-9 for step in planned),
             **models,

@@ -34,6 +34,8 @@ class RunStats:
         seconds: by phase: ``"draft"``, ``"target"`` (pre-filling and verification passes), ``"verify"``
             (the acceptance test and redraw), ``"round"`` (all of a round that is one CUDA graph), ``"total"``.
         outcome: (B, L) int8 on the device: 0 pre-filled, 1 accepted, 2 redrawn, 3 fell back.
+        probability: (B, L) float32 on the device: of each drafted token min(1, r) of its first candidate at
+            relaxation 1, which ``raw_acceptance`` is the mean of; 1 where the target drew alone.
         verify: of the runner. rounds: how many windows.
         steps_per_round: steps that a window moves an image by, in the mean over windows and over images that were not
             done; None without windows.
@@ -54,6 +56,7 @@ class RunStats:
     prefilled: int
     seconds: dict[str, float]
     outcome: torch.Tensor = field(repr=False)
+    probability: torch.Tensor = field(repr=False)
     verify: str = "window"
     rounds: int = 0
     steps_per_round: float | None = None
@@ -61,19 +64,19 @@ class RunStats:
     candidates: list[int] = field(default_factory=list)
 
     def to_dict(self) -> dict:
-        """Everything but the outcome map, ready for JSON."""
-        return {name: value for name, value in vars(self).items() if name != "outcome"}
+        """Everything but the two maps, ready for JSON."""
+        return {name: value for name, value in vars(self).items() if not isinstance(value, torch.Tensor)}
 
 
-def window_sums(verdict: CandidateVerdict, raw_log_ratio: torch.Tensor, judged: torch.Tensor | None = None):
+def window_sums(verdict: CandidateVerdict, probability: torch.Tensor, judged: torch.Tensor | None = None):
     """(3 + K,) on the device, of tokens (n,): how many were accepted, the sum of min(1, r), how many fell back, and how
-    many were accepted as each of their K candidates. ``judged`` (n,) bool: which of them count.
+    many were accepted as each of their K candidates. ``probability`` (n,): min(1, r). ``judged`` (n,) bool: which of
+    them count.
     """
-    raw = torch.exp(raw_log_ratio.clamp(max=0))
-    ways = torch.arange(verdict.log_ratio.shape[1], device=raw.device)
+    ways = torch.arange(verdict.log_ratio.shape[1], device=probability.device)
     counted = [
         verdict.accepted[:, None],
-        raw[:, None],
+        probability[:, None],
         (verdict.tries < 0)[:, None],
         verdict.candidate[:, None] == ways,
     ]
@@ -85,8 +88,8 @@ def window_sums(verdict: CandidateVerdict, raw_log_ratio: torch.Tensor, judged: 
 class Recorder:
     """Collects during a run, without waiting for the device."""
 
-    def __init__(self, outcome: torch.Tensor, verify: str = "window", candidates: int = 1):
-        self.outcome, self._verify, self._candidates = outcome, verify, candidates
+    def __init__(self, outcome: torch.Tensor, probability: torch.Tensor, verify: str = "window", candidates: int = 1):
+        self.outcome, self.probability, self._verify, self._candidates = outcome, probability, verify, candidates
         self._sums: list[torch.Tensor] = []
         self._tokens: list[int] = []
         self._gammas: list[int] = []
@@ -163,6 +166,7 @@ class Recorder:
             prefilled=self.outcome.numel() - drafted,
             seconds=seconds,
             outcome=self.outcome,
+            probability=self.probability,
             verify=self._verify,
             rounds=len(sums),
             steps_per_round=per_round,

@@ -348,6 +348,7 @@ def test_runs_of_one_runner_with_other_numbers_of_steps(monkeypatch, graphs):
         assert relative_error(fresh.run(2, steps, 3, seed=0), image) < 1e-5
         assert stats.prefilled == fresh.stats.prefilled
         assert torch.equal(stats.outcome, fresh.stats.outcome)
+        assert relative_error(fresh.stats.probability, stats.probability) < 1e-4
 
 
 def around(*layers):

@@ -126,7 +126,8 @@ class Steps:
             return proposed.tensors() if policy else [settle(self.state, tree, room, proposed)]
 
         state = self.state
-        changed = [v for v in (state.tokens, state.outcome, state.at, state.entropy) if v is not None]
+        written = (state.tokens, state.outcome, state.probability, state.at, state.entropy)
+        changed = [value for value in written if value is not None]
         with phase("round"):
             results = self._run(("round", tree, room, most), launch, restored=changed)
             # A policy may be anybody's code, and what it sees of the window before is not there in the first.
@@ -246,7 +247,7 @@ def tensors(state: RunState) -> list[torch.Tensor]:
     """What differs between runs of one size: buffers, tables, class embeddings, the seed, relaxations by position."""
     found = [state.tokens, *state.plan.buffers().values(), *state.noise.values]
     found += [model.embedding for model in (state.draft, state.target) if model is not None]
-    optional = (state.outcome, state.relaxation, state.at, state.entropy)
+    optional = (state.outcome, state.probability, state.relaxation, state.at, state.entropy)
     return found + [value for value in optional if isinstance(value, torch.Tensor)]
 
 
