@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Protocol
+
+
+class Meter(Protocol):
+    """What knows the acceptance of a run."""
+
+    def read(self) -> float | None: ...
+
+    def latest(self) -> float | None: ...
 
 
 @dataclass(frozen=True)
 class Progress:
     """How far a run is, for ``callback=`` of :meth:`cspd.SpecDecodeRunner.run` and :func:`cspd.sample_tokens`.
 
-    The callback gets one after every part of the run. It runs on the host, between launches: on a GPU the device may be
-    behind. Only :attr:`acceptance` waits for the device, and only when it is read.
+    The callback gets one after every part of the run. It is called on the host, between launches. A GPU may not have
+    finished those yet. Reading :attr:`acceptance` waits for the device; nothing else here does.
 
     Attributes:
         phase: what was launched last. ``"prefill"``: a step of the target alone. ``"draft"``: a step of the draft.
@@ -39,12 +47,20 @@ class Progress:
     tokens: int
     total: int
     images: int
-    _acceptance: Callable[[], float | None] | None = field(default=None, repr=False, compare=False)
+    _meter: Meter | None = field(default=None, repr=False, compare=False)
 
     @property
     def acceptance(self) -> float | None:
-        """Fraction of the drafted tokens that was accepted so far; None before the first verification.
+        """Acceptance rate of the drafted tokens so far; None before the first verification.
 
-        Reading it waits for the device.
+        Reading it waits for the device. Read it in the callback: later it includes what was verified since.
         """
-        return None if self._acceptance is None else self._acceptance()
+        return None if self._meter is None else self._meter.read()
+
+    @property
+    def recent_acceptance(self) -> float | None:
+        """The same without waiting: the last acceptance rate that has reached the host.
+
+        On a GPU each reading asks for a newer value, which a later reading finds. Progress bars show this one.
+        """
+        return None if self._meter is None else self._meter.latest()
