@@ -20,7 +20,7 @@ from cspd_kernels.ops.denoise.chain import Chain, Tables
 from cspd_kernels.testing import random_inputs, randomize_, relative_error
 
 from common import captured, measure, spread
-from report import Report, Row
+from rows import Report, Row
 
 MODELS, ROWS = ("MAR-B", "MAR-H"), (100, 200, 400, 1024, 2048)
 OP, PRODUCTS = "one block", "its two library products bfloat16"

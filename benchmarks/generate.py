@@ -22,7 +22,7 @@ import images
 import spent
 from common import spread
 from images import NAMES, Case, Contender
-from report import Report, Row
+from rows import Report, Row
 
 ONLY = ("eager", "compile", "patched", "whole", "speculative")
 BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 1e-1}  # the two round a stream of bfloat16 in different places

@@ -22,7 +22,7 @@ from cspd_kernels.ops.denoise.parallel import ROUNDING
 from cspd_kernels.testing import random_inputs, relative_error
 
 from common import measure, spread
-from report import Report, Row
+from rows import Report, Row
 
 SWEEPS = 10
 SLOW = 27  # what the slowest of 48 tokens took under guidance 3 with bfloat16 operands (docs/parallel.md)

@@ -13,7 +13,7 @@ from cspd_kernels.testing import random_chains
 
 from baselines import looped_accept_reject
 from common import captured, measure, spread
-from report import Report, Row
+from rows import Report, Row
 
 TOKENS, CHANNELS = (64, 1024, 8192, 131072), 16
 _CHECKED = 4096  # tokens compared with the definition, which walks every token through every try

@@ -28,7 +28,7 @@ import in_parallel
 from baselines import IN_ONE_GRAPH, compiled_denoise, eager_denoise, graphable_denoise, library_products
 from common import captured, measure, spread
 from judging import TOKENS, accept_reject_rows, density_ratio_rows
-from report import Report, Row
+from rows import Report, Row
 
 HEADS = {"MAR-B": (6, 1024, 768), "MAR-L": (8, 1280, 1024), "MAR-H": (12, 1536, 1280)}  # D, W, Z
 BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-2}

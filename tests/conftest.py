@@ -157,7 +157,7 @@ def benchmarks(monkeypatch):
     import quality_equal
     import quality_pairs
     import quality_settings
-    import report
+    import rows
     import spent
     import tables
     import tiles
@@ -181,7 +181,7 @@ def benchmarks(monkeypatch):
         quality_equal,
         quality_pairs,
         quality_settings,
-        report,
+        rows,
         spent,
         tables,
         tiles,

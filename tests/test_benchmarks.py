@@ -21,7 +21,7 @@ BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 def test_rows_of_a_small_head(benchmarks, monkeypatch, capsys, tmp_path):
     kernels, verdicts = benchmarks.kernels, benchmarks.judging
-    report = benchmarks.report.Report(tmp_path / "r.json")
+    report = benchmarks.rows.Report(tmp_path / "r.json")
     monkeypatch.setitem(kernels.HEADS, "small", (2, 64, 32))
     kernels.denoise_rows("small", 3, ["torch"], 3, torch.device("cpu"), report)
     verdicts.density_ratio_rows(200, ["torch"], 3, torch.device("cpu"), report)
@@ -204,8 +204,8 @@ def test_without_a_gpu_no_tiles_are_timed(benchmarks, monkeypatch):
 
 @pytest.mark.parametrize("error", [1.0, float("nan")])
 def test_a_wrong_row_shows_no_speed(benchmarks, capsys, error):
-    row = benchmarks.report.Row("op", "n", "b", "base", 1.25, 1.2, 1.3, 9.75, 9.7, 9.8, 3, error, 1e-5, "of max")
-    report = benchmarks.report.Report()
+    row = benchmarks.rows.Row("op", "n", "b", "base", 1.25, 1.2, 1.3, 9.75, 9.7, 9.8, 3, error, 1e-5, "of max")
+    report = benchmarks.rows.Report()
     report.add(row)
     out = capsys.readouterr().out
     assert "WRONG" in out
@@ -239,7 +239,7 @@ def test_a_wrong_verdict_is_seen(benchmarks, monkeypatch):
         return result._replace(token=result.token + (torch.arange(len(result.token)) % 50 == 0)[:, None])
 
     monkeypatch.setattr(verdicts, "accept_reject", wrong)
-    report = benchmarks.report.Report()
+    report = benchmarks.rows.Report()
     verdicts.accept_reject_rows(200, ["torch"], 2, torch.device("cpu"), report)
     assert [row.correct for row in report.rows] == [False, False]
 

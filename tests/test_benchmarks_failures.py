@@ -73,7 +73,7 @@ def test_a_baseline_that_fails_loses_its_rows_alone(small, monkeypatch, tmp_path
 
 
 def test_a_baseline_of_other_tokens_is_none(small, monkeypatch):
-    eager, report = small.kernels.eager_denoise, small.report.Report()
+    eager, report = small.kernels.eager_denoise, small.rows.Report()
     monkeypatch.setattr(small.kernels, "eager_denoise", lambda *a, **k: eager(*a, **k).flip(0))
     small.kernels.denoise_rows("small", 2, ["torch"], 2, CPU, report)
     assert report.rows == []

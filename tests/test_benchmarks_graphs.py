@@ -201,7 +201,7 @@ def test_one_block_beside_its_two_products(benchmarks, fake_capture, monkeypatch
     assert relative_error(*blocks.definition(head, 5)) > 0.1  # what a block adds is no small part
     timed = []
     monkeypatch.setattr(common, "_time", lambda function, *_: timed.append(function()) or 3.0)
-    report = benchmarks.report.Report()
+    report = benchmarks.rows.Report()
     blocks.block_rows("small", head, 5, ["triton"], 4, CPU, report)
     ((row,), failures) = report.rows, report.failures
     assert failures == []

@@ -30,7 +30,7 @@ def test_a_fixed_number_of_sweeps_is_timed_beside_the_steps(benchmarks, monkeypa
 
 def test_kernels_have_a_row_for_a_slow_token_under_guidance(benchmarks, monkeypatch, device_of):
     module = benchmarks.kernels.in_parallel
-    device, report = device_of("cuda"), benchmarks.report.Report()
+    device, report = device_of("cuda"), benchmarks.rows.Report()
     torch.manual_seed(0)
     head = DiffusionHead.from_module(randomize_(DiffLoss(5, 24, 1, 16, "3"), seed=1).eval().to(device))
     for guided in (False, True):
