@@ -77,7 +77,7 @@ def test_metadata(wheel):
     assert sorted(need.split(">=")[0] for need in runtime) == ["numpy", "pillow", "safetensors", "torch", "tqdm"]
     assert not any(mark in need for need in runtime for mark in ("==", "<", "~="))
     assert {line for line in headers if line.startswith("Provides-Extra")} == {
-        f"Provides-Extra: {extra}" for extra in ("test", "dev", "eval", "serve", "vae")
+        f"Provides-Extra: {extra}" for extra in ("test", "dev", "eval", "docs", "serve", "vae")
     }
     assert "Requires-Python: >=3.10" in headers
     assert "Classifier: Typing :: Typed" in headers
