@@ -7,6 +7,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from .logs import set_up as _set_up_logs
+
 if TYPE_CHECKING:
     from . import errors
     from .backends import available_backends
@@ -75,3 +77,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({name for name in globals() if name.startswith("__")} | {*__all__})
+
+
+_set_up_logs()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from .errors import InvalidInput
+
 
 def add_parser(commands) -> None:
     """Add the command to ``argparse``'s subparsers."""
@@ -22,7 +24,7 @@ def _convert(args) -> int:
     given = {name: value for name, value in options.items() if value is not None}
     if args.vae:
         if given:
-            raise ValueError(f"expected --vae alone, got --{min(given).replace('_', '-')}: it is for MAR checkpoints")
+            raise InvalidInput(f"expected --vae alone, got --{min(given).replace('_', '-')}: it is for MAR checkpoints")
         from .vae import convert
     else:
         from .checkpoints import convert

@@ -6,10 +6,8 @@ import argparse
 import os
 from pathlib import Path
 
-from .cli_support import labels, positive, tolerance
+from .cli_support import dtype, labels, positive, tolerance
 
-DTYPES = {"float32": "float32", "fp32": "float32", "bfloat16": "bfloat16", "bf16": "bfloat16", "float16": "float16"}
-DTYPES["fp16"] = "float16"
 # What the options of drafting are unless given.
 DRAFTING = {
     "gamma": 8,
@@ -43,11 +41,15 @@ def add_parser(commands) -> None:
         "--threads", type=positive, metavar="N", help="of a process on a CPU (default as torch has it; digits 1)"
     )
     models.add_argument(
-        "--dtype", type=_dtype, metavar="TYPE", help="of both models' matrix products: bf16, fp16 or fp32 (default "
-        "bf16 on a GPU, else fp32)"
+        "--dtype", type=dtype("float32", "bfloat16", "float16"), metavar="TYPE",
+        help="of both models' matrix products: bf16, fp16 or fp32 (default bf16 on a GPU, else fp32)",
     )  # fmt: skip
     models.add_argument(
-        "--vae-dtype", type=_vae_dtype, metavar="TYPE", default="float32", help="fp32 (default) or bf16"
+        "--vae-dtype",
+        type=dtype("float32", "bfloat16"),
+        metavar="TYPE",
+        default="float32",
+        help="fp32 (default) or bf16",
     )
 
     images = parser.add_argument_group("images")
@@ -130,18 +132,6 @@ def add_parser(commands) -> None:
     output.add_argument("--grid", type=Path, metavar="PNG", help="the first 64 images in one picture")
     output.add_argument("--npz", type=Path, metavar="FILE", help="all images in one array, for FID evaluators")
     parser.set_defaults(run=_run)
-
-
-def _dtype(text: str) -> str:
-    if text not in DTYPES:
-        raise argparse.ArgumentTypeError(f"expected bf16, fp16 or fp32, got {text}")
-    return DTYPES[text]
-
-
-def _vae_dtype(text: str) -> str:
-    if DTYPES.get(text) not in ("float32", "bfloat16"):
-        raise argparse.ArgumentTypeError(f"expected fp32 or bf16, got {text}")
-    return DTYPES[text]
 
 
 def _run(args) -> int:

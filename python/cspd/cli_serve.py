@@ -5,6 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from .cli_support import dtype
+from .errors import InvalidInput
+
 
 def add_parser(commands) -> None:
     """Add ``serve`` to the commands of :func:`cspd.cli.main`."""
@@ -17,7 +20,9 @@ def add_parser(commands) -> None:
     parser.add_argument("--num-sampling-steps", type=_positive, metavar="N", help="denoising steps (default 100)")
     parser.add_argument("--relaxation", type=float, default=42.0, help="of the accept test in windows (default 42)")
     parser.add_argument("--device", default="auto", help="default: a GPU if there is one; the digits pair: the CPU")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default bfloat16 on a GPU")
+    parser.add_argument(
+        "--dtype", type=dtype("float32", "bfloat16", "float16"), metavar="TYPE", help="default bf16 on a GPU"
+    )
     parser.add_argument(
         "--host", default="127.0.0.1", help="address to serve at (default 127.0.0.1: this machine only)"
     )
@@ -44,11 +49,11 @@ def run(args) -> int:
     files = ("target", "draft", "vae")
     given = [name for name in files if getattr(args, name)]
     if given and len(given) < len(files):
-        raise ValueError(f"expected --target, --draft and --vae together, got only --{' and --'.join(given)}")
+        raise InvalidInput(f"expected --target, --draft and --vae together, got only --{' and --'.join(given)}")
     for name in ("patch_size", "vae_stride", "num_sampling_steps"):
         if not given and getattr(args, name):
             option = f"--{name.replace('_', '-')}"
-            raise ValueError(f"expected --target together with {option}: the digits pair has its own")
+            raise InvalidInput(f"expected --target together with {option}: the digits pair has its own")
     from .page import build_page, import_gradio, start, wait
 
     import_gradio()  # said before the models are loaded
@@ -75,7 +80,7 @@ def load_studio(args):
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # torch without that device asserts
-        raise ValueError(f"expected --device as one that torch has here, got {args.device}: {error}") from error
+        raise InvalidInput(f"expected --device as one that torch has here, got {args.device}: {error}") from error
     dtype = getattr(torch, args.dtype) if args.dtype else None
     if digits:
         from .demo.pair import load_pair

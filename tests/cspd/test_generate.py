@@ -306,7 +306,7 @@ def test_the_vae_has_no_fp16(capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["generate", "--labels", "1", "--out", "out", "--vae-dtype", "fp16"])
     assert stopped.value.code == 2
-    assert "expected fp32 or bf16, got fp16" in capsys.readouterr().err
+    assert "expected dtype as float32, bfloat16 (or fp32, float, bf16), got 'fp16'" in capsys.readouterr().err
 
 
 def test_errors_have_no_bytes_for_the_terminal():

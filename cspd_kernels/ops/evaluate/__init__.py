@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from numbers import Real
+from typing import Any
 
 import torch
 
 from ...backends import implementation, remember
 from ...dtypes import stream_dtype, without_autocast
+from ...errors import InvalidInput, WrongDtype, WrongType
 from ...head import DiffusionHead
 from ...library import define
 from ..denoise import WORKSPACE_BYTES
@@ -53,10 +55,11 @@ def evaluate(
         # A product, as torch.compile would compile the caller again for every new float that enters otherwise.
         timesteps = torch.ones((), dtype=torch.float64, device="cpu") * float(timesteps)
     _check(head, x, timesteps, cond, workspace_bytes)
-    return _operator(head.handle, x, timesteps, cond, backend, min(workspace_bytes, 2**63 - 1))
+    out: torch.Tensor = _operator(head.handle, x, timesteps, cond, backend, min(workspace_bytes, 2**63 - 1))
+    return out
 
 
-def run(head, x, timesteps, cond, backend, workspace_bytes):
+def run(head: Any, x: Any, timesteps: Any, cond: Any, backend: str | None, workspace_bytes: int) -> torch.Tensor:
     """The op: everything that looks at values or at this machine, which a compiler must not see, then a backend.
 
     A backend is given x (M, C) in the stream's type, timesteps (M,) or (M, K) on the head's device, expanded where one
@@ -65,7 +68,7 @@ def run(head, x, timesteps, cond, backend, workspace_bytes):
     head = DiffusionHead.of_handle(head)
     for name, value in (("x", x), ("timesteps", timesteps), ("cond", cond)):
         if value.device.type == "cpu" and not bool(torch.isfinite(value).all()):
-            raise ValueError(f"evaluate expected finite values in {name}, got NaN or infinity")
+            raise InvalidInput(f"evaluate expected finite values in {name}, got NaN or infinity")
     overflows = late_overflows(head)
     if timesteps.numel() == 1:
         if timesteps.device != head.device:
@@ -79,12 +82,14 @@ def run(head, x, timesteps, cond, backend, workspace_bytes):
     with without_autocast(head.device):  # the head's dtype decides, not the caller's autocast
         out = function(head, x.to(stream_dtype(head.dtype)), timesteps, cond, workspace_bytes)
     check_result(head, out, overflows, "evaluate")
-    return out.contiguous()
+    contiguous: torch.Tensor = out.contiguous()
+    return contiguous
 
 
-def _fake(head, x, timesteps, cond, backend, workspace_bytes):
+def _fake(head: Any, x: Any, *arguments: Any) -> torch.Tensor:
     head = DiffusionHead.of_handle(head)
-    return x.new_empty((x.shape[0], head.outputs), dtype=stream_dtype(head.dtype))
+    out: torch.Tensor = x.new_empty((x.shape[0], head.outputs), dtype=stream_dtype(head.dtype))
+    return out
 
 
 _operator = define(
@@ -95,29 +100,31 @@ _operator = define(
 )
 
 
-def _check(head, x, timesteps, cond, workspace_bytes) -> None:
+def _check(head: Any, x: Any, timesteps: Any, cond: Any, workspace_bytes: Any) -> None:
     """Raise on arguments that do not fit, by all that is known without looking at a tensor's values."""
     if not isinstance(head, DiffusionHead):
-        raise TypeError(f"evaluate expected a DiffusionHead, got {type(head).__name__}: use DiffusionHead.from_network")
+        raise WrongType(f"evaluate expected a DiffusionHead, got {type(head).__name__}: use DiffusionHead.from_network")
     if not head.time:
-        raise ValueError("evaluate expected a head with its time embedding, got one without: build it from its module")
+        raise InvalidInput(
+            "evaluate expected a head with its time embedding, got one without: build it from its module"
+        )
     check_tensor("evaluate", "x", x, head, ("M", head.channels))
     check_tensor("evaluate", "cond", cond, head, ("M", head.cond_channels))
     rows = x.shape[0]
     if cond.shape[0] != rows:
-        raise ValueError(f"evaluate expected cond of as many rows as x, {rows}, got {cond.shape[0]}")
+        raise InvalidInput(f"evaluate expected cond of as many rows as x, {rows}, got {cond.shape[0]}")
     if not isinstance(timesteps, torch.Tensor):
-        raise TypeError(f"evaluate expected timesteps as a tensor or a number, got {type(timesteps).__name__}")
+        raise WrongType(f"evaluate expected timesteps as a tensor or a number, got {type(timesteps).__name__}")
     one, count, dim = timesteps.numel() == 1, len(head.time), timesteps.dim()
     by_row = 1 <= dim <= 2 and timesteps.shape[0] == rows
     if not one and not (by_row and (dim == 1 or timesteps.shape[1] == 1 or timesteps.shape[1] == count)):
-        raise ValueError(
+        raise InvalidInput(
             f"evaluate expected timesteps as a number or of shape ({rows},), ({rows}, 1) or ({rows}, {count}), got "
             f"{tuple(timesteps.shape)}"
         )
     if timesteps.device != head.device and not (one and timesteps.device.type == "cpu"):
-        raise ValueError(f"evaluate expected timesteps on the head's device {head.device}, got {timesteps.device}")
+        raise InvalidInput(f"evaluate expected timesteps on the head's device {head.device}, got {timesteps.device}")
     if timesteps.dtype == torch.bool or timesteps.is_complex():
-        raise ValueError(f"evaluate expected timesteps of an integer or floating type, got {timesteps.dtype}")
+        raise WrongDtype(f"evaluate expected timesteps of an integer or floating type, got {timesteps.dtype}")
     if not isinstance(workspace_bytes, int) or workspace_bytes <= 0:
-        raise ValueError(f"evaluate expected workspace_bytes as an int > 0, got {workspace_bytes!r}")
+        raise InvalidInput(f"evaluate expected workspace_bytes as an int > 0, got {workspace_bytes!r}")
