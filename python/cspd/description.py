@@ -116,6 +116,15 @@ def describe(model: nn.Module) -> Description:
 
     Raises:
         TypeError: not a module.
+
+    Example:
+        >>> import cspd
+        >>> from cspd.demo.pair import load_pair
+        >>> model, _ = load_pair()
+        >>> found = cspd.describe(model)
+        >>> head = found.heads[0]
+        >>> head.name, head.samplers, head.patched
+        ('diffloss (DiffLoss)', {'train_diffusion': '100 steps', 'gen_diffusion': '40 steps'}, False)
     """
     found = look_for_heads(model)
     return Description([describe_head(head, patch_of(head.net)) for head in found.heads], found.near)

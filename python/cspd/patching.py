@@ -102,6 +102,15 @@ def patch(
         TypeError, ValueError: nothing to patch, a network that computes something else, or an option that cannot be;
             nothing was changed.
         RuntimeError: the backend cannot serve.
+
+    Example:
+        >>> import cspd, torch
+        >>> from cspd.demo.pair import load_pair
+        >>> model, _ = load_pair()
+        >>> model = cspd.patch(model)
+        >>> labels = torch.tensor([3, 7])
+        >>> model.sample_tokens(2, num_iter=4, labels=labels).shape
+        torch.Size([2, 1, 8, 8])
     """
     options = _options(backend, dtype, noise, weights, parallel_tol, whole, compile, sampler, eta, sampling_steps, loop)
     with LOCK:
@@ -114,7 +123,17 @@ def patch(
 
 
 def unpatch(model: nn.Module) -> nn.Module:
-    """Undo :func:`patch`; a model that is not patched is left as it is. Returns the model."""
+    """Undo :func:`patch`; a model that is not patched is left as it is. Returns the model.
+
+    Example:
+        >>> import cspd, torch
+        >>> from cspd.demo.pair import load_pair
+        >>> model, _ = load_pair()
+        >>> cspd.patch(model) is cspd.unpatch(model)
+        True
+        >>> cspd.is_patched(model)
+        False
+    """
     with LOCK:
         _remove(_patches_in(model))
         for module in model.modules():  # copies of patches do not know the models that they are copied with
@@ -123,7 +142,15 @@ def unpatch(model: nn.Module) -> nn.Module:
 
 
 def is_patched(model: nn.Module) -> bool:
-    """Whether any diffusion head of the model is patched."""
+    """Whether any diffusion head of the model is patched.
+
+    Example:
+        >>> import cspd
+        >>> from cspd.demo.pair import load_pair
+        >>> model, _ = load_pair()
+        >>> cspd.is_patched(model), cspd.is_patched(cspd.patch(model))
+        (False, True)
+    """
     return any(module.__dict__.get(PATCHES) for module in model.modules())
 
 
@@ -147,6 +174,15 @@ def patched(
 
     Blocks may overlap, in several threads too: the last one to begin decides the options, and the model
     is patched until the last one ends.
+
+    Example:
+        >>> import cspd, torch
+        >>> from cspd.demo.pair import load_pair
+        >>> model, _ = load_pair()
+        >>> with cspd.patched(model, dtype="bfloat16"):
+        ...     images = model.sample_tokens(2, num_iter=4, labels=torch.tensor([3, 7]))
+        >>> cspd.is_patched(model)
+        False
     """
     options = _options(backend, dtype, noise, weights, parallel_tol, whole, compile, sampler, eta, sampling_steps, loop)
     with LOCK:

@@ -21,6 +21,11 @@ class Draws:
         first: whose generator x_T comes from, ``"cpu"`` or ``"device"``. The steps draw on the device.
         steps: whether the steps draw. last: whether the last one does, too, and adds nothing of it.
         dtype: of the draws. scale: of x_T.
+
+    Example:
+        >>> from cspd.samplers import Draws
+        >>> Draws(first="cpu", scale=0.9)
+        Draws(rows=None, first='cpu', steps=True, last=False, dtype=torch.float32, scale=0.9)
     """
 
     rows: int | None = None
@@ -41,6 +46,14 @@ class Reading:
         scales: G - 1 numbers or one-element tensors: ``out_{G-1} + sum_g scales[g] (out_g - out_{g+1})`` is followed.
         draws: what is drawn. temperature: of the noise of the steps.
         copies: how many times the N tokens come back, below each other. dtype: of what comes back.
+
+    Example:
+        >>> import torch
+        >>> from cspd.samplers import Reading
+        >>> from cspd_kernels import Schedule
+        >>> reading = Reading(Schedule.euler([0.0, 0.5, 1.0]), torch.zeros(6, 4), scales=(3.0,))
+        >>> reading.groups, len(reading.cond) // reading.groups  # guided, 3 tokens
+        (2, 3)
     """
 
     schedule: Schedule
@@ -69,6 +82,17 @@ class Adapter:
         source: of the sampler, for people.
         attributes: that a head has, beside ``net``. methods: that are stood in for.
         records: whether autograd records what the methods compute (they are not under ``torch.no_grad``).
+
+    Example:
+        >>> from cspd.samplers import Adapter, Reading
+        >>> class Mine(Adapter):
+        ...     source = "my project"
+        ...     attributes = ("my_solver",)
+        ...
+        ...     def sample(self, head, z, cfg=1.0):  # the arguments of the head's own method
+        ...         return Reading(head.my_schedule, z)
+        >>> print(Mine(), Mine.methods)
+        my project ('sample',)
     """
 
     source: str = ""
@@ -80,7 +104,14 @@ class Adapter:
         return self.source or type(self).__name__
 
     def recognises(self, head: nn.Module) -> bool:
-        """Whether a module looks like one of its heads; whether it samples like one is compared."""
+        """Whether a module looks like one of its heads; whether it samples like one is compared.
+
+        Example:
+            >>> import torch
+            >>> from cspd.samplers import Adapter
+            >>> Adapter().recognises(torch.nn.Linear(2, 2))  # it has no method sample
+            False
+        """
         has = all(hasattr(head, name) for name in self.attributes)
         return has and all(callable(getattr(type(head), name, None)) for name in self.methods)
 
@@ -89,5 +120,14 @@ class Adapter:
 
         Args:
             z: ``z(rows)`` gives conditions (rows, Z).
+
+        Example:
+            >>> from cspd.samplers import Adapter
+            >>> class Mine(Adapter):
+            ...     def trials(self, head, z):
+            ...         yield "sample", {"z": z(3)}
+            ...         yield "sample", {"z": z(6), "cfg": 2.0}
+            >>> [name for name, _ in Mine().trials(None, range)]
+            ['sample', 'sample']
         """
         raise NotImplementedError
