@@ -94,6 +94,9 @@ class TableSource:
     values = ()  # of :class:`PhiloxSource`; tables are filled where they are
     seed = None
 
+    def seed_on_device(self) -> None:
+        """As of :class:`PhiloxSource`: there is no seed."""
+
     def __init__(self, batch: int, span: int, head: DiffusionHead, guided: bool, first_on: str, backend: str | None):
         self.batch, self.span, self.guided, self.first_on, self.backend = batch, span, guided, first_on, backend
         self.steps, self.channels = head.num_steps, head.channels
