@@ -35,12 +35,12 @@ _logger = logging.getLogger("cspd")
 def load_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
     """The weights in a ``.safetensors`` file or a ``torch.save`` file, without executing anything in it.
 
-    Of a training checkpoint the averaged weights are taken (``model_ema``, else ``model``). A prefix that all names
-    have from DDP (``module.``), ``torch.compile`` (``_orig_mod.``), FSDP or a wrapper (``model.``) is dropped, and the
-    logger "cspd" is told.
+    From a training checkpoint the averaged weights are taken (``model_ema``, else ``model``). A prefix that all names
+    have from DDP (``module.``), ``torch.compile`` (``_orig_mod.``), FSDP or a wrapper (``model.``) is dropped. The
+    logger "cspd" says so.
 
     Raises:
-        FileNotFoundError: no such file. ValueError: it holds no state dict of floating weights in their own shapes.
+        FileNotFoundError: no such file. CheckpointError: it holds no state dict of floating weights in their own shapes.
     """
     return {name: value.clone() for name, value in read_weights(Path(path)).tensors.items()}
 
@@ -54,14 +54,14 @@ def mar_config(
     """The arguments of :class:`cspd.models.MAR` that fit a state dict (LTH14/mar's names).
 
     Args:
-        patch_size: p, where a token is p x p places of the latents. Weights do not show it; left out, it is 1 where
-            the number of channels has no factor p^2, and for weights shaped as those of a released MAR-B, -L or -H.
-        vae_stride: pixels of an image per place of its latents, along one side. Left out, ``vae_stride`` is 1 and
-            ``img_size`` counts places of the latents.
+        patch_size: p, if a token is p x p places of the latents. Weights do not show it. By default it is 1 if the
+            number of channels has no factor p^2, or if the weights are shaped as those of a released MAR-B, -L or -H.
+        vae_stride: pixels of an image per place of its latents, along one side. By default it is 1, and ``img_size``
+            counts places of the latents.
 
     Raises:
-        ValueError: a weight is missing or has another shape, the number of attention heads is unknown for this width,
-            or the patch size is in doubt.
+        CheckpointError: a weight is missing or has another shape; the number of attention heads is unknown for this
+            width; or the patch size is in doubt.
     """
     width, seq_len = _shape(state, "class_emb.weight")[1], _shape(state, "diffusion_pos_embed_learned", 3)[1]
     channels, side = _shape(state, "z_proj.weight")[1], math.isqrt(seq_len)
@@ -157,24 +157,36 @@ def load_mar(
     dtype: torch.dtype | str | None = None,
     **options: Any,
 ) -> MAR:
-    """A MAR in eval mode from a checkpoint of LTH14/mar; its size is read from the weights.
+    """A MAR in eval mode from a checkpoint of LTH14/mar. Its size is read from the weights.
 
-    What was loaded is told to the logger "cspd" and kept in ``model.loaded``, such as "MAR-B, 208 M parameters,
-    model_ema, 256 tokens". Memory holds one copy of the weights, on the device.
+    ``model.loaded`` and the logger "cspd" say what was loaded, such as "MAR-B, 208 M parameters, model_ema, 256
+    tokens". Memory holds one copy of the weights, on the device. Nothing in the file is executed.
 
     Args:
         path: a file of ``torch.save`` or safetensors, or a folder that holds one of a MAR, as downloads from a hub do.
-        num_heads, patch_size, vae_stride: what the weights do not show, see :func:`mar_config`. The patch size and the
-            stride that a file tells itself need not be given: training checkpoints do in their ``args``, files of
-            ``cspd convert`` in their header, hub snapshots in the config.json of ``model.safetensors``. What is given
-            here comes first. An assumed patch size, that of the released models, is a warning of the logger "cspd".
-        dtype: of the weights (float32).
-        options: further arguments of :class:`cspd.models.MAR`, such as ``num_sampling_steps`` (100)
-            and ``schedule`` ("cosine"). They are not taken from the file.
+        num_heads, patch_size, vae_stride: what the weights do not show, see :func:`mar_config`. Many files tell patch
+            size and stride: training checkpoints in their ``args``, files of ``cspd convert`` in their header, hub
+            snapshots in a config.json. What is given here comes first. The logger "cspd" warns if the patch size of the
+            released models is assumed.
+        dtype: of the weights, also by name ("bfloat16"). By default float32.
+        options: further arguments of :class:`cspd.models.MAR`, such as ``num_sampling_steps`` (100) and ``schedule``
+            ("cosine"). They are not taken from the file.
+
+    Example:
+        >>> import cspd, tempfile, torch
+        >>> from pathlib import Path
+        >>> from cspd.demo.pair import COMMON, load_pair
+        >>> options = {name: COMMON[name] for name in ("schedule", "num_sampling_steps", "num_train_steps", "learn_sigma")}
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = Path(folder) / "digits.pth"
+        ...     torch.save(load_pair()[0].state_dict(), path)
+        ...     model = cspd.load_mar(path, num_heads=4, patch_size=2, **options)
+        >>> model.loaded
+        'a MAR of 1.31 M parameters, state dict, 16 tokens, patch size 2'
 
     Raises:
-        FileNotFoundError, ValueError: see :func:`load_state_dict` and :func:`mar_config`; a folder holds several; what
-            the file tells contradicts its weights.
+        FileNotFoundError, CheckpointError: see :func:`load_state_dict` and :func:`mar_config`. Also if a folder holds
+            several checkpoints, or a file contradicts its weights.
     """
     dtype = torch.float32 if dtype is None else as_dtype(dtype, "load_mar")
     found = _find(path, None, num_heads, patch_size, vae_stride, options)
@@ -196,19 +208,19 @@ def convert(
     patch_size: int | None = None,
     vae_stride: int | None = None,
 ) -> str:
-    """Write the weights of a MAR checkpoint as safetensors; what they do not show goes into the header.
+    """Write the weights of a MAR checkpoint as safetensors. What they do not show goes into the header.
 
     Args:
         path: as for :func:`load_mar`, which reads ``output`` too.
-        weights: the entry to take, such as "model"; left out, the averaged ones (model_ema) where there are any.
-        patch_size, vae_stride: as for :func:`load_mar`. What nobody tells is not written.
+        weights: the entry to take, such as "model". By default the averaged weights (model_ema) if there are any.
+        patch_size, vae_stride: as for :func:`load_mar`. What is not known is not written.
 
     Returns:
         What was written, for people, as ``model.loaded``.
 
     Raises:
-        OSError: ``output`` cannot be written; what was there stays.
-        FileNotFoundError, ValueError: see :func:`load_mar`.
+        OSError: ``output`` cannot be written. What was there stays.
+        FileNotFoundError, CheckpointError: see :func:`load_mar`.
     """
     check_safetensors(Path(output))
     found = _find(path, weights, 1, patch_size, vae_stride, {})
@@ -289,7 +301,7 @@ def _told(weights: Weights, patch_size: int | None, vae_stride: int | None) -> t
     """Patch size and stride by the caller, else by the file, else None.
 
     Raises:
-        ValueError: the file tells what its weights contradict, and the caller does not say better.
+        CheckpointError: the file contradicts its weights, and the caller does not say which is right.
     """
     told = dict(weights.facts)
     for name, asked in (("patch_size", patch_size), ("vae_stride", vae_stride)):
