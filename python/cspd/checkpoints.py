@@ -40,7 +40,8 @@ def load_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
     logger "cspd" says so.
 
     Raises:
-        FileNotFoundError: no such file. CheckpointError: it holds no state dict of floating weights in their own shapes.
+        FileNotFoundError: no such file. CheckpointError: it holds no state dict of floating weights, or not in their
+            own shapes.
     """
     return {name: value.clone() for name, value in read_weights(Path(path)).tensors.items()}
 
@@ -176,7 +177,7 @@ def load_mar(
         >>> import cspd, tempfile, torch
         >>> from pathlib import Path
         >>> from cspd.demo.pair import COMMON, load_pair
-        >>> options = {name: COMMON[name] for name in ("schedule", "num_sampling_steps", "num_train_steps", "learn_sigma")}
+        >>> options = {name: COMMON[name] for name in ("schedule", "num_sampling_steps", "learn_sigma")}
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     path = Path(folder) / "digits.pth"
         ...     torch.save(load_pair()[0].state_dict(), path)

@@ -14,9 +14,9 @@ from .policies import Window
 class ContextRelaxation:
     """Relaxation that grows where the target's next hidden states hardly depend on what is drawn now.
 
-    A token that is kept under a relaxed test may lie ``relaxation`` times as far from the target's as at 1. This changes
-    the conditions of later tokens, by about its distance squared times how strongly they depend on it. The rule holds
-    the product constant, so a token of step d gets ::
+    A token that a relaxed test keeps may lie ``relaxation`` times as far from the target's as at 1. This changes the
+    conditions of later tokens, by about its distance squared times how strongly they depend on it. The rule holds the
+    product constant, so a token of step d gets ::
 
         relaxation = least sqrt(scale / change_d),        limited to [least, most]
         change_d   = (settled + (w - 1) interchanged) / w

@@ -32,8 +32,8 @@ from .errors import InvalidInput
 class Window:
     """What a relaxation policy may look at: n drafted tokens in each of B images.
 
-    All tensors are on the models' device. Tokens are in the order of their steps, and by ascending position within a step. Under guidance the hidden states
-    are those of the conditional rows. A policy must not write into any of them.
+    All tensors are on the models' device. Tokens are in the order of their steps, and by ascending position within a
+    step. Under guidance the hidden states are those of the conditional rows. A policy must not write into any of them.
 
     In strict verification B is images times branches; the branches of an image are neighbours. B changes from round to
     round, since images that are done are left out on a CPU. Every step takes up the same room there. Places that only

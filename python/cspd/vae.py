@@ -78,7 +78,7 @@ class Vae:
         """Raise if a MAR's latents are not this VAE's.
 
         Raises:
-            UnsupportedModel: other channels, or another stride than the model was trained for, if that is known.
+            InvalidInput: other channels, or another stride than the model was trained for, if that is known.
         """
         channels, stride = (getattr(model, name, None) for name in ("vae_embed_dim", "vae_stride"))
         if channels not in (None, self.channels):
