@@ -76,7 +76,7 @@ class Ranks:
             torch.empty(0, device=device)
         except (ValueError, RuntimeError, AssertionError) as error:  # torch without that device asserts
             raise InvalidInput(
-                f"expected --device as one that torch has here, got {name}: {one_line(error)}"
+                f"expected a --device that torch has on this machine, got {name}: {one_line(error)}"
             ) from error
         if device.type == "cuda" and device.index is not None:
             torch.cuda.set_device(device)

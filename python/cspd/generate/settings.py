@@ -156,7 +156,7 @@ def check_options(args) -> None:
         for name in ("draft", "vae", "num_sampling_steps", "patch_size", "vae_stride"):
             if getattr(args, name) is not None:
                 option = f"--{name.replace('_', '-')}"
-                raise InvalidInput(f"expected --target together with {option}: the digits pair has its own")
+                raise InvalidInput(f"expected --target together with {option}: the digits pair has a fixed one")
     elif args.vae is None:
         if not args.latents:
             raise InvalidInput("expected --vae, which makes pictures of latents, or --latents, which writes them")
