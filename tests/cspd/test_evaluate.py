@@ -157,13 +157,13 @@ def test_weights_of_torch_fidelity(tmp_path, monkeypatch):
         evaluate._inception(None)
     file = tmp_path / "weights.pth"
     file.write_bytes(b"no weights")
-    with pytest.raises(ValueError, match="as a file of weights alone"):
+    with pytest.raises(ValueError, match="to hold weights alone"):
         evaluate._inception(file)
     torch.save({"fc.weight": torch.zeros(1000, 2048)}, file)
-    with pytest.raises(ValueError, match="torchvision's is another network"):
+    with pytest.raises(ValueError, match="torchvision's Inception is another network"):
         evaluate._inception(file)
     torch.save({"fc.weight": torch.zeros(1008, 2048)}, file)
-    with pytest.raises(ValueError, match=r"expected .* as torch-fidelity's Inception"):
+    with pytest.raises(ValueError, match=r"expected .* to be torch-fidelity's Inception"):
         evaluate._inception(file)
 
     monkeypatch.setattr(inception, "load_state_dict_from_url", lambda *_, **__: {})
