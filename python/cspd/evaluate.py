@@ -183,13 +183,13 @@ def _first(error: Exception) -> str:
 
 def _open_npz(path: Path, what: str):
     if not path.exists():
-        raise FileNotFoundError(f"expected a file with {what}, found none at {path}")
+        raise FileNotFoundError(f"expected a file for {what}, found none at {path}")
     try:
         file = np.load(path, allow_pickle=False)
     except (ValueError, EOFError, zipfile.BadZipFile):
         file = None
     if not isinstance(file, np.lib.npyio.NpzFile):
-        raise InvalidInput(f"expected {what} in a .npz file, got {path}")
+        raise InvalidInput(f"expected a .npz file for {what}, got {path}")
     return file
 
 

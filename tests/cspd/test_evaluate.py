@@ -101,14 +101,14 @@ def test_wrong_files_are_refused(small):
         with pytest.raises((ValueError, OSError), match=message):
             evaluate.evaluate(images, statistics)
 
-    refused("expected the images as a file, found none", folder / "nothing.npz")
-    refused("expected --fid as a file, found none", statistics=folder / "nothing.npz")
+    refused("expected a file for the images, found none", folder / "nothing.npz")
+    refused("expected a file for --fid, found none", statistics=folder / "nothing.npz")
     (folder / "empty").mkdir()
     refused("expected a folder of PNG files", folder / "empty")
     (folder / "text.npz").write_text("hello")
-    refused("text.npz is none", folder / "text.npz")
-    refused("text.npz is none", statistics=folder / "text.npz")
-    refused("without mu", statistics=folder / "images.npz")
+    refused("a .npz file for the images", folder / "text.npz")
+    refused("a .npz file for --fid", statistics=folder / "text.npz")
+    refused("found no mu", statistics=folder / "images.npz")
     for name, array in (("floats", pixels / 255), ("flat", pixels[..., 0])):
         np.savez(folder / f"{name}.npz", array)
         refused("as uint8 of shape", folder / f"{name}.npz")

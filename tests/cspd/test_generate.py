@@ -124,7 +124,7 @@ def test_padding_is_told(tmp_path, quick, caplog):
         assert not caplog.messages
         assert main(["generate", "--labels", "1,2", "--batch-size", "5", "--out", str(tmp_path / "padded")]) == 0
     assert caplog.messages == [
-        "--batch-size 5 is more than the images: that many are computed, padding included, and 2 kept"
+        "--batch-size 5 is larger than the number of images: all of the batch is computed, and 2 images are kept"
     ]
 
 
@@ -240,7 +240,7 @@ def test_a_link_to_an_image_is_that_image(tmp_path, quick, capsys):
     assert main([*TEN, str(tmp_path / "out")]) == 0
     (tmp_path / "link.png").symlink_to(tmp_path / "out" / "000003.png")
     assert main([*TEN, str(tmp_path / "out"), "--grid", str(tmp_path / "link.png")]) == 2
-    assert "expected --grid as another file than those of the run" in one_line(capsys)
+    assert "expected --grid to name a file that the run does not write itself" in one_line(capsys)
 
 
 def test_a_link_that_leads_nowhere_is_no_folder(tmp_path, quick, capsys):
@@ -255,7 +255,7 @@ def test_what_has_no_part_without_a_draft(tmp_path, checkpoints, quick, caplog):
     assert not caplog.messages
     assert main([*command, "--gamma", "3", "--prefill", "0.5", "--relaxation", "1", "--verify", "strict"]) == 0
     assert caplog.messages == [
-        "without --draft nothing is drafted, and these play no part: --gamma, --prefill, --relaxation, --verify"
+        "without --draft nothing is drafted; these options have no effect: --gamma, --prefill, --relaxation, --verify"
     ]
 
 
@@ -293,9 +293,12 @@ def test_what_has_no_part_without_a_draft(tmp_path, checkpoints, quick, caplog):
         (["--labels", "1", "--seed", "-1"], "seed"),
         (["--labels", "1", "--device", "cuda:77"], "expected a --device that torch has on this machine, got cuda:77: "),
         (["--labels", "1", "--grid", "no/such/x.png"], "expected a folder for x.png"),
-        (["--labels", "1", "--grid", "out/000000.png"], "expected --grid as another file than those of the run"),
+        (
+            ["--labels", "1", "--grid", "out/000000.png"],
+            "expected --grid to name a file that the run does not write itself",
+        ),
         (["--labels", "1", "--grid", "x", "--npz", "./x"], "expected different files for --grid and --npz"),
-        (["--labels", "1", "--out", "x.png"], "expected --out as a folder, got x.png"),
+        (["--labels", "1", "--out", "x.png"], "expected --out to name a folder, got x.png"),
     ],
 )
 def test_wrong_input_is_one_line_and_leaves_nothing(options, message, capsys, tmp_path, monkeypatch):

@@ -169,7 +169,9 @@ def test_what_a_file_beside_the_weights_tells_may_not_change(tmp_path, checkpoin
     monkeypatch.setattr("cspd.generate.settings._content", lambda value: None if isinstance(value, dict) else value)
     capsys.readouterr()
     assert main(command) == 2  # whoever tells it: it is seen when the models are loaded
-    assert "got others: --patch-size was 1, is 2; the latent size was [4, 4, 4], is [1, 8, 8]. Give" in one_line(capsys)
+    assert "got others: --patch-size was 1, is 2; the latent size was [4, 4, 4], is [1, 8, 8]. Choose" in one_line(
+        capsys
+    )
 
 
 def test_a_checkpoint_is_the_file_that_is_read(tmp_path, checkpoints, quick, capsys):

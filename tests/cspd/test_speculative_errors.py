@@ -34,7 +34,7 @@ def pair():
         ({"relaxation": torch.tensor([torch.inf] * 16)}, "expected relaxation finite and > 0"),
         ({"dtype": "int8"}, "expected dtype as float32, .*got 'int8'"),
         ({"dtype": torch.int32}, "expected dtype as .*got torch.int32"),
-        ({"relaxation": cspd.ContextRelaxation()}, "ContextRelaxation with verify='strict' only.*got verify='window'"),
+        ({"relaxation": cspd.ContextRelaxation()}, "verify='strict' for ContextRelaxation, got verify='window'"),
         ({"residual": "exact"}, "expected residual one of .*, got 'exact'"),
         ({"target_sigma": True}, "True only with residual='closed_form' or several candidates, got True"),
         ({"residual": "closed_form", "target_sigma": 1}, "expected target_sigma as a bool.*got 1"),
@@ -83,7 +83,7 @@ def test_models_that_do_not_fit(pair, changes, match):
         ({"first_image": 2**44 - 1}, f"expected first_image <= {2**44 - 2} with 2 images"),
         ({"orders": [[0]]}, "expected orders as int64 .*got list"),
         ({"gamma": 0}, "gamma as an int >= 1"),
-        ({"gamma": 2.0}, "an int or a function of the windows so far, got 2.0"),
+        ({"gamma": 2.0}, "an int >= 1 or a policy .*, got 2.0"),
         ({"steps": 0}, "expected steps as an int >= 1"),
         ({"cfg_schedule": "cubic"}, "expected cfg_schedule"),
         ({"temperature": -1.0}, "temperature >= 0"),
@@ -113,7 +113,9 @@ def test_things_that_are_no_models(pair):
         cspd.SpecDecodeRunner(torch.nn.Linear(2, 2), pair[1])
     odd = small_mar(0, schedule="linear")
     odd.diffloss.net.forward = lambda x, t, c: torch.ones(len(x), 8)
-    with pytest.raises(ValueError, match=r"the target's diffloss .* to compute what its layers say: net had its forward replaced"):
+    with pytest.raises(
+        ValueError, match=r"the target's diffloss .* to compute what its layers say: net had its forward replaced"
+    ):
         cspd.SpecDecodeRunner(pair[0], odd)
 
 
