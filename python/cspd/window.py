@@ -148,8 +148,8 @@ def run_window(state: RunState, window: WindowPlan, phase: Phase = untimed) -> J
     waiting = [model for model in (state.draft, state.target) if model.transformer.waits]
     if waiting and state.tokens.is_cuda and torch.cuda.is_current_stream_capturing():
         raise CallError(
-            "expected models whose conditions are computed by tables of indices inside a CUDA graph, got "
-            f"{waiting[0].name}, whose own methods wait for the device: run the window without a graph"
+            "expected models that do not synchronise inside a CUDA graph, got "
+            f"{waiting[0].name}, whose own methods do: run the window without a graph"
         )
     for step in window.drafts:
         with phase("draft"):

@@ -107,8 +107,8 @@ def signature_of_the_loop(
     ("methods", "match"),
     [
         ({"p_sample": draws_once_more}, "differ by|another state"),
-        ({"p_sample": no_last_draw}, "leaves the random number generators in another state"),
-        ({"p_sample_loop": signature_of_the_loop}, "leaves the random number generators in another state"),
+        ({"p_sample": no_last_draw}, "leaves the random number generators in a different state"),
+        ({"p_sample_loop": signature_of_the_loop}, "leaves the random number generators in a different state"),
     ],
     ids=["more at every step", "none at the last", "more afterwards"],
 )

@@ -210,10 +210,10 @@ class Later(MAR):
 
 
 FORKS = {
-    Colder: "asks its head for something else",
+    Colder: "calls its head with other arguments",
     OtherOrder: "images differ by",
     DrawsMore: "draws other random numbers",
-    AtLeastOne: "asks its head for something else",
+    AtLeastOne: "calls its head with other arguments",
 }
 
 
