@@ -53,9 +53,9 @@ def mar_config(
     """The arguments of :class:`cspd.models.MAR` that fit a state dict (LTH14/mar's names).
 
     Args:
-        patch_size: p, where a token is p x p places of the latents. Weights do not show it; left out, it is 1 where
-            the number of channels has no factor p^2, and for weights shaped as those of a released MAR-B, -L or -H.
-        vae_stride: pixels of an image per place of its latents, along one side. Left out, ``vae_stride`` is 1 and
+        patch_size: p, where a token is p x p places of the latents. Weights do not show it. By default it is 1 if the
+            number of channels has no factor p^2, or if the weights have the shapes of a released MAR-B, -L or -H.
+        vae_stride: pixels of an image per place of its latents, along one side. By default ``vae_stride`` is 1 and
             ``img_size`` counts places of the latents.
 
     Raises:
@@ -154,18 +154,19 @@ def load_mar(
     dtype: torch.dtype | str | None = None,
     **options,
 ) -> MAR:
-    """A MAR in eval mode from a checkpoint of LTH14/mar; its size is read from the weights.
+    """Load a MAR from a checkpoint of LTH14/mar, in eval mode. Its size is read from the weights.
 
-    What was loaded is told to the logger "cspd" and kept in ``model.loaded``, such as "MAR-B, 208 M parameters,
+    The logger "cspd" says what was loaded. ``model.loaded`` keeps the same text, such as "MAR-B, 208 M parameters,
     model_ema, 256 tokens". Memory holds one copy of the weights, on the device.
 
     Args:
-        path: a file of ``torch.save`` or safetensors, or a folder that holds one of a MAR, as downloads from a hub do.
-        num_heads, patch_size, vae_stride: what the weights do not show, see :func:`mar_config`. The patch size and the
-            stride that a file tells itself need not be given: training checkpoints do in their ``args``, files of
-            ``cspd convert`` in their header, hub snapshots in the config.json of ``model.safetensors``. What is given
-            here comes first. An assumed patch size, that of the released models, is a warning of the logger "cspd".
-        dtype: of the weights (float32).
+        path: a file of ``torch.save`` or safetensors, or a folder with the checkpoint of a MAR, such as a download from
+            a hub.
+        num_heads, patch_size, vae_stride: what the weights do not show, see :func:`mar_config`. Many files say patch
+            size and stride themselves: training checkpoints in their ``args``, files of ``cspd convert`` in their
+            header, hub snapshots in the config.json of ``model.safetensors``. A value that you pass comes first. An
+            assumed patch size, that of the released models, gives a warning of the logger "cspd".
+        dtype: dtype of the weights (default float32).
         options: further arguments of :class:`cspd.models.MAR`, such as ``num_sampling_steps`` (100)
             and ``schedule`` ("cosine"). They are not taken from the file.
 

@@ -147,7 +147,7 @@ def _warn_of_candidates(draft, target, num_candidates, sampling: Sampling) -> No
     ours, theirs = (sampled(sampling, schedule_of(m.diffloss)).log_std_lower for m in (draft, target))
     if not learned and len(ours) == len(theirs) and np.allclose(ours, theirs):
         _logger.warning(
-            "num_candidates=%d is of no use with criterion='trajectory' and heads of one fixed variance: a later "
+            "num_candidates=%d is of no use with criterion='trajectory' and heads of one fixed variance. A later "
             "candidate needs a density ratio above 1, which no trajectory has at its end; pass criterion='last_step'",
             num_candidates,
         )
@@ -183,7 +183,7 @@ def check_initial_scale(models: dict) -> None:
     for role, model in models.items():
         if model.initial_scale is not None and not model.transformer.shows_attention:
             raise UnsupportedModel(
-                f"expected a {role} that shows its attention, for a head that scales its first noise by the "
+                f"expected a {role} that shows its attention, because its head scales its first noise by the "
                 f"attention's entropy: the transformer of {model.name} runs its own blocks or methods; the log says why"
             )
 

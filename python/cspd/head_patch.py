@@ -34,10 +34,10 @@ _logger = logging.getLogger("cspd")
 
 
 class HeadPatch:
-    """The patch of one head: what it was asked for, its packed weights, and which kinds of calls were compared.
+    """The patch of one head: its options, its packed weights, and which kinds of calls were compared.
 
-    It stands on the head's network, where the hooks of the diffusion objects find it, so that a deep
-    copy or a pickle of the model carries a patch of its own.
+    It is an attribute of the head's network, where the hooks of the diffusion objects find it. So a deep copy or a
+    pickle of the model carries a patch of its own.
     """
 
     def __init__(self, found: FoundHead, options: Options, model: nn.Module | None = None):

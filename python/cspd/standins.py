@@ -193,10 +193,10 @@ class WatchedMoves(StandIn):
 
 
 class WholeSampling(StandIn):
-    """A model's ``sample_tokens``, by the whole sampler of the patch in charge of its head, or its own, whose calls of
-    the head are counted for a patch that makes other steps at each.
+    """A model's ``sample_tokens``: by the whole sampler of the patch in charge of its head, or the model's own.
 
-    It holds no patch, and no patch holds it: a copy of the head alone must not carry the model.
+    Calls of the head in the model's own are counted, for a patch with other denoising steps at each. This object holds
+    no patch, and no patch holds it: a copy of the head alone must not carry the model.
     """
 
     names = ("sample_tokens",)

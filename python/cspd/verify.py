@@ -152,8 +152,10 @@ def check_loop(call: Call, diffusion) -> Meaning:
 
 
 def _compare(make: Callable[..., Copies], run: Callable[[Copies], object], what: str):
-    """(trial of its own code, trial of the kernels, what that returned) over all steps, by the first meaning of its
-    calls that agrees; (trial, None, None) where its own code made no call that is served."""
+    """(trial of its own code, trial of the kernels, what the kernels returned), over all steps.
+
+    The first meaning of its calls that agrees is used. (trial, None, None) if its own code made no call that is served.
+    """
     owns: list[tuple[int | None, Run, Trial]] = []
     for steps in (None, _LAST):
         try:

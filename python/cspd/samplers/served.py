@@ -1,7 +1,7 @@
 """A head's own sampler by the kernels: compared on small copies, then stood in for.
 
-A call is served where calls of its kind agreed on a copy with random weights: the head's own method and the kernels, to
-rounding, with the random number generators in the same state after it. Every other call runs the method itself.
+A call is served if calls of its kind agreed on a copy with random weights. The head's own method and the kernels must
+agree to rounding, and leave the random number generators in the same state. Every other call runs the method itself.
 """
 
 from __future__ import annotations
