@@ -6,6 +6,7 @@ import logging
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -49,7 +50,7 @@ def mar_config(
     num_heads: int | None = None,
     patch_size: int | None = None,
     vae_stride: int | None = None,
-) -> dict[str, int | float]:
+) -> dict[str, Any]:
     """The arguments of :class:`cspd.models.MAR` that fit a state dict (LTH14/mar's names).
 
     Args:
@@ -66,7 +67,7 @@ def mar_config(
     channels, side = _shape(state, "z_proj.weight")[1], math.isqrt(seq_len)
     if side**2 != seq_len:
         raise CheckpointError(f"expected a square number of tokens, got {seq_len} in diffusion_pos_embed_learned")
-    config = dict(
+    config: dict[str, Any] = dict(
         class_num=_shape(state, "class_emb.weight")[0],
         encoder_embed_dim=width,
         decoder_embed_dim=_shape(state, "decoder_embed.weight")[0],
@@ -112,17 +113,17 @@ def _shape(state: dict[str, torch.Tensor], name: str, dimensions: int = 2) -> to
     return shape
 
 
-def _size(config: dict[str, int | float]) -> tuple[str, tuple[int, int]] | None:
+def _size(config: dict[str, Any]) -> tuple[str, tuple[int, int]] | None:
     """Name and head of the released model of this width and depth."""
     encoder, decoder = ((config[f"{half}_embed_dim"], config[f"{half}_depth"]) for half in ("encoder", "decoder"))
     return _RELEASED.get(encoder) if encoder == decoder else None
 
 
-def _head(config: dict[str, int | float]) -> tuple[int, int]:
+def _head(config: dict[str, Any]) -> tuple[int, int]:
     return config["diffloss_d"], config["diffloss_w"]
 
 
-def _is_released(config: dict[str, int | float]) -> bool:
+def _is_released(config: dict[str, Any]) -> bool:
     """Whether a released model has these sizes, of the head, the classes and the buffer too."""
     size = _size(config)
     return size is not None and _head(config) == size[1] and (config["class_num"], config["buffer_size"]) == (1000, 64)
@@ -152,7 +153,7 @@ def load_mar(
     vae_stride: int | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | str | None = None,
-    **options,
+    **options: Any,
 ) -> MAR:
     """Load a MAR from a checkpoint of LTH14/mar, in eval mode. Its size is read from the weights.
 
@@ -177,10 +178,12 @@ def load_mar(
     dtype = torch.float32 if dtype is None else as_dtype(dtype, "load_mar")
     found = _find(path, None, num_heads, patch_size, vae_stride, options)
     # Copied: a file that is mapped into the model's memory could be changed, or cut short, under its feet.
-    form = dict(device=device, dtype=dtype, copy=True, memory_format=torch.contiguous_format)
-    found.model.load_state_dict({n: value.to(**form) for n, value in found.weights.tensors.items()}, assign=True)
-    found.model.loaded = found.description()
-    _logger.info("loaded %s: %s", found.weights.path, found.model.loaded)
+    form = torch.contiguous_format
+    own = {n: v.to(device, dtype, copy=True, memory_format=form) for n, v in found.weights.tensors.items()}
+    model: Any = found.model
+    model.load_state_dict(own, assign=True)
+    model.loaded = found.description()
+    _logger.info("loaded %s: %s", found.weights.path, model.loaded)
     return found.model.eval()
 
 
@@ -222,7 +225,7 @@ class _Found:
     """
 
     weights: Weights
-    config: dict[str, int | float]
+    config: dict[str, Any]
     model: MAR
     assumed: bool
     strided: bool
@@ -249,7 +252,7 @@ def _find(
     num_heads: int | None,
     patch_size: int | None,
     vae_stride: int | None,
-    options: dict,
+    options: dict[str, Any],
 ) -> _Found:
     """Read a checkpoint and see that it fits; see :func:`load_mar`."""
     weights = read_weights(find_file(Path(path), *MAR_FILE), entry)
@@ -276,7 +279,7 @@ def _find(
             "%s does not tell its patch size: read with 1, like the released %s. Pass patch_size=1 to confirm it, or "
             "the patch size that it was trained with",
             weights.path,
-            _size(config)[0],
+            _RELEASED[config["encoder_embed_dim"], config["encoder_depth"]][0],
         )
     return _Found(weights, config, model, assumed, stride is not None)
 

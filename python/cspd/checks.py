@@ -10,7 +10,6 @@ from numbers import Integral, Real
 import numpy as np
 import torch
 
-from cspd_kernels.dtypes import as_dtype_or_none
 from cspd_kernels.noise import CANDIDATE_STRIDE, check_seed
 from cspd_kernels.ops.accept_reject import MOST_CANDIDATES
 from cspd_kernels.ops.density_ratio import SIGMAS
@@ -107,11 +106,6 @@ def check_options(seq_len: int, relaxation, prefill, sigma, max_tries) -> None:
         )
     if isinstance(max_tries, bool) or not isinstance(max_tries, int) or max_tries < 0:
         raise InvalidInput(f"expected max_tries as an int >= 0, got {max_tries!r}")
-
-
-def check_dtype(dtype) -> None:
-    """Raise where products cannot be in a type."""
-    as_dtype_or_none(dtype, "SpecDecodeRunner")
 
 
 def check_verify(

@@ -59,7 +59,7 @@ class ContextRelaxation:
 
     looks_ahead = True
 
-    def __init__(self, least: float = 1.0, most: float = 42.0, *, scale: float = 1.0):
+    def __init__(self, least: float = 1.0, most: float = 42.0, *, scale: float = 1.0) -> None:
         if not 0 < least <= most < math.inf:
             raise InvalidInput(f"expected 0 < least <= most, both finite, got {least!r} and {most!r}")
         if not 0 < scale < math.inf:

@@ -18,6 +18,7 @@ next one; see :class:`AdaptiveDraft`.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Integral, Real
 
@@ -76,7 +77,7 @@ class Window:
     target_branches: torch.Tensor | None = None
 
 
-def relaxation_of(policy, window: Window) -> torch.Tensor:
+def relaxation_of(policy: Callable[[Window], torch.Tensor], window: Window) -> torch.Tensor:
     """What a policy gives for a window, (B n,), image by image.
 
     Values are looked at by the op that uses them, on the CPU only.
@@ -121,7 +122,7 @@ class SimilarityRelaxation:
         ValueError: an argument out of range.
     """
 
-    def __init__(self, least: float = 1.0, most: float = 42.0, *, low: float = 0.0, high: float = 1.0):
+    def __init__(self, least: float = 1.0, most: float = 42.0, *, low: float = 0.0, high: float = 1.0) -> None:
         if not 0 < least <= most < math.inf:
             raise InvalidInput(f"expected 0 < least <= most, both finite, got {least!r} and {most!r}")
         if not -1 <= low < high <= 1:
@@ -174,7 +175,12 @@ class AdaptiveDraft:
     See also :class:`cspd.EntropyDraft`, which ends a window while it is drafted.
     """
 
-    def __init__(self, bound: float = 0.9, most: int = 16, memory: float = 0.5, *, first: int = 4):
+    bound: float
+    most: int
+    memory: float
+    first: int
+
+    def __init__(self, bound: float = 0.9, most: int = 16, memory: float = 0.5, *, first: int = 4) -> None:
         if not isinstance(bound, Real) or not 0 < bound <= 1:
             raise InvalidInput(f"expected bound in (0, 1], got {bound!r}")
         if not isinstance(memory, Real) or not 0 <= memory < 1:
@@ -201,9 +207,9 @@ class AdaptiveDraft:
         return max(1, min(good, longest))
 
 
-def draft_length(policy, windows: list[list[float]]) -> int:
+def draft_length(policy: Callable[[list[list[float]]], int], windows: list[list[float]]) -> int:
     """What a gamma policy gives, or one clear error."""
     steps = policy(windows)
     if isinstance(steps, bool) or not isinstance(steps, Integral) or steps < 1:
         raise InvalidInput(f"expected the gamma policy to return an int >= 1, got {steps!r}")
-    return steps
+    return int(steps)

@@ -6,11 +6,15 @@ import functools
 import inspect
 from collections.abc import Callable
 from operator import attrgetter
+from typing import Any, ParamSpec, TypeVar
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 from .errors import WrongType
 
 
-def released_names(**names: str) -> Callable[[Callable], Callable]:
+def released_names(**names: str) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
     """Decorator: where a call gives the keyword ``released``, ``ours`` is meant, for every ``released="ours"``.
 
     The signature stays the function's own.
@@ -19,11 +23,11 @@ def released_names(**names: str) -> Callable[[Callable], Callable]:
         TypeError: at a call that gives an argument by both of its names, or by its place and the released one.
     """
 
-    def decorate(function: Callable) -> Callable:
+    def decorate(function: Callable[_P, _R]) -> Callable[_P, _R]:
         order = list(inspect.signature(function).parameters)
 
         @functools.wraps(function)
-        def call(*args, **kwargs):
+        def call(*args: Any, **kwargs: Any) -> _R:
             for released, ours in names.items():
                 if released not in kwargs:
                     continue
