@@ -178,7 +178,7 @@ def check_initial_scale(models: dict) -> None:
         if model.initial_scale is not None and not model.transformer.shows_attention:
             raise UnsupportedModel(
                 f"expected a {role} that shows its attention, because its head scales its first noise by the "
-                f"attention's entropy: the transformer of {model.name} runs its own blocks or methods; the log says why"
+                f"attention's entropy. The transformer of {model.name} runs its own blocks or methods; the log says why"
             )
 
 
