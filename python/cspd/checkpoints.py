@@ -55,10 +55,10 @@ def mar_config(
     """The arguments of :class:`cspd.models.MAR` that fit a state dict (LTH14/mar's names).
 
     Args:
-        patch_size: p, if a token is p x p places of the latents. Weights do not show it. By default it is 1 if the
-            number of channels has no factor p^2, or if the weights are shaped as those of a released MAR-B, -L or -H.
-        vae_stride: pixels of an image per place of its latents, along one side. By default it is 1, and ``img_size``
-            counts places of the latents.
+        patch_size: p, where a token is p x p places of the latents. Weights do not show it. By default it is 1 if the
+            number of channels has no factor p^2, or if the weights have the shapes of a released MAR-B, -L or -H.
+        vae_stride: pixels of an image per place of its latents, along one side. By default ``vae_stride`` is 1 and
+            ``img_size`` counts places of the latents.
 
     Raises:
         CheckpointError: a weight is missing or has another shape; the number of attention heads is unknown for this
@@ -67,9 +67,7 @@ def mar_config(
     width, seq_len = _shape(state, "class_emb.weight")[1], _shape(state, "diffusion_pos_embed_learned", 3)[1]
     channels, side = _shape(state, "z_proj.weight")[1], math.isqrt(seq_len)
     if side**2 != seq_len:
-        raise CheckpointError(
-            f"expected as many tokens as a square has, got {seq_len} from diffusion_pos_embed_learned"
-        )
+        raise CheckpointError(f"expected a square number of tokens, got {seq_len} in diffusion_pos_embed_learned")
     config: dict[str, Any] = dict(
         class_num=_shape(state, "class_emb.weight")[0],
         encoder_embed_dim=width,
@@ -98,7 +96,7 @@ def mar_config(
         dim = config[f"{name}_embed_dim"]
         if num_heads is None and dim not in _HEADS:
             raise CheckpointError(
-                f"the number of attention heads of a {name} of width {dim} is unknown: give num_heads"
+                f"the number of attention heads of a {name} of width {dim} is unknown: pass num_heads"
             )
         config[f"{name}_num_heads"] = num_heads or _HEADS[dim]
     return config
@@ -112,7 +110,7 @@ def _shape(state: dict[str, torch.Tensor], name: str, dimensions: int = 2) -> to
     shape = state[name].shape
     if len(shape) != dimensions:
         got = f"{name} of shape {tuple(shape)}"
-        raise CheckpointError(f"expected weights in shapes of their own, got {got}: {UNFLATTEN}")
+        raise CheckpointError(f"expected weights in their original shapes, got {got}: {UNFLATTEN}")
     return shape
 
 
@@ -143,8 +141,8 @@ def _patch_size(channels: int, released: bool) -> int:
         return 1
     ways = " or ".join(f"{p} ({channels // p**2}-channel latents)" for p in possible)
     raise CheckpointError(
-        f"expected the patch size, which weights do not show, got tokens of {channels} channels: give patch_size= to "
-        f"load_mar, or --patch-size to cspd generate and cspd convert, as {ways}"
+        f"expected the patch size, which weights do not show, got tokens of {channels} channels: pass patch_size= "
+        f"to load_mar, or --patch-size to cspd generate and cspd convert. It is {ways}"
     )
 
 
@@ -158,20 +156,21 @@ def load_mar(
     dtype: torch.dtype | str | None = None,
     **options: Any,
 ) -> MAR:
-    """A MAR in eval mode from a checkpoint of LTH14/mar. Its size is read from the weights.
+    """Load a MAR from a checkpoint of LTH14/mar, in eval mode. Its size is read from the weights.
 
-    ``model.loaded`` and the logger "cspd" say what was loaded, such as "MAR-B, 208 M parameters, model_ema, 256
-    tokens". Memory holds one copy of the weights, on the device. Nothing in the file is executed.
+    The logger "cspd" says what was loaded. ``model.loaded`` keeps the same text, such as "MAR-B, 208 M parameters,
+    model_ema, 256 tokens". Memory holds one copy of the weights, on the device.
 
     Args:
-        path: a file of ``torch.save`` or safetensors, or a folder that holds one of a MAR, as downloads from a hub do.
-        num_heads, patch_size, vae_stride: what the weights do not show, see :func:`mar_config`. Many files tell patch
-            size and stride: training checkpoints in their ``args``, files of ``cspd convert`` in their header, hub
-            snapshots in a config.json. What is given here comes first. The logger "cspd" warns if the patch size of the
-            released models is assumed.
-        dtype: of the weights, also by name ("bfloat16"). By default float32.
-        options: further arguments of :class:`cspd.models.MAR`, such as ``num_sampling_steps`` (100) and ``schedule``
-            ("cosine"). They are not taken from the file.
+        path: a file of ``torch.save`` or safetensors, or a folder with the checkpoint of a MAR, such as a download from
+            a hub.
+        num_heads, patch_size, vae_stride: what the weights do not show, see :func:`mar_config`. Many files say patch
+            size and stride themselves: training checkpoints in their ``args``, files of ``cspd convert`` in their
+            header, hub snapshots in the config.json of ``model.safetensors``. A value that you pass comes first. An
+            assumed patch size, that of the released models, gives a warning of the logger "cspd".
+        dtype: of the weights, also by name ("bfloat16"). The default is float32.
+        options: further arguments of :class:`cspd.models.MAR`, such as ``num_sampling_steps`` (100)
+            and ``schedule`` ("cosine"). They are not taken from the file.
 
     Example:
         >>> import cspd, tempfile, torch
@@ -278,7 +277,7 @@ def _find(
         if told_all and size != config["img_size"]:
             raise CheckpointError(
                 f"its tokens are those of img_size={config['img_size']} with patch_size={patch} and "
-                f"vae_stride={stride}, but {weights.told_by} says {size}: give patch_size and vae_stride"
+                f"vae_stride={stride}, but {weights.told_by} says {size}: pass patch_size and vae_stride"
             )
         with torch.device("meta"):
             model = MAR(**{**config, **options})
@@ -290,8 +289,8 @@ def _find(
     assumed = patch is None and _patch_sizes(config["vae_embed_dim"]) != [1]
     if assumed:
         _logger.warning(
-            "%s does not tell its patch size: read with 1, as the released %s has. Give patch_size=1 if that is right, "
-            "else the one it was trained with",
+            "%s does not tell its patch size: read with 1, like the released %s. Pass patch_size=1 to confirm it, or "
+            "the patch size that it was trained with",
             weights.path,
             _RELEASED[config["encoder_embed_dim"], config["encoder_depth"]][0],
         )
@@ -308,7 +307,12 @@ def _told(weights: Weights, patch_size: int | None, vae_stride: int | None) -> t
     for name, asked in (("patch_size", patch_size), ("vae_stride", vae_stride)):
         if asked is not None and told.get(name, asked) != asked:
             _logger.warning(
-                "%s=%d as asked for, though %s says %d in %s", name, asked, weights.path, told[name], weights.told_by
+                "using %s=%d as passed, although %s says %d in %s",
+                name,
+                asked,
+                weights.path,
+                told[name],
+                weights.told_by,
             )
     if patch_size is None and "vae_embed_dim" in told:
         channels = _shape(weights.tensors, "z_proj.weight")[1]
@@ -316,7 +320,7 @@ def _told(weights: Weights, patch_size: int | None, vae_stride: int | None) -> t
         if not fitting or told.setdefault("patch_size", fitting[0]) != fitting[0]:
             says = ", ".join(f"{name}={told[name]}" for name in ("vae_embed_dim", "patch_size") if name in told)
             raise CheckpointError(
-                f"its tokens have {channels} channels, but {weights.told_by} says {says}: give patch_size"
+                f"its tokens have {channels} channels, but {weights.told_by} says {says}: pass patch_size"
             )
     stride = told.get("vae_stride") if vae_stride is None else vae_stride
     return (told.get("patch_size") if patch_size is None else patch_size), stride

@@ -83,12 +83,12 @@ class Vae:
         channels, stride = (getattr(model, name, None) for name in ("vae_embed_dim", "vae_stride"))
         if channels not in (None, self.channels):
             raise InvalidInput(
-                f"expected a VAE of {channels} channels, those of the model's latents (its patch size is "
+                f"expected a VAE of {channels} channels, as in the model's latents (its patch size is "
                 f"{getattr(model, 'patch_size', 1)}), got one of {self.channels}: {self.loaded}"
             )
         if stride not in (None, 1, self.stride):  # 1: of a model that was made in places of its latents
             raise InvalidInput(
-                f"expected a VAE of stride {stride}, the model's, got one of {self.stride}: {self.loaded}"
+                f"expected a VAE of stride {stride}, as in the model, got one of {self.stride}: {self.loaded}"
             )
 
 
@@ -159,7 +159,7 @@ def vae_weights(path: Path, parts: tuple[str, ...] = ("decoder", "post_quant_con
     state = {own.sub("", name, count=1): value for name, value in state.items() if own.match(str(name))}
     if any(name.startswith("decoder.up_blocks.") for name in state):
         raise CheckpointError(
-            f"expected a VAE with the names of LTH14/mar's kl16.ckpt in {path}, got those of diffusers"
+            f"expected a VAE with the names of LTH14/mar's kl16.ckpt in {path}, got the names of diffusers"
         )
     check_weights(state, path)
     return replace(found, tensors=state, prefix=prefix)
@@ -211,8 +211,7 @@ def decoder_config(state: dict[str, torch.Tensor]) -> dict[str, Any]:
     channels = shape("post_quant_conv.weight")[1]
     if channels != shape(_MARKER)[1]:
         raise CheckpointError(
-            f"expected as many channels in the latents as in front of the decoder, got {channels} and "
-            f"{shape(_MARKER)[1]}"
+            f"expected as many channels in the latents as the decoder takes, got {channels} and {shape(_MARKER)[1]}"
         )
     if any(width % _GROUPS for width in widths):
         raise CheckpointError(f"expected widths that are multiples of {_GROUPS}, got {widths}")
