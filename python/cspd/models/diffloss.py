@@ -153,11 +153,11 @@ class DiffLoss(nn.Module):
     Args:
         target_channels: C. z_channels: Z. depth, width: D residual blocks of width W.
         num_sampling_steps: T of ``sample`` (an int, or a string as in LTH14/mar).
-        schedule: ``"cosine"`` (MAR) or ``"linear"`` of a diffusion; ``"euler"`` or ``"euler_maruyama"`` of a flow,
-            whose network predicts the velocity from time 0, noise, to 1 and has no variance to learn.
-        num_train_steps: steps of the schedule it is trained on, of which T are kept for sampling.
-        learn_sigma: whether the network puts out a variance besides the noise (MAR), or the
-            posterior's is used (as in MotionStreamer and MARDM).
+        schedule: ``"cosine"`` (MAR) or ``"linear"`` for a diffusion; ``"euler"`` or ``"euler_maruyama"`` for a flow.
+            A flow's network predicts the velocity from time 0 (noise) to 1, and learns no variance.
+        num_train_steps: steps of the schedule it is trained on. T of them are kept for sampling.
+        learn_sigma: True if the network puts out a variance besides the noise (MAR). False uses the posterior's
+            variance (as in MotionStreamer and MARDM).
 
     Example:
         >>> import torch
