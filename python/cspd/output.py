@@ -40,7 +40,7 @@ class SampleOutput(torch.Tensor):
     _stats: RunStats | Recorder | None
 
     # Operations take the same way as those of a plain tensor: no Python runs for them.
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__: Any = torch._C._disabled_torch_function_impl
 
     @staticmethod
     def of(images: torch.Tensor, stats: RunStats | Recorder | None = None) -> SampleOutput:
@@ -62,7 +62,7 @@ class SampleOutput(torch.Tensor):
             found = self._stats = found.finish()
         return cast("RunStats | None", found)
 
-    def __repr__(self, *, tensor_contents: object = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         """One line; it never waits for the device."""
         dtype = str(self.dtype).removeprefix("torch.")
         stats = getattr(self, "_stats", None)
@@ -70,7 +70,8 @@ class SampleOutput(torch.Tensor):
         return f"SampleOutput({tuple(self.shape)}, {dtype}, {self.device}{line})"
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return self.images.__reduce_ex__(protocol)
+        plain: Any = self.images
+        return plain.__reduce_ex__(protocol)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
         made = memo[id(self)] = copy.deepcopy(self.images, memo)

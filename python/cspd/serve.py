@@ -170,12 +170,9 @@ def verification(verify, candidates, branches) -> dict:
     candidates = whole("the candidates", candidates, 1, MOST_CANDIDATES)
     branches = whole("the branches", branches, 1, MAX_BRANCHES)
     if branches > 1 and verify != "strict":
-        raise InvalidInput(f"Expected strict verification with {branches} branches: in windows there is one.")
+        raise InvalidInput(f"Expected strict verification for {branches} branches: windows have one.")
     if branches > candidates:
-        raise InvalidInput(
-            f"Expected at most as many branches as candidates, each of which one continues, got {branches} and "
-            f"{candidates}."
-        )
+        raise InvalidInput(f"Expected at most as many branches as candidates, got {branches} and {candidates}.")
     plain = verify == "window" and candidates == 1
     return {
         "verify": verify,

@@ -40,7 +40,8 @@ class RunStats:
         probability: (B, L) float32 on the device: min(1, r) of the first candidate of each drafted token, at relaxation
             1. ``raw_acceptance`` is its mean over the drafted tokens. 1 where the target drew alone.
         verify: the runner's. rounds: number of windows.
-        steps_per_round: mean number of steps by which a window moves an image on that is not done. None without windows.
+        steps_per_round: steps that a window moves an image on, the mean over windows and over images that are not done.
+            None without windows.
         target_rows: prefixes that the target looked at to verify. One for each image and window; in strict runs one for
             every drafted step of each branch. Guidance doubles them.
         candidates: how many tokens were accepted as their first, second, ... candidate.
@@ -55,7 +56,7 @@ class RunStats:
         (4, 6, [3, 3])
         >>> print(runner.stats)  # doctest: +ELLIPSIS
         images           2
-        tokens           32: 30 drafted, 2 by the target alone
+        tokens           32: 28 drafted, 4 by the target alone
         acceptance       ... %
         ...
         >>> sorted(runner.stats.to_dict()["seconds"])
@@ -120,10 +121,13 @@ def percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.1f} %"
 
 
-def window_sums(verdict: CandidateVerdict, probability: torch.Tensor, judged: torch.Tensor | None = None):
-    """(3 + K,) on the device, of tokens (n,): how many were accepted, the sum of min(1, r), how many fell back, and how
-    many were accepted as each of their K candidates. ``probability`` (n,): min(1, r). ``judged`` (n,) bool: which of
-    them count.
+def window_sums(
+    verdict: CandidateVerdict, probability: torch.Tensor, judged: torch.Tensor | None = None
+) -> torch.Tensor:
+    """(3 + K,) sums over tokens (n,), on the device.
+
+    How many were accepted; the sum of min(1, r); how many fell back; how many were accepted as each of their K
+    candidates. ``probability`` (n,) is min(1, r). ``judged`` (n,) bool says which tokens count.
     """
     ways = torch.arange(verdict.log_ratio.shape[1], device=probability.device)
     counted = [
@@ -147,14 +151,15 @@ class Recorder:
         self._gammas: list[int] = []
         self._rows: list[int] = []
         self._prefills = 0
-        self._spans: list[tuple[str, object, object]] = []
+        self._spans: list[tuple[str, Any, Any]] = []
         self._stats: RunStats | None = None
         self._cuda = outcome.device.type == "cuda"
         self._start = self._now()
 
-    def _now(self):
+    def _now(self) -> Any:
+        """A moment: an event of the device, or seconds."""
         if self._cuda:
-            event = torch.cuda.Event(enable_timing=True)
+            event: Any = _timing_event()
             event.record(torch.cuda.current_stream(self.outcome.device))
             return event
         return time.perf_counter()
@@ -222,22 +227,21 @@ class Recorder:
         for name, start, end in self._spans:
             taken = start.elapsed_time(end) / 1e3 if self._cuda else end - start
             seconds[name] = seconds.get(name, 0.0) + taken
-        ways = 3 + self._candidates
-        like = dict(dtype=torch.float32, device="cpu")
-        sums = [sums[: ways + 3] for sums in self._sums]
-        sums = torch.stack(sums).cpu() if sums else torch.zeros(0, ways + 3, **like)
-        gammas, per_round = torch.tensor(self._gammas, **like), None
+        ways, cpu = 3 + self._candidates, torch.device("cpu")  # whatever the caller's default device
+        rows = [sums[: ways + 3] for sums in self._sums]
+        sums = torch.stack(rows).cpu() if rows else torch.zeros(0, ways + 3, dtype=torch.float32, device=cpu)
+        gammas, per_round = torch.tensor(self._gammas, dtype=torch.float32, device=cpu), None
         if self._verify == "strict":
             counts, moved, images = sums[:, ways:].unbind(1)
             done = images == 0  # a round that was launched before the host knew that there was nothing left
             sums, counts, gammas = sums[~done], counts[~done], gammas[~done]
             per_round = float(moved.sum() / images.sum()) if len(sums) else None
         else:
-            counts = torch.tensor(self._tokens, **like)
+            counts = torch.tensor(self._tokens, dtype=torch.float32, device=cpu)
             per_round = float(gammas.mean()) if len(sums) else None
         drafted, sums = int(counts.sum()), sums[:, :ways]
         means = sums / counts[:, None].clamp(min=1)
-        total = (sums.sum(0) / drafted).tolist() if drafted else [None] * ways
+        total: list[float | None] = (sums.sum(0) / drafted).tolist() if drafted else [None] * ways
         return RunStats(
             acceptance=total[0],
             raw_acceptance=total[1],
@@ -260,12 +264,17 @@ class Recorder:
         )
 
 
+def _timing_event() -> Any:
+    event: Any = torch.cuda.Event
+    return event(enable_timing=True)
+
+
 class _Span:
     def __init__(self, recorder: Recorder, name: str):
         self.recorder, self.name = recorder, name
 
-    def __enter__(self):
+    def __enter__(self) -> None:
         self.start = self.recorder._now()
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         self.recorder._spans.append((self.name, self.start, self.recorder._now()))

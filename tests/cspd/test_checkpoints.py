@@ -145,7 +145,7 @@ def test_weights_that_are_arrays_are_refused(tmp_path, model):
 
 def test_what_is_refused_is_named(tmp_path, model):
     torch.save(model, tmp_path / "m.pth")
-    assert "it holds cspd.models.mar.MAR, which weights_only loading does not take" in refusal(tmp_path / "m.pth")
+    assert "it holds cspd.models.mar.MAR, which weights_only loading refuses" in refusal(tmp_path / "m.pth")
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")

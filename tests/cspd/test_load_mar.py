@@ -216,7 +216,7 @@ def test_a_hub_snapshot(tmp_path, model):
         assert (loaded.patch_size, loaded.vae_stride) == (2, 8)
         assert same(model, loaded.state_dict())
     (snapshot / "config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"expected JSON in .*config.json, which stands beside model.safetensors"):
+    with pytest.raises(ValueError, match=r"expected JSON in .*config.json, beside model.safetensors"):
         load_mar(snapshot)
     (snapshot / "config.json").write_text("[1]")
     with pytest.raises(ValueError, match="got tokens of 16 channels"):
@@ -253,7 +253,7 @@ def test_folders_in_folders(tmp_path, model):
 
 def test_parts_of_a_checkpoint_are_refused(tmp_path, model):
     save_file(model.state_dict(), tmp_path / "model-00001-of-00002.safetensors")
-    with pytest.raises(ValueError, match="expected all weights in one file, got a part"):
+    with pytest.raises(ValueError, match="expected all weights in one file, got one part"):
         load_mar(tmp_path)
 
 
@@ -328,7 +328,7 @@ def test_what_convert_refuses(tmp_path, model):
     with pytest.raises(ValueError, match="expected the entry model_ema in"):
         run(tmp_path / "m.pth", tmp_path / "o.safetensors", "--weights", "model_ema")
     save_file(model.state_dict(), tmp_path / "m.safetensors")
-    with pytest.raises(ValueError, match="does not say that it holds it"):
+    with pytest.raises(ValueError, match="does not say that it has it"):
         run(tmp_path / "m.safetensors", tmp_path / "o.safetensors", "--weights", "model")
     assert sorted(os.listdir(tmp_path)) == ["m.pth", "m.safetensors"]
 

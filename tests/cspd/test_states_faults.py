@@ -245,7 +245,7 @@ def test_what_cannot_be_copied_runs_its_own_code_and_says_so():
     model.diffloss.gen_diffusion.lock = threading.Lock()
     with listening(messages):
         assert torch.equal(rows(model), expected)
-    assert "does not run on a copy to be compared with: TypeError" in messages[0]
+    assert "does not run on a copy, so it cannot be compared: TypeError" in messages[0]
     cspd.unpatch(model)
     cspd.patch(model)  # compares at the first call, and cannot
     assert torch.equal(rows(model), expected)

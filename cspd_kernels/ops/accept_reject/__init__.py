@@ -19,7 +19,18 @@ _SAME_LOG_STD = 1e-5  # two sigmas nearer than this are one
 
 
 class Verdict(NamedTuple):
-    """What became of each token."""
+    """What became of each token.
+
+    Example:
+        >>> import torch
+        >>> from cspd_kernels import Denoised, accept_reject
+        >>> zeros = torch.zeros(3, 2)
+        >>> draft = Denoised(zeros, zeros, zeros, torch.zeros(3))  # N(0, 1) in 2 channels, 3 tokens
+        >>> target = Denoised(zeros + 1, zeros + 1, zeros, torch.zeros(3))  # N(1, 1)
+        >>> verdict = accept_reject(zeros + 1, draft, target, seed=0)
+        >>> verdict.accepted, verdict.tries
+        (tensor([True, True, True]), tensor([0, 0, 0], dtype=torch.int32))
+    """
 
     token: torch.Tensor  # (N, C) float32
     accepted: torch.Tensor  # (N,) bool
@@ -28,7 +39,18 @@ class Verdict(NamedTuple):
 
 
 class CandidateVerdict(NamedTuple):
-    """What became of each token that had several candidates."""
+    """What became of each token that had several candidates.
+
+    Example:
+        >>> import torch
+        >>> from cspd_kernels import Denoised, accept_reject
+        >>> zeros = torch.zeros(3, 1, 2)
+        >>> draft = Denoised(zeros, zeros, zeros, torch.zeros(3, 1))  # N(0, 1) in 2 channels, 3 tokens
+        >>> target = Denoised(zeros + 1, zeros + 1, zeros, torch.zeros(3, 1))  # N(1, 1)
+        >>> x = torch.tensor([-9.0, 9.0]).expand(3, 2)[..., None].expand(3, 2, 2)  # two candidates a token
+        >>> accept_reject(x, draft, target, seed=0).candidate
+        tensor([1, 1, 1], dtype=torch.int32)
+    """
 
     token: torch.Tensor  # (N, C) float32
     accepted: torch.Tensor  # (N,) bool: any of the candidates
@@ -106,6 +128,19 @@ def accept_reject(
     Raises:
         TypeError, ValueError: an argument does not fit.
 
+    Example:
+        >>> import torch
+        >>> from cspd_kernels import Denoised, accept_reject
+        >>> zeros = torch.zeros(3, 2)
+        >>> draft = Denoised(zeros, zeros, zeros, torch.zeros(3))  # N(0, 1) in 2 channels, 3 tokens
+        >>> target = Denoised(zeros + 1, zeros + 1, zeros, torch.zeros(3))  # N(1, 1)
+        >>> x = torch.tensor([[-9.0, -9.0], [0.5, 0.5], [1.0, 1.0]])
+        >>> verdict = accept_reject(x, draft, target, seed=0)
+        >>> verdict.accepted
+        tensor([False,  True,  True])
+        >>> torch.equal(verdict.token[1:], x[1:])
+        True
+
     Source: Wang et al. 2024, arXiv 2411.11925 (acceptance-rejection sampling of the modified
     distribution); Leviathan et al. 2023, arXiv 2211.17192 for the modified distribution itself;
     arXiv 2606.13426 and 2501.05370 for equal covariances (docs/method.md derives the closed form); several
@@ -130,7 +165,7 @@ def accept_reject(
     return Verdict(*verdict) if x.dim() == 2 else CandidateVerdict(*verdict)
 
 
-def check_method(who: str, residual, target_sigma, candidates: int = 1) -> None:
+def check_method(who: str, residual: object, target_sigma: object, candidates: int = 1) -> None:
     """Raise where a way to redraw does not exist."""
     if residual not in RESIDUALS:
         raise InvalidInput(f"{who} expected residual one of {RESIDUALS}, got {residual!r}")
@@ -141,7 +176,7 @@ def check_method(who: str, residual, target_sigma, candidates: int = 1) -> None:
         )
 
 
-def _check_residual(draft, target, residual, target_sigma, candidates) -> None:
+def _check_residual(draft: Denoised, target: Denoised, residual: str, target_sigma: bool, candidates: int) -> None:
     check_method("accept_reject", residual, target_sigma, candidates)
     if residual == "rejection" and candidates == 1:
         return
