@@ -17,6 +17,7 @@ from . import words
 from .colours import CARD, INK, QUIET, TEXT, TILE, UNJUDGED, Colour, acceptance_map, cell, shade
 
 SIZE, GAP, COLUMNS = 96, 8, 10
+_FEW = 6  # columns of the small picture
 _CAPTION, _MARGIN, _LEGEND = 236, 20, 64
 _LEAST = 900  # pixels wide: the legend needs them
 _FONT = 15
@@ -76,6 +77,13 @@ def enlarge(images: torch.Tensor, size: int = SIZE) -> list[Image.Image]:
 
 def _curve(ink: np.ndarray) -> np.ndarray:
     return 1 / (1 + np.exp(-_SLOPE * (ink - _MIDDLE)))
+
+
+def small(strips: list[Strip]) -> list[Strip]:
+    """Fewer columns, and of the rows the real digits, the target, the target with few steps, the last that drafts."""
+    last = max(i for i, strip in enumerate(strips) if strip.is_map)
+    chosen = [strips[0], strips[1], strips[3], strips[last - 1], strips[last]]
+    return [strip._replace(tiles=strip.tiles[:_FEW]) for strip in chosen]
 
 
 def save_picture(path: Path, strips: list[Strip], setting: dict) -> None:

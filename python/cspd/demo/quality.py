@@ -1,8 +1,8 @@
 """How close generated digits are to the real ones: the Frechet distance of their pixels. And some of the real ones.
 
-The real digits are those of scikit-learn: the test set of "Optical Recognition of Handwritten Digits" by E. Alpaydin and
-C. Kaynak (1998), UCI Machine Learning Repository, doi:10.24432/C50P49, licence CC BY 4.0. The package holds their
-statistics and forty of the digits.
+The real digits are those of scikit-learn: the test set of "Optical Recognition of Handwritten Digits".
+Its authors are E. Alpaydin and C. Kaynak (1998, UCI Machine Learning Repository, doi:10.24432/C50P49).
+Its licence is CC BY 4.0. The package holds the statistics of all digits, and forty digits.
 """
 
 from __future__ import annotations

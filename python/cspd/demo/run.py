@@ -17,9 +17,9 @@ from ..files import check_output, write_file
 from ..speculative import SpecDecodeRunner
 from ..stats import RunStats
 from .pair import load_pair
-from .picture import COLUMNS, Strip, digit_strip, map_strip, save_picture
+from .picture import COLUMNS, Strip, digit_strip, map_strip, save_picture, small
 from .quality import frechet_distance, real_digits
-from .words import footnotes, glossary, heading, table_line, table_titles, versions
+from .words import NOISY, footnotes, glossary, heading, table_line, table_titles, versions
 
 STEPS = 16
 RELAXATION, PREFILL = 42.0, 0.15
@@ -27,7 +27,6 @@ BATCH = 512
 TIMED_RUNS = 3
 STRICT = {"verify": "strict", "criterion": "last_step", "relaxation": 1.0, "residual": "closed_form"}
 STRICT_GAMMA = 4
-BRIEF_COLUMNS = 6  # of the small picture
 
 
 class Drawn(NamedTuple):
@@ -89,7 +88,7 @@ def ways(gammas: list[int], strict: bool) -> list[Way]:
     if strict:
         noisy = {"criterion": STRICT["criterion"]}
         rows += [
-            Way(f"target, {STEPS} steps, noise", "target", STEPS, None, noisy),
+            Way(NOISY, "target", STEPS, None, noisy),
             Way(f"strict, gamma {STRICT_GAMMA}", "target", STEPS, STRICT_GAMMA, STRICT),
         ]
     return rows
@@ -128,6 +127,8 @@ def run_demo(
     """
     if num_images <= TIMED_RUNS:
         raise InvalidInput(f"expected --num-images >= {TIMED_RUNS + 1} (one to warm up, three timed), got {num_images}")
+    if not 0 <= seed < 1 << 64:
+        raise InvalidInput(f"expected --seed in [0, 2^64), got {seed}")
     if out.suffix.lower() != ".png":
         raise InvalidInput(f"expected --out with the ending .png, got {out.name}")
     _check_outputs({"--out": out, "--json": json_file, "--html": html_file})
@@ -237,13 +238,6 @@ def make_strips(plan: list[Way], made: list[Drawn], rows: list[dict]) -> list[St
         if way.gamma:
             strips.append(map_strip(row, drawn.outcome[:COLUMNS], drawn.probability[:COLUMNS]))
     return strips
-
-
-def small(strips: list[Strip]) -> list[Strip]:
-    """Fewer columns, and of the rows the real digits, the target, the target with few steps, the last that drafts."""
-    last = max(i for i, strip in enumerate(strips) if strip.is_map)
-    chosen = [strips[0], strips[1], strips[3], strips[last - 1], strips[last]]
-    return [strip._replace(tiles=strip.tiles[:BRIEF_COLUMNS]) for strip in chosen]
 
 
 def _command(num_images: int, gammas: list[int], seed: int, strict: bool) -> str:

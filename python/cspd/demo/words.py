@@ -35,8 +35,8 @@ def heading(setting: dict) -> str:
 def table_titles() -> str:
     """The table's first line."""
     return (
-        f"{'':24s}{'seconds':>8s}{'(spread)':>14s}{'target calls':>14s}{'draft calls':>13s}{'raw acc.':>10s}{'acc.':>8s}"
-        f"{'distance':>10s}"
+        f"{'':24s}{'seconds':>8s}{'(spread)':>14s}{'target calls':>14s}{'draft calls':>13s}{'raw accept.':>13s}"
+        f"{'accept.':>9s}{'distance':>10s}"
     )
 
 
@@ -44,7 +44,7 @@ def table_line(row: dict) -> str:
     """One row of the table."""
     return (
         f"{row['name']:24s}{row['seconds']:8.2f}{spread(row):>14s}{row['target_calls']:14d}{row['draft_calls']:13d}"
-        f"{percent(row['raw_acceptance']):>10s}{percent(row['acceptance']):>8s}{row['frechet_distance']:10.3f}"
+        f"{percent(row['raw_acceptance']):>13s}{percent(row['acceptance']):>9s}{row['frechet_distance']:10.3f}"
     )
 
 
@@ -67,9 +67,9 @@ def glossary(setting: dict) -> dict[str, str]:
         "calls": "how often a run calls each model. A call of the target is what costs time in large models.",
         "seconds": f"the median of {setting['timed_runs']} runs of {setting['timed_images']} images each; in brackets "
         "the fastest and the slowest.",
-        "acc.": f"the acceptance rate: the share of drafted tokens that were kept, at relaxation "
-        f"{setting['relaxation']:g}. A larger relaxation keeps more.",
-        "raw acc.": "the mean acceptance probability at relaxation 1, which relaxes nothing.",
+        "acceptance": "the acceptance rate, the share of drafted tokens that were kept. Strict rows relax nothing. "
+        f"The others have a relaxation of {setting['relaxation']:g}, which keeps more.",
+        "raw acceptance": "the mean acceptance probability without relaxation.",
         "distance": f"the Frechet distance of all {setting['num_images']} images to the real digits, in pixels. Lower "
         "is closer. Few images make it larger.",
     }
@@ -77,17 +77,13 @@ def glossary(setting: dict) -> dict[str, str]:
 
 def footnotes(strict: bool) -> list[str]:
     """What a reader should know before drawing conclusions."""
-    notes = [
-        "The speculative rows are approximate. These models are tiny, so look at how it works, not at the time it saves."
-    ]
+    notes = ["The speculative rows are approximate: the digits are not exactly those that the target would draw."]
     if strict:
         notes = [
-            "strict: every step is judged given the tokens before it, at relaxation 1. The last denoising step adds its "
-            "noise.\nUp to rounding the tokens have exactly the distribution of the row above. The other speculative "
-            "rows are approximate.",
-            "These models are tiny, so look at how it works, not at the time it saves.",
+            f"Strict verification is exact: up to rounding, its digits have exactly the distribution of {NOISY!r}.",
+            "The other speculative rows are approximate.",
         ]
-    return notes
+    return [*notes, "These models are tiny. Look at how it works, not at the time that it saves."]
 
 
 def picture_notes(setting: dict) -> list[str]:
@@ -96,6 +92,11 @@ def picture_notes(setting: dict) -> list[str]:
         f"Seconds: median of {setting['timed_runs']} runs of {setting['timed_images']} images (fastest-slowest). "
         f"Distance: to the real digits, over {setting['num_images']} images; lower is closer."
     ]
+
+
+def kept(row: dict) -> str:
+    """The acceptance of a row, in words."""
+    return f"Of the drafted tokens of all images, {percent(row['acceptance'])} were kept."
 
 
 def calls(row: dict) -> str:
@@ -111,7 +112,8 @@ def meaning(row: dict) -> str:
     if name.startswith("strict"):
         return (
             "Strict verification. The target judges every step given the tokens that were kept before it. What follows "
-            "a rejected token is drafted again. The digits have exactly the distribution of the row above, up to rounding."
+            "a rejected token is drafted again. Up to rounding, the digits have exactly the distribution of the row "
+            "above."
         )
     if gamma:
         return (
@@ -127,15 +129,21 @@ def meaning(row: dict) -> str:
     )
 
 
+NOISY = "target, 16 steps, noise"  # the row that strict verification equals
+INTRODUCTION = (
+    "The target is a small image model. It draws a digit token by token: an image has 16 tokens of 2x2 pixels. "
+    "The draft is a still smaller model that imitates the target. In speculative decoding the draft draws the tokens "
+    "of a window of steps. Then one call of the target accepts or redraws each of them."
+)
 REAL = "Real digits, scanned at 8x8 pixels. The models learned from such digits."
 MAP = (
-    "One cell for each token of the digit above. The colour is the probability that the target accepts the drafted "
-    "token, before relaxation. The mark says what became of it."
+    "An acceptance map has one cell for each token of the digit above it. The colour is the probability that the "
+    "target accepts the drafted token, without relaxation. The mark says what became of the token."
 )
 # What a mark in the map says, in a word and in a line.
 MARKS = {
     ACCEPTED: ("accepted", "the drafted token was kept"),
-    REDRAWN: ("redrawn", "the token was rejected, and drawn again from what the target wants more than the draft"),
+    REDRAWN: ("redrawn", "the token was rejected and drawn again, so that it fits the target"),
     FELL_BACK: ("fell back", "the token was rejected, and the target's own sample took its place"),
     PREFILLED: ("pre-filled", "the target drew the token alone, before the first window"),
 }
