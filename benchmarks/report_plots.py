@@ -111,7 +111,9 @@ def seconds() -> str:
         (size, dtype), rows = next(iter(images(result).items()))
         canvas.text(16, y, case(size, dtype, result) + " (seconds)", bold=True)
         y = image_bars(canvas, y + 6, rows) + 26
-    canvas.text(16, y, "The head alone: MAR-B, 2 tokens, 100 denoising steps. NVIDIA H100, bfloat16 (milliseconds)", bold=True)
+    canvas.text(
+        16, y, "The head alone: MAR-B, 2 tokens, 100 denoising steps. NVIDIA H100, bfloat16 (milliseconds)", bold=True
+    )
     y = head_bars(canvas, y + 6, "MAR-B N=2 T=100") + 22
     footer(
         canvas, y, f"{SCALED} Ratios are to the first bar of each group.",
@@ -194,12 +196,13 @@ def time_split() -> str:
     canvas.text(16, y, "One call of the head: MAR-H, 512 tokens, 100 denoising steps. NVIDIA H100, bfloat16", bold=True)
     y = stacks(canvas, y + 8, head_stacks(), LEFT, RIGHT) + 16
     y = canvas.legend(16, y, [(slot, name, "box") for name, slot in HEAD_PARTS.items()], WIDTH - 16) + 8
-    footer(
-        canvas, y, "Seconds are of the run that was split, which is not the timed one. With whole=True the transformer cannot be",
+    notes = [
+        "Seconds are of the run that was split, which is not the timed one. With whole=True the transformer cannot be",
         "told from the rest: the head's part is what a longer chain of denoising steps adds, times its length.",
         "At commit 3093537 the activation counts as other.",
         f"{source('generate-h100.json')}; {source('generate-cpu.json')}; profile-h100.json.",
-    )  # fmt: skip
+    ]
+    footer(canvas, y, *notes)
     canvas.height = y + 60
     return canvas.svg()
 

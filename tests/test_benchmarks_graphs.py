@@ -155,7 +155,7 @@ def test_the_baselines_of_a_gpu(benchmarks, fake_capture):
         "torch.compile reduce-overhead bfloat16",
         "library products alone bfloat16",
     ]
-    assert set(names[1:]) == set(benchmarks.tables.BASELINES)  # which the README's table knows by name
+    assert set(names[1:]) == set(benchmarks.report_tables.BASELINES)  # which the pages' tables know by name
     expected = kernels.reference.denoise(head, *inputs, 1.0, None, dtype=torch.float64)[0]
     for name in names[:3]:
         kernels._check_baseline(makers[name][0]()(*inputs), expected)
