@@ -144,11 +144,17 @@ def benchmarks(monkeypatch):
     import baselines
     import blocks
     import common
+    import compare
+    import denoising
+    import evaluating
+    import floors
     import generate
+    import groups
     import host
     import host_denoise
     import host_judging
     import images
+    import in_parallel
     import judging
     import kernels
     import network
@@ -158,6 +164,7 @@ def benchmarks(monkeypatch):
     import quality_equal
     import quality_pairs
     import quality_settings
+    import registry
     import report_curves
     import report_plots
     import report_summary
@@ -172,12 +179,18 @@ def benchmarks(monkeypatch):
         kernels,
         blocks,
         common,
+        compare,
         baselines,
+        denoising,
+        evaluating,
+        floors,
         generate,
+        groups,
         host,
         host_denoise,
         host_judging,
         images,
+        in_parallel,
         judging,
         network,
         network_heads,
@@ -186,6 +199,7 @@ def benchmarks(monkeypatch):
         quality_equal,
         quality_pairs,
         quality_settings,
+        registry,
         report,
         report_curves,
         report_plots,
