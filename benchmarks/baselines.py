@@ -171,8 +171,8 @@ def library_products(head, rows):
 def looped_accept_reject(x, draft, target, max_tries=100):
     """Acceptance-rejection as the released runner does it: whole batches of redraws until every row has one.
 
-    The accept test and the redraw use the formulas of this package (log space); the loop, its random
-    numbers from the global generator and its wait for the host every round are the released ones.
+    The accept test and the redraw use the formulas of this package, in log space. The loop is the released one: its
+    random numbers come from the global generator, and it waits for the host every round.
     """
 
     def log_ratio(value):

@@ -61,6 +61,12 @@ def test_what_moved_beyond_both_spreads_is_told(compared, seconds, spread, what,
     assert lines[-1] == f"2 medians compared, {int(bool(what))} lines above"
 
 
+@pytest.mark.parametrize(("seconds", "status"), [(1.06, 0), (0.94, 0), (1.2, 1)])
+def test_a_change_within_the_old_spread_is_none(compared, seconds, status):
+    code, out, _ = compared([row(1.0, 0.1)], [row(seconds, 0.001)])
+    assert (code, len(out.splitlines())) == (status, 1 + status)
+
+
 def test_a_small_change_counts_only_where_it_is_asked_for(compared):
     before, after = [row(1.0, 0.001)], [row(1.01, 0.001)]
     assert compared(before, after)[0] == 0
