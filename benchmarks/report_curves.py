@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from report_plots import AMBER, BLUE, CHAINS, GREEN, GREY, ORANGE, PURPLE, footer, source
+from report_plots import AMBER, BLUE, CHAINS, GREEN, GREY, ORANGE, PURPLE, device, footer, source
 from report_svg import Canvas, panel
 from report_tables import load
 
@@ -85,8 +85,7 @@ def latency_h100() -> str:
 
 def latency_cpu() -> str:
     found, result = chains(["kernels-cpu.json"])["MAR-B"], load("kernels-cpu.json")
-    threads = result["environment"]["cpu threads"]
-    canvas = Canvas(640, 460, f"Milliseconds for 100 denoising steps of N tokens. CPU, {threads} threads", (
+    canvas = Canvas(640, 460, f"Milliseconds for 100 denoising steps of N tokens. {device(result)}", (
         "A log-log chart for MAR-B's head: milliseconds of a call against the number of tokens, for eager code and "
         "for this package, in float32 and with bfloat16 operands."
     ))  # fmt: skip
@@ -112,8 +111,8 @@ def latency_cpu() -> str:
     note = "No floor was measured on this machine."
     if result.get("rates"):
         note = "Floor: bytes or operations at rates measured in the same run, whichever takes longer."
-    footer(canvas, y + 2, f"{note} {source('kernels-cpu.json')}.")
-    canvas.height = y + 18
+    footer(canvas, y + 2, note, f"{source('kernels-cpu.json')}.")
+    canvas.height = y + 34
     return canvas.svg()
 
 
@@ -203,12 +202,13 @@ def quality_seconds() -> str:
     y = canvas.legend(24, 478, entries, 740)
     own = next(row for row in result["rows"] if row["options"] == {"sampler": "ddim"})["plain_seconds"]
     notes = [
-        "Ancestral rows with 10 denoising steps lie above the frame. The samplers were measured in a run of their own.",
+        f"{GAMMA}: gamma, the steps of a window. Ancestral rows with 10 denoising steps lie above the frame.",
+        "The samplers were measured in a run of their own.",
         f"There the target alone took {own:.2f} s with all of its steps, here {plain[0]['seconds']:.2f} s. "
         f"{source('quality-digits-cpu.json')}.",
     ]
     footer(canvas, y + 2, *notes)
-    canvas.height = y + 34
+    canvas.height = y + 50
     return canvas.svg()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from report_svg import Canvas, bars, stacks
-from report_tables import BASELINES, KERNELS, batch_of, load
+from report_tables import BASELINES, KERNELS, batch_of, cpu, load, time
 
 GREY, AMBER, BLUE, GREEN, ORANGE, PURPLE = 5, 4, 0, 2, 1, 3
 WAYS = {  # a contender of ``generate.py``: its name in a chart, and its colour
@@ -31,7 +31,7 @@ WIDTH, LEFT, RIGHT = 760, 232, 590
 def device(result: dict) -> str:
     environment = result["environment"]
     gpus = environment["gpus"]
-    return " ".join(gpus[0]["name"].split()[:2]) if gpus else f"CPU, {environment['cpu threads']} threads"
+    return " ".join(gpus[0]["name"].split()[:2]) if gpus else cpu(environment["cpu threads"])
 
 
 def source(name: str) -> str:
@@ -69,7 +69,7 @@ def image_bar(row: dict | None, name: str, slot: int) -> tuple:
         return name, None, "wrong: no speed is shown", slot
     seconds, star = row["seconds"] / batch_of(row), "*" if "measured" in row["details"] else ""
     ratio = "" if row["backend"] == row["baseline"] else f"  ({row['ratio']:.3g}x)"
-    return name, seconds, f"{seconds:.3g} s{star}{ratio}", slot
+    return name, seconds, f"{time(seconds)}{star}{ratio}", slot
 
 
 def image_bars(canvas: Canvas, y: float, rows: dict[str, dict], all_ways: bool = False) -> float:
@@ -92,8 +92,8 @@ def head_bars(canvas: Canvas, y: float, size: str) -> float:
         ratio = "" if median[name] == base else f"  ({base / median[name]:.3g}x)"
         if name.startswith("library"):
             ratio = ", matrix products and nothing else"
-        lines.append((CHAINS[name][0], median[name], f"{1e3 * median[name]:.3g} ms{ratio}", CHAINS[name][1]))
-    shown = f"{1e3 * own[fastest]:.3g} ms  ({base / own[fastest]:.3g}x)"
+        lines.append((CHAINS[name][0], median[name], f"{time(median[name])}{ratio}", CHAINS[name][1]))
+    shown = f"{time(own[fastest])}  ({base / own[fastest]:.3g}x)"
     lines.append((f"this package ({KERNELS[fastest]})", own[fastest], shown, GREEN))
     return bars(canvas, y, lines, LEFT, RIGHT)
 
@@ -190,7 +190,7 @@ def time_split() -> str:
             for way in (way for way in WAYS if "seconds" in rows.get(way, {"details": ()})["details"]):
                 spent = rows[way]["details"]["seconds"]
                 parts = [(spent[part], slot) for part, slot in PARTS.items() if part in spent]
-                lines.append((WAYS[way][0].removesuffix(" (baseline)"), parts, f"{spent['total']:.3g} s"))
+                lines.append((WAYS[way][0].removesuffix(" (baseline)"), parts, time(spent["total"])))
             y = stacks(canvas, y + 8, lines, LEFT, RIGHT) + 20
     y = canvas.legend(16, y - 2, [(slot, name, "box") for name, slot in PARTS.items()], WIDTH - 16) + 18
     canvas.text(16, y, "One call of the head: MAR-H, 512 tokens, 100 denoising steps. NVIDIA H100, bfloat16", bold=True)
@@ -214,7 +214,7 @@ def head_stacks() -> list[tuple]:
         for chain in made["chains"]:
             if (chain["model"], chain["rows"], chain["dtype"]) == ("MAR-H", 512, "bfloat16"):
                 name = f"{chain['backend']} layered, commit {made['commit']}"
-                lines.append((name, head_parts(chain), f"{chain['device_ms']:.3g} ms"))
+                lines.append((name, head_parts(chain), time(chain["device_ms"] / 1e3)))
     return lines
 
 

@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
-from report_tables import BASELINES, KERNELS, NONE, batch_of, load, milliseconds, table
+from report_tables import BASELINES, KERNELS, NONE, batch_of, cpu, load, milliseconds, table, time
 
 
 def device(result: dict) -> str:
     gpus = result["environment"]["gpus"]
-    return gpus[0]["name"].split()[1] if gpus else f"CPU, {result['environment']['cpu threads']} threads"
-
-
-def time(seconds: float) -> str:
-    """Three digits."""
-    value, unit = (seconds, "s") if seconds >= 0.1 else (1e3 * seconds, "ms")
-    return f"{value:.{max(0, 2 - math.floor(math.log10(value)))}f} {unit}"
+    return gpus[0]["name"].split()[1] if gpus else cpu(result["environment"]["cpu threads"])
 
 
 def times(ratio: float) -> str:
@@ -83,7 +75,7 @@ def headline() -> str:
     (target, *_), _, speculative = demo_rows(demo)
     lines.append([
         f"**no gain:** {demo['num_images']} digits: `SpecDecodeRunner`, gamma {speculative['gamma']}",
-        f"CPU, {demo['threads']} threads",
+        cpu(demo["threads"]),
         f"the target alone {time(target['seconds'])}", time(speculative["seconds"]),
         times(target["seconds"] / speculative["seconds"]),
         f"Frechet distance {speculative['frechet_distance']:.2f}, target {target['frechet_distance']:.2f}",

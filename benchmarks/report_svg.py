@@ -72,7 +72,7 @@ class Axis:
     def label(self, tick: float) -> str:
         if self.log and self.ticks[0] < 1e-2:
             return "10" + str(round(math.log10(tick))).translate(RAISED)
-        return f"{tick:.6g}"
+        return f"{tick:,.6g}"
 
 
 class Canvas:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
@@ -47,6 +48,12 @@ def milliseconds(seconds: float) -> str:
     return f"{value:.{3 if value < 0.1 else 2 if value < 10 else 1 if value < 100 else 0}f}"
 
 
+def time(seconds: float) -> str:
+    """Three digits."""
+    value, unit = (seconds, "s") if seconds >= 0.1 else (1e3 * seconds, "ms")
+    return f"{value:.{max(0, 2 - math.floor(math.log10(value)))}f} {unit}"
+
+
 def timed(row: dict, which: str = "") -> str:
     """A median with its spread; ``which`` is "" or "baseline_"."""
     median = row[f"{which}seconds"]
@@ -57,15 +64,17 @@ def timed(row: dict, which: str = "") -> str:
 
 def on_the_cpu(rows: list[dict], first: str, last: str) -> str:
     """Row by row; ``last`` names what the error is."""
+    rows = [row for row in rows if row["op"] != "denoise in parallel" and not row["baseline"].startswith("sum")]
+    shares = any(row.get("share") for row in rows)
     lines = []
     for row in rows:
-        if row["op"] == "denoise in parallel" or row["baseline"].startswith("sum"):  # for other pages
-            continue
         name = row["backend"].removeprefix("torch").strip().replace("closed_form", "closed form")
         name = f"`{row['op']}` {row['size']}{', ' if name else ''}{name}"
         compared = f"{row['baseline']} {timed(row, 'baseline_')}"
-        lines.append([name, timed(row), compared, f"{row['ratio']:.2f}x", f"{row['error']:.0e}"])
-    return table([first, "this package", "baseline", "ratio", last], lines)
+        ratio = NONE if row["ratio"] is None else f"{row['ratio']:.2f}x"
+        share = [NONE if row.get("share") is None else f"{100 * row['share']:.0f} %"] if shares else []
+        lines.append([name, timed(row) if row["ratio"] else "wrong", compared, ratio, *share, f"{row['error']:.0e}"])
+    return table([first, "this package", "baseline", "ratio", *["share of the floor's speed"] * shares, last], lines)
 
 
 def chains(rows: list[dict]) -> str:
@@ -200,11 +209,15 @@ def percent(details: dict) -> str:
     return f"{100 * details['acceptance']:.0f} %"
 
 
+def cpu(threads: int) -> str:
+    return f"CPU, {threads} thread{'s' * (threads != 1)}"
+
+
 def origin(result: dict) -> str:
     """On what, with what and at which commit."""
     environment = result["environment"]
     gpus = environment["gpus"]
-    parts = [gpus[0]["name"] if gpus else f"CPU, {environment['cpu threads']} threads"]
+    parts = [gpus[0]["name"] if gpus else cpu(environment["cpu threads"])]
     for name, key in (("driver", "nvidia driver"), ("PyTorch", "torch"), ("Triton", "triton"), ("Python", "python")):
         parts += [f"{name} {environment[key]}"] if environment.get(key, "none") != "none" else []
     if nvcc := environment.get("cuda extension", {}).get("nvcc"):
