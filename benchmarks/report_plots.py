@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from report_svg import Canvas, bars, stacks
-from report_tables import BASELINES, KERNELS, batch_of, cpu, load, time
+from report_tables import BASELINES, KERNELS, batch_of, cpu, load, milliseconds, time
 
 GREY, AMBER, BLUE, GREEN, ORANGE, PURPLE = 5, 4, 0, 2, 1, 3
 WAYS = {  # a contender of ``generate.py``: its name in a chart, and its colour
@@ -92,8 +92,8 @@ def head_bars(canvas: Canvas, y: float, size: str) -> float:
         ratio = "" if median[name] == base else f"  ({base / median[name]:.3g}x)"
         if name.startswith("library"):
             ratio = ", matrix products and nothing else"
-        lines.append((CHAINS[name][0], median[name], f"{time(median[name])}{ratio}", CHAINS[name][1]))
-    shown = f"{time(own[fastest])}  ({base / own[fastest]:.3g}x)"
+        lines.append((CHAINS[name][0], median[name], f"{milliseconds(median[name])} ms{ratio}", CHAINS[name][1]))
+    shown = f"{milliseconds(own[fastest])} ms  ({base / own[fastest]:.3g}x)"
     lines.append((f"this package ({KERNELS[fastest]})", own[fastest], shown, GREEN))
     return bars(canvas, y, lines, LEFT, RIGHT)
 
