@@ -149,6 +149,8 @@ def benchmarks(monkeypatch):
     """The modules of the folder of benchmarks, by name."""
     monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
 
+    import report
+
     import baselines
     import blocks
     import common
@@ -169,14 +171,18 @@ def benchmarks(monkeypatch):
     import network_heads
     import parallel
     import quality
-    import quality_docs
     import quality_equal
     import quality_pairs
     import quality_settings
     import registry
+    import report_curves
+    import report_plots
+    import report_summary
+    import report_svg
+    import report_tables
+    import report_trained
     import rows
     import spent
-    import tables
     import tiles
 
     modules = (
@@ -200,14 +206,19 @@ def benchmarks(monkeypatch):
         network_heads,
         parallel,
         quality,
-        quality_docs,
         quality_equal,
         quality_pairs,
         quality_settings,
         registry,
+        report,
+        report_curves,
+        report_plots,
+        report_summary,
+        report_svg,
+        report_tables,
+        report_trained,
         rows,
         spent,
-        tables,
         tiles,
     )
     yield SimpleNamespace(**{module.__name__: module for module in modules})

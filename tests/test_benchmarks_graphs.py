@@ -149,7 +149,7 @@ def test_the_baselines_of_a_gpu(benchmarks, fake_capture):
     makers = denoising.baselines(module, head, 2, [inputs], gpu, benchmarks.baselines.Compilations(gpu))
     names = benchmarks.registry.ON_GPU["bfloat16"]
     assert set(names) <= set(makers)
-    assert set(names[1:]) == set(benchmarks.tables.BASELINES)  # which the README's table knows by name
+    assert set(names[1:]) == set(benchmarks.report_tables.BASELINES)  # which the pages' tables know by name
     expected = denoising.reference.denoise(head, *inputs, 1.0, None, dtype=torch.float64)[0]
     for name in names[:3]:
         assert relative_error(makers[name]()(*inputs), expected) <= denoising.BASELINE_BOUND
