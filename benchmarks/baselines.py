@@ -71,8 +71,8 @@ def graphable_denoise(diffloss, dtype):
 def compiled_denoise(diffloss, dtype, mode="reduce-overhead"):
     """The same loop with its step under ``torch.compile`` (CUDA graphs inside): a function of (cond, x_t, noise).
 
-    The step's number enters as tensors, so that one compilation serves all steps; weights are of the operands' type
-    beforehand, which autocast would convert at every step of a compiled loop.
+    The step's number enters as tensors, so that one compilation serves all steps. The weights have the operands' type
+    beforehand: autocast would convert them at every step of a compiled loop.
     """
     torch._dynamo.reset()  # or the second size compiles to code for any size
     net = copy.deepcopy(diffloss.net).to(dtype)
@@ -127,8 +127,8 @@ def library_products(head, rows):
 def looped_accept_reject(x, draft, target, max_tries=100):
     """Acceptance-rejection as the released runner does it: whole batches of redraws until every row has one.
 
-    The accept test and the redraw use the formulas of this package (log space); the loop, its random
-    numbers from the global generator and its wait for the host every round are the released ones.
+    The accept test and the redraw use the formulas of this package (log space). The loop is the released
+    one: it draws from the global generator, and the host waits for the device every round.
     """
 
     def log_ratio(value):

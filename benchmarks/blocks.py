@@ -1,8 +1,8 @@
 """Rows of ``python benchmarks/kernels.py`` for one block of the network: two products and all that is around them.
 
 What the layered kernels take at many rows, without the chain around them, beside nothing but the two library products.
-All blocks of a step run one after the other in one CUDA graph, so that each finds its weights outside the cache, and
-a row is the time of the whole over their number.
+All blocks of a step run one after the other in one CUDA graph, so that each finds its weights outside the cache. A row
+is the time of the whole over their number.
 """
 
 from __future__ import annotations

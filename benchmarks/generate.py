@@ -2,8 +2,8 @@
 
 Random weights (time does not depend on their values), classes, guidance. All contenders of a case take turns on the
 same seeds. A loop that takes too long is measured on steps spread over the image, and the row says so. Speed is told
-only beside the difference of the images from the eager loop's with the same seed: an image of 8 steps in the type that
-is timed and, of this package, in float32.
+only beside the difference of the images from the eager loop's with the same seed. That is an image of 8 steps in the
+type that is timed; of this package also one in float32.
 """
 
 from __future__ import annotations

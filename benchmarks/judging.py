@@ -45,7 +45,7 @@ def _replays(function, inputs: list[tuple], device: torch.device):
 def density_ratio_rows(tokens: int, backends: list[str], runs: int, device: torch.device, report: Report) -> None:
     """The ratio beside as many bytes moved by the library: ``ratio`` is the share of its bandwidth.
 
-    A copy writes half of them, which a large L2 takes in without waiting for memory; a sum reads all of them, as the
+    A copy writes half of them, which a large L2 takes in without waiting for memory. A sum reads all of them, as the
     ratio does, and is the fairer of the two.
     """
     op, size = "log_density_ratio", f"N={tokens} C={CHANNELS}"

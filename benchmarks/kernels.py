@@ -2,7 +2,7 @@
 ``--compile-report`` prints registers, spills and shared memory of the Triton kernels instead, without a GPU.
 
 Every row is a ratio against a named baseline, measured in the same run on the same inputs, with the
-error beside it; a row whose error exceeds its bound shows no speed. Rows are printed, and written, as they come; what
+error beside it. A row whose error exceeds its bound shows no speed. Rows are printed, and written, as they come; what
 raises is told in its place, the rest goes on, and the exit status is 1.
 """
 
