@@ -1,11 +1,11 @@
 """The kernels of the layered chain.
 
 Few rows: two kernels a block, each program with all rows of its operand (``triton_few``). More rows: ``_norm_kernel``
-writes the operand of a block's first product once. Two products follow, ``_mlp0_kernel`` and ``_mlp1_kernel``, each with
-what comes behind it. Behind a product of the library stand ``_bias_silu_kernel`` or ``_bias_swiglu_kernel``, and
-``_residual_kernel`` (with the next block's norm). In front of the blocks of a step stands
-``_input_kernel``, behind them ``_update_kernel`` (``triton_ends``). In parallel over all steps the same kernels run on
-the rows of all of them, with ``_output_kernel`` at the end, and ``triton_sweep`` has what follows.
+writes the operand of a block's first product once. Two products follow, ``_mlp0_kernel`` and ``_mlp1_kernel``, each
+with what comes behind it. Behind a product of the library stand ``_bias_silu_kernel`` or ``_bias_swiglu_kernel``, and
+``_residual_kernel`` (with the next block's norm). In front of the blocks of a step stands ``_input_kernel``, behind
+them ``_update_kernel`` (``triton_ends``). In parallel over all steps the same kernels run on the rows of all of them,
+with ``_output_kernel`` at the end, and ``triton_sweep`` has what follows.
 
 Each kernel may start before the one in front of it has ended (programmatic dependent launch, PDL, from compute
 capability 9.0 on). That hides its launch and the loads of its weights. Three rules make it safe:
