@@ -23,7 +23,7 @@ from cspd_kernels import DiffusionHead, denoise
 from cspd_kernels.ops.denoise import reference
 from cspd_kernels.testing import randomize_
 
-from report import write_results
+from rows import write_results
 
 DISTANCES = (1e-2, 1e-3, 1e-4, 1e-5)
 TOLERANCES = (1e-3, 1e-6)

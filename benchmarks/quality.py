@@ -20,7 +20,7 @@ from quality_docs import check_docs, write_docs
 from quality_equal import with_ratios
 from quality_pairs import PAIRS, Pair, load
 from quality_settings import Setting, settings
-from report import write_results
+from rows import write_results
 
 
 class Measured:

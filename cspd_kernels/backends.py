@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
-import logging
 import os
 from collections.abc import Callable
 
@@ -13,12 +12,13 @@ import torch
 
 from . import crossover, cuda_support
 from .crossover import PARALLEL, PERSISTENT, PERSISTENT_VARIABLE, ranked
+from .errors import BackendUnavailable, InvalidInput
+from .logs import log_once
 
 BACKENDS = ("torch", "triton", "cuda")
 ENVIRONMENT_VARIABLE = "CSPD_BACKEND"
 _MOST_REMEMBERED = 4096
 OLDEST_TRITON = (3, 6)  # what the kernels are tested with
-_logger = logging.getLogger("cspd_kernels")
 
 
 def available_backends() -> dict[str, str]:
@@ -79,8 +79,8 @@ def implementation(
     """The function that computes ``op``: the attribute of that name in ``ops/<op>/<backend>.py``.
 
     An explicit choice (argument or environment) that cannot be served raises. The automatic one takes, on CUDA devices,
-    the fastest that can serve: ``crossover.ranked`` has the order. It logs once why it passed over others. Elsewhere it
-    is torch.
+    the fastest that can serve: ``crossover.ranked`` has the order. It logs once why it passed over others, as a warning
+    where only torch is left. Elsewhere it is torch.
 
     Args:
         device: where the tensors are; None asks whether any device can be served.
@@ -99,9 +99,9 @@ def implementation(
     if backend is None:
         return _load(op, _automatic(op, device, subject, tokens, groups, parallel))
     if backend not in BACKENDS:
-        raise ValueError(f"expected {source} one of {', '.join(BACKENDS)}, got {backend!r}")
+        raise InvalidInput(f"expected {source} one of {', '.join(BACKENDS)}, got {backend!r}")
     if reason := _why_not(op, backend, device, subject):
-        raise RuntimeError(f"{source}={backend!r} cannot serve {op}: {reason}")
+        raise BackendUnavailable(f"{source}={backend!r} cannot serve {op}: {reason}")
     return _load(op, backend)
 
 
@@ -159,7 +159,9 @@ def _automatic(op: str, device: torch.device | None, subject, tokens: int | None
         return "torch"
     name, refusals = choice(op, device, subject, tokens, groups, parallel)
     if refusals:
-        log_once(f"automatic backend of {op}: {name} ({'; '.join(f'{n}: {why}' for n, why in refusals.items())})")
+        reasons = "; ".join(f"{n}: {why}" for n, why in refusals.items())
+        slow_on = device if name.split()[0] == "torch" else None
+        log_once(f"automatic backend of {op}: {name} ({reasons})", slow_on=slow_on, cause=reasons)
     return name.split()[0]
 
 
@@ -208,12 +210,6 @@ def _why_not_triton_on(device: torch.device) -> str | None:
 @functools.cache
 def _exists(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
-
-
-@functools.cache
-def log_once(message: str) -> None:
-    """Log a reason that holds for every later call, too."""
-    _logger.info(message)
 
 
 def _module(op: str, backend: str) -> str:

@@ -19,9 +19,9 @@ from collections.abc import Callable
 import torch
 
 from . import cuda_support
-from .backends import log_once
 from .devices import on, read
 from .graphs import capture_once, captures_ours
+from .logs import log_once
 
 _OLDEST_DRIVER = 12040
 
@@ -114,7 +114,11 @@ def _prove(device: torch.device) -> None:
             except Exception as error:  # noqa: BLE001  (whatever a driver raises; plain launches serve)
                 reason = f"{type(error).__name__}: {error}"
         if reason is not None:
-            log_once(f"graphs on {device} hold every launch that may be needed, not loops: {reason}")
+            log_once(
+                f"graphs on {device} hold every launch that may be needed, not loops: {reason}",
+                slow_on=device,
+                cause=reason,
+            )
         _proved[device] = nodes if reason is None else None
 
 

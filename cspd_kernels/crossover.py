@@ -19,6 +19,8 @@ import os
 
 import torch
 
+from .errors import InvalidInput
+
 PERSISTENT_VARIABLE = "CSPD_PERSISTENT_MAX_TOKENS"
 PERSISTENT_LIMIT = 16  # rows; beyond it the layered kernels fill the device
 PERSISTENT = "cuda persistent"
@@ -289,7 +291,7 @@ def persistent_limit() -> int | None:
     if not value:
         return None
     if not value.isdecimal() or int(value) > PERSISTENT_LIMIT:
-        raise ValueError(f"expected {PERSISTENT_VARIABLE} as a number from 0 to {PERSISTENT_LIMIT}, got {value!r}")
+        raise InvalidInput(f"expected {PERSISTENT_VARIABLE} as a number from 0 to {PERSISTENT_LIMIT}, got {value!r}")
     return int(value)
 
 

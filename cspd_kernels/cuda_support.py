@@ -14,6 +14,8 @@ from types import ModuleType
 
 import torch
 
+from .errors import BackendUnavailable
+
 RECORD = Path(__file__).with_name("_build.json")  # written by setup.py
 # Names a build of the kernels for the CPU, made by `python csrc/compile.py --emulated`: slow, for tests.
 EMULATION_VARIABLE = "CSPD_CUDA_EMULATION"
@@ -30,7 +32,7 @@ def extension() -> ModuleType:
     """
     loaded = _loaded(os.environ.get(EMULATION_VARIABLE, ""))
     if isinstance(loaded, str):
-        raise RuntimeError(f"the CUDA extension is not there: {loaded}")
+        raise BackendUnavailable(f"the CUDA extension is not there: {loaded}")
     return loaded
 
 

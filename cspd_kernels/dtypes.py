@@ -1,12 +1,42 @@
-"""Types of a head's arithmetic, and autocast."""
+"""Types of a head's arithmetic, their names, and autocast."""
 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 
 import torch
 
-OPERAND_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+from . import dtype_names
+
+OPERAND_DTYPES = tuple(getattr(torch, name) for name in dtype_names.SHORT)
+
+
+def as_dtype(
+    dtype: torch.dtype | str, who: str = "dtype", accepted: Sequence[torch.dtype] = OPERAND_DTYPES
+) -> torch.dtype:
+    """A dtype from itself or from its name, such as "bfloat16", "torch.bfloat16" or "bf16".
+
+    Args:
+        who: what takes it, for the message, such as ``"patch"``.
+        accepted: the dtypes that this place accepts.
+
+    Raises:
+        WrongDtype: it is no dtype, or not an accepted one. The message lists the accepted ones.
+    """
+    names = [str(known).removeprefix("torch.") for known in accepted]
+    if isinstance(dtype, str):
+        return getattr(torch, dtype_names.full_name(dtype, who, names))
+    if dtype not in accepted:
+        raise dtype_names.wrong(dtype, who, names)
+    return dtype
+
+
+def as_dtype_or_none(
+    dtype: torch.dtype | str | None, who: str = "dtype", accepted: Sequence[torch.dtype] = OPERAND_DTYPES
+) -> torch.dtype | None:
+    """:func:`as_dtype`, where None stands for the autocast dtype, or the dtype of the weights."""
+    return None if dtype is None else as_dtype(dtype, who, accepted)
 
 
 def stream_dtype(dtype: torch.dtype) -> torch.dtype:

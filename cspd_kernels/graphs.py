@@ -10,8 +10,8 @@ from collections.abc import Callable, Hashable
 
 import torch
 
-from .backends import log_once
 from .devices import one_a_device
+from .logs import log_once
 
 _capturing = threading.Lock()  # one at a time, of all devices: the garbage collector is off meanwhile
 _ours = threading.local()
@@ -116,7 +116,10 @@ class CudaGraph:
             try:
                 self.graph = self._capture(launch, warm_up)
             except Exception as error:  # noqa: BLE001  (of a driver or a compiler; plain launches serve)
-                log_once(f"kernels are launched one by one, their CUDA graph could not be captured: {error}")
+                log_once(
+                    f"kernels are launched one by one, their CUDA graph could not be captured: {error}",
+                    slow_on=self.device,
+                )
             except BaseException:  # interrupted: the next use captures
                 self.uses = 1
                 raise

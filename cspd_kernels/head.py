@@ -9,7 +9,8 @@ from dataclasses import dataclass, fields, replace
 import torch
 import torch.nn as nn
 
-from .dtypes import OPERAND_DTYPES, call_dtype, stream_dtype, without_autocast
+from .dtypes import OPERAND_DTYPES, as_dtype, call_dtype, stream_dtype, without_autocast
+from .errors import CallError, NotAModel
 from .packing import Packer
 from .schedule import Schedule
 from .spec import HeadSpec, spec_of
@@ -104,7 +105,7 @@ class DiffusionHead:
         """The head with this handle; a handle does not keep its head alive."""
         head = _heads.get(handle)
         if head is None:
-            raise RuntimeError(
+            raise CallError(
                 f"expected the handle of a living DiffusionHead, got {handle}, whose head is gone (or of another "
                 "process): keep the head as long as what was compiled with it"
             )
@@ -171,9 +172,9 @@ class DiffusionHead:
             f"num_steps={self.num_steps}, dtype={self.dtype}, device={self.device})"
         )
 
-    def to(self, dtype: torch.dtype) -> DiffusionHead:
+    def to(self, dtype: torch.dtype | str) -> DiffusionHead:
         """The same head with GEMM operands of another type (float64: everything in float64)."""
-        _check_dtype(dtype)
+        dtype = as_dtype(dtype, "DiffusionHead.to")
         stream = stream_dtype(dtype)
 
         made: dict[int, torch.Tensor] = {}  # blocks that share a tensor go on sharing it
@@ -194,7 +195,7 @@ class DiffusionHead:
 
     @classmethod
     @torch.no_grad()
-    def from_module(cls, diffloss: nn.Module, *, dtype: torch.dtype | None = None, device=None) -> DiffusionHead:
+    def from_module(cls, diffloss: nn.Module, *, dtype: torch.dtype | str | None = None, device=None) -> DiffusionHead:
         """Pack a ``DiffLoss``-like module, recognised by its structure and never by its class name.
 
         The module must hold ``in_channels``, ``gen_diffusion`` and ``net``, as in LTH14/mar's ``models/diffloss.py``.
@@ -216,7 +217,7 @@ class DiffusionHead:
         problem = why_not_a_head(diffloss)
         if problem:
             kind = type(diffloss).__name__
-            raise TypeError(f"DiffusionHead.from_module expected a DiffLoss-like module, got {kind}: {problem}")
+            raise NotAModel(f"DiffusionHead.from_module expected a DiffLoss-like module, got {kind}: {problem}")
         schedule = Schedule.from_diffusion(diffloss.gen_diffusion)
         return cls.from_network(diffloss.net, schedule, dtype=dtype, device=device)
 
@@ -227,8 +228,8 @@ class DiffusionHead:
         net: nn.Module,
         schedule: Schedule | None,
         *,
-        dtype: torch.dtype | None = None,
-        device=None,
+        dtype: torch.dtype | str | None = None,
+        device: torch.device | str | None = None,
         spec: HeadSpec | None = None,
     ) -> DiffusionHead:
         """As :meth:`from_module`, of a network that has the structure and a schedule to sample it with.
@@ -241,12 +242,12 @@ class DiffusionHead:
             TypeError: it has no such structure.
         """
         if isinstance(spec := spec_of(net) if spec is None else spec, str):
-            raise TypeError(f"DiffusionHead.from_network expected a head's network, got {type(net).__name__}: {spec}")
+            raise NotAModel(f"DiffusionHead.from_network expected a head's network, got {type(net).__name__}: {spec}")
         parts = spec.parts
         device = torch.device(device) if device is not None else parts.input.weight.device
         if dtype is None:
             dtype = call_dtype(device, parts.input.weight.dtype)
-        _check_dtype(dtype)
+        dtype = as_dtype(dtype, "DiffusionHead")
         packer = Packer(spec, device, dtype)
         times = tuple(packer.time(time, kind) for time, kind in zip(parts.times, spec.times))
         head = cls(
@@ -274,9 +275,3 @@ class DiffusionHead:
         object.__setattr__(head, "shared", self.shared)
         object.__setattr__(head, "watched", self.watched)
         return head
-
-
-def _check_dtype(dtype: torch.dtype) -> None:
-    if dtype not in OPERAND_DTYPES:
-        names = ", ".join(str(d).removeprefix("torch.") for d in OPERAND_DTYPES)
-        raise ValueError(f"DiffusionHead expected dtype one of {names}, got {dtype}: pass dtype=torch.float32")

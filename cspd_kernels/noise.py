@@ -33,6 +33,8 @@ import math
 
 import torch
 
+from .errors import InvalidInput
+
 STREAM_STEP, STREAM_X_T, STREAM_UNIFORM, STREAM_PROPOSAL, STREAM_ORDER = range(5)
 CANDIDATE_STRIDE = 1 << 48  # of addresses, between the candidates of a token
 _MASK = 0xFFFFFFFF
@@ -94,12 +96,12 @@ def check_seed(seed, device: torch.device | None = None) -> int | torch.Tensor:
     """
     if device is not None and isinstance(seed, torch.Tensor):
         if seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != device:
-            raise ValueError(f"expected a seed tensor to be of one int64 element on {device}, got {_described(seed)}")
+            raise InvalidInput(f"expected a seed tensor to be of one int64 element on {device}, got {_described(seed)}")
         return seed
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**64:
         or_tensor = "" if device is None else " or a tensor of one int64 element"
         got = _described(seed) if isinstance(seed, torch.Tensor) else repr(seed)
-        raise ValueError(f"expected seed to be an int in [0, 2**64){or_tensor}, got {got}")
+        raise InvalidInput(f"expected seed to be an int in [0, 2**64){or_tensor}, got {got}")
     return seed
 
 
@@ -116,9 +118,9 @@ def check_rows(rows, device=None) -> torch.Tensor:
     """Row addresses (N,) int64, or one clear error."""
     if not isinstance(rows, torch.Tensor) or rows.dtype != torch.int64 or rows.dim() != 1:
         got = f"{rows.dtype} {tuple(rows.shape)}" if isinstance(rows, torch.Tensor) else type(rows).__name__
-        raise ValueError(f"expected rows to be an int64 tensor of shape (N,), got {got}")
+        raise InvalidInput(f"expected rows to be an int64 tensor of shape (N,), got {got}")
     if device is not None and rows.device != device:
-        raise ValueError(f"expected rows on {device}, got {rows.device}: move them with rows.to({str(device)!r})")
+        raise InvalidInput(f"expected rows on {device}, got {rows.device}: move them with rows.to({str(device)!r})")
     return rows
 
 
@@ -166,5 +168,5 @@ class PhiloxNoise:
         if self.channels is None:
             self.channels = channels
         if channels is None and self.channels is None:
-            raise ValueError("PhiloxNoise expected the number of channels, got none: call step(i, channels)")
+            raise InvalidInput("PhiloxNoise expected the number of channels, got none: call step(i, channels)")
         return self.channels if channels is None else channels

@@ -14,8 +14,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from .backends import log_once
 from .live import fingerprint, same
+from .logs import log_once
 
 # Elements of the smallest weight that is packed: a call of oneDNN's costs 10 us, one of MKL's next to nothing, and in
 # the half types F.linear is oneDNN's, too.

@@ -19,8 +19,9 @@ from collections.abc import Callable, Sequence
 import torch
 
 from . import cuda_support
-from .backends import ENVIRONMENT_VARIABLE, log_once, untraced, why_unavailable
+from .backends import ENVIRONMENT_VARIABLE, untraced, why_unavailable
 from .devices import on, read
+from .logs import log_once
 
 THREADS = 256  # of a block of PyTorch's
 PER_ROUND = 4  # normals of a thread
@@ -147,8 +148,12 @@ def _kernel(device: torch.device, backend: str | None) -> Kernel | None:
 
 def _choose(device: torch.device, backend: str) -> Kernel | None:
     """The first that is there and proves itself."""
+    missing, wrong = {}, {}
     for name in (backend,) if backend else _AUTOMATIC:
-        if name == "torch" or _why_not(name, device) is not None:
+        if name == "torch":
+            continue
+        if (reason := _why_not(name, device)) is not None:
+            missing[name] = reason
             continue
         kernel = _by_cuda if name == "cuda" else _by_triton
         try:
@@ -158,9 +163,20 @@ def _choose(device: torch.device, backend: str) -> Kernel | None:
         except Exception as error:  # noqa: BLE001  (whatever a compiler or driver raises; the calls are there)
             reason = f"{type(error).__name__}: {error}"
         if reason is None:
+            _log(wrong, device, slow=False)
             return kernel
-        log_once(f"the noise of a sampling loop is not drawn by the {name} kernel on {device}: {reason}")
+        wrong[name] = reason
+    _log(missing | wrong, device, slow=True)
     return None
+
+
+def _log(refusals: dict[str, str], device: torch.device, slow: bool) -> None:
+    for name, reason in refusals.items():
+        log_once(
+            f"the noise of a sampling loop is not drawn by the {name} kernel on {device}: {reason}",
+            slow_on=device if slow else None,
+            cause=reason,
+        )
 
 
 def _why_not(name: str, device: torch.device) -> str | None:

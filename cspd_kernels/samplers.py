@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from .errors import InvalidInput, NotAModel, UnsupportedModel
+
 VARIANCES = ("learned", "fixed_small", "fixed_large")
 PREDICTIONS = ("epsilon", "x0", "v", "velocity")
 # Names of a diffusion object's tables and of ours.
@@ -32,9 +34,9 @@ def table(timesteps, x0_x, x0_out, mean_x0, mean_x, log_std) -> dict[str, np.nda
 def check_betas(betas: np.ndarray) -> np.ndarray:
     """Raise where they are none."""
     if betas.ndim != 1 or betas.size == 0:
-        raise ValueError(f"Schedule expected betas of shape (T,) with T >= 1, got {betas.shape}")
+        raise InvalidInput(f"Schedule expected betas of shape (T,) with T >= 1, got {betas.shape}")
     if not np.all((betas > 0) & (betas <= 1)):  # false for NaN too
-        raise ValueError("Schedule expected every beta in (0, 1], got values outside")
+        raise InvalidInput("Schedule expected every beta in (0, 1], got values outside")
     return betas
 
 
@@ -64,14 +66,14 @@ def ancestral(betas: np.ndarray, variance: str, prediction: str) -> dict[str, np
     if prediction == "epsilon":
         # beta = 1 destroys the signal: x0 would be divided by zero.
         if acp[-1] <= 0:
-            raise ValueError("Schedule expected a positive cumulative product of 1 - betas, got 0: lower the betas")
+            raise InvalidInput("Schedule expected a positive cumulative product of 1 - betas, got 0: lower the betas")
         x0_x, x0_out = known["recip"], -known["recipm1"]
     elif prediction == "x0":
         x0_x, x0_out = np.zeros_like(acp), np.ones_like(acp)
     elif prediction == "v":
         x0_x, x0_out = np.sqrt(acp), -np.sqrt(1.0 - acp)
     else:
-        raise ValueError(f"Schedule.diffusion expected prediction 'epsilon', 'x0' or 'v', got {prediction!r}")
+        raise InvalidInput(f"Schedule.diffusion expected prediction 'epsilon', 'x0' or 'v', got {prediction!r}")
     if variance == "learned":
         upper, lower = large, small
     else:
@@ -120,9 +122,9 @@ def _flow(method: str, times, data_at: float, sizes, timesteps):
     """(time, share of data, size > 0, timestep) of every step, the last one taken first."""
     times = np.array(times, dtype=np.float64)
     if data_at not in (0, 1):
-        raise ValueError(f"Schedule.{method} expected data_at 0 or 1, got {data_at!r}")
+        raise InvalidInput(f"Schedule.{method} expected data_at 0 or 1, got {data_at!r}")
     if times.ndim != 1 or len(times) < (2 if sizes is None else 1) or not np.isfinite(times).all():
-        raise ValueError(
+        raise InvalidInput(
             f"Schedule.{method} expected finite times of shape (T+1,) with T >= 1, from noise to data, got {times}"
         )
     shares = times if data_at == 1 else 1.0 - times
@@ -132,16 +134,16 @@ def _flow(method: str, times, data_at: float, sizes, timesteps):
         sizes = np.array(sizes, dtype=np.float64)
         share = shares[: sizes.size]
         if sizes.shape not in (shares.shape, shares[1:].shape) or not np.isfinite(sizes).all():
-            raise ValueError(f"Schedule.{method} expected finite sizes of shape (T,) beside times, got {sizes}")
+            raise InvalidInput(f"Schedule.{method} expected finite sizes of shape (T,) beside times, got {sizes}")
     if not np.all(sizes > 0) or not np.all((share >= 0) & (share < 1)) or np.any(np.diff(share) <= 0):
-        raise ValueError(
+        raise InvalidInput(
             f"Schedule.{method} expected times that go from noise, at {1 - data_at:g}, towards data, at {data_at:g}, "
             f"where no step begins, got {times}"
         )
     now = times[: len(share)]
     timesteps = now if timesteps is None else np.array(timesteps, dtype=np.float64)
     if timesteps.shape != now.shape:
-        raise ValueError(f"Schedule.{method} expected timesteps of shape {now.shape}, got {timesteps.shape}")
+        raise InvalidInput(f"Schedule.{method} expected timesteps of shape {now.shape}, got {timesteps.shape}")
     return now[::-1], share[::-1], sizes[::-1], timesteps[::-1]
 
 
@@ -151,25 +153,25 @@ def _data(now: np.ndarray, data_at: float, prediction: str) -> tuple[np.ndarray,
         return np.ones_like(now), data_at - now
     if prediction == "x0":
         return np.zeros_like(now), np.ones_like(now)
-    raise ValueError(f"a flow's Schedule expected prediction 'velocity' or 'x0', got {prediction!r}")
+    raise InvalidInput(f"a flow's Schedule expected prediction 'velocity' or 'x0', got {prediction!r}")
 
 
 def read(obj) -> tuple[np.ndarray, np.ndarray | None, str, str]:
     """(betas, timesteps, variance, prediction) of a diffusion object, for ``Schedule.from_diffusion``, which see."""
     if isinstance(obj, (list, tuple)):
-        raise TypeError(
+        raise NotAModel(
             f"Schedule.from_diffusion expected one diffusion object, got a {type(obj).__name__} of {len(obj)}: "
             "choose one of them"
         )
     betas = getattr(obj, "betas", None)
     if betas is None:
-        raise TypeError(
+        raise NotAModel(
             "Schedule.from_diffusion expected a Gaussian diffusion object, with betas, got "
             f"{type(obj).__name__} without: another kind of sampler, which these kernels do not compute"
         )
     mean_type = getattr(getattr(obj, "model_mean_type", None), "name", "EPSILON")
     if mean_type not in _MEANS:
-        raise ValueError(
+        raise UnsupportedModel(
             f"Schedule.from_diffusion expected a network that predicts one of {', '.join(_MEANS)}, got {mean_type}"
         )
     betas = check_betas(np.asarray(betas, dtype=np.float64))
@@ -177,7 +179,7 @@ def read(obj) -> tuple[np.ndarray, np.ndarray | None, str, str]:
     for theirs, ours in _THEIRS.items():
         values = getattr(obj, theirs, None)
         if values is not None and not np.allclose(values, tables[ours], rtol=1e-6, atol=1e-12):
-            raise ValueError(
+            raise UnsupportedModel(
                 f"Schedule.from_diffusion expected {theirs} as it follows from betas, got a table of its own in "
                 f"{type(obj).__name__}"
             )

@@ -9,6 +9,7 @@ from numbers import Integral, Real
 import numpy as np
 
 from . import samplers
+from .errors import InvalidInput
 from .samplers import PREDICTIONS, VARIANCES
 
 _TABLE = ("x0_x", "x0_out", "mean_x0", "mean_x", "log_std_upper", "log_std_lower")
@@ -64,33 +65,33 @@ class Schedule:
             object.__setattr__(self, "log_std_upper", self.log_std_lower)
         shape = self._keep("timesteps").shape
         if len(shape) not in (1, 2) or 0 in shape:
-            raise ValueError(f"Schedule expected timesteps of shape (T,) or (T, K) with T >= 1, got {shape}")
+            raise InvalidInput(f"Schedule expected timesteps of shape (T,) or (T, K) with T >= 1, got {shape}")
         if not np.isfinite(self.timesteps).all():
-            raise ValueError("Schedule expected finite values in timesteps, got NaN or infinity")
+            raise InvalidInput("Schedule expected finite values in timesteps, got NaN or infinity")
         shape = shape[:1]
         for name in (*_TABLE, "betas", "alphas_cumprod"):
             if getattr(self, name) is None and name not in _TABLE:
                 continue
             values = self._keep(name)
             if values.shape != shape:
-                raise ValueError(f"Schedule expected {name} of shape {shape}, got {values.shape}")
+                raise InvalidInput(f"Schedule expected {name} of shape {shape}, got {values.shape}")
             finite = np.isfinite(values)
             if name.startswith("log_std") and not self.learned:
                 finite |= np.isneginf(values)
             if not finite.all():
-                raise ValueError(f"Schedule expected finite values in {name}, got {values[~finite][0]}")
+                raise InvalidInput(f"Schedule expected finite values in {name}, got {values[~finite][0]}")
         if self.clip is not None:
             values = self._keep("clip")
             if values.shape == (2, 1):  # one for all channels
                 object.__setattr__(self, "clip", values := values[:, 0])
             low, high = values if values.ndim in (1, 2) and len(values) == 2 else (np.ones(1), np.zeros(1))
             if not np.all(low <= high):  # false for NaN, too
-                raise ValueError(
+                raise InvalidInput(
                     "Schedule expected clip as (2,) or (2, C), no lower limit above its upper one, got "
                     f"{values.tolist()}"
                 )
         if self.prediction not in PREDICTIONS:
-            raise ValueError(f"Schedule expected prediction one of {PREDICTIONS}, got {self.prediction!r}")
+            raise InvalidInput(f"Schedule expected prediction one of {PREDICTIONS}, got {self.prediction!r}")
 
     def _keep(self, name: str) -> np.ndarray:
         """A copy of the caller's values, which stay theirs."""
@@ -151,10 +152,10 @@ class Schedule:
         """
         betas = samplers.check_betas(np.array(betas, dtype=np.float64))
         if variance not in VARIANCES:
-            raise ValueError(f"Schedule expected variance one of {VARIANCES}, got {variance!r}")
+            raise InvalidInput(f"Schedule expected variance one of {VARIANCES}, got {variance!r}")
         timesteps = np.arange(betas.size) if timesteps is None else np.array(timesteps)
         if timesteps.shape != betas.shape:
-            raise ValueError(f"Schedule expected timesteps of shape {betas.shape}, got {timesteps.shape}")
+            raise InvalidInput(f"Schedule expected timesteps of shape {betas.shape}, got {timesteps.shape}")
         made = cls(
             timesteps=timesteps, **samplers.ancestral(betas, variance, prediction), learned=variance == "learned",
             name="ddpm", prediction=prediction, variance=variance, betas=betas,
@@ -242,7 +243,7 @@ class Schedule:
         output itself has no density. The network is called with timestep 0.
         """
         if not isinstance(width, Real) or not 0 < width < math.inf:
-            raise ValueError(f"Schedule expected a finite width > 0 of one step, got {width!r}")
+            raise InvalidInput(f"Schedule expected a finite width > 0 of one step, got {width!r}")
         table = samplers.table([0.0], [0.0], [1.0], [1.0], [0.0], [math.log(width)])
         return cls(name="one_step", prediction="x0", width=float(width), **table)
 
@@ -270,7 +271,7 @@ class Schedule:
     def last(self, steps: int) -> Schedule:
         """The last ``steps`` of the steps taken, or all where there are no more."""
         if not isinstance(steps, Integral) or steps < 1:
-            raise ValueError(f"Schedule.last expected steps as an int >= 1, got {steps!r}")
+            raise InvalidInput(f"Schedule.last expected steps as an int >= 1, got {steps!r}")
         tables = {f.name: getattr(self, f.name) for f in fields(self)}
         return replace(self, **{n: v[:steps] for n, v in tables.items() if isinstance(v, np.ndarray) and n != "clip"})
 
@@ -306,7 +307,7 @@ class Schedule:
         """
         self._needs_ancestral("ddim")
         if not isinstance(eta, Real) or not 0 <= eta <= 1:
-            raise ValueError(f"Schedule.ddim expected eta in [0, 1], got {eta!r}")
+            raise InvalidInput(f"Schedule.ddim expected eta in [0, 1], got {eta!r}")
         table = samplers.ddim(self.betas, self.alphas_cumprod, float(eta))
         return replace(self, name="ddim", learned=False, variance=None, **table)
 
@@ -317,7 +318,7 @@ class Schedule:
         """
         low, high = np.array(low, np.float64), np.array(high, np.float64)
         if low.shape != high.shape and low.size != 1 and high.size != 1:
-            raise ValueError(
+            raise InvalidInput(
                 f"Schedule.clipped expected as many lower limits as upper ones, got {low.size} and {high.size}"
             )
         return replace(self, clip=np.stack(np.broadcast_arrays(low, high)))
@@ -329,12 +330,12 @@ class Schedule:
         try:
             low, high = clip
         except (TypeError, ValueError):
-            raise ValueError(f"Schedule expected clip as a pair of limits, (low, high), got {clip!r}") from None
+            raise InvalidInput(f"Schedule expected clip as a pair of limits, (low, high), got {clip!r}") from None
         return self.clipped(low, high)
 
     def _needs_ancestral(self, method: str) -> None:
         if self.variance is None:
-            raise ValueError(
+            raise InvalidInput(
                 f"Schedule.{method} expected the ancestral steps of a diffusion, got {self!r}"
                 + (": respace them first" if self.name == "ddim" and method == "respaced" else "")
             )
@@ -343,6 +344,6 @@ class Schedule:
 def _check_steps(num_steps: int, train_steps: int) -> None:
     whole = isinstance(num_steps, int) and isinstance(train_steps, int)
     if not whole or not 1 <= num_steps <= train_steps:
-        raise ValueError(
+        raise InvalidInput(
             f"Schedule expected 1 <= num_steps <= {train_steps} (train_steps), got num_steps = {num_steps!r}"
         )

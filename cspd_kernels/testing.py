@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn as nn
 
+from .errors import InvalidInput
 from .head import Block, DiffusionHead
 from .ops.denoise import Denoised
 from .spec import TimeSpec
@@ -120,12 +121,12 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
             would be NaN, and a comparison of zeros shows nothing.
     """
     if actual.shape != expected.shape:
-        raise ValueError(f"relative_error expected two equal shapes, got {(*actual.shape,)} and {(*expected.shape,)}")
+        raise InvalidInput(f"relative_error expected two equal shapes, got {(*actual.shape,)} and {(*expected.shape,)}")
     actual, expected = actual.double().cpu(), expected.double().cpu()
     if expected.numel() == 0:
         return 0.0
     if not bool(expected.any()):
-        raise ValueError(
+        raise InvalidInput(
             "relative_error expected values other than 0 to compare with, got only zeros: choose inputs that give "
             "others, or compare by torch.equal"
         )

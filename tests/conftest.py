@@ -152,11 +152,17 @@ def benchmarks(monkeypatch):
     import baselines
     import blocks
     import common
+    import compare
+    import denoising
+    import evaluating
+    import floors
     import generate
+    import groups
     import host
     import host_denoise
     import host_judging
     import images
+    import in_parallel
     import judging
     import kernels
     import network
@@ -167,7 +173,8 @@ def benchmarks(monkeypatch):
     import quality_equal
     import quality_pairs
     import quality_settings
-    import report
+    import registry
+    import rows
     import spent
     import tables
     import tiles
@@ -176,12 +183,18 @@ def benchmarks(monkeypatch):
         kernels,
         blocks,
         common,
+        compare,
         baselines,
+        denoising,
+        evaluating,
+        floors,
         generate,
+        groups,
         host,
         host_denoise,
         host_judging,
         images,
+        in_parallel,
         judging,
         network,
         network_heads,
@@ -191,7 +204,8 @@ def benchmarks(monkeypatch):
         quality_equal,
         quality_pairs,
         quality_settings,
-        report,
+        registry,
+        rows,
         spent,
         tables,
         tiles,

@@ -8,48 +8,45 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from cspd_kernels import __version__ as __version__
 
 from .origin import warn_of_a_mixture
 
 if TYPE_CHECKING:
-    from . import models
+    from . import errors, models, samplers
     from .checkpoints import load_mar
     from .context_relaxation import ContextRelaxation
     from .description import describe
     from .entropy_draft import EntropyDraft
+    from .errors import BackendUnavailable, CheckpointError, CspdError, InvalidInput, UnsupportedModel, WrongDtype
+    from .output import SampleOutput
     from .patching import is_patched, patch, patched, unpatch
     from .policies import AdaptiveDraft, SimilarityRelaxation, Window
+    from .progress import Progress
     from .speculative import SpecDecodeRunner
+    from .stats import RunStats
     from .vae import load_vae
     from .whole.sampler import sample_tokens
-
-__all__ = [
-    "AdaptiveDraft",
-    "ContextRelaxation",
-    "EntropyDraft",
-    "SimilarityRelaxation",
-    "SpecDecodeRunner",
-    "Window",
-    "describe",
-    "is_patched",
-    "load_mar",
-    "load_vae",
-    "models",
-    "patch",
-    "patched",
-    "sample_tokens",
-    "unpatch",
-]
 
 # Looked up on first use: the command `cspd` is at work, and can be interrupted, before torch is imported.
 _HOMES = {
     "AdaptiveDraft": "policies",
+    "BackendUnavailable": "errors",
+    "CheckpointError": "errors",
     "ContextRelaxation": "context_relaxation",
+    "CspdError": "errors",
     "EntropyDraft": "entropy_draft",
+    "InvalidInput": "errors",
+    "Progress": "progress",
+    "RunStats": "stats",
+    "SampleOutput": "output",
     "SimilarityRelaxation": "policies",
     "SpecDecodeRunner": "speculative",
+    "UnsupportedModel": "errors",
     "Window": "policies",
+    "WrongDtype": "errors",
     "describe": "description",
     "is_patched": "patching",
     "load_mar": "checkpoints",
@@ -60,8 +57,37 @@ _HOMES = {
     "unpatch": "patching",
 }
 
+__all__ = [
+    "AdaptiveDraft",
+    "BackendUnavailable",
+    "CheckpointError",
+    "ContextRelaxation",
+    "CspdError",
+    "EntropyDraft",
+    "InvalidInput",
+    "Progress",
+    "RunStats",
+    "SampleOutput",
+    "SimilarityRelaxation",
+    "SpecDecodeRunner",
+    "UnsupportedModel",
+    "Window",
+    "WrongDtype",
+    "describe",
+    "errors",
+    "is_patched",
+    "load_mar",
+    "load_vae",
+    "models",
+    "patch",
+    "patched",
+    "sample_tokens",
+    "samplers",
+    "unpatch",
+]
 
-def __getattr__(name: str):
+
+def __getattr__(name: str) -> Any:
     if name in _HOMES:
         value = globals()[name] = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
         return value
@@ -71,7 +97,7 @@ def __getattr__(name: str):
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({name for name in globals() if name.startswith("__")} | {*__all__})
 
 
 warn_of_a_mixture(__file__)

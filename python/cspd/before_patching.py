@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from .diffusions import DDIM, LOOPS, NO_DIFFUSION, NotServedError
+from .errors import InvalidInput, UnsupportedModel
 from .heads import FoundHead
 from .loop import LoopHook
 from .meanings import Meaning
@@ -64,7 +65,7 @@ def _keep_loop(patch: HeadPatch, why: str) -> None:
             "cspd.patch: %s: its network's first call compares, as it does not run here: %s", patch.name, error
         )
     except DiffersError as error:
-        raise ValueError(
+        raise UnsupportedModel(
             f"{patch.name} samples differently and is left unpatched: {why}; and its network: {error}"
         ) from None
     if patch.options.loop is None:
@@ -157,7 +158,9 @@ def check_sampling(patch: HeadPatch) -> None:
         return
     if patch.own_loop is not None or patch.own_sampler is not None:
         why = "" if patch.own_loop is None else f", and its loop stays its own: {patch.own_loop}"
-        raise ValueError(f"{patch.name} is left unpatched: expected a diffusion object to sample by {sampling}{why}")
+        raise UnsupportedModel(
+            f"{patch.name} is left unpatched: expected a diffusion object to sample by {sampling}{why}"
+        )
     unread = []
     for path, diffusion in patch.found.diffusions.items():
         try:
@@ -169,9 +172,9 @@ def check_sampling(patch: HeadPatch) -> None:
             for step in (0, 1):
                 sampling.schedule(schedule, step, 2)
         except ValueError as error:
-            raise ValueError(f"{patch.name} is left unpatched: its {path}: {error}") from None
+            raise UnsupportedModel(f"{patch.name} is left unpatched: its {path}: {error}") from None
     if len(unread) == len(patch.found.diffusions):
-        raise ValueError(f"{patch.name} is left unpatched: {'; '.join(unread)}")
+        raise UnsupportedModel(f"{patch.name} is left unpatched: {'; '.join(unread)}")
     _logger.warning("cspd.patch: %s samples by %s, as asked for: other tokens than its own", patch.name, sampling)
 
 
@@ -181,11 +184,11 @@ def _check_values(found: FoundHead, dtype: torch.dtype | None) -> None:
             return
         weight = weight.detach()
         if not bool(torch.isfinite(weight).all()):
-            raise ValueError(
+            raise InvalidInput(
                 f"{found.name} is left unpatched: expected finite weights, got NaN or infinity in {name}: load weights "
                 "that did not diverge"
             )
         if dtype == torch.float16 and weight.numel() and float(weight.abs().max()) > torch.finfo(dtype).max:
-            raise ValueError(
+            raise InvalidInput(
                 f"{found.name} is left unpatched: {name} holds values beyond float16's range: use dtype=torch.bfloat16"
             )

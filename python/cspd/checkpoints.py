@@ -9,6 +9,9 @@ from pathlib import Path
 
 import torch
 
+from cspd_kernels.dtypes import as_dtype
+
+from .errors import CheckpointError
 from .models import MAR
 from .weight_files import (
     MAR_FILE,
@@ -62,7 +65,9 @@ def mar_config(
     width, seq_len = _shape(state, "class_emb.weight")[1], _shape(state, "diffusion_pos_embed_learned", 3)[1]
     channels, side = _shape(state, "z_proj.weight")[1], math.isqrt(seq_len)
     if side**2 != seq_len:
-        raise ValueError(f"expected as many tokens as a square has, got {seq_len} from diffusion_pos_embed_learned")
+        raise CheckpointError(
+            f"expected as many tokens as a square has, got {seq_len} from diffusion_pos_embed_learned"
+        )
     config = dict(
         class_num=_shape(state, "class_emb.weight")[0],
         encoder_embed_dim=width,
@@ -78,9 +83,9 @@ def mar_config(
         released = seq_len == 256 and vae_stride in (None, 16) and _is_released(config)
         patch_size = _patch_size(channels, released)
     if patch_size < 1 or channels % patch_size**2:
-        raise ValueError(f"expected a patch size whose square divides the {channels} channels, got {patch_size}")
+        raise CheckpointError(f"expected a patch size whose square divides the {channels} channels, got {patch_size}")
     if vae_stride is not None and vae_stride < 1:
-        raise ValueError(f"expected vae_stride >= 1, got {vae_stride}")
+        raise CheckpointError(f"expected vae_stride >= 1, got {vae_stride}")
     config |= dict(
         img_size=side * patch_size * (vae_stride or 1),
         vae_stride=vae_stride or 1,
@@ -90,7 +95,9 @@ def mar_config(
     for name in ("encoder", "decoder"):
         dim = config[f"{name}_embed_dim"]
         if num_heads is None and dim not in _HEADS:
-            raise ValueError(f"the number of attention heads of a {name} of width {dim} is unknown: give num_heads")
+            raise CheckpointError(
+                f"the number of attention heads of a {name} of width {dim} is unknown: give num_heads"
+            )
         config[f"{name}_num_heads"] = num_heads or _HEADS[dim]
     return config
 
@@ -99,11 +106,11 @@ def _shape(state: dict[str, torch.Tensor], name: str, dimensions: int = 2) -> to
     if name not in state:
         longer = next((key for key in state if key.endswith(f".{name}")), None)
         hint = f": its names begin with the prefix {longer.removesuffix(name)!r}, drop it" if longer else ""
-        raise ValueError(f"expected the state dict of a MAR model, got one without {name!r}{hint}")
+        raise CheckpointError(f"expected the state dict of a MAR model, got one without {name!r}{hint}")
     shape = state[name].shape
     if len(shape) != dimensions:
         got = f"{name} of shape {tuple(shape)}"
-        raise ValueError(f"expected weights in shapes of their own, got {got}: {UNFLATTEN}")
+        raise CheckpointError(f"expected weights in shapes of their own, got {got}: {UNFLATTEN}")
     return shape
 
 
@@ -133,7 +140,7 @@ def _patch_size(channels: int, released: bool) -> int:
     if possible == [1] or (released and channels == 16):
         return 1
     ways = " or ".join(f"{p} ({channels // p**2}-channel latents)" for p in possible)
-    raise ValueError(
+    raise CheckpointError(
         f"expected the patch size, which weights do not show, got tokens of {channels} channels: give patch_size= to "
         f"load_mar, or --patch-size to cspd generate and cspd convert, as {ways}"
     )
@@ -146,7 +153,7 @@ def load_mar(
     patch_size: int | None = None,
     vae_stride: int | None = None,
     device: torch.device | str = "cpu",
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     **options,
 ) -> MAR:
     """A MAR in eval mode from a checkpoint of LTH14/mar; its size is read from the weights.
@@ -168,9 +175,10 @@ def load_mar(
         FileNotFoundError, ValueError: see :func:`load_state_dict` and :func:`mar_config`; a folder holds several; what
             the file tells contradicts its weights.
     """
+    dtype = torch.float32 if dtype is None else as_dtype(dtype, "load_mar")
     found = _find(path, None, num_heads, patch_size, vae_stride, options)
     # Copied: a file that is mapped into the model's memory could be changed, or cut short, under its feet.
-    form = dict(device=device, dtype=dtype or torch.float32, copy=True, memory_format=torch.contiguous_format)
+    form = dict(device=device, dtype=dtype, copy=True, memory_format=torch.contiguous_format)
     found.model.load_state_dict({n: value.to(**form) for n, value in found.weights.tensors.items()}, assign=True)
     found.model.loaded = found.description()
     _logger.info("loaded %s: %s", found.weights.path, found.model.loaded)
@@ -252,17 +260,17 @@ def _find(
         told_all = patch_size is None and vae_stride is None and patch is not None and stride is not None
         size = weights.facts.get("img_size", config["img_size"])
         if told_all and size != config["img_size"]:
-            raise ValueError(
+            raise CheckpointError(
                 f"its tokens are those of img_size={config['img_size']} with patch_size={patch} and "
                 f"vae_stride={stride}, but {weights.told_by} says {size}: give patch_size and vae_stride"
             )
         with torch.device("meta"):
             model = MAR(**{**config, **options})
         if reason := why_not_its_weights(model.state_dict(), weights.tensors, "a MAR model"):
-            raise ValueError(reason)
+            raise CheckpointError(reason)
     except ValueError as error:
         dropped = f" (its names had the prefix {weights.prefix!r}, which was dropped)" if weights.prefix else ""
-        raise ValueError(f"cannot load {weights.path} as a MAR{dropped}: {error}") from None
+        raise CheckpointError(f"cannot load {weights.path} as a MAR{dropped}: {error}") from None
     assumed = patch is None and _patch_sizes(config["vae_embed_dim"]) != [1]
     if assumed:
         _logger.warning(
@@ -291,6 +299,8 @@ def _told(weights: Weights, patch_size: int | None, vae_stride: int | None) -> t
         fitting = [p for p in _patch_sizes(channels) if channels == told["vae_embed_dim"] * p**2]
         if not fitting or told.setdefault("patch_size", fitting[0]) != fitting[0]:
             says = ", ".join(f"{name}={told[name]}" for name in ("vae_embed_dim", "patch_size") if name in told)
-            raise ValueError(f"its tokens have {channels} channels, but {weights.told_by} says {says}: give patch_size")
+            raise CheckpointError(
+                f"its tokens have {channels} channels, but {weights.told_by} says {says}: give patch_size"
+            )
     stride = told.get("vae_stride") if vae_stride is None else vae_stride
     return (told.get("patch_size") if patch_size is None else patch_size), stride

@@ -7,6 +7,7 @@ import math
 import torch
 import torch.nn.functional as F
 
+from .errors import InvalidInput
 from .policies import Window
 
 
@@ -60,9 +61,9 @@ class ContextRelaxation:
 
     def __init__(self, least: float = 1.0, most: float = 42.0, *, scale: float = 1.0):
         if not 0 < least <= most < math.inf:
-            raise ValueError(f"expected 0 < least <= most, both finite, got {least!r} and {most!r}")
+            raise InvalidInput(f"expected 0 < least <= most, both finite, got {least!r} and {most!r}")
         if not 0 < scale < math.inf:
-            raise ValueError(f"expected a finite scale > 0, got {scale!r}")
+            raise InvalidInput(f"expected a finite scale > 0, got {scale!r}")
         self.least, self.most, self.scale = float(least), float(most), float(scale)
 
     def __repr__(self) -> str:
@@ -78,7 +79,7 @@ class ContextRelaxation:
 def change_behind(window: Window) -> torch.Tensor:
     """(B, n) float32, the change of :class:`ContextRelaxation`; not finite where it is not known."""
     if window.target_before is None or window.known is None:
-        raise ValueError(
+        raise InvalidInput(
             'expected a window that shows what the target makes of the tokens that follow, as verify="strict" '
             "computes it, got one without target_before and known"
         )

@@ -6,6 +6,8 @@ from numbers import Real
 
 import torch
 
+from .errors import InvalidInput
+
 
 class EntropyDraft:
     """Windows that end before a step at which the draft's attention is unusually narrow, or wide.
@@ -46,13 +48,13 @@ class EntropyDraft:
 
     def __init__(self, most: int = 16, factor: float = 0.9, memory: float = 0.8, *, ends: str = "below"):
         if isinstance(most, bool) or not isinstance(most, int) or most < 1:
-            raise ValueError(f"expected most as an int >= 1, got {most!r}")
+            raise InvalidInput(f"expected most as an int >= 1, got {most!r}")
         if isinstance(factor, bool) or not isinstance(factor, Real) or not 0 < factor < float("inf"):
-            raise ValueError(f"expected a finite factor > 0, got {factor!r}")
+            raise InvalidInput(f"expected a finite factor > 0, got {factor!r}")
         if isinstance(memory, bool) or not isinstance(memory, Real) or not 0 <= memory < 1:
-            raise ValueError(f"expected memory in [0, 1), got {memory!r}")
+            raise InvalidInput(f"expected memory in [0, 1), got {memory!r}")
         if ends not in ("below", "above"):
-            raise ValueError(f"expected ends as 'below' or 'above', got {ends!r}")
+            raise InvalidInput(f"expected ends as 'below' or 'above', got {ends!r}")
         self.most, self.factor, self.memory, self.ends = most, float(factor), float(memory), ends
 
     def __repr__(self) -> str:
@@ -81,7 +83,7 @@ class EntropyDraft:
             ValueError: shapes or devices that differ, or no floating tensor.
         """
         if entropy.shape != state.shape or entropy.device != state.device or not entropy.is_floating_point():
-            raise ValueError(
+            raise InvalidInput(
                 f"expected entropies as a floating tensor {tuple(state.shape)} on {state.device}, got "
                 f"{entropy.dtype} {tuple(entropy.shape)} on {entropy.device}"
             )

@@ -15,6 +15,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
+from .errors import CheckpointError, InvalidInput, MissingPackage
 from .files import sha256
 from .frechet import frechet_distance
 
@@ -31,11 +32,11 @@ def load_statistics(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """
     with _open_npz(path, "--fid") as file:
         if missing := {"mu", "sigma"} - set(file.files):
-            raise ValueError(f"expected {path} with the arrays mu and sigma, got one without {min(missing)}")
+            raise InvalidInput(f"expected {path} with the arrays mu and sigma, got one without {min(missing)}")
         mu, sigma = (np.asarray(_array(file, name, path)) for name in ("mu", "sigma"))
     for name, array, shape in (("mu", mu, (FEATURES,)), ("sigma", sigma, (FEATURES, FEATURES))):
         if array.shape != shape or array.dtype.kind != "f" or not np.isfinite(array).all():
-            raise ValueError(
+            raise InvalidInput(
                 f"expected {name} of {path} as finite numbers of shape {shape}, got {array.dtype} of {array.shape}"
             )
     return mu.astype(np.float64), sigma.astype(np.float64)
@@ -53,17 +54,17 @@ class Images:
         if path.is_dir():
             self.files = sorted(file for file in path.glob("*.png") if not file.name.startswith("."))
             if not self.files:
-                raise ValueError(f"expected a folder of PNG files, found none in {path}")
+                raise InvalidInput(f"expected a folder of PNG files, found none in {path}")
         else:
             with _open_npz(path, "the images") as file:
                 if "arr_0" not in file.files:
-                    raise ValueError(f"expected {path} with the images as arr_0, got {', '.join(file.files)}")
+                    raise InvalidInput(f"expected {path} with the images as arr_0, got {', '.join(file.files)}")
                 self.array = _array(file, "arr_0", path)
             if self.array.dtype != np.uint8 or self.array.ndim != 4 or self.array.shape[3] != 3:
                 got = f"{self.array.dtype} of {self.array.shape}"
-                raise ValueError(f"expected arr_0 of {path} as uint8 of shape (n, H, W, 3), got {got}")
+                raise InvalidInput(f"expected arr_0 of {path} as uint8 of shape (n, H, W, 3), got {got}")
         if len(self) < 2:
-            raise ValueError(f"expected at least 2 images to take a covariance of, got {len(self)} in {path}")
+            raise InvalidInput(f"expected at least 2 images to take a covariance of, got {len(self)} in {path}")
 
     def __len__(self) -> int:
         return len(self.files) if self.array is None else len(self.array)
@@ -79,7 +80,7 @@ class Images:
                 for file, image in zip(self.files[first:], pixels):
                     shape = shape or image.shape
                     if image.shape != shape:
-                        raise ValueError(
+                        raise InvalidInput(
                             f"expected images of one size, got {shape[1]} x {shape[0]} and {image.shape[1]} x "
                             f"{image.shape[0]} ({file})"
                         )
@@ -103,7 +104,7 @@ def evaluate(
         OSError, ValueError, RuntimeError: a file is missing or wrong, or torch-fidelity is not installed.
     """
     if batch_size < 1:
-        raise ValueError(f"expected a batch size >= 1, got {batch_size}")
+        raise InvalidInput(f"expected a batch size >= 1, got {batch_size}")
     # What is wrong is said before the work.
     mu, sigma = load_statistics(statistics)
     found = Images(images)
@@ -118,7 +119,7 @@ def evaluate(
             bar.update(len(batch))
     features = torch.cat(features).double().numpy()
     if not np.isfinite(features).all():
-        raise ValueError(f"expected finite features, got NaN or infinity: {weights} does not hold usable weights")
+        raise CheckpointError(f"expected finite features, got NaN or infinity: {weights} does not hold usable weights")
     score = {"inception_score_mean": None, "inception_score_std": None}
     if len(found) >= SPLITS:
         from torch_fidelity.metric_isc import isc_features_to_metric
@@ -139,7 +140,7 @@ def _inception(weights: Path | None):
     try:
         from torch_fidelity import feature_extractor_inceptionv3 as module
     except (ImportError, RuntimeError) as error:  # a torchvision for another torch ends with either
-        raise RuntimeError(
+        raise MissingPackage(
             f"cspd eval needs torch-fidelity, which cannot be imported ({error}): install the extra `eval`, "
             "`pip install 'cspd-kernels[eval]'`"
         ) from error
@@ -155,11 +156,11 @@ def _inception(weights: Path | None):
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # noqa: BLE001  (pickle, zip and torch each have their own)
-        raise ValueError(
+        raise CheckpointError(
             f"expected {path} as a file of weights alone, it cannot be read as one: {_first(error)}"
         ) from None
     if not isinstance(state, dict) or getattr(state.get("fc.weight"), "shape", None) != (1008, FEATURES):
-        raise ValueError(
+        raise CheckpointError(
             f"expected {path} as torch-fidelity's Inception ({name}), whose fc.weight is of shape (1008, {FEATURES}); "
             "torchvision's is another network, with other numbers"
         )
@@ -168,7 +169,7 @@ def _inception(weights: Path | None):
             "inception-v3-compat", [str(FEATURES), "logits_unbiased"], feature_extractor_weights_path=str(path)
         )
     except RuntimeError as error:
-        raise ValueError(f"expected {path} as torch-fidelity's Inception ({name}): {_first(error)}") from None
+        raise CheckpointError(f"expected {path} as torch-fidelity's Inception ({name}): {_first(error)}") from None
     return extractor, path
 
 
@@ -190,7 +191,7 @@ def _open_npz(path: Path, what: str):
     except (ValueError, EOFError, zipfile.BadZipFile):
         file = None
     if not isinstance(file, np.lib.npyio.NpzFile):
-        raise ValueError(f"expected {what} as a .npz file, {path} is none")
+        raise InvalidInput(f"expected {what} as a .npz file, {path} is none")
     return file
 
 
@@ -198,7 +199,7 @@ def _array(file, name: str, path: Path) -> np.ndarray:
     try:
         return file[name]
     except (ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{name} of {path} cannot be read: {error}") from None
+        raise InvalidInput(f"{name} of {path} cannot be read: {error}") from None
 
 
 def _read(file: Path) -> np.ndarray:
@@ -206,4 +207,4 @@ def _read(file: Path) -> np.ndarray:
         with Image.open(file) as image:
             return np.asarray(image.convert("RGB"))
     except (OSError, SyntaxError, UnidentifiedImageError) as error:
-        raise ValueError(f"{file} cannot be read as an image: {error}") from None
+        raise InvalidInput(f"{file} cannot be read as an image: {error}") from None

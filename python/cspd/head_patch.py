@@ -15,6 +15,7 @@ from cspd_kernels.spec import HeadSpec
 
 from .calls import Call
 from .diffusions import NotServedError, Steps
+from .errors import CallError
 from .heads import FoundHead, HeadCache, unwrapped
 from .loop import LOCK, PATCHES, LoopHook
 from .made_calls import finish, run_call
@@ -213,7 +214,7 @@ class HeadPatch:
         return sampling.schedule(hook.tables.schedule(Steps(clip=meaning.clip)), step, of)
 
     def refuse_capture(self) -> None:
-        raise RuntimeError(
+        raise CallError(
             f"{self.name} expected a first call like this one before a CUDA graph of the caller's is captured, "
             "which cannot hold what is made once: call it once, then capture"
         )

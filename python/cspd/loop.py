@@ -19,6 +19,7 @@ from cspd_kernels.structure import kind_of
 
 from .calls import Call, read_call
 from .diffusions import LOOPS, NotServedError, Tables
+from .errors import NotAModel
 from .heads import bound_network
 
 PATCHES = "_cspd_patches"  # attribute of a network: its patches, the last one in charge
@@ -90,7 +91,7 @@ class LoopHook:
             try:
                 setattr(self.diffusion, name, getattr(self, name))
             except Exception as error:
-                raise TypeError(
+                raise NotAModel(
                     f"expected a diffusion object whose {name} can be replaced, got {kind_of(self.diffusion)}, which "
                     f"refuses: {type(error).__name__}: {error}"
                 ) from error

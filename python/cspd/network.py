@@ -21,6 +21,7 @@ from cspd_kernels.spec import HeadSpec, specs_of
 from cspd_kernels.structure import compiled_from
 
 from .diffusions import NotServedError
+from .errors import CallError
 from .heads import HeadCache
 from .loop import LOCK
 from .network_call import READINGS, Kind, Roles, flatten
@@ -153,7 +154,7 @@ class FastNetwork:
 
     def _check_capture(self, ready: bool) -> None:
         if not ready:
-            raise RuntimeError(
+            raise CallError(
                 f"a patched {type(self.net).__name__} expected a first call like this one before a CUDA graph of the "
                 "caller's is captured, which cannot hold what is made once: call it once, then capture"
             )

@@ -16,6 +16,8 @@ import torch
 
 from cspd_kernels.noise import STREAM_ORDER, words
 
+from .errors import InvalidInput
+
 
 def is_count(value, least: int) -> bool:
     """Whether a value is an int from ``least`` on, or stands for one as NumPy's and tensors of one number do."""
@@ -33,7 +35,7 @@ def mask_lengths(seq_len: int, steps: int) -> list[int]:
     MAR). Length K + 1, from L down to 0; equal neighbours mean a step with nothing to draw.
     """
     if not is_count(steps, 1):
-        raise ValueError(f"expected steps >= 1, an int (num_iter of MAR's sample_tokens), got {steps!r}")
+        raise InvalidInput(f"expected steps >= 1, an int (num_iter of MAR's sample_tokens), got {steps!r}")
     lengths = [seq_len]
     for step in range(steps - 1):
         cosine = math.floor(seq_len * math.cos(math.pi / 2.0 * (step + 1) / steps))
@@ -47,7 +49,7 @@ def guidance_scale(cfg: float, cfg_schedule: str, masked: int, seq_len: int) -> 
         return float(cfg)
     if cfg_schedule == "linear":
         return 1.0 + (float(cfg) - 1.0) * (seq_len - masked) / seq_len
-    raise ValueError(f"expected cfg_schedule 'linear' or 'constant', got {cfg_schedule!r}")
+    raise InvalidInput(f"expected cfg_schedule 'linear' or 'constant', got {cfg_schedule!r}")
 
 
 @dataclass(frozen=True)
@@ -293,7 +295,7 @@ class Plan:
 def check_room(count: torch.Tensor, room: int) -> None:
     """Raise where a row of a ragged pass knows more tokens than there is room for: looked at on the CPU alone."""
     if count.device.type == "cpu" and count.numel() and count.max() > room:
-        raise ValueError(f"expected room for the {int(count.max())} tokens that are known before a row, got {room}")
+        raise InvalidInput(f"expected room for the {int(count.max())} tokens that are known before a row, got {room}")
 
 
 def random_orders(seed: int, images: torch.Tensor, seq_len: int) -> torch.Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 
+from .errors import MissingPackage
 from .serve import MAX_BRANCHES, MAX_GUIDANCE, MAX_SEED, MOST_CANDIDATES, Studio, render
 
 WAITING = 16  # requests; who comes when so many wait is told to come again
@@ -30,7 +31,7 @@ def import_gradio():
     try:
         import gradio
     except ImportError as error:
-        raise RuntimeError(
+        raise MissingPackage(
             f"cspd serve needs gradio, which cannot be imported ({error}): install the extra `serve`, "
             "`pip install 'cspd-kernels[serve]'`"
         ) from error

@@ -12,6 +12,7 @@ import torch.nn as nn
 from .before_patching import check_sampling, compare
 from .description import describe_head
 from .diffusions import diffusions_of
+from .errors import UnsupportedModel
 from .head_patch import HeadPatch, leave_whole
 from .heads import FoundHead, find_heads
 from .loop import LOCK, PATCHES, LoopHook
@@ -27,7 +28,7 @@ def patch(
     model: nn.Module,
     *,
     backend: str | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     noise: str = "upstream",
     weights: str = "live",
     parallel_tol: float | str | None = "auto",
@@ -173,11 +174,11 @@ def _model_of(model: nn.Module, head: FoundHead, options: Options) -> nn.Module:
         if module._modules.get("diffloss") is head.module and callable(getattr(module, "sample_tokens", None)):
             return module
     if not options.whole:
-        raise ValueError(
+        raise UnsupportedModel(
             f"patch(sampling_steps={options.sampling.steps}) expected a model with sample_tokens and diffloss around "
             f"{head.name}, whose autoregressive steps it follows, found none in {type(model).__name__}: give one number"
         )
-    raise ValueError(
+    raise UnsupportedModel(
         f"patch(whole=True) expected a MAR model with sample_tokens and diffloss around {head.name}, found none in "
         f"{type(model).__name__}: leave whole out to patch the head alone"
     )

@@ -24,6 +24,8 @@ from numbers import Integral, Real
 import torch
 import torch.nn.functional as F
 
+from .errors import InvalidInput
+
 
 @dataclass(frozen=True)
 class Window:
@@ -89,7 +91,7 @@ def relaxation_of(policy, window: Window) -> torch.Tensor:
             got = f"{value.dtype} {tuple(value.shape)} on {value.device}"
         else:
             got = type(value).__name__
-        raise ValueError(
+        raise InvalidInput(
             f"expected the relaxation policy to return one number > 0 per token, a floating tensor "
             f"{tuple(like.shape)} on {like.device}, got {got}"
         )
@@ -121,9 +123,9 @@ class SimilarityRelaxation:
 
     def __init__(self, least: float = 1.0, most: float = 42.0, *, low: float = 0.0, high: float = 1.0):
         if not 0 < least <= most < math.inf:
-            raise ValueError(f"expected 0 < least <= most, both finite, got {least!r} and {most!r}")
+            raise InvalidInput(f"expected 0 < least <= most, both finite, got {least!r} and {most!r}")
         if not -1 <= low < high <= 1:
-            raise ValueError(f"expected -1 <= low < high <= 1, got {low!r} and {high!r}")
+            raise InvalidInput(f"expected -1 <= low < high <= 1, got {low!r} and {high!r}")
         self.least, self.most, self.low, self.high = float(least), float(most), float(low), float(high)
 
     def __repr__(self) -> str:
@@ -174,12 +176,12 @@ class AdaptiveDraft:
 
     def __init__(self, bound: float = 0.9, most: int = 16, memory: float = 0.5, *, first: int = 4):
         if not isinstance(bound, Real) or not 0 < bound <= 1:
-            raise ValueError(f"expected bound in (0, 1], got {bound!r}")
+            raise InvalidInput(f"expected bound in (0, 1], got {bound!r}")
         if not isinstance(memory, Real) or not 0 <= memory < 1:
-            raise ValueError(f"expected memory in [0, 1), got {memory!r}")
+            raise InvalidInput(f"expected memory in [0, 1), got {memory!r}")
         for name, value in (("most", most), ("first", first)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"expected {name} as an int >= 1, got {value!r}")
+                raise InvalidInput(f"expected {name} as an int >= 1, got {value!r}")
         self.bound, self.most, self.memory, self.first = float(bound), most, float(memory), first
 
     def __repr__(self) -> str:
@@ -203,5 +205,5 @@ def draft_length(policy, windows: list[list[float]]) -> int:
     """What a gamma policy gives, or one clear error."""
     steps = policy(windows)
     if isinstance(steps, bool) or not isinstance(steps, Integral) or steps < 1:
-        raise ValueError(f"expected the gamma policy to return an int >= 1, got {steps!r}")
+        raise InvalidInput(f"expected the gamma policy to return an int >= 1, got {steps!r}")
     return steps

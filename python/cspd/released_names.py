@@ -7,6 +7,8 @@ import inspect
 from collections.abc import Callable
 from operator import attrgetter
 
+from .errors import WrongType
+
 
 def released_names(**names: str) -> Callable[[Callable], Callable]:
     """Decorator: where a call gives the keyword ``released``, ``ours`` is meant, for every ``released="ours"``.
@@ -26,7 +28,7 @@ def released_names(**names: str) -> Callable[[Callable], Callable]:
                 if released not in kwargs:
                     continue
                 if ours in kwargs or ours in order[: len(args)]:
-                    raise TypeError(f"expected {ours} or {released}, its name in the released code, got both")
+                    raise WrongType(f"expected {ours} or {released}, its name in the released code, got both")
                 kwargs[ours] = kwargs.pop(released)
             return function(*args, **kwargs)
 

@@ -7,6 +7,8 @@ from numbers import Real
 
 from cspd_kernels import Schedule
 
+from .errors import InvalidInput
+
 SAMPLERS = (None, "ddim")
 
 
@@ -32,16 +34,16 @@ class Sampling:
     def check(self, who: str) -> None:
         """Raise on an option that does not exist, whatever the schedule."""
         if self.sampler not in SAMPLERS:
-            raise ValueError(f"{who} expected sampler one of {SAMPLERS}, got {self.sampler!r}")
+            raise InvalidInput(f"{who} expected sampler one of {SAMPLERS}, got {self.sampler!r}")
         number = isinstance(self.eta, Real) and not isinstance(self.eta, bool)
         if not number or not 0.0 <= self.eta <= 1.0:
-            raise ValueError(f"{who} expected eta in [0, 1], got {self.eta!r}")
+            raise InvalidInput(f"{who} expected eta in [0, 1], got {self.eta!r}")
         if self.eta != 0.0 and self.sampler != "ddim":
-            raise ValueError(f"{who} expected eta={self.eta!r} together with sampler='ddim', got {self.sampler!r}")
+            raise InvalidInput(f"{who} expected eta={self.eta!r} together with sampler='ddim', got {self.sampler!r}")
         counts = self.steps if isinstance(self.steps, tuple) else (self.steps,)
         right = all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in counts)
         if self.steps is not None and not (right and len(counts) in (1, 2) and self.steps != counts[:1]):
-            raise ValueError(
+            raise InvalidInput(
                 f"{who} expected sampling_steps as an int >= 1 or a pair (first, last) of them, got {self.steps!r}"
             )
 
@@ -80,12 +82,12 @@ class Sampling:
 
     def _made(self, schedule: Schedule, count: int | None) -> Schedule:
         if schedule.betas is None or schedule.width is not None:
-            raise ValueError(
+            raise InvalidInput(
                 f"expected a head of a noise schedule for {self}, got {schedule!r}: its number of steps is set where "
                 "it is made"
             )
         if count is not None and count > schedule.num_steps:
-            raise ValueError(f"expected sampling_steps up to the head's own {schedule.num_steps}, got {count}")
+            raise InvalidInput(f"expected sampling_steps up to the head's own {schedule.num_steps}, got {count}")
         made = schedule if count is None else schedule.respaced(count)
         return made.ddim(self.eta) if self.sampler == "ddim" else made
 

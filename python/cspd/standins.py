@@ -20,6 +20,7 @@ import torch.nn as nn
 from cspd_kernels.backends import untraced
 
 from .diffusions import LOOPS, NotServedError, diffusions_of, held
+from .errors import CallError
 from .heads import unwrapped
 from .loop import LOCK, NO_LOOP, LoopHook, loops_entered, patch_of
 
@@ -51,7 +52,7 @@ def autoregressive_step() -> tuple[int, int]:
     """
     first, of = getattr(_thread, "passes", None) or (0, None)
     if of is None:
-        raise RuntimeError(
+        raise CallError(
             "a head patched with a pair of sampling_steps expected to be called by its model's sample_tokens with "
             "num_iter, whose autoregressive steps the pair is for: call that, or patch with one number"
         )

@@ -13,6 +13,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from cspd_kernels.dtypes import as_dtype
+
+from .errors import CheckpointError, InvalidInput, MissingPackage
 from .weight_files import (
     VAE_FILE,
     Weights,
@@ -56,9 +59,9 @@ class Vae:
             ValueError: another number of channels.
         """
         if latents.ndim != 4 or latents.shape[1] != self.channels:
-            raise ValueError(f"expected latents (B, {self.channels}, h, w), got shape {tuple(latents.shape)}")
+            raise InvalidInput(f"expected latents (B, {self.channels}, h, w), got shape {tuple(latents.shape)}")
         if chunk < 1:
-            raise ValueError(f"expected chunk >= 1, got {chunk}")
+            raise InvalidInput(f"expected chunk >= 1, got {chunk}")
         height, width = (side * self.stride for side in latents.shape[2:])
         count = max(1, min(chunk, chunk * 256**2 // max(1, height * width)))
         images = torch.empty(len(latents), 3, height, width, device=self.device)
@@ -76,15 +79,17 @@ class Vae:
         """
         channels, stride = (getattr(model, name, None) for name in ("vae_embed_dim", "vae_stride"))
         if channels not in (None, self.channels):
-            raise ValueError(
+            raise InvalidInput(
                 f"expected a VAE of {channels} channels, those of the model's latents (its patch size is "
                 f"{getattr(model, 'patch_size', 1)}), got one of {self.channels}: {self.loaded}"
             )
         if stride not in (None, 1, self.stride):  # 1: of a model that was made in places of its latents
-            raise ValueError(f"expected a VAE of stride {stride}, the model's, got one of {self.stride}: {self.loaded}")
+            raise InvalidInput(
+                f"expected a VAE of stride {stride}, the model's, got one of {self.stride}: {self.loaded}"
+            )
 
 
-def load_vae(path: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Vae:
+def load_vae(path: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | str = torch.float32) -> Vae:
     """The decoder in a checkpoint of MAR's VAE: ``kl16.ckpt``, the same in safetensors, or a folder that holds one.
 
     Its sizes are read from the weights. The encoder is not loaded. Nothing in the file is executed.
@@ -92,8 +97,7 @@ def load_vae(path: str | Path, *, device: torch.device | str = "cpu", dtype: tor
     Raises:
         RuntimeError: diffusers is not installed. FileNotFoundError, ValueError: no such file, or no such VAE in it.
     """
-    if dtype not in (torch.float32, torch.bfloat16):
-        raise ValueError(f"expected dtype torch.float32 or torch.bfloat16 for the VAE, got {dtype}")
+    dtype = as_dtype(dtype, "load_vae", (torch.float32, torch.bfloat16))
     autoencoder_class = _autoencoder_class()
     path = _file(path)
     state = vae_weights(path).tensors
@@ -105,9 +109,9 @@ def load_vae(path: str | Path, *, device: torch.device | str = "cpu", dtype: tor
         form = dict(device=device, dtype=dtype, copy=True, memory_format=torch.contiguous_format)
         renamed = {name: value.to(**form) for name, value in to_diffusers(state).items()}
         if reason := why_not_its_weights(autoencoder.state_dict(), renamed, "a VAE of LTH14/mar (diffusers' names)"):
-            raise ValueError(reason)
+            raise CheckpointError(reason)
     except ValueError as error:
-        raise ValueError(f"cannot load {path} as a VAE: {error}") from None
+        raise CheckpointError(f"cannot load {path} as a VAE: {error}") from None
     autoencoder.load_state_dict(renamed, assign=True)
     channels, stride = config["latent_channels"], 2 ** (len(config["block_out_channels"]) - 1)
     loaded = _description(config, state)
@@ -119,7 +123,7 @@ def _autoencoder_class() -> type[nn.Module]:
     try:
         from diffusers import AutoencoderKL
     except ImportError as error:
-        raise RuntimeError(
+        raise MissingPackage(
             f'pictures need diffusers, which cannot be imported ({error}): pip install "cspd-kernels[vae]"'
         ) from error
     return AutoencoderKL
@@ -137,12 +141,14 @@ def vae_weights(path: Path, parts: tuple[str, ...] = ("decoder", "post_quant_con
     state = found.tensors if isinstance(found.tensors, dict) else {}
     marked = [str(name) for name in state if str(name).endswith(_MARKER)]
     if len(marked) != 1:
-        raise ValueError(f"expected one VAE in {path}, with a weight {_MARKER}, found {len(marked)}")
+        raise CheckpointError(f"expected one VAE in {path}, with a weight {_MARKER}, found {len(marked)}")
     prefix = marked[0].removesuffix(_MARKER)
     own = re.compile(re.escape(prefix) + rf"(?=(?:{'|'.join(parts)})\.)")
     state = {own.sub("", name, count=1): value for name, value in state.items() if own.match(str(name))}
     if any(name.startswith("decoder.up_blocks.") for name in state):
-        raise ValueError(f"expected a VAE with the names of LTH14/mar's kl16.ckpt in {path}, got those of diffusers")
+        raise CheckpointError(
+            f"expected a VAE with the names of LTH14/mar's kl16.ckpt in {path}, got those of diffusers"
+        )
     check_weights(state, path)
     return replace(found, tensors=state, prefix=prefix)
 
@@ -184,7 +190,7 @@ def decoder_config(state: dict[str, torch.Tensor]) -> dict:
 
     def shape(name: str) -> torch.Size:
         if name not in state or state[name].ndim != 4:
-            raise ValueError(f"expected the decoder of a VAE, got one without a convolution {name}")
+            raise CheckpointError(f"expected the decoder of a VAE, got one without a convolution {name}")
         return state[name].shape
 
     levels = 1 + max((int(found[1]) for name in state if (found := re.match(r"decoder\.up\.(\d+)\.", name))), default=0)
@@ -192,10 +198,12 @@ def decoder_config(state: dict[str, torch.Tensor]) -> dict:
     blocks = len({name.split(".")[4] for name in state if name.startswith("decoder.up.0.block.")})
     channels = shape("post_quant_conv.weight")[1]
     if channels != shape(_MARKER)[1]:
-        raise ValueError(f"expected as many channels in the latents as in front of the decoder, got {channels} and "
-                         f"{shape(_MARKER)[1]}")  # fmt: skip
+        raise CheckpointError(
+            f"expected as many channels in the latents as in front of the decoder, got {channels} and "
+            f"{shape(_MARKER)[1]}"
+        )
     if any(width % _GROUPS for width in widths):
-        raise ValueError(f"expected widths that are multiples of {_GROUPS}, got {widths}")
+        raise CheckpointError(f"expected widths that are multiples of {_GROUPS}, got {widths}")
     attends = [f"decoder.up.{level}.attn.0.q.weight" in state for level in reversed(range(levels))]
     return dict(
         in_channels=3,
@@ -249,8 +257,8 @@ def to_uint8(images: torch.Tensor) -> torch.Tensor:
         ValueError: other shapes; values that are not finite.
     """
     if images.ndim != 4 or images.shape[1] != 3:
-        raise ValueError(f"expected images (B, 3, H, W), got shape {tuple(images.shape)}")
+        raise InvalidInput(f"expected images (B, 3, H, W), got shape {tuple(images.shape)}")
     values = images.detach().to("cpu", torch.float32)
     if not torch.isfinite(values).all():
-        raise ValueError("expected finite images, got NaN or infinite values")
+        raise InvalidInput("expected finite images, got NaN or infinite values")
     return ((values + 1) / 2 * 255).clamp(0, 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()

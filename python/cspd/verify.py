@@ -20,6 +20,7 @@ from cspd_kernels.spec import spec_of
 
 from .calls import Call
 from .diffusions import DDIM, LOOPS
+from .errors import UnsupportedModel
 from .heads import FoundHead
 from .loop import NO_LOOP, LoopHook
 from .meanings import Meaning, all_meanings
@@ -31,7 +32,7 @@ _SCALES, _SCALES_AGAIN = (_GUIDANCE, 1.7), (0.6, -0.4)
 _GUIDANCE_NAMES = ("cfg", "cfg_scale", "guidance_scale", "guidance")
 
 
-class DiffersError(ValueError):
+class DiffersError(UnsupportedModel):
     """The module's own code and the kernels compute different tokens."""
 
 

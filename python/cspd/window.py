@@ -12,6 +12,7 @@ from cspd_kernels import CandidateVerdict, Denoised, DenoisedInParallel, accept_
 from cspd_kernels.head import stream_dtype
 
 from .candidates import first_candidate, tokens_of, with_candidates
+from .errors import CallError
 from .order import Pass, WindowPlan
 from .relaxations import of_window
 from .run_state import Model, RunState, tolerance_of
@@ -153,7 +154,7 @@ def run_window(state: RunState, window: WindowPlan, phase: Phase = untimed) -> J
     """
     waiting = [model for model in (state.draft, state.target) if model.transformer.waits]
     if waiting and state.tokens.is_cuda and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
+        raise CallError(
             "expected models whose conditions are computed by tables of indices inside a CUDA graph, got "
             f"{waiting[0].name}, whose own methods wait for the device: run the window without a graph"
         )

@@ -89,7 +89,7 @@ def test_a_folder_and_a_file_are_the_same_images(small, capsys):
     assert command(few, "--fid", folder / "stats.npz", "--json", folder / "out.json") == 0
     printed = capsys.readouterr().out
     assert f"FID {expected:.4f} of 9 images" in printed and "biased upwards" in printed
-    assert "does not show that it is torch-fidelity's release" in printed
+    assert "is not that of torch-fidelity's release" in printed
     assert json.loads((folder / "out.json").read_text())["fid"] == pytest.approx(expected)
 
 

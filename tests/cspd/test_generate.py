@@ -285,10 +285,10 @@ def test_what_has_no_part_without_a_draft(tmp_path, checkpoints, quick, caplog):
         (["--labels", "1", "--candidates", "2", "--branches", "3"], "at most as many --branches as --candidates, each"),
         (["--labels", "1", "--candidates", "2", "--branches", "2"], "expected --branches 2 together with --verify str"),
         (["--labels", "1", "--target-sigma"], "expected --target-sigma together with --residual closed_form or sev"),
-        (["--labels", "1", "--device", "foo"], "as one that torch has here, got foo: there is no such device"),
-        (["--labels", "1", "--device", "meta"], "as one that torch has here, got meta: it computes nothing"),
+        (["--labels", "1", "--device", "foo"], "that torch has on this machine, got foo: there is no such device"),
+        (["--labels", "1", "--device", "meta"], "that torch has on this machine, got meta: it computes nothing"),
         (["--labels", "1", "--seed", "-1"], "seed"),
-        (["--labels", "1", "--device", "cuda:77"], "expected --device as one that torch has here, got cuda:77: "),
+        (["--labels", "1", "--device", "cuda:77"], "expected a --device that torch has on this machine, got cuda:77: "),
         (["--labels", "1", "--grid", "no/such/x.png"], "expected a folder for x.png"),
         (["--labels", "1", "--grid", "out/000000.png"], "expected --grid as another file than those of the run"),
         (["--labels", "1", "--grid", "x", "--npz", "./x"], "expected --grid as another file than --npz"),
@@ -306,7 +306,7 @@ def test_the_vae_has_no_fp16(capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["generate", "--labels", "1", "--out", "out", "--vae-dtype", "fp16"])
     assert stopped.value.code == 2
-    assert "expected fp32 or bf16, got fp16" in capsys.readouterr().err
+    assert "expected dtype as float32, bfloat16 (or fp32, float, bf16), got 'fp16'" in capsys.readouterr().err
 
 
 def test_errors_have_no_bytes_for_the_terminal():
@@ -320,7 +320,7 @@ def test_labels_are_numbers(labels, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["generate", f"--labels={labels}", "--out", "out"])
     assert stopped.value.code == 2
-    assert f"expected numbers with commas between them, got {labels}" in capsys.readouterr().err
+    assert f"expected numbers separated by commas, got {labels}" in capsys.readouterr().err
 
 
 def test_models_that_do_not_fit(tmp_path, checkpoints, capsys, monkeypatch):

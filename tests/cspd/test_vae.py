@@ -274,7 +274,7 @@ def test_chunks_types_and_surroundings(checkpoint, diffusers, caplog):
             loaded.decode(wrong)
     with pytest.raises(ValueError, match="expected chunk >= 1, got 0"):
         loaded.decode(LATENTS, chunk=0)
-    with pytest.raises(ValueError, match=r"expected dtype torch.float32 or torch.bfloat16 .* got torch.float16"):
+    with pytest.raises(ValueError, match=r"load_vae expected dtype as float32, bfloat16 \(.*\), got torch.float16"):
         cspd.load_vae(checkpoint, dtype=torch.float16)
 
 

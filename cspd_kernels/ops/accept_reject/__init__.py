@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 
 from ...backends import remembered, untraced
+from ...errors import InvalidInput
 from ...noise import check_rows, check_seed
 from ..denoise import Denoised
 from ..density_ratio import check
@@ -114,16 +115,16 @@ def accept_reject(
     relaxation = check("accept_reject", x, draft, target, relaxation, sigma, several=True)
     candidates = x.shape[1] if x.dim() == 3 else 1
     if not 0 < candidates <= MOST_CANDIDATES:
-        raise ValueError(f"accept_reject expected 1 to {MOST_CANDIDATES} candidates a token, got {candidates}")
+        raise InvalidInput(f"accept_reject expected 1 to {MOST_CANDIDATES} candidates a token, got {candidates}")
     n, device = x.shape[0], x.device
     check_seed(seed, device)
     if rows is None:
         rows = torch.arange(n, device=device)
     check_rows(rows, device)
     if rows.shape[0] != n:
-        raise ValueError(f"accept_reject expected rows of shape ({n},) to match x, got ({rows.shape[0]},)")
+        raise InvalidInput(f"accept_reject expected rows of shape ({n},) to match x, got ({rows.shape[0]},)")
     if isinstance(max_tries, bool) or not isinstance(max_tries, int) or max_tries < 0:
-        raise ValueError(f"accept_reject expected max_tries as an int >= 0, got {max_tries!r}")
+        raise InvalidInput(f"accept_reject expected max_tries as an int >= 0, got {max_tries!r}")
     _check_residual(draft, target, residual, target_sigma, candidates)
     run = remembered("accept_reject", backend, x)
     verdict = run(x, draft, target, seed, rows, relaxation, sigma, min(max_tries, _MOST_TRIES), residual)
@@ -133,9 +134,9 @@ def accept_reject(
 def check_method(who: str, residual, target_sigma, candidates: int = 1) -> None:
     """Raise where a way to redraw does not exist."""
     if residual not in RESIDUALS:
-        raise ValueError(f"{who} expected residual one of {RESIDUALS}, got {residual!r}")
+        raise InvalidInput(f"{who} expected residual one of {RESIDUALS}, got {residual!r}")
     if not isinstance(target_sigma, bool) or (target_sigma and residual != "closed_form" and candidates == 1):
-        raise ValueError(
+        raise InvalidInput(
             f"{who} expected target_sigma as a bool, True only with residual='closed_form' or several candidates, "
             f"got {target_sigma!r} with residual={residual!r}"
         )
@@ -151,7 +152,7 @@ def _check_residual(draft, target, residual, target_sigma, candidates) -> None:
             what, otherwise = "residual='closed_form'", ", or residual='rejection'"
             if candidates > 1:
                 what, otherwise = f"{candidates} candidates a token", ", or one candidate and residual='rejection'"
-            raise ValueError(
+            raise InvalidInput(
                 f"accept_reject expected draft and target with the same log_std for {what}, got values "
                 f"that differ by up to {float(difference[~difference.isnan()].max()):.2g}: pass target_sigma=True to "
                 f"compute with the target's{otherwise}"

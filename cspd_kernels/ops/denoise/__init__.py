@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 
 from ...backends import prefers_parallel, remembered_chain
+from ...errors import InvalidInput
 from ...head import DiffusionHead, stream_dtype, without_autocast
 from ...library import define
 from ...noise import PhiloxNoise, signed_seed
@@ -191,7 +192,7 @@ def run(
         if isinstance(temperature, torch.Tensor):
             temperature = temperature[0]  # (1,)
         elif not 0 <= temperature < math.inf:
-            raise ValueError(f"denoise expected a finite temperature >= 0, got {temperature!r}")
+            raise InvalidInput(f"denoise expected a finite temperature >= 0, got {temperature!r}")
     overflows = late_overflows(head)
     automatic = parallel_tol is not None and parallel_tol < 0
     if automatic:

@@ -7,6 +7,7 @@ import math
 import torch
 
 from ...crossover import PERSISTENT_VARIABLE
+from ...errors import CallError
 from ...head import DiffusionHead
 from ...late import LateReport
 from ...noise import PhiloxNoise, signed_seed
@@ -35,7 +36,7 @@ class Tables:
     def check(self) -> None:
         """Raise where an earlier call is known to have failed, once."""
         if self.gave_up.news():
-            raise RuntimeError(
+            raise CallError(
                 "the persistent denoising kernel of an earlier call gave up waiting for its other blocks, and that "
                 f"call's tokens are NaN: another stream may have held the device. Set {PERSISTENT_VARIABLE}=0"
             )

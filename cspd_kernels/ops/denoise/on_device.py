@@ -12,10 +12,11 @@ from dataclasses import dataclass
 
 import torch
 
-from ...backends import log_once
 from ...crossover import bucket, prefers_persistent
+from ...errors import CallError
 from ...graphs import CALLER_CAPTURES, Plan, PlanCache, captures_ours, why_not_here
 from ...head import DiffusionHead
+from ...logs import log_once
 from ...noise import PhiloxNoise
 from ...scratch import scratch
 from .chain import Chain, Tables, modulations_of
@@ -166,7 +167,7 @@ def plans_of(heads: Plans, op: str, head: DiffusionHead, backend: str, reason: s
     shared = heads.get(head, {}).get(backend)
     if shared is None:
         if reason == CALLER_CAPTURES:
-            raise RuntimeError(
+            raise CallError(
                 f"{op} expected a first call with this head before a CUDA graph of the caller's is captured, which "
                 f"cannot hold the upload of its tables: call it once with these sizes and backend={backend!r}, then "
                 "capture"

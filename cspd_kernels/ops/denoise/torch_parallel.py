@@ -15,6 +15,7 @@ from collections.abc import Callable
 
 import torch
 
+from ...errors import CallError
 from .parallel import Parallel
 from .reference import guided, limited, limits_of, log_of, most_sweeps
 from .torch_network import embedded, layers_of, modulations, network
@@ -31,7 +32,7 @@ def in_parallel(
             the tokens that do not settle.
     """
     if x_T.is_cuda and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
+        raise CallError(
             "denoise expected parallel_tol=None with backend='torch' in a CUDA graph of the caller's, got "
             f"{parallel.tolerance}: its sweeps wait for the device. Use backend='triton' or 'cuda', or leave it out"
         )

@@ -8,6 +8,7 @@ from numbers import Real
 import torch
 
 from ...backends import remembered, untraced
+from ...errors import InvalidInput, WrongType
 from ..denoise import Denoised
 
 SIGMAS = ("paper", "released")
@@ -68,7 +69,7 @@ def check(op: str, x, draft, target, relaxation, sigma, several: bool = False) -
     shapes = "(N, C) or (N, K, C)" if several else "(N, C)"
     if not isinstance(x, torch.Tensor) or x.dim() not in ((2, 3) if several else (2,)) or not x.is_floating_point():
         got = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, torch.Tensor) else type(x).__name__
-        raise ValueError(f"{op} expected x as a floating tensor {shapes}, got {got}")
+        raise InvalidInput(f"{op} expected x as a floating tensor {shapes}, got {got}")
     # A shape that fits, and the one of a field that all candidates share.
     shape, device = x.shape, x.device
     shared = shape if x.dim() == 2 else (shape[0], 1, shape[2])
@@ -86,20 +87,20 @@ def check(op: str, x, draft, target, relaxation, sigma, several: bool = False) -
             ):
                 raise _misfit(op, f"{name}.{field}", value, wanted, device, chain)
     if sigma not in SIGMAS:
-        raise ValueError(f"{op} expected sigma one of {SIGMAS}, got {sigma!r}")
+        raise InvalidInput(f"{op} expected sigma one of {SIGMAS}, got {sigma!r}")
     if isinstance(relaxation, torch.Tensor):
         wanted = shape[:1], shape[:-1]
         if relaxation.shape not in wanted or not relaxation.is_floating_point() or relaxation.device != x.device:
-            raise ValueError(
+            raise InvalidInput(
                 f"{op} expected relaxation as a number or a floating tensor {_either(wanted)} on {x.device}, "
                 f"got {relaxation.dtype} {tuple(relaxation.shape)} on {relaxation.device}"
             )
         relaxation = relaxation.float()
         if relaxation.device.type == "cpu" and not ((relaxation > 0) & torch.isfinite(relaxation)).all():
-            raise ValueError(f"{op} expected every relaxation finite and > 0 in float32, got values that are not")
+            raise InvalidInput(f"{op} expected every relaxation finite and > 0 in float32, got values that are not")
         return relaxation[:, None] if relaxation.dim() < x.dim() - 1 else relaxation
     if not isinstance(relaxation, Real) or not 0 < relaxation < math.inf:
-        raise ValueError(f"{op} expected a finite relaxation > 0, got {relaxation!r}")
+        raise InvalidInput(f"{op} expected a finite relaxation > 0, got {relaxation!r}")
     return float(relaxation)
 
 
@@ -111,10 +112,10 @@ def _misfit(op: str, field: str, value, shapes, device: torch.device, chain) -> 
     """What is wrong with a field of a chain, such as ``draft.mean``."""
     if not isinstance(value, torch.Tensor):
         name, field = field.split(".")
-        return TypeError(f"{op} expected {name} as a Denoised with a tensor {field}, got {type(chain).__name__}")
+        return WrongType(f"{op} expected {name} as a Denoised with a tensor {field}, got {type(chain).__name__}")
     if value.shape not in map(torch.Size, shapes) or not value.is_floating_point():
-        return ValueError(
+        return InvalidInput(
             f"{op} expected {field} floating of shape {_either(shapes)} to match x, "
             f"got {value.dtype} {tuple(value.shape)}"
         )
-    return ValueError(f"{op} expected {field} on the device of x, {device}, got {value.device}")
+    return InvalidInput(f"{op} expected {field} on the device of x, {device}, got {value.device}")

@@ -8,6 +8,7 @@ import torch
 
 from ...backends import implementation, remember
 from ...dtypes import stream_dtype, without_autocast
+from ...errors import InvalidInput, WrongDtype, WrongType
 from ...head import DiffusionHead
 from ...library import define
 from ..denoise import WORKSPACE_BYTES
@@ -65,7 +66,7 @@ def run(head, x, timesteps, cond, backend, workspace_bytes):
     head = DiffusionHead.of_handle(head)
     for name, value in (("x", x), ("timesteps", timesteps), ("cond", cond)):
         if value.device.type == "cpu" and not bool(torch.isfinite(value).all()):
-            raise ValueError(f"evaluate expected finite values in {name}, got NaN or infinity")
+            raise InvalidInput(f"evaluate expected finite values in {name}, got NaN or infinity")
     overflows = late_overflows(head)
     if timesteps.numel() == 1:
         if timesteps.device != head.device:
@@ -98,26 +99,28 @@ _operator = define(
 def _check(head, x, timesteps, cond, workspace_bytes) -> None:
     """Raise on arguments that do not fit, by all that is known without looking at a tensor's values."""
     if not isinstance(head, DiffusionHead):
-        raise TypeError(f"evaluate expected a DiffusionHead, got {type(head).__name__}: use DiffusionHead.from_network")
+        raise WrongType(f"evaluate expected a DiffusionHead, got {type(head).__name__}: use DiffusionHead.from_network")
     if not head.time:
-        raise ValueError("evaluate expected a head with its time embedding, got one without: build it from its module")
+        raise InvalidInput(
+            "evaluate expected a head with its time embedding, got one without: build it from its module"
+        )
     check_tensor("evaluate", "x", x, head, ("M", head.channels))
     check_tensor("evaluate", "cond", cond, head, ("M", head.cond_channels))
     rows = x.shape[0]
     if cond.shape[0] != rows:
-        raise ValueError(f"evaluate expected cond of as many rows as x, {rows}, got {cond.shape[0]}")
+        raise InvalidInput(f"evaluate expected cond of as many rows as x, {rows}, got {cond.shape[0]}")
     if not isinstance(timesteps, torch.Tensor):
-        raise TypeError(f"evaluate expected timesteps as a tensor or a number, got {type(timesteps).__name__}")
+        raise WrongType(f"evaluate expected timesteps as a tensor or a number, got {type(timesteps).__name__}")
     one, count, dim = timesteps.numel() == 1, len(head.time), timesteps.dim()
     by_row = 1 <= dim <= 2 and timesteps.shape[0] == rows
     if not one and not (by_row and (dim == 1 or timesteps.shape[1] == 1 or timesteps.shape[1] == count)):
-        raise ValueError(
+        raise InvalidInput(
             f"evaluate expected timesteps as a number or of shape ({rows},), ({rows}, 1) or ({rows}, {count}), got "
             f"{tuple(timesteps.shape)}"
         )
     if timesteps.device != head.device and not (one and timesteps.device.type == "cpu"):
-        raise ValueError(f"evaluate expected timesteps on the head's device {head.device}, got {timesteps.device}")
+        raise InvalidInput(f"evaluate expected timesteps on the head's device {head.device}, got {timesteps.device}")
     if timesteps.dtype == torch.bool or timesteps.is_complex():
-        raise ValueError(f"evaluate expected timesteps of an integer or floating type, got {timesteps.dtype}")
+        raise WrongDtype(f"evaluate expected timesteps of an integer or floating type, got {timesteps.dtype}")
     if not isinstance(workspace_bytes, int) or workspace_bytes <= 0:
-        raise ValueError(f"evaluate expected workspace_bytes as an int > 0, got {workspace_bytes!r}")
+        raise InvalidInput(f"evaluate expected workspace_bytes as an int > 0, got {workspace_bytes!r}")

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 from cspd_kernels import DiffusionHead, PhiloxNoise, denoise
 
+from ..errors import CheckpointError
 from ..models import MAR
 from ..models.drift import DriftLoss
 from ..whole.passes import conditions
@@ -161,7 +162,7 @@ def load_drift(data: str | Path = DATA, width: float | None = None) -> MAR:
     try:
         head.load_state_dict(load_file(path))
     except (RuntimeError, SafetensorError) as error:
-        raise ValueError(f"{path} does not hold the weights of the one-step head: {error}") from error
+        raise CheckpointError(f"{path} does not hold the weights of the one-step head: {error}") from error
     if width is not None:
         head.set_extra_state((width, *head.entropies, head.least))
     draft.diffloss = head.eval()

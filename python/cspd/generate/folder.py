@@ -13,6 +13,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.numpy import load
 
+from ..errors import InvalidInput
 from ..files import BESIDE, write_file
 from .images import is_whole_png
 
@@ -73,7 +74,7 @@ class RunFolder:
             text = (self.path / RUN).read_text()
         except FileNotFoundError:
             if self._used():
-                raise ValueError(
+                raise InvalidInput(
                     f"expected a new folder for --out, or one with the {RUN} of its run, found images in {self.path} "
                     f"without {RUN}"
                 ) from None
@@ -83,7 +84,7 @@ class RunFolder:
             dict(self.known["settings"]), list(self.known["starts"]), list(self.known["latent_size"])
             self.known["image_size"] = self.known["image_size"] and tuple(self.known["image_size"])
         except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"expected what an earlier run wrote in {self.path / RUN}, could not read it") from error
+            raise InvalidInput(f"expected what an earlier run wrote in {self.path / RUN}, could not read it") from error
 
     def create(self) -> None:
         """Make the folder, and clear away what killed processes left unfinished.
@@ -94,7 +95,7 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         self._take()
         if not self._seen and self._used():
-            raise ValueError(f"expected a new folder for --out, another run has begun in {self.path} meanwhile")
+            raise InvalidInput(f"expected a new folder for --out, another run has begun in {self.path} meanwhile")
         for path in self.path.glob(f"{BESIDE}*"):
             if _UNFINISHED.fullmatch(path.name):
                 path.unlink(missing_ok=True)
@@ -116,7 +117,7 @@ class RunFolder:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self.close()
-            raise ValueError(f"expected one run at a time in {self.path}, another one is at work there") from None
+            raise InvalidInput(f"expected one run at a time in {self.path}, another one is at work there") from None
         except OSError:
             pass
 

@@ -18,6 +18,7 @@ import torch
 from tqdm import tqdm
 
 from ..cli_support import one_line, say
+from ..errors import CallError, InvalidInput
 from ..files import check_output, write_file
 from .circumstances import circumstances, warn_of_changes
 from .folder import RunFolder, check_space
@@ -107,7 +108,9 @@ def _load(args, settings: Settings, device: torch.device, ranks: Ranks) -> Model
         here = checkpoints(args, known)
         here = {name: value for name, value in here.items() if value}  # the digits pair is in the package
         if texts := differences({name: known[name] for name in here}, here):
-            raise ValueError(f"expected the checkpoints of rank 0 on this machine too, got others: {'; '.join(texts)}")
+            raise InvalidInput(
+                f"expected the checkpoints of rank 0 on this machine too, got others: {'; '.join(texts)}"
+            )
     return Models(args, settings, device)
 
 
@@ -143,7 +146,7 @@ def _check_settings(folder: RunFolder, settings: Settings, models: Models | None
         if was != now:
             texts.append(f"the {name.replace('_', ' ')} was {was}, is {now}")
     if texts:
-        raise ValueError(
+        raise InvalidInput(
             f"expected the settings of the run in {folder.path}, got others: {'; '.join(texts)}. Give another --out, "
             "or these settings again"
         )
@@ -153,13 +156,13 @@ def _check_extra(args, folder: RunFolder, name: str, path) -> None:
     """A file beside the images: the grid, or the array."""
     option = f"--{name}"
     if folder.owns(path):
-        raise ValueError(f"expected {option} as another file than those of the run, got {path}")
+        raise InvalidInput(f"expected {option} as another file than those of the run, got {path}")
     for other in ("target", "draft", "vae"):
         checkpoint = getattr(args, other)
         if checkpoint and checkpoint.exists() and path.exists() and checkpoint.samefile(path):
-            raise ValueError(f"expected {option} as another file than --{other}, got {path} for both")
+            raise InvalidInput(f"expected {option} as another file than --{other}, got {path} for both")
     if args.grid and args.npz and os.path.realpath(args.grid) == os.path.realpath(args.npz):
-        raise ValueError(f"expected --grid as another file than --npz, got {path} for both")
+        raise InvalidInput(f"expected --grid as another file than --npz, got {path} for both")
     if folder.path.exists() or path.parent.resolve() != folder.path.resolve():  # else it comes with the folder
         check_output(path, option)
 
@@ -219,7 +222,7 @@ def _going_on() -> Iterator[None]:
         raise
     except (OSError, ValueError, RuntimeError) as error:
         text = one_line(error)
-        raise RuntimeError(text if _GOES_ON in text else f"{text}; {_GOES_ON}") from error
+        raise CallError(text if _GOES_ON in text else f"{text}; {_GOES_ON}") from error
 
 
 def _work(folder: RunFolder, models: Models, missing: Missing, ranks: Ranks) -> None:

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from cspd_kernels import Schedule
 
+from ..errors import InvalidInput
 from .diffusion import GaussianDiffusion
 
 _FLOWS = ("euler", "euler_maruyama")
@@ -144,7 +145,7 @@ class DiffLoss(nn.Module):
     ):
         super().__init__()
         if schedule not in ("cosine", "linear", *_FLOWS):
-            raise ValueError(
+            raise InvalidInput(
                 f"DiffLoss expected schedule 'cosine', 'linear', 'euler' or 'euler_maruyama', got {schedule!r}"
             )
         learn_sigma = learn_sigma and schedule not in _FLOWS

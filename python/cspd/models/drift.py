@@ -15,6 +15,7 @@ import torch.nn as nn
 
 from cspd_kernels import Schedule
 
+from ..errors import InvalidInput
 from .diffloss import SimpleMLPAdaLN, first_noise, sample_from
 from .diffusion import GaussianDiffusion
 
@@ -96,7 +97,7 @@ class DriftLoss(nn.Module):
         """(std, low, high, least), numbers or a tensor."""
         std, low, high, least = (float(value) for value in state)
         if not low < high or not 0 < least <= 1:
-            raise ValueError(
+            raise InvalidInput(
                 "DriftLoss expected entropies (low, high) with low < high and least in (0, 1], got "
                 f"({low!r}, {high!r}) and {least!r}"
             )

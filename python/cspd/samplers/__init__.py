@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch.nn as nn
 
+from ..errors import WrongType
 from .adapter import Adapter, Draws, Reading
 from .bitdance import BitDance
 from .flow_mar import FlowMar
@@ -22,10 +23,10 @@ ADAPTERS: list[Adapter] = [NextStep(), BitDance(), FlowMar(), RectifiedFlow()]
 def register(adapter: Adapter) -> None:
     """Have :func:`cspd.patch` know one more sampler, before those that it knows already."""
     if not isinstance(adapter, Adapter):
-        raise TypeError(f"register expected an Adapter, got {type(adapter).__name__}")
+        raise WrongType(f"register expected an Adapter, got {type(adapter).__name__}")
     for name in adapter.methods:
         if not callable(getattr(adapter, name, None)):
-            raise TypeError(f"register expected {type(adapter).__name__} to read {name}, which it has no method for")
+            raise WrongType(f"register expected {type(adapter).__name__} to read {name}, which it has no method for")
     ADAPTERS.insert(0, adapter)
 
 

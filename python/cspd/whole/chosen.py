@@ -12,6 +12,7 @@ from torch.nn.modules import module as torch_module
 
 from cspd_kernels.ops.add_norm import norm_backend
 
+from ..errors import InvalidInput
 from ..loop import LoopHook
 from ..models import MAR, vit
 from ..source import written
@@ -78,7 +79,7 @@ class ChosenTransformer:
             del self._packed[next(iter(self._packed))]
         weights = Weights(self.model, operands)
         if self._compile and weights.device.type != "cuda":
-            raise ValueError(
+            raise InvalidInput(
                 f"expected compile=True with a model on a GPU, got one on {weights.device}, where its products are "
                 "packed for the CPU: leave it out"
             )
@@ -104,7 +105,7 @@ class ChosenTransformer:
             return
         waits = by_tables is not None
         _logger.log(
-            logging.WARNING if waits and self.model.fake_latent.device.type == "cuda" else logging.INFO,
+            logging.WARNING if self.model.fake_latent.device.type == "cuda" else logging.INFO,
             "%s (%s) runs %s: %s",
             self.name,
             type(self.model).__name__,

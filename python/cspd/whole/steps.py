@@ -174,14 +174,39 @@ def _room(known: int, length: int) -> int:
     return min(length, -(-known // ROOM) * ROOM)
 
 
-def keep_current(kept: OrderedDict[tuple, Steps], transformers: list[ByWeights], most: int) -> None:
-    """Let go of steps whose models have moved on, and of the least recently used beyond ``most``."""
-    for key, steps in list(kept.items()):
-        models = [model for model in (steps.state.draft, steps.state.target) if model is not None]
-        if not all(any(model.transformer is current for current in transformers) for model in models):
-            del kept[key]
-    while len(kept) > most:
-        kept.popitem(last=False)
+class KeptSteps:
+    """The graphs of runs of several kinds. The ``most`` that were used last are kept."""
+
+    def __init__(self, most: int):
+        self._most, self._lock = most, threading.Lock()
+        self._kept: OrderedDict[tuple, Steps] = OrderedDict()
+
+    def of(self, state: RunState, transformers: list[ByWeights]) -> Steps:
+        """The graphs for runs like this one. ``transformers``: of the models as they are now; graphs of others go."""
+        key = signature(state)
+        with self._lock:
+            if key not in self._kept:
+                self._kept[key] = Steps(state)
+            self._kept.move_to_end(key)
+            for old, steps in list(self._kept.items()):
+                models = [model for model in (steps.state.draft, steps.state.target) if model is not None]
+                if not all(any(model.transformer is current for current in transformers) for model in models):
+                    del self._kept[old]
+            while len(self._kept) > self._most:
+                self._kept.popitem(last=False)
+            return self._kept[key]
+
+    def clear(self) -> None:
+        """Let go of all."""
+        with self._lock:
+            self._kept.clear()
+
+    def values(self) -> list[Steps]:
+        """All, the last used one at the end."""
+        return list(self._kept.values())
+
+    def __len__(self) -> int:
+        return len(self._kept)
 
 
 class PlainSteps:

@@ -1,0 +1,122 @@
+"""The pages hold together: every page is in the site, every link leads somewhere, every public name has its place in the
+reference, and every message that the troubleshooting page quotes is one that the code has.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+import cspd
+import cspd_kernels
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+SITE = ROOT / "mkdocs.yml"
+PAGES = sorted(DOCS.rglob("*.md"))
+TEXTS = [*sorted(ROOT.glob("*.md")), *PAGES]  # those beside the site, too
+REFERENCE = "\n".join(page.read_text() for page in sorted((DOCS / "reference").glob("*.md")))
+
+
+def prose(text: str) -> str:
+    """Without code."""
+    return re.sub(r"`[^`\n]*`", "", re.sub(r"^( *)```.*?^\1```", "", text, flags=re.M | re.S))
+
+
+def links(text: str) -> list[str]:
+    """Where a page's links and pictures lead."""
+    found = re.findall(r"\[(?:[^\[\]]|\[[^\]]*\])*\]\(([^)\s]+)[^)]*\)", prose(text))  # a picture may be the text of a link
+    found += re.findall(r"!\[[^\]]*\]\(([^)\s]+)\)", prose(text))
+    return found + re.findall(r"<(?:img|a|source)\b[^>]*?\b(?:src|href|srcset)=\"([^\"]+)\"", text)
+
+
+def anchors(text: str) -> set[str]:
+    """Of a page's headings, as a code host and the site name them; those of the reference are the names."""
+    found: set[str] = set()
+    for heading in re.findall(r"^#+ (.*)$", re.sub(r"^( *)```.*?^\1```", "", text, flags=re.M | re.S), flags=re.M):
+        heading = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).replace("`", "").strip().lower()
+        found.add(re.sub(r"\s+", "-", re.sub(r"[^\w\s-]", "", heading)))
+    return found | set(re.findall(r"^::: (\S+)", text, flags=re.M)) | set(re.findall(r"\bid=\"([^\"]+)\"", text))
+
+
+def in_the_site() -> list[str]:
+    """The pages of the site's navigation."""
+    nav = SITE.read_text().split("\nnav:\n")[1]
+    return re.findall(r"^ *- (?:[^:\n]+: )?(\S+\.md)$", nav, flags=re.M)
+
+
+def test_every_page_is_in_the_site_once():
+    assert sorted(in_the_site()) == [page.relative_to(DOCS).as_posix() for page in PAGES]
+
+
+def test_the_site_loads_nothing_from_elsewhere():
+    settings = SITE.read_text()
+    assert re.search(r"^ *font: false\b", settings, flags=re.M)
+    assert not re.search(r"^ *(repo_url|extra_javascript|analytics)\b", settings, flags=re.M)
+    assert not re.search(r"https?://", settings.replace("https://squidfunk", ""))
+
+
+@pytest.mark.parametrize("page", TEXTS, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_links_lead_somewhere(page):
+    text = page.read_text()
+    for link in links(text):
+        if link.startswith(("http://", "https://")):
+            continue
+        path, _, anchor = link.partition("#")
+        target = page if not path else (page.parent / path).resolve()
+        assert target.is_relative_to(ROOT), f"{link} leaves the repository"
+        assert target.exists(), f"{link}: no such file"
+        if anchor:
+            assert target.suffix == ".md", f"{link}: an anchor of no page"
+            assert anchor in anchors(target.read_text()), f"{link}: no such heading"
+
+
+def test_links_are_found():
+    text = "[a](b.md#c) ![d](e.png) [![f](g.svg)](h.md) `[no](no.md)` <img src=\"i.png\">\n```\n[no](no.md)\n```\n"
+    assert set(links(text)) == {"b.md#c", "e.png", "g.svg", "h.md", "i.png"}
+    assert anchors("# A `b`, c\n## [D](e.md) f\n::: g.h\n") == {"a-b-c", "d-f", "g.h"}
+
+
+@pytest.mark.parametrize("package", [cspd, cspd_kernels], ids=lambda package: package.__name__)
+def test_every_public_name_is_in_the_reference(package):
+    documented = set(re.findall(r"^::: (\S+)$", REFERENCE, flags=re.M))
+    errors = {name for name in package.__all__ if f"cspd.{name}" in documented and package is cspd_kernels}
+    wanted = {f"{package.__name__}.{name}" for name in package.__all__ if name not in errors}
+    assert wanted <= documented, wanted - documented
+
+
+def test_what_the_reference_names_is_there():
+    for name in re.findall(r"^::: (\S+)$", REFERENCE, flags=re.M):
+        first, *rest = name.split(".")
+        value = {"cspd": cspd, "cspd_kernels": cspd_kernels}[first]
+        for part in rest:
+            value = getattr(value, part)
+        assert value.__doc__, f"{name} has no docstring"
+
+
+def messages() -> str:
+    """Every string of the code, with dots where something is put in."""
+    found = []
+    for path in [*(ROOT / "python").rglob("*.py"), *(ROOT / "cspd_kernels").rglob("*.py"), ROOT / "csrc" / "compile.py",
+                 ROOT / "setup.py"]:  # fmt: skip
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                found.append("".join(part.value if isinstance(part, ast.Constant) else "..." for part in node.values))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+    return "\n".join(found)
+
+
+def test_quoted_messages_are_the_codes():
+    rows = re.findall(r"^\| (.+?) \| ", (DOCS / "troubleshooting.md").read_text(), flags=re.M)
+    quoted = [quote for row in rows for quote in re.findall(r"`([^`]+)`", row) if " " in quote]
+    assert len(quoted) > 25
+    known = messages()
+    foreign = ("torch._dynamo hit config.cache_size_limit", "cspd info")  # PyTorch's own; a command
+    for quote in quoted:
+        parts = [part.strip(" :") for part in quote.split("...")]
+        missing = [part for part in parts if part and part not in known]
+        assert not missing or quote in foreign, f"{quote!r}: no message has {missing}"
