@@ -6,6 +6,7 @@ import logging
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -49,7 +50,7 @@ def mar_config(
     num_heads: int | None = None,
     patch_size: int | None = None,
     vae_stride: int | None = None,
-) -> dict[str, int | float]:
+) -> dict[str, Any]:
     """The arguments of :class:`cspd.models.MAR` that fit a state dict (LTH14/mar's names).
 
     Args:
@@ -68,7 +69,7 @@ def mar_config(
         raise CheckpointError(
             f"expected as many tokens as a square has, got {seq_len} from diffusion_pos_embed_learned"
         )
-    config = dict(
+    config: dict[str, Any] = dict(
         class_num=_shape(state, "class_emb.weight")[0],
         encoder_embed_dim=width,
         decoder_embed_dim=_shape(state, "decoder_embed.weight")[0],
@@ -114,17 +115,17 @@ def _shape(state: dict[str, torch.Tensor], name: str, dimensions: int = 2) -> to
     return shape
 
 
-def _size(config: dict[str, int | float]) -> tuple[str, tuple[int, int]] | None:
+def _size(config: dict[str, Any]) -> tuple[str, tuple[int, int]] | None:
     """Name and head of the released model of this width and depth."""
     encoder, decoder = ((config[f"{half}_embed_dim"], config[f"{half}_depth"]) for half in ("encoder", "decoder"))
     return _RELEASED.get(encoder) if encoder == decoder else None
 
 
-def _head(config: dict[str, int | float]) -> tuple[int, int]:
+def _head(config: dict[str, Any]) -> tuple[int, int]:
     return config["diffloss_d"], config["diffloss_w"]
 
 
-def _is_released(config: dict[str, int | float]) -> bool:
+def _is_released(config: dict[str, Any]) -> bool:
     """Whether a released model has these sizes, of the head, the classes and the buffer too."""
     size = _size(config)
     return size is not None and _head(config) == size[1] and (config["class_num"], config["buffer_size"]) == (1000, 64)
@@ -154,7 +155,7 @@ def load_mar(
     vae_stride: int | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | str | None = None,
-    **options,
+    **options: Any,
 ) -> MAR:
     """A MAR in eval mode from a checkpoint of LTH14/mar; its size is read from the weights.
 
@@ -178,7 +179,7 @@ def load_mar(
     dtype = torch.float32 if dtype is None else as_dtype(dtype, "load_mar")
     found = _find(path, None, num_heads, patch_size, vae_stride, options)
     # Copied: a file that is mapped into the model's memory could be changed, or cut short, under its feet.
-    form = dict(device=device, dtype=dtype, copy=True, memory_format=torch.contiguous_format)
+    form: dict[str, Any] = dict(device=device, dtype=dtype, copy=True, memory_format=torch.contiguous_format)
     found.model.load_state_dict({n: value.to(**form) for n, value in found.weights.tensors.items()}, assign=True)
     found.model.loaded = found.description()
     _logger.info("loaded %s: %s", found.weights.path, found.model.loaded)
@@ -223,7 +224,7 @@ class _Found:
     """
 
     weights: Weights
-    config: dict[str, int | float]
+    config: dict[str, Any]
     model: MAR
     assumed: bool
     strided: bool
@@ -250,7 +251,7 @@ def _find(
     num_heads: int | None,
     patch_size: int | None,
     vae_stride: int | None,
-    options: dict,
+    options: dict[str, Any],
 ) -> _Found:
     """Read a checkpoint and see that it fits; see :func:`load_mar`."""
     weights = read_weights(find_file(Path(path), *MAR_FILE), entry)
@@ -277,7 +278,7 @@ def _find(
             "%s does not tell its patch size: read with 1, as the released %s has. Give patch_size=1 if that is right, "
             "else the one it was trained with",
             weights.path,
-            _size(config)[0],
+            (_size(config) or ("model",))[0],
         )
     return _Found(weights, config, model, assumed, stride is not None)
 

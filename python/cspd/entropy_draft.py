@@ -45,6 +45,10 @@ class EntropyDraft:
     """
 
     wants_entropy = True
+    most: int
+    factor: float
+    memory: float
+    ends: str
 
     def __init__(self, most: int = 16, factor: float = 0.9, memory: float = 0.8, *, ends: str = "below"):
         if isinstance(most, bool) or not isinstance(most, int) or most < 1:
@@ -60,7 +64,7 @@ class EntropyDraft:
     def __repr__(self) -> str:
         return f"EntropyDraft({self.most}, {self.factor}, {self.memory}, ends={self.ends!r})"
 
-    def __eq__(self, other) -> bool:
+    def __eq__(self, other: object) -> bool:
         return type(other) is type(self) and vars(other) == vars(self)
 
     def __hash__(self) -> int:  # of its numbers as they are now: they are part of the graphs of a run

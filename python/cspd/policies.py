@@ -18,8 +18,10 @@ next one; see :class:`AdaptiveDraft`.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Integral, Real
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -76,7 +78,7 @@ class Window:
     target_branches: torch.Tensor | None = None
 
 
-def relaxation_of(policy, window: Window) -> torch.Tensor:
+def relaxation_of(policy: Callable[[Window], torch.Tensor], window: Window) -> torch.Tensor:
     """What a policy gives for a window, (B n,), image by image.
 
     Values are looked at by the op that uses them, on the CPU only.
@@ -84,7 +86,8 @@ def relaxation_of(policy, window: Window) -> torch.Tensor:
     Raises:
         ValueError: it is no floating tensor of one number per token on the window's device.
     """
-    value, like = policy(window), window.log_ratio
+    value: Any = policy(window)
+    like = window.log_ratio
     fits = isinstance(value, torch.Tensor) and value.shape == like.shape and value.is_floating_point()
     if not fits or value.device != like.device:
         if isinstance(value, torch.Tensor):
@@ -95,7 +98,8 @@ def relaxation_of(policy, window: Window) -> torch.Tensor:
             f"expected the relaxation policy to return one number > 0 per token, a floating tensor "
             f"{tuple(like.shape)} on {like.device}, got {got}"
         )
-    return value.flatten()
+    flat: torch.Tensor = value.flatten()
+    return flat
 
 
 class SimilarityRelaxation:
@@ -174,6 +178,11 @@ class AdaptiveDraft:
     See also :class:`cspd.EntropyDraft`, which ends a window while it is drafted.
     """
 
+    bound: float
+    most: int
+    memory: float
+    first: int
+
     def __init__(self, bound: float = 0.9, most: int = 16, memory: float = 0.5, *, first: int = 4):
         if not isinstance(bound, Real) or not 0 < bound <= 1:
             raise InvalidInput(f"expected bound in (0, 1], got {bound!r}")
@@ -201,9 +210,9 @@ class AdaptiveDraft:
         return max(1, min(good, longest))
 
 
-def draft_length(policy, windows: list[list[float]]) -> int:
+def draft_length(policy: Callable[[list[list[float]]], int], windows: list[list[float]]) -> int:
     """What a gamma policy gives, or one clear error."""
-    steps = policy(windows)
+    steps: Any = policy(windows)
     if isinstance(steps, bool) or not isinstance(steps, Integral) or steps < 1:
         raise InvalidInput(f"expected the gamma policy to return an int >= 1, got {steps!r}")
-    return steps
+    return int(steps)

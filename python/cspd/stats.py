@@ -40,7 +40,8 @@ class RunStats:
         probability: (B, L) float32 on the device: min(1, r) of the first candidate of each drafted token, at relaxation
             1. ``raw_acceptance`` is its mean over the drafted tokens. 1 where the target drew alone.
         verify: the runner's. rounds: number of windows.
-        steps_per_round: mean number of steps by which a window moves an image on that is not done. None without windows.
+        steps_per_round: steps that a window moves an image on, the mean over windows and over images that are not done.
+            None without windows.
         target_rows: prefixes that the target looked at to verify. One for each image and window; in strict runs one for
             every drafted step of each branch. Guidance doubles them.
         candidates: how many tokens were accepted as their first, second, ... candidate.
@@ -55,7 +56,7 @@ class RunStats:
         (4, 6, [3, 3])
         >>> print(runner.stats)  # doctest: +ELLIPSIS
         images           2
-        tokens           32: 30 drafted, 2 by the target alone
+        tokens           32: 28 drafted, 4 by the target alone
         acceptance       ... %
         ...
         >>> sorted(runner.stats.to_dict()["seconds"])
@@ -120,10 +121,13 @@ def percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.1f} %"
 
 
-def window_sums(verdict: CandidateVerdict, probability: torch.Tensor, judged: torch.Tensor | None = None):
-    """(3 + K,) on the device, of tokens (n,): how many were accepted, the sum of min(1, r), how many fell back, and how
-    many were accepted as each of their K candidates. ``probability`` (n,): min(1, r). ``judged`` (n,) bool: which of
-    them count.
+def window_sums(
+    verdict: CandidateVerdict, probability: torch.Tensor, judged: torch.Tensor | None = None
+) -> torch.Tensor:
+    """(3 + K,) sums over tokens (n,), on the device.
+
+    How many were accepted; the sum of min(1, r); how many fell back; how many were accepted as each of their K
+    candidates. ``probability`` (n,) is min(1, r). ``judged`` (n,) bool says which tokens count.
     """
     ways = torch.arange(verdict.log_ratio.shape[1], device=probability.device)
     counted = [

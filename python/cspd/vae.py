@@ -9,6 +9,7 @@ import logging
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -42,7 +43,7 @@ class Vae:
         dtype, device: where and in what it decodes. loaded: what it is, for people.
     """
 
-    def __init__(self, autoencoder: nn.Module, channels: int, stride: int, loaded: str):
+    def __init__(self, autoencoder: Any, channels: int, stride: int, loaded: str):
         self.autoencoder, self.channels, self.stride, self.loaded = autoencoder, channels, stride, loaded
         weight = next(autoencoder.parameters())
         self.dtype, self.device = weight.dtype, weight.device
@@ -106,7 +107,7 @@ def load_vae(path: str | Path, *, device: torch.device | str = "cpu", dtype: tor
         with torch.device("meta"):
             autoencoder = autoencoder_class(**config)
         autoencoder.encoder = autoencoder.quant_conv = None
-        form = dict(device=device, dtype=dtype, copy=True, memory_format=torch.contiguous_format)
+        form: dict[str, Any] = dict(device=device, dtype=dtype, copy=True, memory_format=torch.contiguous_format)
         renamed = {name: value.to(**form) for name, value in to_diffusers(state).items()}
         if reason := why_not_its_weights(autoencoder.state_dict(), renamed, "a VAE of LTH14/mar (diffusers' names)"):
             raise CheckpointError(reason)
@@ -119,7 +120,7 @@ def load_vae(path: str | Path, *, device: torch.device | str = "cpu", dtype: tor
     return Vae(autoencoder.eval().requires_grad_(False), channels, stride, loaded)
 
 
-def _autoencoder_class() -> type[nn.Module]:
+def _autoencoder_class() -> Any:
     try:
         from diffusers import AutoencoderKL
     except ImportError as error:
@@ -174,14 +175,14 @@ def _file(path: str | Path) -> Path:
     return find_file(Path(path), *VAE_FILE)
 
 
-def _description(config: dict, state: dict[str, torch.Tensor]) -> str:
+def _description(config: dict[str, Any], state: dict[str, torch.Tensor]) -> str:
     channels, stride = config["latent_channels"], 2 ** (len(config["block_out_channels"]) - 1)
     name = "KL-16" if (channels, stride) == (16, 16) else "a VAE"
     count = sum(value.numel() for name, value in state.items() if name.startswith("decoder.")) / 1e6
     return f"{name}, decoder of {count:.3g} M parameters, {channels} channels, stride {stride}"
 
 
-def decoder_config(state: dict[str, torch.Tensor]) -> dict:
+def decoder_config(state: dict[str, torch.Tensor]) -> dict[str, Any]:
     """The arguments of ``AutoencoderKL`` that fit a decoder's weights (released names).
 
     Raises:

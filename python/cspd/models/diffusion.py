@@ -7,8 +7,11 @@ operations a step, nothing hoisted, nothing fused.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
@@ -44,8 +47,9 @@ class GaussianDiffusion:
         x0 = float(s.x0_x[i]) * _wide(x) + float(s.x0_out[i]) * _wide(out[:, : x.shape[1]])
         return x0 if s.clip is None else x0.clamp(*torch.tensor(s.clip, dtype=x0.dtype, device=x0.device))
 
-    def _mean(self, out, x0, x, i: int) -> tuple[torch.Tensor, torch.Tensor]:
-        s, channels = self.schedule, x.shape[1]
+    def _mean(self, out: torch.Tensor, x0: torch.Tensor, x: torch.Tensor, i: int) -> tuple[torch.Tensor, torch.Tensor]:
+        s: Any = self.schedule
+        channels = x.shape[1]
         mean = float(s.mean_x0[i]) * x0 + float(s.mean_x[i]) * _wide(x)
         upper, lower = 2 * float(s.log_std_upper[i]), 2 * float(s.log_std_lower[i])
         if not s.learned or out.shape[1] == channels:
@@ -53,21 +57,21 @@ class GaussianDiffusion:
         frac = _wide((out[:, channels:] + 1) / 2)
         return mean, frac * upper + (1 - frac) * lower
 
-    def _timesteps(self) -> np.ndarray:
+    def _timesteps(self) -> npt.NDArray[Any]:
         """(T,) what the network receives: whole numbers of a diffusion."""
         return self.schedule.timesteps.astype(np.float32 if self.schedule.betas is None else np.int64)
 
     @torch.no_grad()
     def p_sample_loop(
         self,
-        model,
-        shape,
+        model: Callable[..., torch.Tensor],
+        shape: Sequence[int],
         noise: torch.Tensor | None = None,
         clip_denoised: bool = True,
-        denoised_fn=None,
-        cond_fn=None,
-        model_kwargs: dict | None = None,
-        device=None,
+        denoised_fn: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        cond_fn: Callable[..., torch.Tensor] | None = None,
+        model_kwargs: dict[str, Any] | None = None,
+        device: torch.device | str | None = None,
         progress: bool = False,
         temperature: float = 1.0,
     ) -> torch.Tensor:
@@ -103,7 +107,13 @@ class GaussianDiffusion:
             return torch.rand(rows, device=device)
         return torch.randint(0, self.num_timesteps, (rows,), device=device)
 
-    def training_losses(self, model, x0: torch.Tensor, t: torch.Tensor, model_kwargs=None) -> torch.Tensor:
+    def training_losses(
+        self,
+        model: Callable[..., torch.Tensor],
+        x0: torch.Tensor,
+        t: torch.Tensor,
+        model_kwargs: dict[str, Any] | None = None,
+    ) -> torch.Tensor:
         """Per-row loss (N,): MSE of the prediction, plus the variational term (bits per channel) of the variance.
 
         Args:

@@ -8,6 +8,7 @@ numbers in the same order as the released code, on any device.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,33 +32,35 @@ class MAR(nn.Module):
         buffer_size: how many class tokens stand before the sequence.
     """
 
+    loaded: str  # of :func:`cspd.load_mar`: what the file held
+
     def __init__(
         self,
-        img_size=256,
-        vae_stride=16,
-        patch_size=1,
-        encoder_embed_dim=1024,
-        encoder_depth=16,
-        encoder_num_heads=16,
-        decoder_embed_dim=1024,
-        decoder_depth=16,
-        decoder_num_heads=16,
-        mlp_ratio=4.0,
-        vae_embed_dim=16,
-        mask_ratio_min=0.7,
-        label_drop_prob=0.1,
-        class_num=1000,
-        attn_dropout=0.1,
-        proj_dropout=0.1,
-        buffer_size=64,
-        diffloss_d=3,
-        diffloss_w=1024,
-        num_sampling_steps="100",
-        diffusion_batch_mul=4,
-        grad_checkpointing=False,
-        schedule="cosine",
-        num_train_steps=1000,
-        learn_sigma=True,
+        img_size: int = 256,
+        vae_stride: int = 16,
+        patch_size: int = 1,
+        encoder_embed_dim: int = 1024,
+        encoder_depth: int = 16,
+        encoder_num_heads: int = 16,
+        decoder_embed_dim: int = 1024,
+        decoder_depth: int = 16,
+        decoder_num_heads: int = 16,
+        mlp_ratio: float = 4.0,
+        vae_embed_dim: int = 16,
+        mask_ratio_min: float = 0.7,
+        label_drop_prob: float = 0.1,
+        class_num: int = 1000,
+        attn_dropout: float = 0.1,
+        proj_dropout: float = 0.1,
+        buffer_size: int = 64,
+        diffloss_d: int = 3,
+        diffloss_w: int = 1024,
+        num_sampling_steps: int | str = "100",
+        diffusion_batch_mul: int = 4,
+        grad_checkpointing: bool = False,
+        schedule: str = "cosine",
+        num_train_steps: int = 1000,
+        learn_sigma: bool = True,
     ):
         super().__init__()
         self.img_size = img_size
@@ -74,10 +77,10 @@ class MAR(nn.Module):
         self.num_classes = class_num
         self.diffusion_batch_mul = diffusion_batch_mul
 
-        def parameter(*shape):
+        def parameter(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.randn(shape) * 0.02)
 
-        def blocks(depth, dim, heads):
+        def blocks(depth: int, dim: int, heads: int) -> nn.ModuleList:
             return nn.ModuleList(Block(dim, heads, mlp_ratio, attn_dropout, proj_dropout) for _ in range(depth))
 
         self.class_emb = nn.Embedding(class_num, encoder_embed_dim)
@@ -132,7 +135,7 @@ class MAR(nn.Module):
 
     def random_masking(self, x: torch.Tensor, orders: torch.Tensor) -> torch.Tensor:
         """Training mask (B, L); its ratio is a normal (1, 0.25) truncated to [mask_ratio_min, 1]."""
-        normal = torch.distributions.Normal(1.0, 0.25)
+        normal: Any = torch.distributions.Normal(1.0, 0.25)
         low = float(normal.cdf(torch.tensor(self.mask_ratio_min)))
         ratio = float(normal.icdf(low + (0.5 - low) * torch.rand(())))
         return mask_of(orders, math.ceil(x.shape[1] * ratio))
@@ -170,7 +173,14 @@ class MAR(nn.Module):
 
     @torch.no_grad()
     def sample_tokens(
-        self, bsz, num_iter=64, cfg=1.0, cfg_schedule="linear", labels=None, temperature=1.0, progress=False
+        self,
+        bsz: int,
+        num_iter: int = 64,
+        cfg: float = 1.0,
+        cfg_schedule: str = "linear",
+        labels: torch.Tensor | None = None,
+        temperature: float = 1.0,
+        progress: bool = False,
     ) -> torch.Tensor:
         """Generate bsz images (B, c, h, w) in ``num_iter`` steps; labels (B,) int64 or None for no class."""
         guided = cfg != 1.0
@@ -192,11 +202,11 @@ class MAR(nn.Module):
         return self.unpatchify(tokens)
 
 
-def _build(defaults: dict, kwargs: dict) -> MAR:
+def _build(defaults: dict[str, Any], kwargs: dict[str, Any]) -> MAR:
     return MAR(**{**defaults, **kwargs})
 
 
-def _size(dim: int, depth: int, heads: int, head_depth: int, head_width: int) -> dict:
+def _size(dim: int, depth: int, heads: int, head_depth: int, head_width: int) -> dict[str, Any]:
     return dict(
         encoder_embed_dim=dim,
         encoder_depth=depth,
@@ -209,16 +219,16 @@ def _size(dim: int, depth: int, heads: int, head_depth: int, head_width: int) ->
     )
 
 
-def mar_base(**kwargs) -> MAR:
+def mar_base(**kwargs: Any) -> MAR:
     """MAR-B, 208 M parameters with its published head (D=6, W=1024)."""
     return _build(_size(768, 12, 12, 6, 1024), kwargs)
 
 
-def mar_large(**kwargs) -> MAR:
+def mar_large(**kwargs: Any) -> MAR:
     """MAR-L, 479 M parameters with its published head (D=8, W=1280)."""
     return _build(_size(1024, 16, 16, 8, 1280), kwargs)
 
 
-def mar_huge(**kwargs) -> MAR:
+def mar_huge(**kwargs: Any) -> MAR:
     """MAR-H, 943 M parameters with its published head (D=12, W=1536)."""
     return _build(_size(1280, 20, 16, 12, 1536), kwargs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -83,7 +84,7 @@ class Adapter:
         has = all(hasattr(head, name) for name in self.attributes)
         return has and all(callable(getattr(type(head), name, None)) for name in self.methods)
 
-    def trials(self, head: nn.Module, z: Callable[[int], torch.Tensor]) -> Iterator[tuple[str, dict]]:
+    def trials(self, head: nn.Module, z: Callable[[int], torch.Tensor]) -> Iterator[tuple[str, dict[str, Any]]]:
         """(method, its arguments) of small calls, which between them show every kind that is to be served.
 
         Args:

@@ -1,9 +1,9 @@
 """The steps of a run as CUDA graphs: the transformer, its head and what is written, in one launch.
 
-How many tokens are known is a value on the device, so a graph serves all steps that draw as many tokens and whose known
-tokens fit the same room, a multiple of 32. It is captured at the first of them, after a launch kernel by kernel that
-compiles and loads what there is to. What counts is always the graph's, so that the bits of an image do not depend on
-what was made before it. All graphs of a device share one pool of memory (:mod:`cspd_kernels.graphs`).
+How many tokens are known is a value on the device. So a graph serves all steps that draw as many tokens and whose known
+tokens fit the same room, a multiple of 32. It is captured at the first of them. A launch kernel by kernel goes before
+the capture and compiles and loads what is needed. The results are always the graph's, so the bits of an image do not
+depend on what was made before it. All graphs of a device share one pool of memory (:mod:`cspd_kernels.graphs`).
 """
 
 from __future__ import annotations
