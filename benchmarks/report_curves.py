@@ -55,7 +55,9 @@ def latency_h100() -> str:
     ))  # fmt: skip
     for model, left in (("MAR-B", 56), ("MAR-H", 480)):
         most = max(tokens for line in found[model].values() for tokens in line)
-        y = {"log": True, "label": "milliseconds"} | dict(zip(("low", "high"), (0.7, 205) if model == "MAR-B" else (3, 410)))
+        y = {"log": True, "label": "milliseconds"} | dict(
+            zip(("low", "high"), (0.7, 205) if model == "MAR-B" else (3, 410))
+        )
         x = {"low": 0.8, "high": 1.3 * most, "log": True, "label": "tokens N"}
         x["ticks"] = [1, 2, 4, 8, 16, 64] + ([512] if most > 64 else [])
         drawn = panel(canvas, (left, 96, left + 350, 390), x, y, f"The head of {model}")
@@ -171,7 +173,6 @@ def leaving(point: tuple[float, float], row: dict, high: float) -> tuple[float, 
     return point[0] + share * (row["target_calls"] - point[0]), high
 
 
-
 def quality_seconds() -> str:
     """The digits: the figure against seconds of a batch, for samplers of the head and ways to speculate."""
     result = load("quality-digits-cpu.json")
@@ -239,7 +240,10 @@ def parallel() -> str:
         "Two charts: the largest distance of a token from the step-by-step chain's, against sweeps, with the slopes of "
         "this package on the left, without them (Picard iteration) on the right."
     ))  # fmt: skip
-    for kind, left, title in (("secant", 64, "Secant slopes, this package"), ("plain", 488, "Slopes 0: Picard (baseline)")):
+    for kind, left, title in (
+        ("secant", 64, "Secant slopes, this package"),
+        ("plain", 488, "Slopes 0: Picard (baseline)"),
+    ):
         x = {"low": 0, "high": 40, "label": "sweeps"}
         y = {"low": 1e-8, "high": 100, "log": True, "ticks": [1e-7, 1e-5, 1e-3, 1e-1, 10]}
         y["label"] = "largest distance of a token, of the largest value"

@@ -111,7 +111,9 @@ def seconds() -> str:
         (size, dtype), rows = next(iter(images(result).items()))
         canvas.text(16, y, case(size, dtype, result) + " (seconds)", bold=True)
         y = image_bars(canvas, y + 6, rows) + 26
-    canvas.text(16, y, "The head alone: MAR-B, 2 tokens, 100 denoising steps. NVIDIA H100, bfloat16 (milliseconds)", bold=True)
+    canvas.text(
+        16, y, "The head alone: MAR-B, 2 tokens, 100 denoising steps. NVIDIA H100, bfloat16 (milliseconds)", bold=True
+    )
     y = head_bars(canvas, y + 6, "MAR-B N=2 T=100") + 22
     footer(
         canvas, y, f"{SCALED} Ratios are to the first bar of each group.",

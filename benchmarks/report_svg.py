@@ -142,7 +142,13 @@ class Canvas:
             "cross": "l8 8m0 -8l-8 8",
             "plus": "v9m-4.5 -4.5h9",
         }
-        starts = {"square": (-3.5, -3.5), "triangle": (0, -4.5), "diamond": (0, -4.8), "cross": (-4, -4), "plus": (0, -4.5)}
+        starts = {
+            "square": (-3.5, -3.5),
+            "triangle": (0, -4.5),
+            "diamond": (0, -4.8),
+            "cross": (-4, -4),
+            "plus": (0, -4.5),
+        }
         style += " line" if shape in ("cross", "plus") else ""
         at = (number(value + by) for value, by in zip((x, y), starts[shape]))
         self.parts.append(f'<path class="{style}" d="M{" ".join(at)}{paths[shape]}"/>')
@@ -227,7 +233,9 @@ def panel(canvas: Canvas, box: tuple, x: dict, y: dict, title: str) -> Panel:
     return Panel(canvas, box, Axis(**x, start=left, end=right), Axis(**y, start=bottom, end=top), title, *labels)
 
 
-def bars(canvas: Canvas, y: float, rows: Sequence[tuple], left: float, right: float, high: float | None = None) -> float:
+def bars(
+    canvas: Canvas, y: float, rows: Sequence[tuple], left: float, right: float, high: float | None = None
+) -> float:
     """Horizontal bars from zero: (name, value or None, what is written behind it, slot); returns the y below them."""
     scale = (right - left) / (high or max(value for _, value, _, _ in rows if value is not None))
     top = y

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -104,6 +105,7 @@ def docstring(text: str, first: int = 1) -> Iterator[_Text]:
     text = re.sub(r"^ *>>> .*(?:\n *\S.*)*", _blank, text + "\n\n", flags=re.M)
     text = re.sub(r"^( *)```.*?^\1```", _blank, text, flags=re.S | re.M)
     text = re.sub(r"(:[\w:]+:)?(`+)[^`]+\2", lambda m: CODE + "\n" * m.group().count("\n"), text)
+    text = _literal(text)
     inside = False
 
     def begins(line: str) -> bool:
@@ -116,6 +118,17 @@ def docstring(text: str, first: int = 1) -> Iterator[_Text]:
 
     for line, paragraph in _paragraphs(text, begins):
         yield _Text(first + line - 1, re.sub(rf"^(?:{_SECTION.pattern[:-1]})", "", _ITEM.sub("", paragraph, count=1)))
+
+
+def _literal(text: str) -> str:
+    """Without indented blocks behind an empty line, but for those of a section: commands, as a rule."""
+    kept, code, section = [], False, False
+    for before, line in zip(["", *text.split("\n")], text.split("\n")):
+        if line.strip():
+            section = bool(_SECTION.match(line)) or (section and line.startswith(" "))
+            code = line.startswith("    ") and not section and (code or not before.strip())
+        kept.append("" if code else line)
+    return "\n".join(kept)
 
 
 def _strings(tree: ast.AST, documented: set) -> Iterator[_Text]:
@@ -145,3 +158,10 @@ def _constant(node: ast.AST) -> str | None:
         sides = _constant(node.left), _constant(node.right)
         return "".join(CODE if side is None else side for side in sides) if any(sides) else None
     return None
+
+
+if __name__ == "__main__":  # python tests/helpers/prose.py FILE...
+    for name in sys.argv[1:]:
+        for sentence in sentences(Path(name)):
+            if sentence.words > 30:
+                print(f"{name}:{sentence.line}: {sentence.words} words: {sentence.text}")

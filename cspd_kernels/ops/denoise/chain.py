@@ -83,8 +83,8 @@ class Chain:
     Rows beyond the call's own are computed and not returned: rows are independent.
 
     ``sweeps_of`` is a chain of N tokens that keeps the modulations of all T steps. This one is then that chain's
-    network at all of its steps at once, for sweeps (``parallel_chain``). Its inputs are T N tokens x. The network puts
-    out out [G, T N, C], and v [T N, C] of the first group where the variance is learned. It reads the other's
+    network at all of its steps at once, for sweeps (``parallel_chain``). Its inputs are T N tokens x. Its outputs
+    are out [G, T N, C], and v [T N, C] of the first group where the variance is learned. It reads the other's
     modulations and has no other inputs of its own.
 
     Without noise it is no chain but one call of the network (``ops.evaluate``). Its inputs are x, cond and the time
