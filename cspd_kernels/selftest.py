@@ -128,7 +128,8 @@ def _head(device, dtype, steps=2) -> DiffusionHead:
 
 
 def _slow(backend) -> bool:
-    return backend == "triton" and interpreting()
+    """Where a network takes long: in Triton's interpreter, and emulated."""
+    return (backend == "triton" and interpreting()) or (backend == "cuda" and emulated())
 
 
 def _denoise(backend, device, dtype, parallel_tol) -> float:
@@ -171,7 +172,7 @@ def _largest(*errors: float) -> float:
 
 
 def _rows(backend) -> int:
-    return _FEW_ROWS if _slow(backend) else _ROWS
+    return _FEW_ROWS if backend == "triton" and interpreting() else _ROWS
 
 
 def _chains(device, dtype, rows, same_sigma=False):

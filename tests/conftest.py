@@ -45,9 +45,14 @@ def pytest_xdist_auto_num_workers(config):
         return None  # xdist's own way to say it
     if config.option.dist == "no":
         config.option.dist = "loadfile"
+    config.option.loadscopereorder = False  # by the time that files take, not by how many tests they have
     paths = (config.invocation_params.dir / argument.partition("::")[0] for argument in config.args)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(cores, MOST_PROCESSES) if all(path.is_dir() for path in paths) else 0
+
+
+# Files that take the longest come first, so that the processes end together.
+LONGEST = ("test_sweep_kernels.py", "test_states_faults.py", "test_graphs_of_chains.py")
 
 
 def pytest_addoption(parser):
@@ -55,9 +60,10 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Tests marked gpu are skipped without a GPU. Those marked slow are skipped without ``--slow``, unless they are
-    marked gpu or ``-m`` names them.
+    """The longest files first. Tests marked gpu are skipped without a GPU. Those marked slow are skipped without
+    ``--slow``, unless they are marked gpu or ``-m`` names them.
     """
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
     no_gpu = not torch.cuda.is_available()
     no_slow = not config.option.slow and "slow" not in config.option.markexpr
     for item in items:

@@ -28,7 +28,9 @@ def prose(text: str) -> str:
 
 def links(text: str) -> list[str]:
     """Where a page's links and pictures lead."""
-    found = re.findall(r"\[(?:[^\[\]]|\[[^\]]*\])*\]\(([^)\s]+)[^)]*\)", prose(text))  # a picture may be the text of a link
+    found = re.findall(
+        r"\[(?:[^\[\]]|\[[^\]]*\])*\]\(([^)\s]+)[^)]*\)", prose(text)
+    )  # a picture may be the text of a link
     found += re.findall(r"!\[[^\]]*\]\(([^)\s]+)\)", prose(text))
     return found + re.findall(r"<(?:img|a|source)\b[^>]*?\b(?:src|href|srcset)=\"([^\"]+)\"", text)
 
@@ -75,7 +77,7 @@ def test_links_lead_somewhere(page):
 
 
 def test_links_are_found():
-    text = "[a](b.md#c) ![d](e.png) [![f](g.svg)](h.md) `[no](no.md)` <img src=\"i.png\">\n```\n[no](no.md)\n```\n"
+    text = '[a](b.md#c) ![d](e.png) [![f](g.svg)](h.md) `[no](no.md)` <img src="i.png">\n```\n[no](no.md)\n```\n'
     assert set(links(text)) == {"b.md#c", "e.png", "g.svg", "h.md", "i.png"}
     assert anchors("# A `b`, c\n## [D](e.md) f\n::: g.h\n") == {"a-b-c", "d-f", "g.h"}
 
