@@ -74,6 +74,18 @@ def test_links_lead_somewhere(page):
             assert anchor in anchors(target.read_text()), f"{link}: no such heading"
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(DOCS).as_posix())
+def test_lists_are_lists_on_the_site_too(page):
+    """Its Markdown wants a blank line before a list, and four spaces before an item within an item."""
+    before = ""
+    for line in re.sub(r"^( *)```.*?^\1```", "", page.read_text(), flags=re.M | re.S).splitlines():
+        item = re.match(r"( *)(?:[-*]|\d+\.) \S", line)
+        assert not item or len(item[1]) % 4 == 0, f"an item of {len(item[1])} spaces: {line}"
+        follows = not before.strip() or re.match(r" *(?:[-*]|\d+\.) |  ", before)
+        assert not item or follows, f"no blank line before the list: {line}"
+        before = line
+
+
 def test_links_are_found():
     text = "[a](b.md#c) ![d](e.png) [![f](g.svg)](h.md) `[no](no.md)` <img src=\"i.png\">\n```\n[no](no.md)\n```\n"
     assert set(links(text)) == {"b.md#c", "e.png", "g.svg", "h.md", "i.png"}
