@@ -65,9 +65,7 @@ def mar_config(
     width, seq_len = _shape(state, "class_emb.weight")[1], _shape(state, "diffusion_pos_embed_learned", 3)[1]
     channels, side = _shape(state, "z_proj.weight")[1], math.isqrt(seq_len)
     if side**2 != seq_len:
-        raise CheckpointError(
-            f"expected as many tokens as a square has, got {seq_len} from diffusion_pos_embed_learned"
-        )
+        raise CheckpointError(f"expected a square number of tokens, got {seq_len} in diffusion_pos_embed_learned")
     config = dict(
         class_num=_shape(state, "class_emb.weight")[0],
         encoder_embed_dim=width,
@@ -96,7 +94,7 @@ def mar_config(
         dim = config[f"{name}_embed_dim"]
         if num_heads is None and dim not in _HEADS:
             raise CheckpointError(
-                f"the number of attention heads of a {name} of width {dim} is unknown: give num_heads"
+                f"the number of attention heads of a {name} of width {dim} is unknown: pass num_heads"
             )
         config[f"{name}_num_heads"] = num_heads or _HEADS[dim]
     return config
@@ -110,7 +108,7 @@ def _shape(state: dict[str, torch.Tensor], name: str, dimensions: int = 2) -> to
     shape = state[name].shape
     if len(shape) != dimensions:
         got = f"{name} of shape {tuple(shape)}"
-        raise CheckpointError(f"expected weights in shapes of their own, got {got}: {UNFLATTEN}")
+        raise CheckpointError(f"expected weights in their original shapes, got {got}: {UNFLATTEN}")
     return shape
 
 
@@ -141,8 +139,8 @@ def _patch_size(channels: int, released: bool) -> int:
         return 1
     ways = " or ".join(f"{p} ({channels // p**2}-channel latents)" for p in possible)
     raise CheckpointError(
-        f"expected the patch size, which weights do not show, got tokens of {channels} channels: give patch_size= to "
-        f"load_mar, or --patch-size to cspd generate and cspd convert, as {ways}"
+        f"expected the patch size, which weights do not show, got tokens of {channels} channels: pass patch_size= "
+        f"to load_mar, or --patch-size to cspd generate and cspd convert. It is {ways}"
     )
 
 
@@ -262,7 +260,7 @@ def _find(
         if told_all and size != config["img_size"]:
             raise CheckpointError(
                 f"its tokens are those of img_size={config['img_size']} with patch_size={patch} and "
-                f"vae_stride={stride}, but {weights.told_by} says {size}: give patch_size and vae_stride"
+                f"vae_stride={stride}, but {weights.told_by} says {size}: pass patch_size and vae_stride"
             )
         with torch.device("meta"):
             model = MAR(**{**config, **options})
@@ -274,8 +272,8 @@ def _find(
     assumed = patch is None and _patch_sizes(config["vae_embed_dim"]) != [1]
     if assumed:
         _logger.warning(
-            "%s does not tell its patch size: read with 1, as the released %s has. Give patch_size=1 if that is right, "
-            "else the one it was trained with",
+            "%s does not tell its patch size: read with 1, like the released %s. Pass patch_size=1 to confirm it, or "
+            "the patch size that it was trained with",
             weights.path,
             _size(config)[0],
         )
@@ -292,7 +290,12 @@ def _told(weights: Weights, patch_size: int | None, vae_stride: int | None) -> t
     for name, asked in (("patch_size", patch_size), ("vae_stride", vae_stride)):
         if asked is not None and told.get(name, asked) != asked:
             _logger.warning(
-                "%s=%d as asked for, though %s says %d in %s", name, asked, weights.path, told[name], weights.told_by
+                "using %s=%d as passed, although %s says %d in %s",
+                name,
+                asked,
+                weights.path,
+                told[name],
+                weights.told_by,
             )
     if patch_size is None and "vae_embed_dim" in told:
         channels = _shape(weights.tensors, "z_proj.weight")[1]
@@ -300,7 +303,7 @@ def _told(weights: Weights, patch_size: int | None, vae_stride: int | None) -> t
         if not fitting or told.setdefault("patch_size", fitting[0]) != fitting[0]:
             says = ", ".join(f"{name}={told[name]}" for name in ("vae_embed_dim", "patch_size") if name in told)
             raise CheckpointError(
-                f"its tokens have {channels} channels, but {weights.told_by} says {says}: give patch_size"
+                f"its tokens have {channels} channels, but {weights.told_by} says {says}: pass patch_size"
             )
     stride = told.get("vae_stride") if vae_stride is None else vae_stride
     return (told.get("patch_size") if patch_size is None else patch_size), stride

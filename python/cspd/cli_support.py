@@ -46,7 +46,7 @@ def labels(text: str) -> list[int]:
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:
-        raise argparse.ArgumentTypeError(f"expected numbers with commas between them, got {text}") from None
+        raise argparse.ArgumentTypeError(f"expected numbers separated by commas, got {text}") from None
 
 
 def one_line(error: BaseException) -> str:

@@ -35,7 +35,7 @@ def mask_lengths(seq_len: int, steps: int) -> list[int]:
     MAR). Length K + 1, from L down to 0; equal neighbours mean a step with nothing to draw.
     """
     if not is_count(steps, 1):
-        raise InvalidInput(f"expected steps >= 1, an int (num_iter of MAR's sample_tokens), got {steps!r}")
+        raise InvalidInput(f"expected steps as an int >= 1 (num_iter in MAR's sample_tokens), got {steps!r}")
     lengths = [seq_len]
     for step in range(steps - 1):
         cosine = math.floor(seq_len * math.cos(math.pi / 2.0 * (step + 1) / steps))
@@ -295,7 +295,7 @@ class Plan:
 def check_room(count: torch.Tensor, room: int) -> None:
     """Raise where a row of a ragged pass knows more tokens than there is room for: looked at on the CPU alone."""
     if count.device.type == "cpu" and count.numel() and count.max() > room:
-        raise InvalidInput(f"expected room for the {int(count.max())} tokens that are known before a row, got {room}")
+        raise InvalidInput(f"expected room for the {int(count.max())} known tokens, got {room}")
 
 
 def random_orders(seed: int, images: torch.Tensor, seq_len: int) -> torch.Tensor:

@@ -176,11 +176,11 @@ def _model_of(model: nn.Module, head: FoundHead, options: Options) -> nn.Module:
     if not options.whole:
         raise UnsupportedModel(
             f"patch(sampling_steps={options.sampling.steps}) expected a model with sample_tokens and diffloss around "
-            f"{head.name}, whose autoregressive steps it follows, found none in {type(model).__name__}: give one number"
+            f"{head.name}, found none in {type(model).__name__}: pass one number, which needs no autoregressive steps"
         )
     raise UnsupportedModel(
         f"patch(whole=True) expected a MAR model with sample_tokens and diffloss around {head.name}, found none in "
-        f"{type(model).__name__}: leave whole out to patch the head alone"
+        f"{type(model).__name__}: omit whole=True to patch the head alone"
     )
 
 

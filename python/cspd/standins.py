@@ -53,8 +53,8 @@ def autoregressive_step() -> tuple[int, int]:
     first, of = getattr(_thread, "passes", None) or (0, None)
     if of is None:
         raise CallError(
-            "a head patched with a pair of sampling_steps expected to be called by its model's sample_tokens with "
-            "num_iter, whose autoregressive steps the pair is for: call that, or patch with one number"
+            "a head patched with a pair of sampling_steps expected a call from its model's sample_tokens with "
+            "num_iter: the pair follows its autoregressive steps. Call that, or patch with one number"
         )
     return min(loops_entered() - 1 - first, of - 1), of
 

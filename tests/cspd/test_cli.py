@@ -150,7 +150,7 @@ def test_what_may_not_be_written_is_noticed_before_the_work(command, there, tmp_
     monkeypatch.setattr("cspd.files.os.access", lambda path, mode: path == tmp_path if there else path.name == "x.png")
     assert main([*command, "x.png"]) == 2
     error = capsys.readouterr().err
-    assert "that may be written" in error
+    assert "that is not writable" in error
     assert error.count("\n") == 1
 
 

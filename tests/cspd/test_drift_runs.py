@@ -182,9 +182,11 @@ def test_what_does_not_fit(pair):
 def test_a_transformer_that_does_not_show_its_attention(pair, monkeypatch, missing):
     for name in ("why_not_by_weights", "why_not_by_tables")[:missing]:
         monkeypatch.setattr(f"cspd.whole.chosen.{name}", lambda *_: "asked for by this test")
-    with pytest.raises(ValueError, match="expected a draft whose transformer runs over packed weights for a head that"):
+    with pytest.raises(
+        ValueError, match="expected a draft that shows transformer runs over packed weights for a head that"
+    ):
         runner(pair).run(2, 4)
-    with pytest.raises(ValueError, match="expected a draft whose"):
+    with pytest.raises(ValueError, match="expected a draft that shows"):
         runner((pair[0], pair[0]), prefill=1.0).run(2, 4)
 
 

@@ -89,7 +89,7 @@ def test_a_folder_and_a_file_are_the_same_images(small, capsys):
     assert command(few, "--fid", folder / "stats.npz", "--json", folder / "out.json") == 0
     printed = capsys.readouterr().out
     assert f"FID {expected:.4f} of 9 images" in printed and "biased upwards" in printed
-    assert "does not show that it is torch-fidelity's release" in printed
+    assert "is not that of torch-fidelity's release" in printed
     assert json.loads((folder / "out.json").read_text())["fid"] == pytest.approx(expected)
 
 
@@ -157,13 +157,13 @@ def test_weights_of_torch_fidelity(tmp_path, monkeypatch):
         evaluate._inception(None)
     file = tmp_path / "weights.pth"
     file.write_bytes(b"no weights")
-    with pytest.raises(ValueError, match="as a file of weights alone"):
+    with pytest.raises(ValueError, match="to hold weights alone"):
         evaluate._inception(file)
     torch.save({"fc.weight": torch.zeros(1000, 2048)}, file)
-    with pytest.raises(ValueError, match="torchvision's is another network"):
+    with pytest.raises(ValueError, match="torchvision's Inception is another network"):
         evaluate._inception(file)
     torch.save({"fc.weight": torch.zeros(1008, 2048)}, file)
-    with pytest.raises(ValueError, match=r"expected .* as torch-fidelity's Inception"):
+    with pytest.raises(ValueError, match=r"expected .* to be torch-fidelity's Inception"):
         evaluate._inception(file)
 
     monkeypatch.setattr(inception, "load_state_dict_from_url", lambda *_, **__: {})

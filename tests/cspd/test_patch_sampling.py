@@ -102,7 +102,7 @@ def test_fewer_steps_at_later_autoregressive_steps(sampler, cfg):
 
 def test_the_head_alone_has_no_autoregressive_steps():
     model = cspd.patch(small_mar(), sampling_steps=(12, 3))
-    with pytest.raises(RuntimeError, match="expected to be called by its model's sample_tokens with num_iter"):
+    with pytest.raises(RuntimeError, match="expected a call from its model's sample_tokens with num_iter"):
         model.diffloss.sample(torch.randn(2, 32))
     sample(model)
     with pytest.raises(ValueError, match=r"expected a model with sample_tokens .* found none in Head: give one number"):
@@ -146,7 +146,7 @@ def test_a_loop_whose_noise_is_given_runs_its_own_code():
     expected = head.sample_with_inter_noise(z, noise, inter)
     cspd.patch(head, sampling_steps=6)
     assert torch.equal(head.sample_with_inter_noise(z, noise, inter), expected)
-    assert "the noise of its steps is given" in str(cspd.describe(head))
+    assert "the noise of its steps is passed in" in str(cspd.describe(head))
 
 
 class Two(nn.Module):

@@ -66,9 +66,7 @@ def test_the_room_must_hold_what_is_known():
     at, image = places(plan)
     most = int(plan.ragged(at, image, 16).count.max())
     plan.ragged(at, image, most)
-    with pytest.raises(
-        ValueError, match=f"expected room for the {most} tokens that are known before a row, got {most - 1}"
-    ):
+    with pytest.raises(ValueError, match=f"expected room for the {most} known tokens, got {most - 1}"):
         plan.ragged(at, image, most - 1)
 
 

@@ -170,7 +170,7 @@ def test_where_its_own_code_does_not_run_the_first_call_compares(caplog, made_by
     head = made(Elsewhere)
     with caplog.at_level(logging.INFO, "cspd"):
         cspd.patch(head)
-    assert "its own code does not run here, so its first call compares" in caplog.text
+    assert "its own code does not run here, so it is compared at its first call" in caplog.text
     assert "No CUDA GPUs are available" in caplog.text
     Elsewhere.here = True
     bit_dance(head)

@@ -162,7 +162,7 @@ def test_what_does_not_fit_together(words, message):
 
 
 def test_a_device_that_is_not_there():
-    with pytest.raises(ValueError, match="expected --device as one that torch has here"):
+    with pytest.raises(ValueError, match="expected a --device that torch has on this machine"):
         cli_serve.load_studio(arguments("--device", "nonsense"))
 
 

@@ -140,7 +140,7 @@ def test_a_solver_of_its_own_by_an_option_of_the_call(caplog):
 
     head = made(Solver)
     assert_accelerated(head, lambda h: h.sample(Z), caplog)
-    reason = "its sample runs without p_sample_loop: by a sampler of its own"
+    reason = "its sample does not call p_sample_loop: it has a sampler of its own"
     assert_own_code(head, lambda h: h.sample(Z, solver="second order"), caplog, reason)
 
 

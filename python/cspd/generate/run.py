@@ -30,7 +30,7 @@ from .settings import Settings, check_options, checkpoints, differences, resolve
 
 _logger = logging.getLogger("cspd")
 _BETWEEN_LINES = 60.0  # seconds, where there is no terminal for a bar
-_GOES_ON = "what was written stays, the same command makes the rest"
+_GOES_ON = "what was written stays; run the same command again to make the rest"
 
 
 class Missing(NamedTuple):
@@ -147,8 +147,8 @@ def _check_settings(folder: RunFolder, settings: Settings, models: Models | None
             texts.append(f"the {name.replace('_', ' ')} was {was}, is {now}")
     if texts:
         raise InvalidInput(
-            f"expected the settings of the run in {folder.path}, got others: {'; '.join(texts)}. Give another --out, "
-            "or these settings again"
+            f"expected the settings of the run in {folder.path}, got others: {'; '.join(texts)}. Choose another "
+            "--out, or repeat the earlier settings"
         )
 
 
@@ -156,13 +156,13 @@ def _check_extra(args, folder: RunFolder, name: str, path) -> None:
     """A file beside the images: the grid, or the array."""
     option = f"--{name}"
     if folder.owns(path):
-        raise InvalidInput(f"expected {option} as another file than those of the run, got {path}")
+        raise InvalidInput(f"expected {option} to name a file that the run does not write itself, got {path}")
     for other in ("target", "draft", "vae"):
         checkpoint = getattr(args, other)
         if checkpoint and checkpoint.exists() and path.exists() and checkpoint.samefile(path):
-            raise InvalidInput(f"expected {option} as another file than --{other}, got {path} for both")
+            raise InvalidInput(f"expected different files for {option} and --{other}, got {path} for both")
     if args.grid and args.npz and os.path.realpath(args.grid) == os.path.realpath(args.npz):
-        raise InvalidInput(f"expected --grid as another file than --npz, got {path} for both")
+        raise InvalidInput(f"expected different files for --grid and --npz, got {path} for both")
     if folder.path.exists() or path.parent.resolve() != folder.path.resolve():  # else it comes with the folder
         check_output(path, option)
 
@@ -182,10 +182,10 @@ def _begin(args, folder: RunFolder, settings: Settings, models: Models | None, m
     if run["starts"] and missing.numbers:
         warn_of_changes(run["starts"][-1], start)
     if options := without_part(args):
-        _logger.warning("without --draft nothing is drafted, and these play no part: %s", ", ".join(options))
+        _logger.warning("without --draft nothing is drafted; these options have no effect: %s", ", ".join(options))
     if missing.numbers and settings.batch_size > settings.num_images:
         _logger.warning(
-            "--batch-size %d is more than the images: that many are computed, padding included, and %d kept",
+            "--batch-size %d is larger than the number of images: all of the batch is computed, and %d images are kept",
             settings.batch_size,
             settings.num_images,
         )
