@@ -24,7 +24,7 @@ def full_name(name: str, who: str, accepted: Sequence[str] = tuple(SHORT)) -> st
     Raises:
         WrongDtype: it names no dtype, or not an accepted one. The message lists the accepted ones.
     """
-    full = _FULL.get(name.strip().lower().removeprefix("torch."))
+    full = _FULL.get(name.strip().lower().removeprefix("torch."), "")
     if full not in accepted:
         raise wrong(name, who, accepted)
     return full

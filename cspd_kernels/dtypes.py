@@ -26,7 +26,7 @@ def as_dtype(
     """
     names = [str(known).removeprefix("torch.") for known in accepted]
     if isinstance(dtype, str):
-        return getattr(torch, dtype_names.full_name(dtype, who, names))
+        return accepted[names.index(dtype_names.full_name(dtype, who, names))]
     if dtype not in accepted:
         raise dtype_names.wrong(dtype, who, names)
     return dtype
@@ -54,7 +54,7 @@ def call_dtype(device: torch.device, weights: torch.dtype) -> torch.dtype:
     return weights
 
 
-def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:
     """A context in which the caller's autocast is off."""
     if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import weakref
 from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn as nn
@@ -87,15 +88,22 @@ class DiffusionHead:
     time: tuple[TimeEmbedding, ...] = ()
 
     # No fields: of the head that was packed from a module, not of what is made from it.
-    copies = ()
-    watched = True
+    copies: ClassVar[tuple[tuple[torch.Tensor, torch.Tensor], ...]] = ()
+    watched: ClassVar[bool] = True
+    if TYPE_CHECKING:  # of this head alone
 
-    def __post_init__(self):
+        @property
+        def handle(self) -> int: ...
+
+        @property
+        def shared(self) -> dict[Any, Any]: ...
+
+    def __post_init__(self) -> None:
         object.__setattr__(self, "handle", next(_handles))
         object.__setattr__(self, "shared", {})
         _heads[self.handle] = self
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[type[DiffusionHead], tuple[Any, ...]]:
         """Copies and pickles are built like any other head, and so get a handle of their own."""
         return type(self), tuple(getattr(self, f.name) for f in fields(self))
 
@@ -178,7 +186,7 @@ class DiffusionHead:
 
         made: dict[int, torch.Tensor] = {}  # blocks that share a tensor go on sharing it
 
-        def convert(name: str, value):
+        def convert(name: str, value: Any) -> Any:
             if not isinstance(value, torch.Tensor):
                 return value
             if id(value) not in made:
@@ -194,7 +202,9 @@ class DiffusionHead:
 
     @classmethod
     @torch.no_grad()
-    def from_module(cls, diffloss: nn.Module, *, dtype: torch.dtype | str | None = None, device=None) -> DiffusionHead:
+    def from_module(
+        cls, diffloss: nn.Module, *, dtype: torch.dtype | str | None = None, device: torch.device | str | None = None
+    ) -> DiffusionHead:
         """Pack a ``DiffLoss``-like module, recognised by its structure and never by its class name.
 
         The module must hold ``in_channels``, ``gen_diffusion`` and ``net`` with ``input_proj``,
@@ -216,7 +226,8 @@ class DiffusionHead:
             kind = type(diffloss).__name__
             raise NotAModel(f"DiffusionHead.from_module expected a DiffLoss-like module, got {kind}: {problem}")
         schedule = Schedule.from_diffusion(diffloss.gen_diffusion)
-        return cls.from_network(diffloss.net, schedule, dtype=dtype, device=device)
+        net: Any = diffloss.net
+        return cls.from_network(net, schedule, dtype=dtype, device=device)
 
     @classmethod
     @torch.no_grad()
@@ -238,16 +249,25 @@ class DiffusionHead:
         Raises:
             TypeError: it has no such structure.
         """
-        if isinstance(spec := spec_of(net) if spec is None else spec, str):
-            raise NotAModel(f"DiffusionHead.from_network expected a head's network, got {type(net).__name__}: {spec}")
-        parts = spec.parts
-        device = torch.device(device) if device is not None else parts.input.weight.device
-        if dtype is None:
-            dtype = call_dtype(device, parts.input.weight.dtype)
-        dtype = as_dtype(dtype, "DiffusionHead")
-        packer = Packer(spec, device, dtype)
+        found = spec_of(net) if spec is None else spec
+        if isinstance(found, str):
+            raise NotAModel(f"DiffusionHead.from_network expected a head's network, got {type(net).__name__}: {found}")
+        return cls._packed(found, schedule, dtype, device)
+
+    @classmethod
+    def _packed(
+        cls,
+        spec: HeadSpec,
+        schedule: Schedule | None,
+        dtype: torch.dtype | str | None,
+        device: torch.device | str | None,
+    ) -> DiffusionHead:
+        parts: Any = spec.parts
+        where = torch.device(device) if device is not None else parts.input.weight.device
+        dtype = as_dtype(call_dtype(where, parts.input.weight.dtype) if dtype is None else dtype, "DiffusionHead")
+        packer = Packer(spec, where, dtype)
         times = tuple(packer.time(time, kind) for time, kind in zip(parts.times, spec.times))
-        head = cls(
+        values: list[Any] = [
             schedule,
             dtype,
             spec.norm_eps,
@@ -257,10 +277,11 @@ class DiffusionHead:
             tuple(Block(*packer.block(block)) for block in parts.blocks),
             *packer.modulation(parts.final_modulation, spec.final_modulation),
             *(weight[: spec.outputs] for weight in packer.linear(parts.final, packer.stream)),
-            norm=spec.norm,
-            mlp=spec.mlp,
-            time=times,
-        )
+            spec.norm,
+            spec.mlp,
+            times,
+        ]
+        head = cls(*values)
         object.__setattr__(head, "copies", tuple(packer.copies))
         return head
 

@@ -30,17 +30,19 @@ Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
 from __future__ import annotations
 
 import math
+from typing import Any, TypeAlias
 
 import torch
 
 from .errors import InvalidInput
 
+Word: TypeAlias = int | torch.Tensor
 STREAM_STEP, STREAM_X_T, STREAM_UNIFORM, STREAM_PROPOSAL, STREAM_ORDER = range(5)
 CANDIDATE_STRIDE = 1 << 48  # of addresses, between the candidates of a token
 _MASK = 0xFFFFFFFF
 
 
-def philox_4x32(key: tuple, counter: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+def philox_4x32(key: tuple[Any, Any], counter: tuple[Any, Any, Any, Any]) -> tuple[torch.Tensor, ...]:
     """Philox 4x32-10 in int64 arithmetic: four counter words -> four random words, all in [0, 2^32).
 
     Args:
@@ -57,7 +59,7 @@ def philox_4x32(key: tuple, counter: tuple[torch.Tensor, ...]) -> tuple[torch.Te
     return c0, c1, c2, c3
 
 
-def words(seed: int | torch.Tensor, rows: torch.Tensor, index, group, stream: int) -> tuple[torch.Tensor, ...]:
+def words(seed: Word, rows: torch.Tensor, index: Word, group: Word, stream: int) -> tuple[torch.Tensor, ...]:
     """The four words at an address; ``rows``, ``index`` and ``group`` broadcast."""
     if isinstance(seed, torch.Tensor):
         seed = seed.reshape(())  # no axis of the result
@@ -70,12 +72,12 @@ def _uniform(words: torch.Tensor) -> torch.Tensor:
     return words.float() * 2.0**-32 + 2.0**-33
 
 
-def uniforms(seed: int | torch.Tensor, rows: torch.Tensor, index) -> torch.Tensor:
+def uniforms(seed: Word, rows: torch.Tensor, index: Word) -> torch.Tensor:
     """Uniforms in (0, 1], float32, of the tries ``index`` of accept_reject; ``rows`` and ``index`` broadcast."""
     return _uniform(words(seed, rows, index, 0, STREAM_UNIFORM)[0])
 
 
-def normals(seed: int | torch.Tensor, rows: torch.Tensor, index, channels: int, stream: int) -> torch.Tensor:
+def normals(seed: Word, rows: torch.Tensor, index: Word, channels: int, stream: int) -> torch.Tensor:
     """Standard normals, float32, of shape broadcast(rows, index) + (channels,)."""
     group = torch.arange((channels + 3) // 4, device=rows.device)
     if isinstance(index, torch.Tensor):
@@ -89,7 +91,7 @@ def normals(seed: int | torch.Tensor, rows: torch.Tensor, index, channels: int, 
     return torch.stack(pairs, dim=-1).flatten(-2)[..., :channels]
 
 
-def check_seed(seed, device: torch.device | None = None) -> int | torch.Tensor:
+def check_seed(seed: object, device: torch.device | None = None) -> int | torch.Tensor:
     """A seed as an int in [0, 2^64) or, where its ``device`` is named, a tensor there; or one clear error.
 
     A tensor's value is not looked at: any 64 bits are a seed.
@@ -114,7 +116,7 @@ def _described(tensor: torch.Tensor) -> str:
     return f"{tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
 
 
-def check_rows(rows, device=None) -> torch.Tensor:
+def check_rows(rows: object, device: torch.device | None = None) -> torch.Tensor:
     """Row addresses (N,) int64, or one clear error."""
     if not isinstance(rows, torch.Tensor) or rows.dtype != torch.int64 or rows.dim() != 1:
         got = f"{rows.dtype} {tuple(rows.shape)}" if isinstance(rows, torch.Tensor) else type(rows).__name__
@@ -147,7 +149,7 @@ class PhiloxNoise:
         seed = f"<on {self.seed.device}>" if isinstance(self.seed, torch.Tensor) else self.seed
         return f"PhiloxNoise(seed={seed}, rows=<{len(self)} on {self.rows.device}>, channels={self.channels})"
 
-    def __getitem__(self, index) -> PhiloxNoise:
+    def __getitem__(self, index: slice | torch.Tensor) -> PhiloxNoise:
         """The noise of some of the rows."""
         return PhiloxNoise(self.seed, self.rows[index], self.channels)
 
@@ -167,6 +169,7 @@ class PhiloxNoise:
     def _channels(self, channels: int | None) -> int:
         if self.channels is None:
             self.channels = channels
-        if channels is None and self.channels is None:
+        known = self.channels if channels is None else channels
+        if known is None:
             raise InvalidInput("PhiloxNoise expected the number of channels, got none: call step(i, channels)")
-        return self.channels if channels is None else channels
+        return known

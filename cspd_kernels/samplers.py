@@ -5,6 +5,8 @@ The formulas and their sources are with the schedule's methods.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from .errors import InvalidInput, NotAModel, UnsupportedModel
@@ -23,7 +25,7 @@ _MEANS = {"EPSILON": "epsilon", "START_X": "x0", "V": "v", "V_PREDICTION": "v", 
 _VARIANCES = {"FIXED_SMALL": "fixed_small", "FIXED_LARGE": "fixed_large"}
 
 
-def table(timesteps, x0_x, x0_out, mean_x0, mean_x, log_std) -> dict[str, np.ndarray]:
+def table(timesteps, x0_x, x0_out, mean_x0, mean_x, log_std) -> dict[str, Any]:
     """The columns of a schedule whose variance is not learned."""
     return {
         "timesteps": np.asarray(timesteps), "x0_x": np.asarray(x0_x), "x0_out": np.asarray(x0_out),
@@ -40,7 +42,7 @@ def check_betas(betas: np.ndarray) -> np.ndarray:
     return betas
 
 
-def posterior(betas: np.ndarray) -> dict[str, np.ndarray]:
+def posterior(betas: np.ndarray) -> dict[str, Any]:
     """What follows from betas: cumulative products, the posterior's mean and its log variance."""
     acp = np.cumprod(1.0 - betas)
     before = np.append(1.0, acp[:-1])
@@ -59,7 +61,7 @@ def posterior(betas: np.ndarray) -> dict[str, np.ndarray]:
     }
 
 
-def ancestral(betas: np.ndarray, variance: str, prediction: str) -> dict[str, np.ndarray]:
+def ancestral(betas: np.ndarray, variance: str, prediction: str) -> dict[str, Any]:
     """Of ``Schedule.diffusion``, but for the timesteps."""
     known = posterior(betas)
     acp, small, large = known["alphas_cumprod"], 0.5 * known["log_posterior"], 0.5 * np.log(betas)
@@ -84,7 +86,7 @@ def ancestral(betas: np.ndarray, variance: str, prediction: str) -> dict[str, np
     }  # fmt: skip
 
 
-def ddim(betas: np.ndarray, acp: np.ndarray, eta: float) -> dict[str, np.ndarray]:
+def ddim(betas: np.ndarray, acp: np.ndarray, eta: float) -> dict[str, Any]:
     """What ``Schedule.ddim`` changes of a diffusion's columns."""
     before = np.append(1.0, acp[:-1])
     # acp / acp_prev is 1 - beta, which is exact where acp is 0, too.
@@ -100,14 +102,14 @@ def ddim(betas: np.ndarray, acp: np.ndarray, eta: float) -> dict[str, np.ndarray
     }  # fmt: skip
 
 
-def euler(times, data_at: float, prediction: str, timesteps) -> dict[str, np.ndarray]:
+def euler(times, data_at: float, prediction: str, timesteps) -> dict[str, Any]:
     """Of ``Schedule.euler``."""
     now, share, size, timesteps = _flow("euler", times, data_at, None, timesteps)
     r = size / (1.0 - share)
     return table(timesteps, *_data(now, data_at, prediction), r, 1.0 - r, np.full(len(r), -np.inf))
 
 
-def euler_maruyama(times, data_at: float, sizes, prediction: str, timesteps) -> dict[str, np.ndarray]:
+def euler_maruyama(times, data_at: float, sizes, prediction: str, timesteps) -> dict[str, Any]:
     """Of ``Schedule.euler_maruyama``."""
     now, share, size, timesteps = _flow("euler_maruyama", times, data_at, sizes, timesteps)
     r = size / (1.0 - share)

@@ -5,13 +5,17 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields, replace
 from numbers import Integral, Real
+from typing import Any, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 
 from . import samplers
 from .errors import InvalidInput
 from .samplers import PREDICTIONS, VARIANCES
 
+Array: TypeAlias = npt.NDArray[np.float64]
+Clip: TypeAlias = tuple[npt.ArrayLike, npt.ArrayLike]  # the lower and the upper limits of x0: numbers, or one a channel
 _TABLE = ("x0_x", "x0_out", "mean_x0", "mean_x", "log_std_upper", "log_std_lower")
 
 
@@ -44,23 +48,23 @@ class Schedule:
         width: of a :meth:`one_step` schedule, else None.
     """
 
-    timesteps: np.ndarray
-    x0_x: np.ndarray
-    x0_out: np.ndarray
-    mean_x0: np.ndarray
-    mean_x: np.ndarray
-    log_std_lower: np.ndarray
-    log_std_upper: np.ndarray | None = None  # None: as the lower
+    timesteps: Array
+    x0_x: Array
+    x0_out: Array
+    mean_x0: Array
+    mean_x: Array
+    log_std_lower: Array
+    log_std_upper: Array | None = None  # None: as the lower
     learned: bool = False
-    clip: np.ndarray | None = None
+    clip: Array | None = None
     name: str = "custom"
     prediction: str = "epsilon"
     variance: str | None = None
-    betas: np.ndarray | None = None
-    alphas_cumprod: np.ndarray | None = None
+    betas: Array | None = None
+    alphas_cumprod: Array | None = None
     width: float | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.log_std_upper is None:
             object.__setattr__(self, "log_std_upper", self.log_std_lower)
         shape = self._keep("timesteps").shape
@@ -93,7 +97,7 @@ class Schedule:
         if self.prediction not in PREDICTIONS:
             raise InvalidInput(f"Schedule expected prediction one of {PREDICTIONS}, got {self.prediction!r}")
 
-    def _keep(self, name: str) -> np.ndarray:
+    def _keep(self, name: str) -> Array:
         """A copy of the caller's values, which stay theirs."""
         values = np.array(getattr(self, name), dtype=np.float64)
         values.setflags(write=False)
@@ -110,7 +114,7 @@ class Schedule:
         """Whether a step that should add noise, or the last, has no standard deviation: then a chain has no density."""
         return bool(np.isneginf(self.log_std_lower).any())
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[type[Schedule], tuple[Any, ...]]:
         """Copies and pickles are read-only, too, and leave behind what is kept for a device."""
         return type(self), tuple(getattr(self, f.name) for f in fields(self))
 
@@ -125,7 +129,13 @@ class Schedule:
 
     @classmethod
     def diffusion(
-        cls, betas, timesteps=None, variance: str = "learned", *, prediction: str = "epsilon", clip=None
+        cls,
+        betas: npt.ArrayLike,
+        timesteps: npt.ArrayLike | None = None,
+        variance: str = "learned",
+        *,
+        prediction: str = "epsilon",
+        clip: Clip | None = None,
     ) -> Schedule:
         """Ancestral steps of a diffusion with these betas.
 
@@ -153,11 +163,11 @@ class Schedule:
         betas = samplers.check_betas(np.array(betas, dtype=np.float64))
         if variance not in VARIANCES:
             raise InvalidInput(f"Schedule expected variance one of {VARIANCES}, got {variance!r}")
-        timesteps = np.arange(betas.size) if timesteps is None else np.array(timesteps)
-        if timesteps.shape != betas.shape:
-            raise InvalidInput(f"Schedule expected timesteps of shape {betas.shape}, got {timesteps.shape}")
+        times = np.array(np.arange(betas.size) if timesteps is None else timesteps, dtype=np.float64)
+        if times.shape != betas.shape:
+            raise InvalidInput(f"Schedule expected timesteps of shape {betas.shape}, got {times.shape}")
         made = cls(
-            timesteps=timesteps, **samplers.ancestral(betas, variance, prediction), learned=variance == "learned",
+            timesteps=times, **samplers.ancestral(betas, variance, prediction), learned=variance == "learned",
             name="ddpm", prediction=prediction, variance=variance, betas=betas,
         )  # fmt: skip
         return made._within(clip)
@@ -190,7 +200,15 @@ class Schedule:
         return cls.diffusion(betas, variance=variance, prediction=prediction).respaced(num_steps)
 
     @classmethod
-    def euler(cls, times, *, data_at: float = 1.0, prediction: str = "velocity", timesteps=None, clip=None) -> Schedule:
+    def euler(
+        cls,
+        times: npt.ArrayLike,
+        *,
+        data_at: float = 1.0,
+        prediction: str = "velocity",
+        timesteps: npt.ArrayLike | None = None,
+        clip: Clip | None = None,
+    ) -> Schedule:
         """Euler steps of a flow along straight lines, ``x_t = data`` at t = ``data_at``, without noise.
 
         With ``out = dx/dt`` ("velocity") or the data itself ("x0")::
@@ -210,7 +228,14 @@ class Schedule:
 
     @classmethod
     def euler_maruyama(
-        cls, times, *, data_at: float = 1.0, sizes=None, prediction: str = "velocity", timesteps=None, clip=None
+        cls,
+        times: npt.ArrayLike,
+        *,
+        data_at: float = 1.0,
+        sizes: npt.ArrayLike | None = None,
+        prediction: str = "velocity",
+        timesteps: npt.ArrayLike | None = None,
+        clip: Clip | None = None,
     ) -> Schedule:
         """Steps of the stochastic equation that has a flow's marginals, the last one without noise.
 
@@ -248,7 +273,7 @@ class Schedule:
         return cls(name="one_step", prediction="x0", width=float(width), **table)
 
     @classmethod
-    def from_diffusion(cls, obj, *, clip=None) -> Schedule:
+    def from_diffusion(cls, obj: object, *, clip: Clip | None = None) -> Schedule:
         """Read an existing (respaced) diffusion object, such as ``DiffLoss.gen_diffusion``: its ancestral steps.
 
         Needs ``obj.betas`` (T,); reads ``timestep_map``, ``model_mean_type`` and ``model_var_type``
@@ -280,18 +305,17 @@ class Schedule:
 
         Source: arXiv 2102.09672, section 4.
         """
-        self._needs_ancestral("respaced")
+        _, cumulative, variance = self._ancestral("respaced")
         _check_steps(steps, self.num_steps)
         stride = (self.num_steps - 1) / (steps - 1) if steps > 1 else 1.0
         kept, position = [], 0.0
         for _ in range(steps):  # accumulated, not multiplied: existing checkpoints' maps round this way
             kept.append(round(position))
             position += stride
-        acp = self.alphas_cumprod[kept]
+        acp = cumulative[kept]
         betas = 1.0 - acp / np.append(1.0, acp[:-1])
-        return Schedule.diffusion(
-            betas, self.timesteps[kept], self.variance, prediction=self.prediction, clip=self.clip
-        )  # fmt: skip
+        made = Schedule.diffusion(betas, self.timesteps[kept], variance, prediction=self.prediction)
+        return made if self.clip is None else replace(made, clip=self.clip)
 
     def ddim(self, eta: float = 0.0) -> Schedule:
         """The same steps of a diffusion by DDIM, without noise at ``eta`` 0; at 1 ancestral with the small variance.
@@ -305,25 +329,25 @@ class Schedule:
 
         Source: Song et al. 2020 (arXiv 2010.02502, eq. 12 and 16).
         """
-        self._needs_ancestral("ddim")
+        betas, cumulative, _ = self._ancestral("ddim")
         if not isinstance(eta, Real) or not 0 <= eta <= 1:
             raise InvalidInput(f"Schedule.ddim expected eta in [0, 1], got {eta!r}")
-        table = samplers.ddim(self.betas, self.alphas_cumprod, float(eta))
+        table = samplers.ddim(betas, cumulative, float(eta))
         return replace(self, name="ddim", learned=False, variance=None, **table)
 
-    def clipped(self, low, high) -> Schedule:
+    def clipped(self, low: npt.ArrayLike, high: npt.ArrayLike) -> Schedule:
         """The same steps with x0 limited to [low, high]: numbers, or one a channel (C,); infinite where there is none.
 
         It is limited after guidance and before the mean.
         """
-        low, high = np.array(low, np.float64), np.array(high, np.float64)
-        if low.shape != high.shape and low.size != 1 and high.size != 1:
+        lower, upper = np.array(low, np.float64), np.array(high, np.float64)
+        if lower.shape != upper.shape and lower.size != 1 and upper.size != 1:
             raise InvalidInput(
-                f"Schedule.clipped expected as many lower limits as upper ones, got {low.size} and {high.size}"
+                f"Schedule.clipped expected as many lower limits as upper ones, got {lower.size} and {upper.size}"
             )
-        return replace(self, clip=np.stack(np.broadcast_arrays(low, high)))
+        return replace(self, clip=np.stack(np.broadcast_arrays(lower, upper)))
 
-    def _within(self, clip) -> Schedule:
+    def _within(self, clip: Clip | None) -> Schedule:
         """``clipped(*clip)``, or itself without a clip."""
         if clip is None:
             return self
@@ -333,12 +357,14 @@ class Schedule:
             raise InvalidInput(f"Schedule expected clip as a pair of limits, (low, high), got {clip!r}") from None
         return self.clipped(low, high)
 
-    def _needs_ancestral(self, method: str) -> None:
-        if self.variance is None:
+    def _ancestral(self, method: str) -> tuple[Array, Array, str]:
+        """Betas, their cumulative products and the kind of variance, of what has them."""
+        if self.variance is None or self.betas is None or self.alphas_cumprod is None:
             raise InvalidInput(
                 f"Schedule.{method} expected the ancestral steps of a diffusion, got {self!r}"
                 + (": respace them first" if self.name == "ddim" and method == "respaced" else "")
             )
+        return self.betas, self.alphas_cumprod, self.variance
 
 
 def _check_steps(num_steps: int, train_steps: int) -> None:

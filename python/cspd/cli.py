@@ -6,12 +6,11 @@ import argparse
 import contextlib
 import os
 import sys
-from pathlib import Path
 
-from . import cli_convert, cli_eval, cli_generate, cli_serve
-from .cli_support import one_line, positive
+from . import cli_convert, cli_demo, cli_eval, cli_generate, cli_serve
+from .cli_support import one_line
 
-COMMANDS = (cli_generate, cli_serve, cli_convert, cli_eval)  # those with a module of their own
+COMMANDS = (cli_demo, cli_generate, cli_serve, cli_convert, cli_eval)  # those with a module of their own
 INTERRUPTED = 130  # what shells report of a command that Ctrl-C has ended
 
 
@@ -55,17 +54,6 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="cspd", description="Continuous speculative decoding for MAR-like models.")
     commands = parser.add_subparsers(dest="command", required=True)
 
-    demo = commands.add_parser("demo", help="digits by speculative decoding, beside the target alone at fewer steps")
-    demo.add_argument("--num-images", type=positive, default=512, metavar="N", help="images per row (default 512)")
-    demo.add_argument("--gamma", type=positive, nargs="+", default=[4, 8], help="steps of a window (default 4 8)")
-    demo.add_argument("--seed", type=int, default=0)
-    demo.add_argument("--out", type=Path, default=Path("cspd_demo.png"), metavar="PNG")
-    demo.add_argument("--json", type=Path, default=None, metavar="FILE", help="write the figures as JSON too")
-    demo.add_argument(
-        "--strict", action="store_true", help="two rows more, one of strict verification; takes about twice as long"
-    )
-    demo.set_defaults(run=_demo)
-
     for module in COMMANDS:
         module.add_parser(commands)
 
@@ -73,15 +61,6 @@ def _parser() -> argparse.ArgumentParser:
     info.add_argument("--json", action="store_true")
     info.set_defaults(run=_info)
     return parser
-
-
-def _demo(args) -> int:
-    from .demo.pair import one_thread
-    from .demo.run import run_demo
-
-    with one_thread():
-        run_demo(args.num_images, args.gamma, args.seed, args.out, args.json, strict=args.strict)
-    return 0
 
 
 def _info(args) -> int:

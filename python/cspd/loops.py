@@ -28,7 +28,7 @@ def end_by(state: RunState, gamma) -> None:
 def run_windows(steps: Steps | PlainSteps, gamma, progress: bool = False, callback: Callback | None = None) -> Recorder:
     """Pre-filling, then windows of ``gamma`` steps, or of as many as a policy says, until every token is drawn."""
     state, windows = steps.state, []
-    plan, recorder = state.plan, Recorder(state.outcome, "window", state.candidates)
+    plan, recorder = state.plan, Recorder(state.outcome, state.probability, "window", state.candidates)
     first, stop = state.prefilled, len(plan.steps)
     ends = None if state.ends is None else state.ends.start(1, state.tokens.device)
     with _reporter("speculative", steps, recorder, progress, callback) as report:
@@ -100,7 +100,7 @@ def run_rounds(
     after the last one changes nothing.
     """
     state = steps.state
-    plan, recorder = state.plan, Recorder(state.outcome, "strict", state.candidates)
+    plan, recorder = state.plan, Recorder(state.outcome, state.probability, "strict", state.candidates)
     stop, most = len(plan.steps), state.prefilled  # most: steps that an image may have drawn
     windows, fixed = [], gamma.most if state.ends is not None else gamma
     places = Places(state.at.device, most)

@@ -37,7 +37,8 @@ def class_embedding(model, bsz: int, labels: torch.Tensor | None, guided: bool) 
     return torch.cat([embedding, none]) if guided else embedding
 
 
-_BUFFERS = ("tokens", "outcome", "at", "entropy", "previous_target_z")  # of a strict run, with a row for each image
+# Of a strict run, with a row for each image.
+_BUFFERS = ("tokens", "outcome", "probability", "at", "entropy", "previous_target_z")
 
 
 @dataclass
@@ -54,6 +55,7 @@ class RunState:
     draft: Model | None = None  # None where the target is alone, with all that follows
     prefilled: int = 0  # how many of the plan's steps are the target's alone
     outcome: torch.Tensor | None = None  # (B, L) int8 buffer: what became of each token, as in RunStats
+    probability: torch.Tensor | None = None  # (B, L) float32 buffer: of acceptance, as in RunStats
     relaxation: float | torch.Tensor | Callable[[Window], torch.Tensor] = 1.0  # a tensor has one per position, (L,)
     rule: dict = field(default_factory=dict)  # options of accept_reject: sigma, max_tries, residual, target_sigma
     drafted: Drafted | None = None

@@ -37,8 +37,11 @@ class RunStats:
         seconds: by phase. ``"draft"``; ``"target"``: pre-filling and the target's passes that verify; ``"verify"``: the
             accept test and the redraw; ``"round"``: a whole round as one CUDA graph; ``"total"``.
         outcome: (B, L) int8 on the device: 0 pre-filled, 1 accepted, 2 redrawn, 3 fell back.
+        probability: (B, L) float32 on the device: min(1, r) of the first candidate of each drafted token, at relaxation
+            1. ``raw_acceptance`` is its mean over the drafted tokens. 1 where the target drew alone.
         verify: the runner's. rounds: number of windows.
-        steps_per_round: mean number of steps by which a window moves an image on that is not done. None without windows.
+        steps_per_round: steps that a window moves an image on, the mean over windows and over images that are not done.
+            None without windows.
         target_rows: prefixes that the target looked at to verify. One for each image and window; in strict runs one for
             every drafted step of each branch. Guidance doubles them.
         candidates: how many tokens were accepted as their first, second, ... candidate.
@@ -53,7 +56,7 @@ class RunStats:
         (4, 6, [3, 3])
         >>> print(runner.stats)  # doctest: +ELLIPSIS
         images           2
-        tokens           32: 30 drafted, 2 by the target alone
+        tokens           32: 28 drafted, 4 by the target alone
         acceptance       ... %
         ...
         >>> sorted(runner.stats.to_dict()["seconds"])
@@ -72,6 +75,7 @@ class RunStats:
     prefilled: int
     seconds: dict[str, float]
     outcome: torch.Tensor = field(repr=False)
+    probability: torch.Tensor = field(repr=False)
     verify: str = "window"
     rounds: int = 0
     steps_per_round: float | None = None
@@ -117,15 +121,18 @@ def percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.1f} %"
 
 
-def window_sums(verdict: CandidateVerdict, raw_log_ratio: torch.Tensor, judged: torch.Tensor | None = None):
-    """(3 + K,) on the device, of tokens (n,): how many were accepted, the sum of min(1, r), how many fell back, and how
-    many were accepted as each of their K candidates. ``judged`` (n,) bool: which of them count.
+def window_sums(
+    verdict: CandidateVerdict, probability: torch.Tensor, judged: torch.Tensor | None = None
+) -> torch.Tensor:
+    """(3 + K,) sums over tokens (n,), on the device.
+
+    How many were accepted; the sum of min(1, r); how many fell back; how many were accepted as each of their K
+    candidates. ``probability`` (n,) is min(1, r). ``judged`` (n,) bool says which tokens count.
     """
-    raw = torch.exp(raw_log_ratio.clamp(max=0))
-    ways = torch.arange(verdict.log_ratio.shape[1], device=raw.device)
+    ways = torch.arange(verdict.log_ratio.shape[1], device=probability.device)
     counted = [
         verdict.accepted[:, None],
-        raw[:, None],
+        probability[:, None],
         (verdict.tries < 0)[:, None],
         verdict.candidate[:, None] == ways,
     ]
@@ -137,8 +144,8 @@ def window_sums(verdict: CandidateVerdict, raw_log_ratio: torch.Tensor, judged: 
 class Recorder:
     """Collects during a run, without waiting for the device."""
 
-    def __init__(self, outcome: torch.Tensor, verify: str = "window", candidates: int = 1):
-        self.outcome, self._verify, self._candidates = outcome, verify, candidates
+    def __init__(self, outcome: torch.Tensor, probability: torch.Tensor, verify: str = "window", candidates: int = 1):
+        self.outcome, self.probability, self._verify, self._candidates = outcome, probability, verify, candidates
         self._sums: list[torch.Tensor] = []
         self._tokens: list[int] = []
         self._gammas: list[int] = []
@@ -248,6 +255,7 @@ class Recorder:
             prefilled=self.outcome.numel() - drafted,
             seconds=seconds,
             outcome=self.outcome,
+            probability=self.probability,
             verify=self._verify,
             rounds=len(sums),
             steps_per_round=per_round,

@@ -42,6 +42,7 @@ from .window import (
     conditions,
     decide,
     outcome_of,
+    probability_of,
     raw_log_ratio,
     untimed,
 )
@@ -89,7 +90,7 @@ def propose(state: RunState, tree: Tree, room: int, phase: Phase = untimed) -> P
                 known = known.repeat_interleave(tree.branches, dim=0)
                 ends.branch(tree.branches)
             at = steps[rows].repeat_interleave(taken)
-            known = placed(state.plan, known, at, torch.ones_like(at), x[:, None])
+            (known,) = placed(state.plan, at, torch.ones_like(at), [(known, x[:, None])])
             drafted.append((proposed, drawn))
     with phase("target"):
         plan = state.plan.ragged(steps, images, room)
@@ -115,9 +116,11 @@ def settle(state: RunState, tree: Tree, room: int, proposed: Proposed) -> torch.
         """(R m, ...) -> (B, gamma, m, ...)."""
         return tree.chosen(value.view(*shape, *value.shape[1:]), branch)
 
-    outcome = of_walk(outcome_of(verdict))
-    state.tokens.copy_(placed(state.plan, state.tokens, state.at, kept, of_walk(verdict.token)))
-    state.outcome.copy_(placed(state.plan, state.outcome, state.at, kept, outcome))
+    probability = of_walk(probability_of(raw))
+    buffers = (state.tokens, state.outcome, state.probability)
+    values = (of_walk(verdict.token), of_walk(outcome_of(verdict)), probability)
+    for buffer, new in zip(buffers, placed(state.plan, state.at, kept, list(zip(buffers, values)))):
+        buffer.copy_(new)
     valid = of_walk(plan.valid.flatten())
     judged = valid & (torch.arange(tree.gamma, device=kept.device)[:, None] < kept[:, None, None])
     if callable(state.relaxation):
@@ -131,22 +134,23 @@ def settle(state: RunState, tree: Tree, room: int, proposed: Proposed) -> torch.
         state.entropy.copy_(states[:, 0])
     state.at.add_(kept)
     walked = CandidateVerdict(*(of_walk(value).flatten(0, 2) for value in verdict))
-    return round_sums(walked, of_walk(raw), judged, kept)
+    return round_sums(walked, probability, judged, kept)
 
 
-def round_sums(verdict: CandidateVerdict, raw, judged: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+def round_sums(verdict: CandidateVerdict, probability, judged: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
     """(6 + K + 2 gamma,) on the device, of what was kept.
 
     :func:`cspd.stats.window_sums`; how many tokens, steps and images; of each step the sum of min(1, r) of the first
     candidates at the relaxation in use, and how many tokens.
 
     Args:
-        verdict: of B gamma m tokens. raw: (B, gamma, m). judged: likewise, which of them count. kept: (B,) steps.
+        verdict: of B gamma m tokens. probability: (B, gamma, m), min(1, r) of each. judged: likewise, which of them
+            count. kept: (B,) steps.
     """
     numbers = torch.stack([judged.sum(), kept.sum(), (kept > 0).sum()]).float()
     ratio = verdict.log_ratio[:, 0].clamp(max=0).exp().view(judged.shape)
     ratio = torch.where(judged, ratio, torch.zeros_like(ratio)).sum(dim=(0, 2))
-    sums = window_sums(verdict, raw.flatten(), judged.flatten())
+    sums = window_sums(verdict, probability.flatten(), judged.flatten())
     return torch.cat([sums, numbers, ratio, judged.sum(dim=(0, 2)).float()])
 
 

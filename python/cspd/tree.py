@@ -81,21 +81,27 @@ def walk(
     return branch, reached.int().cumprod(dim=1).sum(dim=1)
 
 
-def placed(plan: Plan, into: torch.Tensor, at: torch.Tensor, kept: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """``into`` (B, L, ...) with what steps have drawn in its places: a new tensor.
+def placed(
+    plan: Plan, at: torch.Tensor, kept: torch.Tensor, values: list[tuple[torch.Tensor, torch.Tensor]]
+) -> list[torch.Tensor]:
+    """For each (buffer (B, L, ...), value) the buffer with what steps have drawn in its places: new tensors.
 
     Args:
-        at: (B,) int64, the first of the steps; kept: (B,) int64, how many. value: (B, gamma, m, ...) by step, each with
-            the plan's room for its tokens.
+        at: (B,) int64, the first of the steps; kept: (B,) int64, how many. A value is (B, gamma, m, ...) by step, each
+            with the plan's room for its tokens.
     """
     rank, length = plan.rank, plan.rank.shape[1]
-    if len(rank) != len(into):
-        rank = rank.repeat_interleave(len(into) // len(rank), dim=0)
+    if len(rank) != len(at):
+        rank = rank.repeat_interleave(len(at) // len(rank), dim=0)
     numbers = torch.searchsorted(plan.starts[1:], torch.arange(length, device=rank.device), right=True)
     step = numbers[rank]  # that draws each position
     depth = step - at[:, None]
     here = (depth >= 0) & (depth < kept[:, None])
-    column = (depth * value.shape[2] + rank - plan.starts[step]).clamp(0, value.shape[1] * value.shape[2] - 1)
-    shape = (*column.shape, *[1] * (value.dim() - 3))
-    drawn = value.flatten(1, 2).gather(1, column.view(shape).expand(-1, -1, *value.shape[3:]))
-    return torch.where(here.view(shape), drawn.to(into.dtype), into)
+    gamma, room = values[0][1].shape[1:3]
+    column = (depth * room + rank - plan.starts[step]).clamp(0, gamma * room - 1)
+    new = []
+    for buffer, value in values:
+        shape = (*column.shape, *[1] * (value.dim() - 3))
+        drawn = value.flatten(1, 2).gather(1, column.view(shape).expand(-1, -1, *value.shape[3:]))
+        new.append(torch.where(here.view(shape), drawn.to(buffer.dtype), buffer))
+    return new

@@ -67,8 +67,10 @@ def judge(state: RunState, plan: Pass, target: Drawn) -> Judged:
     verdict = decide(state, plan, draft, looked, of_window(state, plan, draft, draft_z, looked, target.z, raw))
     state.write(plan, verdict.token)
     state.outcome.scatter_(1, plan.where, outcome_of(verdict).view_as(plan.where))
+    probability = probability_of(raw)
+    state.probability.scatter_(1, plan.where, probability.view_as(plan.where))
     state.remember(target.z)
-    return Judged(window_sums(verdict, raw), verdict.log_ratio[:, 0].view_as(plan.where))
+    return Judged(window_sums(verdict, probability), verdict.log_ratio[:, 0].view_as(plan.where))
 
 
 def candidates(state: RunState, plan: Pass, chain: Denoised, x: torch.Tensor | None = None) -> Denoised:
@@ -88,6 +90,11 @@ def raw_log_ratio(state: RunState, draft: Denoised, target: Denoised) -> torch.T
     """(N,): log r of the first candidates at relaxation 1."""
     draft, target = first_candidate(draft), first_candidate(target)
     return log_density_ratio(draft.sample, draft, target, sigma=state.rule["sigma"], backend=state.backend)
+
+
+def probability_of(raw: torch.Tensor) -> torch.Tensor:
+    """(N,) float32: min(1, r)."""
+    return raw.clamp(max=0).exp().float()
 
 
 def decide(state: RunState, plan: Pass, draft: Denoised, target: Denoised, relaxation) -> CandidateVerdict:

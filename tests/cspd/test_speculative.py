@@ -277,6 +277,26 @@ def test_redraws_in_closed_form(pair):
         assert different[outcome == 2].all()
 
 
+@pytest.mark.parametrize("verify", ["window", "strict"])
+def test_probabilities_are_those_of_the_tokens(verify):
+    target = small_mar(1, schedule="linear", learn_sigma=False)
+    draft = copy.deepcopy(target)
+    with torch.no_grad():
+        draft.diffloss.net.final_layer.linear.bias.add_(2e-5)  # some tokens are accepted, and some are not
+    runner = cspd.SpecDecodeRunner(draft, target, 1.0, prefill=0.3, verify=verify)
+    runner.run(4, 6, 3, seed=0)
+    stats = runner.stats
+    judged, probability = stats.outcome > 0, stats.probability
+    assert probability.shape == stats.outcome.shape and probability.dtype == torch.float32
+    assert (probability[~judged] == 1).all() and (probability >= 0).all() and (probability <= 1).all()
+    assert float(probability[judged].mean()) == pytest.approx(stats.raw_acceptance, rel=1e-5)
+    # At relaxation 1 a token is accepted if its random number lies below: likely ones are kept more often.
+    kept = stats.outcome[judged] == 1
+    assert probability[judged][kept].mean() > probability[judged][~kept].mean()
+    runner.run(1, 6, 3, seed=0, first_image=2)
+    assert relative_error(runner.stats.probability[0], probability[2]) < 1e-2  # the narrow last steps magnify rounding
+
+
 def test_seconds_end_with_the_run(pair):
     runner = cspd.SpecDecodeRunner(*pair)
     start = time.perf_counter()

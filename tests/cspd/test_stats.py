@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from cspd.stats import Recorder, window_sums
+from cspd.window import probability_of
 from cspd_kernels import CandidateVerdict
 
 
@@ -18,10 +19,9 @@ def verdict(tries):
 
 
 def test_acceptance_is_weighted_by_tokens_and_the_raw_one_is_a_probability():
-    recorder = Recorder(torch.zeros(2, 4, dtype=torch.int8))
-    ratios = torch.tensor([5.0, -1.0, -torch.inf])
-    first = window_sums(verdict([0, 0, -1]), ratios)
-    second = window_sums(verdict([3]), torch.tensor([0.0]))
+    recorder = Recorder(torch.zeros(2, 4, dtype=torch.int8), torch.ones(2, 4))
+    first = window_sums(verdict([0, 0, -1]), probability_of(torch.tensor([5.0, -1.0, -torch.inf])))
+    second = window_sums(verdict([3]), torch.ones(1))
     recorder.prefill()
     recorder.window(first, 3, 2, 2)
     recorder.window(second, 1, 1, 2)
@@ -37,4 +37,4 @@ def test_acceptance_is_weighted_by_tokens_and_the_raw_one_is_a_probability():
     assert (stats.gammas, stats.target_calls, stats.draft_calls) == ([2, 1], 3, 3)
     assert (stats.verify, stats.rounds, stats.steps_per_round) == ("window", 2, 1.5)
     assert (stats.target_rows, stats.candidates) == (4, [2])
-    assert "outcome" not in stats.to_dict()
+    assert not {"outcome", "probability"} & set(stats.to_dict())

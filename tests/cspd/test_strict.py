@@ -183,6 +183,8 @@ def test_statistics(pair):
     assert stats.candidates[1] > 0
     assert stats.fallback == pytest.approx(int((outcome == 3).sum()) / stats.drafted)
     assert (outcome == REDRAWN).any()
+    assert (stats.probability[outcome == 0] == 1).all()
+    assert float(stats.probability[outcome > 0].mean()) == pytest.approx(stats.raw_acceptance, rel=1e-5)
     assert len(stats.acceptance_per_window) == len(stats.gammas) == stats.rounds
     assert stats.draft_calls == sum(stats.gammas)
     assert stats.target_calls == 2 + stats.rounds

@@ -84,14 +84,15 @@ def test_what_is_kept_is_placed_and_nothing_else():
     plan = Plan(orders, torch.arange(2), steps, False, by_token(steps, torch.device("cpu")))
     counts, m = [step.before - step.after for step in steps], plan.most
     assert len(set(counts)) > 1
-    value = torch.randn(2, 3, m, 2)
-    into = torch.randn(2, length, 2)
+    value, number = torch.randn(2, 3, m, 2), torch.randn(2, 3, m)
+    into, numbers = torch.randn(2, length, 2), torch.zeros(2, length, dtype=torch.float64)
     for at, kept in (([0, 1], [3, 2]), ([2, 1], [2, 0]), ([4, 3], [0, 1])):
-        new = placed(plan, into, torch.tensor(at), torch.tensor(kept), value)
-        expected = into.clone()
+        new = placed(plan, torch.tensor(at), torch.tensor(kept), [(into, value), (numbers, number)])
+        expected = [into.clone(), numbers.clone()]
         for b in range(2):
             for j in range(kept[b]):
                 start = length - steps[at[b] + j].before
                 for t in range(counts[at[b] + j]):
-                    expected[b, plan.drawing[b, start + t]] = value[b, j, t]
-        assert torch.equal(new, expected)
+                    for mine, drawn in zip(expected, (value, number)):
+                        mine[b, plan.drawing[b, start + t]] = drawn[b, j, t]
+        assert all(torch.equal(mine, theirs) for mine, theirs in zip(new, expected, strict=True))

@@ -18,8 +18,8 @@ import cspd
 from cspd.diffusions import NotServedError
 from cspd.models import MAR
 from cspd.transformer import conditions_by_masks
-from cspd.whole import compare, compiled, passes, sampler
-from cspd.whole.sampler import SampleOptions, Sampler
+from cspd.whole import compare, compiled, noise, passes
+from cspd.whole.images import SampleOptions, Sampler
 from cspd.whole.weights import Weights
 from cspd_kernels import products
 from cspd_kernels.testing import randomize_, relative_error
@@ -145,7 +145,7 @@ def test_compiling_is_for_gpus():
 def test_noise_is_drawn_in_parts_where_it_is_large(monkeypatch):
     mar = model()
     expected = ours(mar, cfg=2.0, num_iter=12)
-    monkeypatch.setattr(sampler, "_TABLE_BYTES", 4 * 3 * 12 * 4 * 7)  # seven tokens of three images
+    monkeypatch.setattr(noise, "_TABLE_BYTES", 4 * 3 * 12 * 4 * 7)  # seven tokens of three images
     fresh = Sampler(mar, SampleOptions())
     for use in (lambda _: None, fake_graphs.use):
         use(monkeypatch)
@@ -348,6 +348,7 @@ def test_runs_of_one_runner_with_other_numbers_of_steps(monkeypatch, graphs):
         assert relative_error(fresh.run(2, steps, 3, seed=0), image) < 1e-5
         assert stats.prefilled == fresh.stats.prefilled
         assert torch.equal(stats.outcome, fresh.stats.outcome)
+        assert relative_error(fresh.stats.probability, stats.probability) < 1e-4
 
 
 def around(*layers):

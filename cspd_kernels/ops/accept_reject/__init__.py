@@ -130,7 +130,7 @@ def accept_reject(
     return Verdict(*verdict) if x.dim() == 2 else CandidateVerdict(*verdict)
 
 
-def check_method(who: str, residual, target_sigma, candidates: int = 1) -> None:
+def check_method(who: str, residual: object, target_sigma: object, candidates: int = 1) -> None:
     """Raise where a way to redraw does not exist."""
     if residual not in RESIDUALS:
         raise InvalidInput(f"{who} expected residual one of {RESIDUALS}, got {residual!r}")
@@ -141,7 +141,7 @@ def check_method(who: str, residual, target_sigma, candidates: int = 1) -> None:
         )
 
 
-def _check_residual(draft, target, residual, target_sigma, candidates) -> None:
+def _check_residual(draft: Denoised, target: Denoised, residual: str, target_sigma: bool, candidates: int) -> None:
     check_method("accept_reject", residual, target_sigma, candidates)
     if residual == "rejection" and candidates == 1:
         return

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 
@@ -16,6 +16,7 @@ from .arguments import check, check_parallel, check_values
 from .finite import check_result, late_overflows
 from .parallel import AUTO, ROUNDING, Parallel, switched_off
 
+Scale: TypeAlias = float | torch.Tensor
 WORKSPACE_BYTES = 256 << 20
 
 # One coarse op for the whole chain.
@@ -39,7 +40,13 @@ class Denoised(NamedTuple):
     log_std: torch.Tensor  # (N, C) log standard deviation of the last step, log(temperature) included
     path_log_std: torch.Tensor  # (N,) sum over steps T-1..1 and channels of log std, without the temperature
 
-    sweeps = trajectory = None  # not known; no fields, which callers unpack
+    @property
+    def sweeps(self) -> None:
+        """Not known; no field, which callers unpack."""
+
+    @property
+    def trajectory(self) -> None:
+        """Not known, either."""
 
 
 class DenoisedInParallel(NamedTuple):
@@ -61,8 +68,8 @@ def denoise(
     x_T: torch.Tensor,  # noqa: N803  (the mathematics' name)
     noise: torch.Tensor | PhiloxNoise,
     *,
-    temperature: float | torch.Tensor = 1.0,
-    cfg_scale: float | torch.Tensor | tuple = 1.0,
+    temperature: Scale = 1.0,
+    cfg_scale: Scale | tuple[Scale, Scale] = 1.0,
     backend: str | None = None,
     workspace_bytes: int = WORKSPACE_BYTES,
     parallel_tol: float | str | None = AUTO,
@@ -130,25 +137,26 @@ def denoise(
     check_parallel(head, x_T, parallel_tol, guess)
     # The ints of an op are signed, of 64 bits.
     workspace_bytes = min(workspace_bytes, 2**63 - 1)
-    stored, rows, seed, seeds = noise, None, 0, None
-    if isinstance(noise, PhiloxNoise):
-        stored, rows = None, noise.rows
+    stored: torch.Tensor | None = None
+    rows, seed, seeds = None, 0, None
+    if isinstance(noise, torch.Tensor):
+        stored = noise
+    else:
+        rows = noise.rows
         if isinstance(noise.seed, torch.Tensor):
             seeds = noise.seed
         else:
             seed = signed_seed(noise.seed)
-    second, temperatures = None, None
+    scale, second, temperatures = None, None, None
     if isinstance(cfg_scale, tuple):
-        cfg_scale, second = map(_traced, cfg_scale)
+        scale, second = map(_traced, cfg_scale)
     elif isinstance(cfg_scale, torch.Tensor) or cfg_scale != 1.0:
-        cfg_scale = _traced(cfg_scale)
-    else:
-        cfg_scale = None
+        scale = _traced(cfg_scale)
     if isinstance(temperature, torch.Tensor) or torch.compiler.is_compiling():
         temperature, temperatures = 1.0, _traced(temperature)
     tolerance = -1.0 if isinstance(parallel_tol, str) else parallel_tol
     mean, log_std, path_log_std, *more = _operator(
-        head.handle, cond, x_T, stored, rows, seed, float(temperature), cfg_scale, backend, workspace_bytes,
+        head.handle, cond, x_T, stored, rows, seed, float(temperature), scale, backend, workspace_bytes,
         tolerance, guess, seeds, second, temperatures,
     )  # fmt: skip
     # Two fields, one tensor: an op must not return it twice.
@@ -165,9 +173,10 @@ def _traced(number: float | torch.Tensor) -> torch.Tensor:
 
 
 def run(
-    head, cond, x_T, noise, rows, seed, temperature, cfg_scale, backend, workspace_bytes,  # noqa: N803
-    parallel_tol=None, guess=None, seeds=None, second_scale=None, temperatures=None,
-):  # fmt: skip
+    head: Any, cond: Any, x_T: Any, noise: Any, rows: Any, seed: Any, temperature: Any, cfg_scale: Any,  # noqa: N803
+    backend: str | None, workspace_bytes: int, parallel_tol: float | None = None, guess: Any = None, seeds: Any = None,
+    second_scale: Any = None, temperatures: Any = None,
+) -> tuple[torch.Tensor, ...]:  # fmt: skip
     """The op: everything that looks at values or at this machine, which a compiler must not see, then a backend.
 
     Noise is ``noise`` (T, N, C) or, where that is None, addressed by ``rows`` and the seed: ``seeds``, a tensor of one
@@ -177,7 +186,8 @@ def run(
     """
     head = DiffusionHead.of_handle(head)
     stream = stream_dtype(head.dtype)
-    groups, scales = len(cond) // len(x_T) if len(x_T) else 1, ()
+    groups = len(cond) // len(x_T) if len(x_T) else 1
+    scales: tuple[Scale, ...] = ()
     if cfg_scale is not None:
         scales = (_number(cfg_scale, stream),)
         if second_scale is not None:
@@ -220,7 +230,7 @@ def automatic_tolerance(head: DiffusionHead, tokens: int, groups: int, backend: 
     return ROUNDING[head.dtype] if not switched_off() and prefers_parallel(backend, head, tokens, groups) else None
 
 
-def _fake(head, cond, x_T, *arguments):  # noqa: N803
+def _fake(head: Any, cond: Any, x_T: Any, *arguments: Any) -> tuple[torch.Tensor, ...]:  # noqa: N803
     # The arguments of ``run`` behind x_T, those with a default left out where they have it.
     head, tolerance = DiffusionHead.of_handle(head), next(iter(arguments[7:]), None)
     mean = x_T.new_empty(x_T.shape, dtype=stream_dtype(head.dtype))

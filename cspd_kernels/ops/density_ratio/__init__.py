@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 from numbers import Real
+from typing import Any
 
 import torch
 
@@ -57,10 +59,13 @@ def log_density_ratio(
     """
     relaxation = check("log_density_ratio", x, draft, target, relaxation, sigma)
     run = remembered("log_density_ratio", backend, x)
-    return run(x, draft, target, relaxation, sigma)
+    ratio: torch.Tensor = run(x, draft, target, relaxation, sigma)
+    return ratio
 
 
-def check(op: str, x, draft, target, relaxation, sigma, several: bool = False) -> float | torch.Tensor:
+def check(
+    op: str, x: Any, draft: Any, target: Any, relaxation: Any, sigma: Any, several: bool = False
+) -> float | torch.Tensor:
     """Raise on arguments that do not fit; return the relaxation as a number or as (N,) float32.
 
     With ``several``, x may be (N, K, C), K candidates a token: fields that have one candidate are those of all, and a
@@ -76,7 +81,8 @@ def check(op: str, x, draft, target, relaxation, sigma, several: bool = False) -
     for name, chain in (("draft", draft), ("target", target)):
         # Of a rejected row without a kept proposal, the token is the target's sample.
         for field in _FIELDS if name == "draft" or op != "accept_reject" else _FIELDS_AND_SAMPLE:
-            value, wanted = getattr(chain, field, None), (shape, shared)
+            value: Any = getattr(chain, field, None)
+            wanted: tuple[tuple[int, ...], ...] = shape, shared
             if field == "path_log_std":
                 wanted = shape[:-1], shared[:-1]
             if not (
@@ -95,20 +101,20 @@ def check(op: str, x, draft, target, relaxation, sigma, several: bool = False) -
                 f"{op} expected relaxation as a number or a floating tensor {_either(wanted)} on {x.device}, "
                 f"got {relaxation.dtype} {tuple(relaxation.shape)} on {relaxation.device}"
             )
-        relaxation = relaxation.float()
-        if relaxation.device.type == "cpu" and not ((relaxation > 0) & torch.isfinite(relaxation)).all():
+        each = relaxation.float()
+        if each.device.type == "cpu" and not ((each > 0) & torch.isfinite(each)).all():
             raise InvalidInput(f"{op} expected every relaxation finite and > 0 in float32, got values that are not")
-        return relaxation[:, None] if relaxation.dim() < x.dim() - 1 else relaxation
-    if not isinstance(relaxation, Real) or not 0 < relaxation < math.inf:
+        return each[:, None] if each.dim() < x.dim() - 1 else each
+    if not isinstance(relaxation, Real) or not 0 < float(relaxation) < math.inf:
         raise InvalidInput(f"{op} expected a finite relaxation > 0, got {relaxation!r}")
     return float(relaxation)
 
 
-def _either(shapes) -> str:
+def _either(shapes: Iterable[Sequence[int]]) -> str:
     return " or ".join(dict.fromkeys(str(tuple(shape)) for shape in shapes))
 
 
-def _misfit(op: str, field: str, value, shapes, device: torch.device, chain) -> Exception:
+def _misfit(op: str, field: str, value: Any, shapes: Any, device: torch.device, chain: Any) -> Exception:
     """What is wrong with a field of a chain, such as ``draft.mean``."""
     if not isinstance(value, torch.Tensor):
         name, field = field.split(".")

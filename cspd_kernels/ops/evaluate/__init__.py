@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from numbers import Real
+from typing import Any
 
 import torch
 
@@ -54,10 +55,11 @@ def evaluate(
         # A product, as torch.compile would compile the caller again for every new float that enters otherwise.
         timesteps = torch.ones((), dtype=torch.float64, device="cpu") * float(timesteps)
     _check(head, x, timesteps, cond, workspace_bytes)
-    return _operator(head.handle, x, timesteps, cond, backend, min(workspace_bytes, 2**63 - 1))
+    out: torch.Tensor = _operator(head.handle, x, timesteps, cond, backend, min(workspace_bytes, 2**63 - 1))
+    return out
 
 
-def run(head, x, timesteps, cond, backend, workspace_bytes):
+def run(head: Any, x: Any, timesteps: Any, cond: Any, backend: str | None, workspace_bytes: int) -> torch.Tensor:
     """The op: everything that looks at values or at this machine, which a compiler must not see, then a backend.
 
     A backend is given x (M, C) in the stream's type, timesteps (M,) or (M, K) on the head's device, expanded where one
@@ -80,12 +82,14 @@ def run(head, x, timesteps, cond, backend, workspace_bytes):
     with without_autocast(head.device):  # the head's dtype decides, not the caller's autocast
         out = function(head, x.to(stream_dtype(head.dtype)), timesteps, cond, workspace_bytes)
     check_result(head, out, overflows, "evaluate")
-    return out.contiguous()
+    contiguous: torch.Tensor = out.contiguous()
+    return contiguous
 
 
-def _fake(head, x, timesteps, cond, backend, workspace_bytes):
+def _fake(head: Any, x: Any, *arguments: Any) -> torch.Tensor:
     head = DiffusionHead.of_handle(head)
-    return x.new_empty((x.shape[0], head.outputs), dtype=stream_dtype(head.dtype))
+    out: torch.Tensor = x.new_empty((x.shape[0], head.outputs), dtype=stream_dtype(head.dtype))
+    return out
 
 
 _operator = define(
@@ -96,7 +100,7 @@ _operator = define(
 )
 
 
-def _check(head, x, timesteps, cond, workspace_bytes) -> None:
+def _check(head: Any, x: Any, timesteps: Any, cond: Any, workspace_bytes: Any) -> None:
     """Raise on arguments that do not fit, by all that is known without looking at a tensor's values."""
     if not isinstance(head, DiffusionHead):
         raise WrongType(f"evaluate expected a DiffusionHead, got {type(head).__name__}: use DiffusionHead.from_network")

@@ -12,7 +12,6 @@ import torch.nn as nn
 
 from cspd_kernels import DiffusionHead
 from cspd_kernels.backends import implementation
-from cspd_kernels.dtypes import as_dtype_or_none
 from cspd_kernels.errors import InvalidInput, NotAModel
 from cspd_kernels.ops.denoise.parallel import AUTO, check_tolerance
 from cspd_kernels.parts import part_of
@@ -128,9 +127,7 @@ class Sampler:
         check_run(model, model, bsz, labels, temperature, cfg, None, 0, None)
         plan_steps(1, num_iter, cfg, cfg_schedule)
 
-    def _draw(
-        self, steps: Steps | PlainSteps, weights: torch.dtype, generators: Generators, report: Reporter
-    ) -> None:
+    def _draw(self, steps: Steps | PlainSteps, weights: torch.dtype, generators: Generators, report: Reporter) -> None:
         state = steps.state
         heads = [state.target.head, *(models["target"].head for models in state.annealed)]
         most = most_tokens(len(state.tokens), max(heads, key=lambda head: head.num_steps))
@@ -204,9 +201,7 @@ class Sampler:
     def _head(self, dtype: torch.dtype | None) -> DiffusionHead:
         return self._cache.get(self._tables.schedule(), dtype)
 
-    def _begin(
-        self, model, bsz, num_iter, cfg, cfg_schedule, labels, temperature, generators: Generators
-    ) -> RunState:
+    def _begin(self, model, bsz, num_iter, cfg, cfg_schedule, labels, temperature, generators: Generators) -> RunState:
         steps, guided = plan_steps(self.length, num_iter, cfg, cfg_schedule), bool(cfg != 1.0)
         device, options = model.fake_latent.device, self.options
         own, sampling = self._tables.schedule(), options.sampling

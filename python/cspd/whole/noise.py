@@ -83,8 +83,8 @@ class PhiloxSource:
 class TableSource:
     """Drawn beforehand by torch's generators, for some steps of the loop at a time, in the order of the released code.
 
-    At each step that draws x_T (N, C) from the CPU's generator (or the device's), then ``randn_like`` of all rows,
-    2N of them under guidance, at each of the T denoising steps.
+    A step of that draws x_T (N, C) from the CPU's generator, or from the device's. Then each of the T denoising steps
+    draws ``randn_like`` of all rows: 2N of them under guidance.
 
     Args:
         batch: B. span: tokens of an image that are kept at a time. head: that with the most denoising steps.

@@ -1,9 +1,9 @@
 """The steps of a run as CUDA graphs: the transformer, its head and what is written, in one launch.
 
-How many tokens are known is a value on the device, so a graph serves all steps that draw as many tokens and whose known
-tokens fit the same room, a multiple of 32. It is captured at the first of them, after a launch kernel by kernel that
-compiles and loads what there is to. What counts is always the graph's, so that the bits of an image do not depend on
-what was made before it. All graphs of a device share one pool of memory (:mod:`cspd_kernels.graphs`).
+How many tokens are known is a value on the device. So a graph serves all steps that draw as many tokens and whose known
+tokens fit the same room, a multiple of 32. It is captured at the first of them. A launch kernel by kernel goes before
+the capture and compiles and loads what is needed. The results are always the graph's, so the bits of an image do not
+depend on what was made before it. All graphs of a device share one pool of memory (:mod:`cspd_kernels.graphs`).
 """
 
 from __future__ import annotations
@@ -126,7 +126,8 @@ class Steps:
             return proposed.tensors() if policy else [settle(self.state, tree, room, proposed)]
 
         state = self.state
-        changed = [v for v in (state.tokens, state.outcome, state.at, state.entropy) if v is not None]
+        written = (state.tokens, state.outcome, state.probability, state.at, state.entropy)
+        changed = [value for value in written if value is not None]
         with phase("round"):
             results = self._run(("round", tree, room, most), launch, restored=changed)
             # A policy may be anybody's code, and what it sees of the window before is not there in the first.
@@ -271,7 +272,7 @@ def tensors(state: RunState) -> list[torch.Tensor]:
     """What differs between runs of one size: buffers, tables, class embeddings, the seed, relaxations by position."""
     found = [state.tokens, *state.plan.buffers().values(), *state.noise.values]
     found += [model.embedding for model in (state.draft, state.target) if model is not None]
-    optional = (state.outcome, state.relaxation, state.at, state.entropy)
+    optional = (state.outcome, state.probability, state.relaxation, state.at, state.entropy)
     return found + [value for value in optional if isinstance(value, torch.Tensor)]
 
 
