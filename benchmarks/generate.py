@@ -201,7 +201,7 @@ class Bench:
         kind = str(case.dtype).removeprefix("torch.")
         bound = BOUNDS[case.dtype] if op == "sample_tokens" else 0.0
         row = (op, str(case), f"{name} {kind}", f"{baseline} {kind}", *own, *base, runs, error, bound, accuracy)
-        self.report.add(ImageRow(*row, details))
+        self.report.add(ImageRow(*row, details=details))
         print(
             "    " + "; ".join(f"{key.replace('_', ' ')} {shown(value)}" for key, value in details.items()), flush=True
         )

@@ -50,12 +50,22 @@ def pytest_xdist_auto_num_workers(config):
     return min(cores, MOST_PROCESSES) if all(path.is_dir() for path in paths) else 0
 
 
-def pytest_collection_modifyitems(items):
-    """Tests marked gpu are reported as skipped where there is none."""
-    if not torch.cuda.is_available():
-        for item in items:
-            if item.get_closest_marker("gpu"):
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="run the tests marked slow, too")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Tests marked gpu are skipped without a GPU. Those marked slow are skipped without ``--slow``, unless they are
+    marked gpu or ``-m`` names them.
+    """
+    no_gpu = not torch.cuda.is_available()
+    no_slow = not config.option.slow and "slow" not in config.option.markexpr
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            if no_gpu:
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+        elif no_slow and item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.skip(reason="slow: run with --slow"))
 
 
 @pytest.fixture(autouse=True)
@@ -142,11 +152,17 @@ def benchmarks(monkeypatch):
     import baselines
     import blocks
     import common
+    import compare
+    import denoising
+    import evaluating
+    import floors
     import generate
+    import groups
     import host
     import host_denoise
     import host_judging
     import images
+    import in_parallel
     import judging
     import kernels
     import network
@@ -157,6 +173,7 @@ def benchmarks(monkeypatch):
     import quality_equal
     import quality_pairs
     import quality_settings
+    import registry
     import rows
     import spent
     import tables
@@ -166,12 +183,18 @@ def benchmarks(monkeypatch):
         kernels,
         blocks,
         common,
+        compare,
         baselines,
+        denoising,
+        evaluating,
+        floors,
         generate,
+        groups,
         host,
         host_denoise,
         host_judging,
         images,
+        in_parallel,
         judging,
         network,
         network_heads,
@@ -181,6 +204,7 @@ def benchmarks(monkeypatch):
         quality_equal,
         quality_pairs,
         quality_settings,
+        registry,
         rows,
         spent,
         tables,

@@ -6,13 +6,12 @@ import itertools
 import pytest
 import torch
 from chains import addressed, kernels_of
-from packed_heads import grouped_inputs, random_network
 
 from cspd_kernels import Schedule, denoise
 from cspd_kernels.ops.denoise import parallel_chain, reference
 from cspd_kernels.ops.denoise.chain import Tables
 from cspd_kernels.ops.denoise.parallel_chain import ParallelChain
-from cspd_kernels.testing import random_inputs, relative_error
+from cspd_kernels.testing import grouped_inputs, random_inputs, random_network, relative_error
 
 triton_alone = pytest.mark.parametrize("backend", ["triton"], indirect=True)
 
