@@ -1,5 +1,5 @@
-"""The pages hold together: every page is in the site, every link leads somewhere, every public name has its place in the
-reference, and every message that the troubleshooting page quotes is one that the code has.
+"""The pages hold together. Every page is in the site, and every link leads somewhere. Every public name is in the
+reference. Every message that the troubleshooting page quotes is one that the code has.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ def prose(text: str) -> str:
 
 
 def links(text: str) -> list[str]:
-    """Where a page's links and pictures lead."""
-    found = re.findall(r"\[(?:[^\[\]]|\[[^\]]*\])*\]\(([^)\s]+)[^)]*\)", prose(text))  # a picture may be the text of a link
+    """Where a page's links and pictures lead. A picture may be the text of a link."""
+    found = re.findall(r"\[(?:[^\[\]]|\[[^\]]*\])*\]\(([^)\s]+)[^)]*\)", prose(text))
     found += re.findall(r"!\[[^\]]*\]\(([^)\s]+)\)", prose(text))
     return found + re.findall(r"<(?:img|a|source)\b[^>]*?\b(?:src|href|srcset)=\"([^\"]+)\"", text)
 
@@ -87,7 +87,7 @@ def test_lists_are_lists_on_the_site_too(page):
 
 
 def test_links_are_found():
-    text = "[a](b.md#c) ![d](e.png) [![f](g.svg)](h.md) `[no](no.md)` <img src=\"i.png\">\n```\n[no](no.md)\n```\n"
+    text = '[a](b.md#c) ![d](e.png) [![f](g.svg)](h.md) `[no](no.md)` <img src="i.png">\n```\n[no](no.md)\n```\n'
     assert set(links(text)) == {"b.md#c", "e.png", "g.svg", "h.md", "i.png"}
     assert anchors("# A `b`, c\n## [D](e.md) f\n::: g.h\n") == {"a-b-c", "d-f", "g.h"}
 

@@ -1,4 +1,4 @@
-"""Docstrings name objects as Sphinx does, ``:func:`cspd.patch```; the site links the public ones."""
+"""Docstrings name objects as Sphinx does, ``:func:`cspd.patch```, and pages as files; the site links both."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import griffe
 
 ROLE = re.compile(r":(?:class|func|meth|mod|attr|data|exc):`(~?)([\w.]+)`")
-DOUBLE = re.compile(r"(?<!`)``(?!`)")
+PAGE = re.compile(r"\bdocs/(\w+)\.md\b")
 REFERENCE = Path(__file__).parents[1] / "reference"
 
 
@@ -19,14 +19,15 @@ def documented() -> set[str]:
 
 
 class Roles(griffe.Extension):
-    """Rewrites roles as links of the site, or as code where the site has no such heading."""
+    """Rewrites roles as links of the site, or as code where the site has no such heading. Pages are named by file."""
 
     def __init__(self) -> None:
         self.known = documented()
 
     def on_object(self, *, obj: griffe.Object, **kwargs) -> None:
         if obj.docstring is not None:
-            obj.docstring.value = ROLE.sub(self.link, obj.docstring.value)
+            text = ROLE.sub(self.link, obj.docstring.value)
+            obj.docstring.value = PAGE.sub(r"[docs/\1.md](../\1.md)", text)
 
     def link(self, match: re.Match) -> str:
         name = match.group(2)
