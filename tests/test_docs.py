@@ -5,13 +5,18 @@ reference. Every message that the troubleshooting page quotes is one that the co
 from __future__ import annotations
 
 import ast
+import functools
+import inspect
 import re
+import shlex
+import textwrap
 from pathlib import Path
 
 import pytest
 
 import cspd
 import cspd_kernels
+from cspd import cli
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -132,3 +137,50 @@ def test_quoted_messages_are_the_codes():
         parts = [part.strip(" :") for part in quote.split("...")]
         missing = [part for part in parts if part and part not in known]
         assert not missing or quote in foreign, f"{quote!r}: no message has {missing}"
+
+
+def blocks(text: str, language: str) -> list[str]:
+    """A page's blocks of code in a language, "" for those that name none."""
+    found = re.findall(r"^( *)```(\w*)\n(.*?)^\1```", text, flags=re.M | re.S)
+    return [textwrap.dedent(code) for _, name, code in found if name == language]
+
+
+def refused(code: str) -> list[str]:
+    """Calls of this package's functions in a block whose keywords these do not have."""
+    methods = {"run": cspd.SpecDecodeRunner.run, "sample_tokens": cspd.models.MAR.sample_tokens}
+    found = []
+    for call in (node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call)):
+        name = ast.unparse(call.func)
+        function = methods.get(name.rpartition(".")[2])
+        if re.fullmatch(r"(cspd|cspd_kernels)(\.\w+)+", name):
+            function = getattr({"cspd": cspd, "cspd_kernels": cspd_kernels}[name.split(".")[0]], name.split(".")[1])
+            function = functools.reduce(getattr, name.split(".")[2:], function)
+        if function is not None:
+            try:
+                given = {keyword.arg: None for keyword in call.keywords if keyword.arg is not None}
+                inspect.signature(function).bind_partial(**given)
+            except TypeError as error:
+                found.append(f"{name}: {error}")
+    return found
+
+
+@pytest.mark.parametrize("page", TEXTS, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_calls_have_arguments_that_there_are(page):
+    for code in blocks(page.read_text(), "python"):
+        assert not refused(code)
+
+
+def test_a_call_with_another_keyword_is_found():
+    assert refused("cspd.patch(model, whole=True)\nrunner.run(2, gamma=4)") == []
+    assert len(refused("cspd.patch(model, hole=True)\nrunner.run(2, gama=4)")) == 2
+
+
+@pytest.mark.parametrize("page", TEXTS, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_commands_have_options_that_there_are(page, capsys):
+    text = "\n".join(blocks(page.read_text(), "")).replace("\\\n", " ")
+    for line in re.findall(r"^(?:.*(?:&& |-m ))?cspd ([a-z]+(?: .*)?)$", text, flags=re.M):
+        command = shlex.split(line, comments=True)
+        try:
+            cli._parser().parse_args(command)
+        except SystemExit:
+            pytest.fail(f"cspd {line}: {capsys.readouterr().err}")
