@@ -131,7 +131,7 @@ def test_a_diffusion_object_that_refuses_is_named_and_nothing_changes():
     models["two"].diffloss.gen_diffusion = Sealed(models["two"].diffloss.gen_diffusion.schedule)
     was = everything(models)
     expected = rows(models["two"])
-    with pytest.raises(TypeError, match=r"whose p_sample_loop can be replaced, got .*Sealed, which refuses: Attri"):
+    with pytest.raises(TypeError, match=r"whose p_sample_loop can be replaced, but .*Sealed does not let it: Attri"):
         cspd.patch(models)
     assert everything(models) == was
     assert torch.equal(rows(models["two"]), expected)
