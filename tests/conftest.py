@@ -142,6 +142,7 @@ def benchmarks(monkeypatch):
     import baselines
     import blocks
     import common
+    import figures
     import generate
     import host
     import host_denoise
@@ -166,6 +167,7 @@ def benchmarks(monkeypatch):
         kernels,
         blocks,
         common,
+        figures,
         baselines,
         generate,
         host,
