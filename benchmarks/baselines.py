@@ -171,8 +171,8 @@ def library_products(head, rows):
 def looped_accept_reject(x, draft, target, max_tries=100):
     """Acceptance-rejection as the released runner does it: whole batches of redraws until every row has one.
 
-    The accept test and the redraw use the formulas of this package, in log space. The loop is the released one: its
-    random numbers come from the global generator, and it waits for the host every round.
+    The accept test and the redraw use the formulas of this package (log space). The loop is the released
+    one: it draws from the global generator, and the host waits for the device every round.
     """
 
     def log_ratio(value):

@@ -1,9 +1,9 @@
 """Whole images, this package beside what users run today: ``python benchmarks/generate.py [--json FILE]``.
 
 Random weights (time does not depend on their values), classes, guidance. All contenders of a case take turns on the
-same seeds. A loop that takes too long is measured on steps spread over the image, and the row says so. A row holds the
-difference of its images from the eager loop's with the same seed. It is that of an image of 8 steps, in the type that
-is timed and, of this package, in float32. A row whose difference is too large shows no speed.
+same seeds. A loop that takes too long is measured on steps spread over the image, and the row says so. Speed is told
+only beside the difference of the images from the eager loop's with the same seed. That is an image of 8 steps in the
+type that is timed; of this package also one in float32.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """How to cut the Triton kernel of ``log_density_ratio``, measured on a GPU: ``python benchmarks/tune_verdict.py``.
 
-It tries numbers of elements and of warps a program, for several numbers of tokens. What it prints is the share of the
-bandwidth at which the library sums up as many bytes. Write the winner into ``ops/density_ratio/triton.py``
+Prints a table for every number of tokens, by elements and warps a program. Its values are shares of the bandwidth at
+which the library sums up as many bytes. Write the winner into ``ops/density_ratio/triton.py``
 (``ELEMENTS``, ``OPTIONS``): results keep their bits.
 """
 

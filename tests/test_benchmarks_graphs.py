@@ -156,6 +156,27 @@ def test_the_baselines_of_a_gpu(benchmarks, fake_capture):
     assert makers[names[4]]()(*inputs) is None
 
 
+# --- single calls ---
+
+
+def test_the_baselines_of_a_single_call(benchmarks, fake_capture, monkeypatch):
+    evaluating, registry = benchmarks.evaluating, benchmarks.registry
+    monkeypatch.setitem(registry.HEADS, "small", (2, 32, 16))
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    names = ("eager bfloat16", "eager in a CUDA graph bfloat16", "torch.compile reduce-overhead bfloat16")
+    case = registry.Case("evaluate", "small", 3, "bfloat16", "torch", names, 2, "cpu")
+    group = evaluating.group([case], CPU, benchmarks.baselines.Compilations(CPU))
+    monkeypatch.setattr(benchmarks.baselines.Compilations, "why_not", lambda self: None)
+    for name in names:
+        result = group.baselines[name]()(*group.inputs[0])
+        group.check(result)
+        with pytest.raises(ValueError, match="expected what the network computes within"):
+            group.check(result.flip(0))
+    ((contender),) = group.contenders
+    error, _ = contender.error(contender.make())
+    assert 0 < error <= contender.bound
+
+
 # --- one block ---
 
 

@@ -111,6 +111,7 @@ def plan_of(registry):
 def test_a_compiled_loop_is_a_baseline_on_the_cpu(benchmarks, monkeypatch, tmp_path):
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda function, **options: compiled.append(options) or function)
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: None)  # its import takes seconds
     shrink(benchmarks, monkeypatch, plan_of(benchmarks.registry))
     assert run_main(benchmarks.kernels, monkeypatch, "--json", tmp_path / "r.json") is None
     rows = json.loads((tmp_path / "r.json").read_text())["rows"]
