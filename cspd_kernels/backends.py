@@ -31,6 +31,12 @@ def available_backends() -> dict[str, str]:
     """``{"torch": "ok", "triton": "ok" or why not, "cuda": "ok" or why not}``.
 
     "ok" means that ``denoise`` can be served on some device of this machine; the other ops may have fewer backends.
+
+    Example:
+        >>> import cspd_kernels
+        >>> backends = cspd_kernels.available_backends()
+        >>> sorted(backends), backends["torch"]
+        (['cuda', 'torch', 'triton'], 'ok')
     """
     return {name: why_unavailable(name) or "ok" for name in BACKENDS}
 

@@ -21,6 +21,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Integral, Real
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -95,7 +96,8 @@ def relaxation_of(policy: Callable[[Window], torch.Tensor], window: Window) -> t
     Raises:
         ValueError: it is no floating tensor of one number per token on the window's device.
     """
-    value, like = policy(window), window.log_ratio
+    value: Any = policy(window)
+    like = window.log_ratio
     fits = isinstance(value, torch.Tensor) and value.shape == like.shape and value.is_floating_point()
     if not fits or value.device != like.device:
         if isinstance(value, torch.Tensor):
@@ -106,7 +108,8 @@ def relaxation_of(policy: Callable[[Window], torch.Tensor], window: Window) -> t
             f"expected the relaxation policy to return one number > 0 per token, a floating tensor "
             f"{tuple(like.shape)} on {like.device}, got {got}"
         )
-    return value.flatten()
+    flat: torch.Tensor = value.flatten()
+    return flat
 
 
 class SimilarityRelaxation:
@@ -243,7 +246,7 @@ class AdaptiveDraft:
 
 def draft_length(policy: Callable[[list[list[float]]], int], windows: list[list[float]]) -> int:
     """What a gamma policy gives, or one clear error."""
-    steps = policy(windows)
+    steps: Any = policy(windows)
     if isinstance(steps, bool) or not isinstance(steps, Integral) or steps < 1:
         raise InvalidInput(f"expected the gamma policy to return an int >= 1, got {steps!r}")
     return int(steps)
