@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 
 from cspd_kernels.backends import implementation
-from cspd_kernels.dtypes import as_dtype_or_none
 from cspd_kernels.ops.denoise.parallel import AUTO, check_tolerance
 
 from .errors import InvalidInput
@@ -21,7 +20,7 @@ class Options:
     """What :func:`patch` was asked for."""
 
     backend: str | None = None
-    dtype: torch.dtype | str | None = None
+    dtype: torch.dtype | None = None
     noise: str = "upstream"
     weights: str = "live"
     parallel_tol: float | str | None = AUTO
@@ -34,9 +33,6 @@ class Options:
     def watches(self) -> bool:
         """Whether the model around the head is needed."""
         return self.whole or self.sampling.anneals
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "dtype", as_dtype_or_none(self.dtype, "patch"))
 
     def check(self) -> None:
         if self.noise not in _NOISES:

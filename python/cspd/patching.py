@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn as nn
+
+from cspd_kernels.dtypes import as_dtype_or_none
 
 from .before_patching import check_sampling, compare
 from .description import describe_head
@@ -21,7 +24,6 @@ from .sampling import Sampling
 from .standins import WatchedMoves, WatchedSample
 
 _logger = logging.getLogger("cspd")
-_SAMPLING = {"sampler": None, "eta": 0.0, "sampling_steps": None}
 
 
 def patch(
@@ -99,13 +101,20 @@ def patch(
         The same model.
 
     Raises:
-        TypeError, ValueError: nothing to patch, a network that computes something else, or an option that cannot be;
-            nothing was changed.
-        RuntimeError: the backend cannot serve.
+        UnsupportedModel: there is nothing to patch, or a network computes something else. InvalidInput: an option that
+            does not exist, or weights that are not finite. BackendUnavailable: the backend cannot serve. Nothing was
+            changed.
+
+    Example:
+        >>> import cspd, torch
+        >>> from cspd.demo.pair import load_pair
+        >>> model, _ = load_pair()
+        >>> model = cspd.patch(model)
+        >>> labels = torch.tensor([3, 7])
+        >>> model.sample_tokens(2, num_iter=4, labels=labels).shape
+        torch.Size([2, 1, 8, 8])
     """
-    sampling = Sampling(sampler, eta, sampling_steps)
-    options = Options(backend, dtype, noise, weights, parallel_tol, whole, compile, loop, sampling)
-    options.check()
+    options = _options(backend, dtype, noise, weights, parallel_tol, whole, compile, sampler, eta, sampling_steps, loop)
     with LOCK:
         patches = _prepare(model, options)
         lines = [describe_head(p.found, p).line for p in patches] if _logger.isEnabledFor(logging.INFO) else []
@@ -116,7 +125,17 @@ def patch(
 
 
 def unpatch(model: nn.Module) -> nn.Module:
-    """Undo :func:`patch`; a model that is not patched is left as it is. Returns the model."""
+    """Undo :func:`patch`; a model that is not patched is left as it is. Returns the model.
+
+    Example:
+        >>> import cspd, torch
+        >>> from cspd.demo.pair import load_pair
+        >>> model, _ = load_pair()
+        >>> cspd.patch(model) is cspd.unpatch(model)
+        True
+        >>> cspd.is_patched(model)
+        False
+    """
     with LOCK:
         _remove(_patches_in(model))
         for module in model.modules():  # copies of patches do not know the models that they are copied with
@@ -125,20 +144,49 @@ def unpatch(model: nn.Module) -> nn.Module:
 
 
 def is_patched(model: nn.Module) -> bool:
-    """Whether any diffusion head of the model is patched."""
+    """Whether any diffusion head of the model is patched.
+
+    Example:
+        >>> import cspd
+        >>> from cspd.demo.pair import load_pair
+        >>> model, _ = load_pair()
+        >>> cspd.is_patched(model), cspd.is_patched(cspd.patch(model))
+        (False, True)
+    """
     return any(module.__dict__.get(PATCHES) for module in model.modules())
 
 
 @contextlib.contextmanager
-def patched(model: nn.Module, **options) -> Iterator[nn.Module]:
+def patched(
+    model: nn.Module,
+    *,
+    backend: str | None = None,
+    dtype: torch.dtype | str | None = None,
+    noise: str = "upstream",
+    weights: str = "live",
+    parallel_tol: float | str | None = "auto",
+    whole: bool = False,
+    compile: bool = False,
+    sampler: str | None = None,
+    eta: float = 0.0,
+    sampling_steps: int | tuple[int, int] | None = None,
+    loop: str | None = None,
+) -> Iterator[nn.Module]:
     """Patch for the length of a ``with`` block; afterwards the model is as it was, also after an exception.
 
     Blocks may overlap, in several threads too: the last one to begin decides the options, and the model
     is patched until the last one ends.
+
+    Example:
+        >>> import cspd, torch
+        >>> from cspd.demo.pair import load_pair
+        >>> model, _ = load_pair()
+        >>> with cspd.patched(model, dtype="bfloat16"):
+        ...     images = model.sample_tokens(2, num_iter=4, labels=torch.tensor([3, 7]))
+        >>> cspd.is_patched(model)
+        False
     """
-    sampling = Sampling(*(options.pop(name, default) for name, default in _SAMPLING.items()))
-    options = Options(**options, sampling=sampling)
-    options.check()
+    options = _options(backend, dtype, noise, weights, parallel_tol, whole, compile, sampler, eta, sampling_steps, loop)
     with LOCK:
         patches = _prepare(model, options)
         _install(patches)
@@ -147,6 +195,27 @@ def patched(model: nn.Module, **options) -> Iterator[nn.Module]:
     finally:
         with LOCK:
             _remove(patches)
+
+
+def _options(
+    backend: str | None,
+    dtype: torch.dtype | str | None,
+    noise: str,
+    weights: str,
+    parallel_tol: float | str | None,
+    whole: bool,
+    compile: bool,
+    sampler: str | None,
+    eta: float,
+    sampling_steps: int | tuple[int, int] | None,
+    loop: str | None,
+) -> Options:
+    """What a caller asked for, or one clear error."""
+    operands = as_dtype_or_none(dtype, "patch")
+    sampling = Sampling(sampler, eta, sampling_steps)
+    options = Options(backend, operands, noise, weights, parallel_tol, whole, compile, loop, sampling)
+    options.check()
+    return options
 
 
 def _prepare(model: nn.Module, options: Options) -> list[HeadPatch]:
@@ -189,7 +258,7 @@ def _model_of(model: nn.Module, head: FoundHead, options: Options) -> nn.Module:
 def _patches_in(model: nn.Module) -> list[HeadPatch]:
     """All patches of a model's heads, also of networks that the model no longer holds."""
     modules = dict.fromkeys(model.modules())
-    hooks = [LoopHook.of(diffusion) for diffusion in diffusions_of(model).values()]
+    hooks: list[Any] = [LoopHook.of(diffusion) for diffusion in diffusions_of(model).values()]
     hooks += [kind.of(module) for module in modules for kind in (WatchedSample, WatchedMoves)]
     users = [p for hook in hooks if hook is not None for p in hook.users if p.found.module in modules]
     return list(dict.fromkeys([*(p for module in modules for p in module.__dict__.get(PATCHES, ())), *users]))

@@ -1,4 +1,4 @@
-"""What the released code calls otherwise: its names are accepted beside those of this package, and mean the same."""
+"""The released code's names of arguments. They are accepted beside those of this package, and mean the same."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from collections.abc import Callable
 from operator import attrgetter
 from typing import Any, ParamSpec, TypeVar
 
+from .errors import WrongType
+
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
-from .errors import WrongType
-
 
 def released_names(**names: str) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
-    """Decorator: where a call gives the keyword ``released``, ``ours`` is meant, for every ``released="ours"``.
+    """Decorator: for every ``released="ours"``, a call may give the keyword ``released`` in place of ``ours``.
 
     The signature stays the function's own.
 

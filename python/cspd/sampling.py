@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from numbers import Real
+from typing import Any
 
 from cspd_kernels import Schedule
 
@@ -27,7 +28,7 @@ class Sampling:
     eta: float = 0.0
     steps: int | tuple[int, int] | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if isinstance(self.steps, list):
             object.__setattr__(self, "steps", tuple(self.steps))
 
@@ -40,7 +41,7 @@ class Sampling:
             raise InvalidInput(f"{who} expected eta in [0, 1], got {self.eta!r}")
         if self.eta != 0.0 and self.sampler != "ddim":
             raise InvalidInput(f"{who} expected eta={self.eta!r} together with sampler='ddim', got {self.sampler!r}")
-        counts = self.steps if isinstance(self.steps, tuple) else (self.steps,)
+        counts: tuple[Any, ...] = self.steps if isinstance(self.steps, tuple) else (self.steps,)
         right = all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in counts)
         if self.steps is not None and not (right and len(counts) in (1, 2) and self.steps != counts[:1]):
             raise InvalidInput(
@@ -74,7 +75,7 @@ class Sampling:
         if not self.changes:
             return schedule
         count = self.count(step, of)
-        kept = schedule.__dict__.setdefault("_sampled", {})  # heads are kept by their schedule
+        kept: dict[Any, Schedule] = schedule.__dict__.setdefault("_sampled", {})  # heads are kept by their schedule
         key = (self.sampler, self.eta, count)
         if key not in kept:
             kept[key] = self._made(schedule, count)

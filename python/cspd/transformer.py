@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -23,6 +24,8 @@ PARTS = (
     "z_proj", "z_proj_ln", "encoder_pos_embed_learned", "encoder_blocks", "encoder_norm", "decoder_embed", "mask_token",
     "decoder_pos_embed_learned", "decoder_blocks", "decoder_norm", "diffusion_pos_embed_learned", "buffer_size",
 )  # fmt: skip
+
+_Method = TypeVar("_Method", bound=Callable[..., torch.Tensor])
 
 
 def known_of_mask(mask: torch.Tensor) -> torch.Tensor:
@@ -80,7 +83,7 @@ def conditions(model, tokens, known, class_embedding, where) -> torch.Tensor:
 _MASKED_FORMS = set()
 
 
-def masked_form(method):
+def masked_form(method: _Method) -> _Method:
     """Register a method that only turns its mask into a table for :func:`encode` or :func:`decode`: nothing to compare.
 
     By identity: whatever wraps or replaces it may compute something else.

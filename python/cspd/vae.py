@@ -43,9 +43,8 @@ class Vae:
         dtype, device: where and in what it decodes. loaded: what it is, for people.
     """
 
-    def __init__(self, autoencoder: nn.Module, channels: int, stride: int, loaded: str) -> None:
-        self.autoencoder: Any = autoencoder
-        self.channels, self.stride, self.loaded = channels, stride, loaded
+    def __init__(self, autoencoder: Any, channels: int, stride: int, loaded: str):
+        self.autoencoder, self.channels, self.stride, self.loaded = autoencoder, channels, stride, loaded
         weight = next(autoencoder.parameters())
         self.dtype, self.device = weight.dtype, weight.device
 
@@ -54,11 +53,12 @@ class Vae:
         """Pictures (B, 3, h stride, w stride), float32 about [-1, 1], of latents (B, c, h, w) on any device.
 
         Args:
-            latents: what ``sample_tokens`` returns: the VAE's own times 0.2325.
-            chunk: pictures of 256 x 256 at a time, larger ones fewer, at least one: it bounds the memory.
+            latents: what ``sample_tokens`` returns, which is the VAE's own latents times 0.2325.
+            chunk: how many pictures of 256 x 256 are decoded at a time, which bounds the memory. Larger pictures come
+                in smaller chunks, of at least one.
 
         Raises:
-            ValueError: another number of channels.
+            InvalidInput: the latents have another number of channels.
         """
         if latents.ndim != 4 or latents.shape[1] != self.channels:
             raise InvalidInput(f"expected latents (B, {self.channels}, h, w), got shape {tuple(latents.shape)}")
@@ -74,10 +74,10 @@ class Vae:
         return images
 
     def check(self, model: nn.Module) -> None:
-        """Raise where a MAR's latents are not this VAE's.
+        """Raise if a MAR's latents are not this VAE's.
 
         Raises:
-            ValueError: other channels, or a stride other than the one the model was trained for, if that is known.
+            InvalidInput: other channels, or another stride than the model was trained for, if that is known.
         """
         channels, stride = (getattr(model, name, None) for name in ("vae_embed_dim", "vae_stride"))
         if channels not in (None, self.channels):
@@ -96,8 +96,15 @@ def load_vae(path: str | Path, *, device: torch.device | str = "cpu", dtype: tor
 
     Its sizes are read from the weights. The encoder is not loaded. Nothing in the file is executed.
 
+    Args:
+        dtype: what it decodes in, float32 or bfloat16, also by name.
+
     Raises:
-        RuntimeError: diffusers is not installed. FileNotFoundError, ValueError: no such file, or no such VAE in it.
+        MissingPackage: diffusers is not installed. FileNotFoundError: no such file. CheckpointError: no such VAE in it.
+
+    Example:
+        >>> vae = cspd.load_vae("kl16.ckpt", device="cuda", dtype="bfloat16")  # doctest: +SKIP
+        >>> pictures = vae.decode(cspd.sample_tokens(model, 8, cfg=3.0))  # doctest: +SKIP
     """
     dtype = as_dtype(dtype, "load_vae", (torch.float32, torch.bfloat16))
     autoencoder_class = _autoencoder_class()
