@@ -1,8 +1,8 @@
 """Launches that depend on a flag in a device's memory, for which the host does not wait.
 
 - On the CPU the host reads the flag.
-- In a CUDA graph of our own they are conditional nodes, where the extension adds such nodes and they have proved
-  themselves on the device: a kernel hands the flag over, and the device launches the body as often as it says.
+- In a CUDA graph of our own they are conditional nodes. A kernel hands the flag over, and the device launches the body
+  as often as the flag says. This needs the extension, which adds such nodes, and a proof on the device beforehand.
 - Elsewhere they are all launched, as often as they may be: the kernels then leave everything as it is. So it is where
   no graph is made, and in a caller's graph, of whose memory and streams we know nothing.
 

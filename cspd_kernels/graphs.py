@@ -36,9 +36,10 @@ class _Captures:
     """What all captures on a device share: a side stream, as the default one cannot be captured, and a pool of memory.
 
     PyTorch keeps a workspace of cuBLAS for every stream, and frees all of them whenever ``torch.compile`` captures a
-    graph: replays of ours would write to memory that has gone. So we run nothing on this stream (PyTorch hands out 32
-    in turn, so somebody else may), and all that is allocated in a capture lies in one pool, which a first capture,
-    never replayed, keeps for good. Plans take turns, and need nothing that another one left there.
+    graph: replays of ours would write to memory that has gone. So we run nothing on this stream, though
+    somebody else may: PyTorch hands out 32 of them in turn. All that is allocated in a capture lies in one pool. A
+    first capture, which is never replayed, keeps that pool for good. Plans take turns, and need nothing that another
+    one left there.
     """
 
     def __init__(self, device: torch.device):

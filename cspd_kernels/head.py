@@ -50,9 +50,10 @@ class DiffusionHead:
     """The denoising network of one module at one operand type, with its schedule.
 
     Built by :meth:`from_module`. GEMM operands (weights and biases) are of ``dtype``. What touches
-    x or the residual stream directly is of the stream's type (float32; float64 for a float64 head):
-    the norms' affine parameters, the time embedding, and the two C-wide layers at the ends,
-    which cost next to nothing and would round, or in float16 overflow, x and the noise estimate.
+    x or the residual stream directly is of the stream's type (float32; float64 for a float64 head).
+    That is the norms' affine parameters, the time embedding, and the two C-wide layers at the ends.
+    Those layers cost next to nothing. In a narrow type they would round x and the noise estimate,
+    or overflow in float16.
     Weights that need no conversion are shared with the module, not copied: build the head again
     after changing them.
 
@@ -232,10 +233,12 @@ class DiffusionHead:
     ) -> DiffusionHead:
         """Pack a ``DiffLoss``-like module, recognised by its structure and never by its class name.
 
-        The module must hold ``in_channels``, ``gen_diffusion`` and ``net`` with ``input_proj``,
-        ``time_embed`` (``mlp``), ``cond_embed``, ``res_blocks`` (each ``in_ln``, ``mlp``, ``adaLN_modulation``) and
-        ``final_layer`` (``norm_final``, ``linear``, ``adaLN_modulation``), as in LTH14/mar's ``models/diffloss.py``,
-        or the like under other names (:mod:`cspd_kernels.spec`).
+        The module must hold ``in_channels``, ``gen_diffusion`` and ``net``, as in LTH14/mar's ``models/diffloss.py``.
+        The parts of ``net``, which may have other names (:mod:`cspd_kernels.spec`), are:
+
+        - ``input_proj``, ``time_embed`` (``mlp``) and ``cond_embed``;
+        - ``res_blocks``, each with ``in_ln``, ``mlp`` and ``adaLN_modulation``;
+        - ``final_layer`` with ``norm_final``, ``linear`` and ``adaLN_modulation``.
 
         Args:
             dtype: GEMM operand type: float32, bfloat16, float16, or float64 (torch backend only).
@@ -243,8 +246,9 @@ class DiffusionHead:
             device: where the head lives; None leaves the weights where they are.
 
         Raises:
-            TypeError: the module is no such head; the message lists what is missing.
-            ValueError: it is one, of a kind that is not covered (the message says which).
+            NotAModel: the module is no such head. The message lists what is missing.
+            UnsupportedModel: it is one, of a kind that is not covered. The message says which.
+            WrongDtype: a dtype that heads do not have.
 
         Example:
             >>> from cspd.models import DiffLoss
@@ -278,7 +282,7 @@ class DiffusionHead:
             spec: what the network computes; None is the likeliest, by its structure (:func:`spec_of`).
 
         Raises:
-            TypeError: it has no such structure.
+            NotAModel: it has no such structure. WrongDtype: a dtype that heads do not have.
 
         Example:
             >>> from cspd.models import DiffLoss

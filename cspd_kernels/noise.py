@@ -1,11 +1,11 @@
 """Counter-based random numbers: Philox 4x32-10, the same in every backend.
 
-A number is a pure function of (seed; row, index, channel): nothing is stored, draft and target
-share noise by sharing addresses, and a token's noise does not depend on its batch.
+A number is a pure function of (seed; row, index, channel). Nothing is stored, and a token's noise
+does not depend on its batch. Draft and target share noise by sharing addresses.
 
-A seed is an int in [0, 2^64), or a tensor of one int64 element on the rows' device: its 64 bits, so
-that a seed from 2^63 on is the negative number seed - 2^64. The host never reads a tensor. A CUDA graph
-that was captured with one is replayed with what it holds then.
+A seed is an int in [0, 2^64), or a tensor of one int64 element on the rows' device. The tensor holds
+the seed's 64 bits, so a seed from 2^63 on is the negative number seed - 2^64. The host never reads a
+tensor. A CUDA graph that was captured with one is replayed with what it holds then.
 
 Layout of one Philox call, four 32-bit words in and out::
 

@@ -1,12 +1,12 @@
 """Noise as released code draws it: the numbers of many calls of ``torch.randn`` on a CUDA device, in one launch.
 
-PyTorch fills a tensor of n values there by ``256 * grid`` threads with four normals a round; ``grid`` depends on n and
-on the device, and a call moves the generator by four a round. Seed and offset are the host's, so one kernel can compute
-what T calls would have drawn, bit for bit, and the generator be moved as they would have moved it. The numbers are told
-in csrc/include/cspd/randn.cuh.
+PyTorch fills a tensor of n values there by ``256 * grid`` threads with four normals a round. ``grid`` depends on n and
+on the device, and a call moves the generator by four a round. Seed and offset are the host's. So one kernel can compute
+what T calls would have drawn, bit for bit, and the host can move the generator as they would have moved it.
+csrc/include/cspd/randn.cuh has the numbers.
 
-That is nothing PyTorch promises. So a kernel proves itself before its first use on a device, against PyTorch's own
-calls, and where it gives other bits the calls are what is done from then on.
+PyTorch promises none of this. So a kernel is compared with PyTorch's own calls before its first use on a device. Where
+it gives other bits, those calls are made from then on.
 """
 
 from __future__ import annotations

@@ -57,7 +57,7 @@ def test_wheel_holds_both_packages_whole(wheel):
         modules = {f"{package}/{path.relative_to(folder).as_posix()}" for path in folder.rglob("*.py")}
         assert modules | {f"{package}/py.typed"} <= names
     weights = {name for name in names if name.endswith(".safetensors")}
-    shipped = ("target", "draft", "reference", "head100", "drift")
+    shipped = ("target", "draft", "reference", "digits", "head100", "drift")
     assert weights == {f"cspd/demo/data/{name}.safetensors" for name in shipped}
     size = {name: wheel.getinfo(name).file_size for name in weights}
     assert size.pop("cspd/demo/data/head100.safetensors") < 2e6
@@ -77,7 +77,7 @@ def test_metadata(wheel):
     assert sorted(need.split(">=")[0] for need in runtime) == ["numpy", "pillow", "safetensors", "torch", "tqdm"]
     assert not any(mark in need for need in runtime for mark in ("==", "<", "~="))
     assert {line for line in headers if line.startswith("Provides-Extra")} == {
-        f"Provides-Extra: {extra}" for extra in ("test", "dev", "eval", "serve", "vae")
+        f"Provides-Extra: {extra}" for extra in ("test", "dev", "eval", "docs", "serve", "vae")
     }
     assert "Requires-Python: >=3.10" in headers
     assert "Classifier: Typing :: Typed" in headers

@@ -66,7 +66,7 @@ def mar_config(
         dim = config[f"{name}_embed_dim"]
         if num_heads is None and dim not in _HEADS:
             raise CheckpointError(
-                f"the number of attention heads of a {name} of width {dim} is unknown: pass num_heads"
+                f"the number of attention heads of the {name} of width {dim} is unknown: pass num_heads"
             )
         config[f"{name}_num_heads"] = num_heads or _HEADS[dim]
     return config

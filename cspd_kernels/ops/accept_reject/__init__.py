@@ -85,9 +85,9 @@ def accept_reject(
         For k = 1..max_tries draw ``y ~ N(mu_p, sigma_p^2)`` and keep it with probability
         ``max(0, 1 - 1 / r_1(y))``, r_1 without relaxation. The closer the models, the more tries.
     ``"closed_form"``
-        Where both models have the same sigma (a fixed variance), log r_1 is linear in y, and the
-        modified distribution differs from the target's Gaussian only along ``mu_p - mu_q``: that
-        component is drawn by inverting its distribution function, one try for every row.
+        Where both models have the same sigma (a fixed variance), log r_1 is linear in y. The
+        modified distribution then differs from the target's Gaussian only along ``mu_p - mu_q``.
+        That component is drawn by inverting its distribution function, one try for every row.
 
     A row that keeps none, or whose closed form lies entirely more than six sigma beyond the target's
     mean, takes ``target.sample``, the target's own aligned draw. There is no zero row and no NaN as
@@ -97,12 +97,13 @@ def accept_reject(
     token. Candidate 0 as above; a later one, with ``r_i`` its ratio, when ``u_i <= (r_i - c_i)_+ / Z_i``. Here
     ``(e^delta p - c_i q)_+``, of total mass Z_i, is what the rejections before it have left to be drawn, delta the
     difference of the path terms, and ``c_1 = 1``, ``c_{i+1} = c_i + Z_i``. After K rejections the token is redrawn
-    from ``(e^delta p - c_K q)_+`` of candidate 0's chains. Candidates that differ in nothing but the last step's
-    noise (each model has one mean for all of them, both have one sigma, there is no path term and no relaxation) leave
-    the token's distribution the target's, as one candidate does, but for rows that take ``target.sample``; whether any
-    is accepted has the probability ``1 - Z(c_K)``. Candidates with chains of their own are compared as trajectories, as
-    one is: a surrogate. With more than one candidate both models need the same sigma, or ``target_sigma``: Z is
-    computed with the target's.
+    from ``(e^delta p - c_K q)_+`` of candidate 0's chains.
+
+    Candidates may differ in nothing but the last step's noise. Each model then has one mean for all of them, both have
+    one sigma, and there is no path term and no relaxation. Then the token has the target's distribution, as with one
+    candidate, but for rows that take ``target.sample``. The probability that any of them is accepted is
+    ``1 - Z(c_K)``. Candidates with chains of their own are compared as trajectories, as one is: a surrogate. With more
+    than one candidate both models need the same sigma, or ``target_sigma``: Z is computed with the target's.
 
     Random numbers are addressed by (seed; row, try), see :mod:`cspd_kernels.noise`: a token's fate
     depends on neither its batch nor the backend (outside a rounding band of the comparisons).
@@ -111,22 +112,22 @@ def accept_reject(
         x, draft, target, relaxation, sigma, backend: as in :func:`cspd_kernels.log_density_ratio`;
             target.sample (N, C) too. With K candidates a token, 1 to 16: x (N, K, C), every field of the chains
             (N, K, ...) or, where the candidates share it, (N, 1, ...), relaxation a number, (N,) or (N, K).
-        seed: int in [0, 2^64); or a tensor of one int64 element on the device of x, its 64 bits, which the host never
-            reads: a CUDA graph is replayed with what it holds then. rows: (N,) int64 addresses, default 0..N-1;
-            candidate i's uniform is that of row + i :data:`cspd_kernels.noise.CANDIDATE_STRIDE`, so that rows of one
-            call should not lie multiples of that apart.
+        seed: int in [0, 2^64); or a tensor of one int64 element on the device of x, with the seed's 64 bits. The host
+            never reads that tensor: a CUDA graph is replayed with what it holds then.
+        rows: (N,) int64 addresses, default 0..N-1. Candidate i's uniform is that of row
+            + i :data:`cspd_kernels.noise.CANDIDATE_STRIDE`, so rows of one call should not lie multiples of that apart.
         max_tries: >= 0; the closed form takes one of them.
         residual: "rejection" or "closed_form", as above.
-        target_sigma: compute the closed form, and the masses Z of several candidates, with the target's sigma in the
-            draft's place, too (ratios, and the tries of ``"rejection"``, have each model's own). Without it the two
-            ``log_std`` must be equal where those are computed, which is looked at on the CPU only (elsewhere it would
-            wait for the device; the target's is then used).
+        target_sigma: use the target's sigma for the draft, too, in the closed form and in the masses Z of several
+            candidates. Ratios, and the tries of ``"rejection"``, use each model's own. Without it the two ``log_std``
+            must be equal where the closed form or Z is computed. This is checked on the CPU only, as the check would
+            wait for a GPU; there the target's sigma is used.
 
     Returns:
         :class:`Verdict`; of x (N, K, C) :class:`CandidateVerdict`.
 
     Raises:
-        TypeError, ValueError: an argument does not fit.
+        InvalidInput: an argument does not fit. BackendUnavailable: the chosen backend cannot serve.
 
     Example:
         >>> import torch
@@ -142,8 +143,8 @@ def accept_reject(
         True
 
     Source: Wang et al. 2024, arXiv 2411.11925 (acceptance-rejection sampling of the modified
-    distribution); Leviathan et al. 2023, arXiv 2211.17192 for the modified distribution itself;
-    arXiv 2606.13426 and 2501.05370 for equal covariances (docs/method.md derives the closed form); several
+    distribution). Leviathan et al. 2023, arXiv 2211.17192 for the modified distribution itself.
+    arXiv 2606.13426 and 2501.05370 for equal covariances (docs/method.md derives the closed form). Several
     candidates: SpecInfer, arXiv 2305.09781, and arXiv 2402.14160, with a recursion of our own for Gaussians.
     """
     relaxation = check("accept_reject", x, draft, target, relaxation, sigma, several=True)

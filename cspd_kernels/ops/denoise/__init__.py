@@ -126,21 +126,25 @@ def denoise(
         temperature: >= 0, a number or a floating tensor of one element (on the head's device or the CPU), for which
             the host never waits; scales the noise of every step. At 0 the chain is deterministic and log_std is -inf.
         cfg_scale: guidance. A number; or a tensor of one element (on the head's device or the CPU) or
-            of N (one a token, on the head's device), for which the host never waits: guidance is then
+            of N (one a token, on the head's device). The host never waits for a tensor: guidance is then
             on exactly when cond has 2N rows. Or a tuple of two of either, (s0, s1), with cond as three groups of N
             rows, fully conditional first: ``out = out_2 + s1 (out_1 - out_2) + s0 (out_0 - out_1)``. In a function
             under ``torch.compile`` PyTorch 2.4 takes numbers, also a temperature, for constants: it compiles again
             for every other one, eight times at most. It does not for a tensor.
         backend: "torch", "triton", "cuda", or None: ``CSPD_BACKEND``, else automatic.
         workspace_bytes: bound on the memory of the hoisted modulations.
-        parallel_tol: how the T steps are made. None: one after the other. A number in (0, 1): all at once, in sweeps
-            (docs/parallel.md), until no channel of a row's trajectory changes by more than this between two sweeps,
-            relative to the row's largest value; the tokens are those of the sequential chain to about as much, and
-            a row that does not settle is made by that chain. "auto": in sweeps to the arithmetic's own rounding
-            (float32: 1e-6; bfloat16 and float16: 1e-3) where that was measured to be faster, else one after the other;
-            the environment's ``CSPD_PARALLEL=0`` keeps it from sweeps. On a GPU the torch backend waits for the device
-            after every sweep, and refuses a number while a CUDA graph is captured; the kernels wait once, in the
-            first such call of a process.
+        parallel_tol: how the T steps are made.
+
+            - None: one after the other.
+            - A number in (0, 1): all at once, in sweeps (docs/parallel.md). They end when no channel of a row's
+              trajectory changes by more than this between two sweeps, relative to the row's largest value. The tokens
+              are those of the sequential chain to about as much. A row that does not settle is made by that chain.
+            - "auto": in sweeps to the arithmetic's own rounding where that was measured to be faster, else one after
+              the other. Rounding is 1e-6 in float32, and 1e-3 in bfloat16 and float16. ``CSPD_PARALLEL=0`` in the
+              environment keeps it from sweeps.
+
+            On a GPU the torch backend waits for the device after every sweep, and refuses a number while a CUDA graph
+            is captured. The kernels wait once, in the first such call of a process.
         guess: (N, T, C) floating: with sweeps, a first guess of the inputs of all steps, such as the ``trajectory`` of
             a similar chain from the same x_T and noise. It changes how many sweeps there are, not what they lead to.
 
@@ -148,8 +152,8 @@ def denoise(
         :class:`Denoised`; :class:`DenoisedInParallel` where ``parallel_tol`` is a number.
 
     Raises:
-        TypeError, ValueError: an argument does not fit; nothing has been computed.
-        RuntimeError: the chosen backend cannot serve.
+        InvalidInput: an argument does not fit. Nothing has been computed.
+        BackendUnavailable: the chosen backend cannot serve. CallError: the arithmetic overflowed (float16).
 
     Example:
         >>> import torch
@@ -214,10 +218,10 @@ def run(
 ) -> tuple[torch.Tensor, ...]:  # fmt: skip
     """The op: everything that looks at values or at this machine, which a compiler must not see, then a backend.
 
-    Noise is ``noise`` (T, N, C) or, where that is None, addressed by ``rows`` and the seed: ``seeds``, a tensor of one
-    element, or, where that is None, ``seed`` modulo 2**64. Guidance is on exactly when cond has more rows than x_T, by
-    ``cfg_scale`` and, of three groups of rows, ``second_scale``. ``temperatures``, a tensor of one element, is the
-    temperature where it is not None. ``parallel_tol`` is -1 for "auto".
+    Noise is ``noise`` (T, N, C) or, where that is None, addressed by ``rows`` and the seed. The seed is ``seeds``, a
+    tensor of one element, or, where that is None, ``seed`` modulo 2**64. Guidance is on exactly when cond has more
+    rows than x_T, by ``cfg_scale`` and, of three groups of rows, ``second_scale``. ``temperatures``, a tensor of one
+    element, is the temperature where it is not None. ``parallel_tol`` is -1 for "auto".
     """
     head = DiffusionHead.of_handle(head)
     stream = stream_dtype(head.dtype)

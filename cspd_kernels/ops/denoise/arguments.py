@@ -16,9 +16,9 @@ from .parallel import check_tolerance
 def check(head, cond, x_T, noise, temperature, cfg_scale, workspace_bytes) -> None:  # noqa: N803
     """Raise on arguments that do not fit, by all that is known without looking at a tensor's values.
 
-    Numbers are compared one by one, and nothing else is done with them until an error is certain: a number that is
-    formatted or given to the math module is a constant for torch.compile, which compiles its caller again for the
-    next one, and `in` does not find a size that it holds as a symbol.
+    Numbers are compared one by one, and nothing else is done with them until an error is certain. torch.compile takes
+    a number that is formatted, or given to the math module, for a constant, and compiles its caller again for the next
+    one. And `in` does not find a size that it holds as a symbol.
     """
     if not isinstance(head, DiffusionHead):
         raise WrongType(f"denoise expected a DiffusionHead, got {type(head).__name__}: use DiffusionHead.from_module")

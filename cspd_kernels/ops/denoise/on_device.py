@@ -82,8 +82,10 @@ def denoise_on_device(
 ):  # fmt: skip
     """As :func:`cspd_kernels.denoise`, by the kernels of a backend; ``scales``: of guidance, one less than groups.
 
-    The host waits for the device only where a head's graphs outgrow their memory and the oldest goes, and in the
-    first call in parallel on a device, for the proof of :mod:`cspd_kernels.conditional`.
+    The host waits for the device in two cases only:
+
+    - a head's graphs outgrow their memory, so that the oldest goes;
+    - it is the first call in parallel on a device, for the proof of :mod:`cspd_kernels.conditional`.
     """
     rows, groups = x_T.shape[0], 1 + len(scales)
     if rows == 0:

@@ -1,7 +1,7 @@
 """``denoise`` in torch by sweeps over all steps at once, as ``reference.sweeps`` defines them.
 
-The network runs for the steps and the tokens that still change: tokens leave when they settle, and steps, from the
-noise end on, when their inputs do not change any more but by rounding. The recursion is solved for what changes. With
+The network runs for the steps and the tokens that still change. Tokens leave when they settle. Steps leave, from the
+noise end on, when their inputs no longer change by more than rounding. The recursion is solved for what changes. With
 ``Y = X + d`` and ``F_i`` the step from the inputs X_i it is affine::
 
     d_i-1 = (F_i(X_i) - X_i-1) + (mean_x0[i] slope_i + mean_x[i]) d_i,        d_T-1 = 0,   Y_i-1 = F_i(X_i) + (...) d_i

@@ -30,8 +30,8 @@ def log_density_ratio(
 ) -> torch.Tensor:
     """log p(Y_p) / q(Y_q) of the target's and the draft's trajectory under the same noise, (N,) float32.
 
-    Denoised with the same x_T and noise, the noise factors of the two path densities cancel; what
-    is left is the last step's Gaussians and the scales of the steps before::
+    Both chains are denoised with the same x_T and noise, so the noise factors of the two path
+    densities cancel. What is left is the last step's Gaussians and the scales of the steps before::
 
         log r = sum_c [log N(x; mu_p, sigma_p) - log N(x; mu_q, sigma_q)] + (L_q - L_p)
 
@@ -53,7 +53,7 @@ def log_density_ratio(
         backend: as in :func:`cspd_kernels.denoise`; "cuda" copies operands that are not contiguous float32.
 
     Raises:
-        TypeError, ValueError: an argument does not fit.
+        InvalidInput: an argument does not fit. BackendUnavailable: the chosen backend cannot serve.
 
     Example:
         >>> import torch
@@ -78,8 +78,8 @@ def check(
 ) -> float | torch.Tensor:
     """Raise on arguments that do not fit; return the relaxation as a number or as (N,) float32.
 
-    With ``several``, x may be (N, K, C), K candidates a token: fields that have one candidate are those of all, and a
-    relaxation that is a tensor is returned with an axis of one or K candidates.
+    With ``several``, x may be (N, K, C), K candidates a token. Fields that have one candidate are those of all. A
+    relaxation that is a tensor is then returned with an axis of one or K candidates.
     """
     shapes = "(N, C) or (N, K, C)" if several else "(N, C)"
     if not isinstance(x, torch.Tensor) or x.dim() not in ((2, 3) if several else (2,)) or not x.is_floating_point():

@@ -36,9 +36,9 @@ def evaluate(
     Args:
         head: the packed network; it needs no schedule. Its dtype is the GEMM operand type.
         x: (M, C) floating. M = 0 is allowed.
-        timesteps: as the network takes them, of any integer or floating type: (M,) or (M, 1); (M, K) with one column
-            for each of K time embeddings whose mean is taken; a number or a tensor of one element (on the head's device
-            or the CPU) for all rows and embeddings.
+        timesteps: as the network takes them, of any integer or floating type. (M,) or (M, 1); or (M, K) with one column
+            for each of K time embeddings whose mean is taken. A number, or a tensor of one element (on the head's
+            device or the CPU), is for all rows and embeddings.
         cond: (M, Z) floating; (M, W) for a head whose conditions are given embedded. On the CPU what is made of it is
             kept for the next call with the same values.
         backend: "torch", "triton", "cuda", or None: ``CSPD_BACKEND``, else automatic.
@@ -48,8 +48,8 @@ def evaluate(
         (M, O) in the residual stream's type (float32; float64 for a float64 head).
 
     Raises:
-        TypeError, ValueError: an argument does not fit; nothing has been computed.
-        RuntimeError: the chosen backend cannot serve.
+        InvalidInput: an argument does not fit. Nothing has been computed.
+        BackendUnavailable: the chosen backend cannot serve. CallError: the arithmetic overflowed (float16).
 
     Example:
         >>> import torch
@@ -70,8 +70,8 @@ def evaluate(
 def run(head: Any, x: Any, timesteps: Any, cond: Any, backend: str | None, workspace_bytes: int) -> torch.Tensor:
     """The op: everything that looks at values or at this machine, which a compiler must not see, then a backend.
 
-    A backend is given x (M, C) in the stream's type, timesteps (M,) or (M, K) on the head's device, expanded where one
-    stands for all, and the caller's own ``cond``, by which it may know it again.
+    A backend is given x (M, C) in the stream's type, and timesteps (M,) or (M, K) on the head's device, expanded where
+    one stands for all. It is given the caller's own ``cond``, so that it can recognise it in the next call.
     """
     head = DiffusionHead.of_handle(head)
     for name, value in (("x", x), ("timesteps", timesteps), ("cond", cond)):
