@@ -1,9 +1,13 @@
-"""What users run today, in plain torch: the baselines of the ratios."""
+"""The baselines of the ratios: what users run today, in plain torch."""
 
 from __future__ import annotations
 
 import copy
 import math
+import os
+import shutil
+import time
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -12,6 +16,10 @@ import torch.nn as nn
 from cspd.models.diffloss import TimestepEmbedder
 
 IN_ONE_GRAPH = "eager loop in one CUDA graph bfloat16"
+PRODUCTS = "library products alone bfloat16"
+COMPILED = "torch.compile reduce-overhead"
+COMPILED_ON_CPU = "torch.compile"  # the other mode means CUDA graphs
+COMPILE_SECONDS = {"cpu": 60.0, "cuda": math.inf}  # of a whole run; what is begun is finished
 
 
 def eager_denoise(diffloss, cond, x_t, noise, dtype=None):
@@ -71,10 +79,9 @@ def graphable_denoise(diffloss, dtype):
 def compiled_denoise(diffloss, dtype, mode="reduce-overhead"):
     """The same loop with its step under ``torch.compile`` (CUDA graphs inside): a function of (cond, x_t, noise).
 
-    The step's number enters as tensors, so that one compilation serves all steps; weights are of the operands' type
-    beforehand, which autocast would convert at every step of a compiled loop.
+    The step's number enters as tensors, so that one compilation serves all steps. The weights have the operands' type
+    beforehand, as autocast would convert them at every step of a compiled loop.
     """
-    torch._dynamo.reset()  # or the second size compiles to code for any size
     net = copy.deepcopy(diffloss.net).to(dtype)
     diffusion, schedule = diffloss.gen_diffusion, diffloss.gen_diffusion.schedule
     device = next(diffloss.parameters()).device
@@ -92,7 +99,7 @@ def compiled_denoise(diffloss, dtype, mode="reduce-overhead"):
 
     def denoise(cond, x_t, noise):
         x = x_t
-        with torch.no_grad(), torch.autocast(device.type, dtype=dtype):
+        with torch.no_grad(), torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
             for i in reversed(range(diffusion.num_timesteps)):
                 torch.compiler.cudagraph_mark_step_begin()
                 mean, moved = compiled(x, cond, noise[i], timesteps[i], table[i])
@@ -100,6 +107,43 @@ def compiled_denoise(diffloss, dtype, mode="reduce-overhead"):
         return x
 
     return denoise
+
+
+class Compilations:
+    """Compiles baselines while a run has time for it: a compilation takes many seconds on a CPU."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.spent = device, 0.0
+
+    def begin(self) -> None:
+        """Forget what was compiled for another size, or the next one compiles to code for any size."""
+        if self.spent:
+            torch._dynamo.reset()
+
+    def why_not(self) -> str | None:
+        """None while there is time, else the reason."""
+        if self.spent > (limit := COMPILE_SECONDS[self.device.type]):
+            return f"compilations have had their {limit:.0f} seconds"
+        if self.device.type == "cpu" and not shutil.which(os.environ.get("CXX") or "g++"):
+            return "torch.compile needs a C++ compiler"
+        return None
+
+    def compiled(self, name: str, make: Callable[[], Callable], inputs: list[tuple]) -> Callable | None:
+        """The function after its first call, which compiles it. None, and a line that says so, where there is no time.
+
+        Raises:
+            Exception: of whatever kind: the compiler's own.
+        """
+        if reason := self.why_not():
+            print(f"{name}: not measured, {reason}", flush=True)
+            return None
+        start = time.perf_counter()
+        try:
+            function = make()
+            function(*inputs[0])
+        finally:
+            self.spent += time.perf_counter() - start
+        return function
 
 
 def library_products(head, rows):
@@ -127,8 +171,8 @@ def library_products(head, rows):
 def looped_accept_reject(x, draft, target, max_tries=100):
     """Acceptance-rejection as the released runner does it: whole batches of redraws until every row has one.
 
-    The accept test and the redraw use the formulas of this package (log space); the loop, its random
-    numbers from the global generator and its wait for the host every round are the released ones.
+    The accept test and the redraw use the formulas of this package (log space). The loop is the released
+    one: it draws from the global generator, and the host waits for the device every round.
     """
 
     def log_ratio(value):

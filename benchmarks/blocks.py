@@ -1,15 +1,14 @@
-"""Rows of ``python benchmarks/kernels.py`` for one block of the network: two products and all that is around them.
+"""One block of the network, two products with all that is around them: cases of ``python benchmarks/kernels.py``.
 
-What the layered kernels take at many rows, without the chain around them, beside nothing but the two library products.
-All blocks of a step run one after the other in one CUDA graph, so that each finds its weights outside the cache, and
-a row is the time of the whole over their number.
+They show what the layered kernels take at many rows, without the chain around them. The baseline is the two library
+products alone. All blocks of a step run one after the other in one CUDA graph, so each finds its weights outside the
+cache. A row holds the time of all blocks over their number.
 """
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -19,11 +18,13 @@ from cspd_kernels import DiffusionHead
 from cspd_kernels.ops.denoise.chain import Chain, Tables
 from cspd_kernels.testing import random_inputs, randomize_, relative_error
 
-from common import captured, measure, spread
-from report import Report, Row
+import registry
+from baselines import Compilations
+from common import captured
+from floors import block_work
+from groups import Contender, Group
+from registry import Case
 
-MODELS, ROWS = ("MAR-B", "MAR-H"), (100, 200, 400, 1024, 2048)
-OP, PRODUCTS = "one block", "its two library products bfloat16"
 STEPS, CHANNELS, BOUND = 2, 16, 2e-2  # one step is run; what is not timed is short
 
 
@@ -91,24 +92,21 @@ def two_products(head: DiffusionHead, rows: int) -> Callable[[], None]:
     return run
 
 
-def block_rows(
-    model: str, head: DiffusionHead, rows: int, backends: list[str], runs: int, device: torch.device, report: Report
-) -> None:
-    """One row a backend; ``ratio`` is the share of the library's rate."""
-    size, functions = f"{model} M={rows}", {}
-    with report.trying(OP, size, PRODUCTS):
-        functions[PRODUCTS] = captured(two_products(head, rows), device)
-    for backend in backends:
-        with report.trying(OP, size, f"{backend} bfloat16"):
-            functions[f"{backend} bfloat16"] = captured(all_blocks(backend, head, rows), device)
-
-    seconds = measure(functions, [()], runs, device, failed=partial(report.failed, OP, size), queued=True)
-    if PRODUCTS not in seconds:
-        return
-    share = {name: [value / head.depth for value in values] for name, values in seconds.items()}
-    for backend in backends:
-        if (name := f"{backend} bfloat16") in share:
-            with report.trying(OP, size, name):
-                timed = (*spread(share[name]), *spread(share[PRODUCTS]))
-                error = error_of(backend, head, rows)
-                report.add(Row(OP, size, name, PRODUCTS, *timed, runs, error, BOUND, "of max, float64"))
+def group(cases: list[Case], device: torch.device, compilations: Compilations) -> Group:
+    """A backend's blocks beside their library products: the ratio is the share of the library's rate."""
+    first = cases[0]
+    head, rows = block_head(*registry.HEADS[first.head], device), first.tokens
+    contenders = [
+        Contender(
+            f"{case.backend} {case.dtype}",
+            lambda backend=case.backend: captured(all_blocks(backend, head, rows), device),
+            case.baselines,
+            lambda _, backend=case.backend: (error_of(backend, head, rows), "of max, float64"),
+            BOUND,
+            block_work(head, rows),
+        )
+        for case in cases
+    ]
+    baselines = {name: lambda: captured(two_products(head, rows), device) for name in first.baselines}
+    size = f"{first.head} M={rows}"
+    return Group(first.op, size, [()], contenders, baselines, calls=head.depth, queued=True)

@@ -77,8 +77,8 @@ def _time(function: Callable, arguments: tuple, device: torch.device, queued: bo
 class Replay:
     """A CUDA graph of a function: called, it copies its arguments into the static ones and replays.
 
-    A graph holds no reference to what it was captured with, and reads and writes that memory at every replay. So the
-    function with all that it refers to, its static arguments and its results live as long as this object; what it
+    A graph holds no reference to what it was captured with, and reads and writes that memory at every replay. So
+    the function with all that it refers to, its static arguments and its results live as long as this object. What it
     allocated in between lies in the graph's own pool.
     """
 

@@ -1,5 +1,6 @@
-"""What the compilers make of every Triton kernel, at the sizes of MAR's heads, of others and of tokens, and of every
-CUDA kernel in the installed extension: needs no GPU.
+"""What the compilers make of every Triton kernel and of every CUDA kernel in the installed extension. Needs no GPU.
+
+The Triton kernels are compiled at the sizes of MAR's heads, of other heads and of tokens.
 
 ``python benchmarks/kernels.py --compile-report [--quick] [--json FILE]``
 """

@@ -2,8 +2,8 @@
 
 Random weights (time does not depend on their values), classes, guidance. All contenders of a case take turns on the
 same seeds. A loop that takes too long is measured on steps spread over the image, and the row says so. Speed is told
-only beside the difference of the images from the eager loop's with the same seed: an image of 8 steps in the type that
-is timed and, of this package, in float32.
+only beside the difference of the images from the eager loop's with the same seed. That is an image of 8 steps in the
+type that is timed; of this package also one in float32.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import images
 import spent
 from common import spread
 from images import NAMES, Case, Contender
-from report import Report, Row
+from rows import Report, Row
 
 ONLY = ("eager", "compile", "patched", "whole", "speculative")
 BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 1e-1}  # the two round a stream of bfloat16 in different places
@@ -201,7 +201,7 @@ class Bench:
         kind = str(case.dtype).removeprefix("torch.")
         bound = BOUNDS[case.dtype] if op == "sample_tokens" else 0.0
         row = (op, str(case), f"{name} {kind}", f"{baseline} {kind}", *own, *base, runs, error, bound, accuracy)
-        self.report.add(ImageRow(*row, details))
+        self.report.add(ImageRow(*row, details=details))
         print(
             "    " + "; ".join(f"{key.replace('_', ' ')} {shown(value)}" for key, value in details.items()), flush=True
         )

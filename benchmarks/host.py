@@ -24,8 +24,8 @@ from cspd_kernels.testing import randomize_, relative_error
 from common import measure, spread
 from host_denoise import denoise_rows
 from host_judging import host_seconds, judging_rows, print_host_rows
-from kernels import CHANNELS, HEADS
-from report import write_results
+from registry import CHANNELS, HEADS
+from rows import write_results
 
 CASES = ((2, 1.0), (2, 3.0), (64, 3.0))  # tokens, guidance
 

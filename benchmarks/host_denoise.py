@@ -1,7 +1,7 @@
 """Rows of ``python benchmarks/host.py`` for ``denoise``: the host's part of one call whose graph is there.
 
-Beside it stands the bare launch: the replay of that graph. Without a GPU the launch, the choice of the backend and the
-looks at values, which a device is spared, are left out of the call, and only what remains is measured.
+Beside it stands the bare launch: the replay of that graph. Without a GPU a part of the call is measured.
+The launch, the choice of the backend, and the checks of values that tensors on a GPU are spared are left out.
 """
 
 from __future__ import annotations

@@ -20,7 +20,8 @@ from cspd_kernels import accept_reject, log_density_ratio
 from cspd_kernels.backends import why_unavailable
 
 from common import spread
-from judging import CHANNELS, _inputs
+from judging import _inputs
+from registry import CHANNELS
 
 BACKENDS = ("triton", "cuda")
 TOKENS = 1024

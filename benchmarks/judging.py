@@ -1,7 +1,9 @@
-"""Rows of ``python benchmarks/kernels.py`` for the ops that judge tokens: density ratio and acceptance-rejection."""
+"""The ops that judge tokens, density ratio and acceptance-rejection: cases of ``python benchmarks/kernels.py``."""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -11,13 +13,13 @@ from cspd_kernels.ops.accept_reject.reference import accept_reject as accept_rej
 from cspd_kernels.ops.density_ratio.reference import log_density_ratio as log_density_ratio_definition
 from cspd_kernels.testing import random_chains
 
-from baselines import looped_accept_reject
-from common import captured, measure, spread
-from report import Report, Row
+from baselines import Compilations, looped_accept_reject
+from common import captured
+from floors import ratio_work, verdict_work
+from groups import Contender, Group
+from registry import CHANNELS, RATIO, VERDICT, Case
 
-TOKENS, CHANNELS = (64, 1024, 8192, 131072), 16
 _CHECKED = 4096  # tokens compared with the definition, which walks every token through every try
-LOOP = "looped torch"  # eager: it waits for the host every round, and no graph can hold it
 
 
 def _inputs(tokens: int, device: torch.device, shared_sigma: bool = False) -> list[tuple]:
@@ -42,33 +44,48 @@ def _replays(function, inputs: list[tuple], device: torch.device):
     return lambda x, *_: graphs[id(x)]()
 
 
-def density_ratio_rows(tokens: int, backends: list[str], runs: int, device: torch.device, report: Report) -> None:
-    """The ratio beside as many bytes moved by the library: ``ratio`` is the share of its bandwidth.
+def group(cases: list[Case], device: torch.device, compilations: Compilations) -> Group:
+    """The cases of one op and number of tokens."""
+    return (ratios if cases[0].op == RATIO else verdicts)(cases, device)
 
-    A copy writes half of them, which a large L2 takes in without waiting for memory; a sum reads all of them, as the
-    ratio does, and is the fairer of the two.
+
+def ratios(cases: list[Case], device: torch.device) -> Group:
+    """The ratio beside as many bytes moved by the library: its share of the library's bandwidth.
+
+    A copy writes half of them, and a large L2 takes those in without waiting for memory. A sum reads all of them, as
+    the ratio does, and is the fairer of the two.
     """
-    op, size = "log_density_ratio", f"N={tokens} C={CHANNELS}"
+    tokens = cases[0].tokens
     inputs = _inputs(tokens, device)
-    moved = 4 * tokens * (5 * CHANNELS + 3)
-    source, total = torch.randn(moved // 4, device=device), torch.empty((), device=device)
-    half = source[: moved // 8]
-    baselines = {"copy of as many bytes": partial(_copy, torch.empty_like(half), half)}
-    baselines["sum of as many bytes"] = partial(_sum, total, source)
-    makers = baselines | {backend: partial(log_density_ratio, backend=backend) for backend in backends}
-    functions = {}
-    for name, function in makers.items():
-        with report.trying(op, size, name):
-            functions[name] = _replays(function, inputs, device) if device.type == "cuda" else function
-    seconds = measure(functions, inputs, runs, device, failed=partial(report.failed, op, size))
-    exact = log_density_ratio_definition(*inputs[0], dtype=torch.float64)
-    for backend in [backend for backend in backends if backend in seconds]:
-        with report.trying(op, size, backend):
-            actual = log_density_ratio(*inputs[0], backend=backend)
-            error = float(((actual - exact).abs() / (1 + exact.abs())).max())
-            for baseline in [baseline for baseline in baselines if baseline in seconds]:
-                timed = (*spread(seconds[backend]), *spread(seconds[baseline]))
-                report.add(Row(op, size, backend, baseline, *timed, runs, error, 1e-5, "relative, float64"))
+    source, total = torch.randn(tokens * (5 * CHANNELS + 3), device=device), torch.empty((), device=device)
+    half = source[: len(source) // 2]
+    moved = {"copy of as many bytes": partial(_copy, torch.empty_like(half), half)}
+    moved["sum of as many bytes"] = partial(_sum, total, source)
+
+    def made(function) -> Callable:
+        return _replays(function, inputs, device) if device.type == "cuda" else function
+
+    @functools.cache
+    def exact() -> torch.Tensor:
+        return log_density_ratio_definition(*inputs[0], dtype=torch.float64)
+
+    def error(backend: str) -> tuple[float, str]:
+        difference = (log_density_ratio(*inputs[0], backend=backend) - exact()).abs()
+        return float((difference / (1 + exact().abs())).max()), "relative, float64"
+
+    contenders = [
+        Contender(
+            case.backend,
+            lambda backend=case.backend: made(partial(log_density_ratio, backend=backend)),
+            case.baselines,
+            lambda _, backend=case.backend: error(backend),
+            1e-5,
+            ratio_work(tokens, CHANNELS),
+        )
+        for case in cases
+    ]
+    baselines = {name: lambda name=name: made(moved[name]) for name in cases[0].baselines}
+    return Group(RATIO, f"N={tokens} C={CHANNELS}", inputs, contenders, baselines)
 
 
 def _copy(to: torch.Tensor, source: torch.Tensor, *_) -> None:
@@ -79,37 +96,39 @@ def _sum(to: torch.Tensor, source: torch.Tensor, *_) -> None:
     torch.sum(source, 0, out=to)
 
 
-def accept_reject_rows(tokens: int, backends: list[str], runs: int, device: torch.device, report: Report) -> None:
-    """Accept test and redraw; the error is the share of tokens that differ from the definition's."""
-    for residual in ("rejection", "closed_form"):
-        with report.trying("accept_reject", f"N={tokens} C={CHANNELS}", f"all with {residual}"):
-            _accept_reject_rows(tokens, residual, backends, runs, device, report)
-
-
-def _accept_reject_rows(tokens, residual, backends, runs, device, report) -> None:
-    op, size = "accept_reject", f"N={tokens} C={CHANNELS}"
+def verdicts(cases: list[Case], device: torch.device) -> Group:
+    """Accept test and redraw. The error is the share of tokens that differ from the definition's."""
+    tokens, residual = cases[0].tokens, cases[0].variant
     inputs = _inputs(tokens, device, shared_sigma=residual == "closed_form")
     address = torch.arange(tokens, device=device)
-    functions, backend_of = {LOOP: looped_accept_reject}, {}
-    for backend in backends:
-        name = f"{backend} {residual}"
-        functions[name] = partial(accept_reject, seed=0, rows=address, residual=residual, backend=backend)
-        backend_of[name] = backend
-        if device.type == "cuda":
-            with report.trying(op, size, f"{name}, replayed"):
-                functions[f"{name}, replayed"] = _replays(functions[name], inputs, device)
-                backend_of[f"{name}, replayed"] = backend
-    seconds = measure(functions, inputs, runs, device, failed=partial(report.failed, op, size))
-    part = _first(inputs[0], _CHECKED)
-    expected = accept_reject_definition(*part, 0, address[:_CHECKED], residual=residual)[0]
-    for name, backend in backend_of.items():
-        if name not in seconds or LOOP not in seconds:
-            continue
-        with report.trying(op, size, name):
-            token = accept_reject(*inputs[0], seed=0, rows=address, residual=residual, backend=backend).token
-            error = float(((token[:_CHECKED] - expected).abs().amax(1) > 1e-4).float().mean())
-            if not bool(torch.isfinite(token).all()):
-                error = float("nan")
-            timed = (*spread(seconds[name]), *spread(seconds[LOOP]))
-            # Decisions within rounding of their threshold may fall either way.
-            report.add(Row(op, size, name, LOOP, *timed, runs, error, 1e-3, "of tokens differ"))
+
+    def call(backend: str) -> Callable:
+        return partial(accept_reject, seed=0, rows=address, residual=residual, backend=backend)
+
+    @functools.cache
+    def expected() -> torch.Tensor:
+        part = _first(inputs[0], _CHECKED)
+        return accept_reject_definition(*part, 0, address[:_CHECKED], residual=residual)[0]
+
+    def error(backend: str) -> tuple[float, str]:
+        token = call(backend)(*inputs[0]).token
+        if not bool(torch.isfinite(token).all()):
+            return float("nan"), "of tokens differ"
+        return float(((token[:_CHECKED] - expected()).abs().amax(1) > 1e-4).float().mean()), "of tokens differ"
+
+    contenders = []
+    for case in cases:
+        backend, _, replayed = case.backend.partition(", ")
+        make = lambda backend=backend, replayed=replayed: (  # noqa: E731
+            _replays(call(backend), inputs, device) if replayed else call(backend)
+        )
+        name = f"{backend} {residual}{', replayed' if replayed else ''}"
+        # Decisions within rounding of their threshold may fall either way: hence the bound.
+        contenders.append(
+            Contender(
+                name, make, case.baselines, lambda _, backend=backend: error(backend), 1e-3,
+                verdict_work(tokens, CHANNELS),
+            )
+        )  # fmt: skip
+    baselines = {name: lambda: looped_accept_reject for name in cases[0].baselines}
+    return Group(VERDICT, f"N={tokens} C={CHANNELS}", inputs, contenders, baselines)

@@ -23,7 +23,7 @@ from cspd_kernels.testing import relative_error
 from baselines import EmbeddingOnDevice
 from common import captured, measure, spread
 from network_heads import HEADS, Head, network_of
-from report import Report, Row
+from rows import Report, Row
 
 CALLS = {"cuda": 20, "cpu": 5}  # of a run
 ROWS = (1, 2, 8, 64)

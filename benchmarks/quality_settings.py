@@ -17,8 +17,8 @@ class Setting:
     """One row.
 
     Attributes:
-        kind: "target" or "draft", which draw alone, and "target with noise" in its last step; "sampler" for the target
-            alone with another sampler of its head; "window" (keep all) or "strict"; "one step" for its draft.
+        kind: "target" or "draft", which draw alone; "target with noise", with noise in its last step. "sampler": the
+            target alone with another sampler of its head. "window" (keep all) or "strict". "one step" for its draft.
         steps: autoregressive steps. gamma: steps a window, or a policy; None draws everything alone.
         options: of :class:`cspd.SpecDecodeRunner`.
         quick: whether ``--quick`` runs it, too.

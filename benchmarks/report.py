@@ -1,143 +1,102 @@
-"""The rows of a run: printed as they come, written as they come, and what failed among them."""
+"""Figures and charts of the pages from the files in ``results``: ``python benchmarks/report.py [--check]``.
+
+It writes every block ``<!-- NAME -->`` ... ``<!-- /NAME -->`` of README.md and of docs/ anew, and every chart in
+docs/images. ``--check`` writes nothing, names what differs and ends with status 1. Equal files give equal bytes.
+"""
 
 from __future__ import annotations
 
-import contextlib
-import datetime
+import argparse
 import functools
-import json
-import math
-import subprocess
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+import re
+from collections.abc import Callable
 from pathlib import Path
 
-from cspd_kernels.info import collect
+import report_curves
+import report_plots
+import report_summary
+import report_tables
+import report_trained
 
-# Column and width: fixed, as a row is printed before the next one is known.
-COLUMNS = (
-    ("op", 17), ("size", 33), ("backend", 28), ("baseline", 38), ("median s", 9), ("p20..p80", 20),
-    ("baseline s", 10), ("p20..p80", 20), ("ratio", 7), ("error", 0),
-)  # fmt: skip
-
-
-@dataclass
-class Row:
-    """One measured case: a contender against a named baseline on the same inputs in the same run."""
-
-    op: str
-    size: str
-    backend: str
-    baseline: str
-    seconds: float  # median
-    seconds_p20: float
-    seconds_p80: float
-    baseline_seconds: float  # median, like the next two
-    baseline_p20: float
-    baseline_p80: float
-    runs: int
-    error: float  # as `accuracy` names it
-    bound: float  # above which no speed is reported
-    accuracy: str
-
-    @property
-    def correct(self) -> bool:
-        return self.error <= self.bound  # false for NaN
-
-    @property
-    def ratio(self) -> float:
-        """How many times faster than the baseline."""
-        return self.baseline_seconds / self.seconds if self.correct else math.nan
-
-    def cells(self) -> list[str]:
-        """What the table shows; of a row whose accuracy fails, no speed."""
-        if self.correct:
-            speed = [f"{self.seconds:.4g}", f"{self.seconds_p20:.4g}..{self.seconds_p80:.4g}"]
-            speed += [f"{self.baseline_seconds:.4g}", f"{self.baseline_p20:.4g}..{self.baseline_p80:.4g}"]
-            speed += [f"{self.ratio:.2f}x"]
-        else:
-            speed = ["-", "-", "-", "-", "WRONG"]
-        return [self.op, self.size, self.backend, self.baseline, *speed, f"{self.error:.1e} ({self.accuracy})"]
+ROOT = Path(__file__).parent.parent
+_part = functools.partial
+BLOCKS: dict[str, Callable[[], str]] = {
+    "HEADLINE": report_summary.headline,
+    "LIMITS": report_summary.limits,
+    "DEMO": report_summary.demo,
+    "HOST": report_summary.host,
+    "KERNELS": _part(report_tables.kernels, "cpu"),
+    "KERNELS-H100": _part(report_tables.kernels, "h100"),
+    "SWEEPS-H100": report_tables.swept,
+    "SWEEPS-CPU": report_summary.sweeps_on_the_cpu,
+    "SWEEPS-OR-STEPS": report_summary.sweeps_or_steps,
+    "END": _part(report_tables.whole_images, "cpu"),
+    "END-H100": _part(report_tables.whole_images, "h100"),
+    "QUALITY-DIGITS": _part(report_trained.quality, "digits"),
+    "QUALITY-CLOTH": _part(report_trained.quality, "cloth"),
+    "REACHED": _part(report_trained.sweeps_of_heads, report_trained.reached),
+    "SETTLED": _part(report_trained.sweeps_of_heads, report_trained.settled),
+    "BFLOAT16": _part(report_trained.sweeps_of_heads, report_trained.rounded),
+}
+IMAGES: dict[str, Callable[[], str]] = {
+    "seconds": report_plots.seconds,
+    "seconds-images": report_plots.seconds_images,
+    "time-split": report_plots.time_split,
+    "latency-h100": report_curves.latency_h100,
+    "latency-cpu": report_curves.latency_cpu,
+    "quality-calls": report_curves.quality_calls,
+    "quality-seconds": report_curves.quality_seconds,
+    "parallel": report_curves.parallel,
+}
+MARK = re.compile(r"^<!-- (/?)([A-Z0-9-]+) -->$", re.MULTILINE)
 
 
-class Report:
-    """Rows and failures of one run. A case that raises is told in its place, and the others go on.
+def pages(root: Path) -> list[Path]:
+    """Those that may hold blocks."""
+    return [root / "README.md", *sorted((root / "docs").rglob("*.md"))]
 
-    Args:
-        path: of a JSON file, written again with every row, so that it holds what there is however the run ends.
+
+def filled(text: str, page: str = "the page") -> str:
+    """A page with all of its blocks written anew.
+
+    Raises:
+        ValueError: a mark is alone, stands twice, or has a name that is not known.
     """
-
-    def __init__(self, path: Path | None = None):
-        self.path, self.rows, self.failures = path, [], []
-        self._begun = False
-
-    def add(self, row: Row) -> None:
-        self.rows.append(row)
-        self._print(row.cells())
-        self.write()
-
-    def failed(self, op: str, size: str, name: str, error: BaseException) -> None:
-        """A case, a contender or a baseline (``name``) that raised. The text is kept, not the error, which holds its
-        frames and all tensors in them."""
-        reason = first_line(error)
-        self.failures.append({"op": op, "size": size, "name": name, "reason": reason})
-        self._print([op, size, name, f"FAILED: {reason}"])
-        self.write()
-
-    @contextlib.contextmanager
-    def trying(self, op: str, size: str, name: str = "all of it") -> Iterator[None]:
-        """What raises in this block is reported, and the run goes on after it."""
-        try:
-            yield
-        except Exception as error:  # noqa: BLE001  (of whatever kind)
-            self.failed(op, size, name, error)
-
-    def _print(self, cells: list[str]) -> None:
-        if not self._begun:
-            self._begun = True
-            self._print([name for name, _ in COLUMNS])
-        line = "  ".join(cell.ljust(width) for cell, (_, width) in zip(cells, COLUMNS))
-        print(line.rstrip(), flush=True)
-
-    def write(self) -> None:
-        if self.path is not None:
-            rows = [asdict(row) | {"ratio": row.ratio if row.correct else None} for row in self.rows]
-            write_results(self.path, rows, **({"failures": self.failures} if self.failures else {}))
-
-    def finish(self) -> None:
-        """Write, and end the process with status 1 where a row is wrong or something failed."""
-        self.write()
-        if self.path is not None:
-            print(f"wrote {self.path}")
-        wrong = [f"wrong: {row.op} {row.size} {row.backend}: {row.cells()[-1]}" for row in self.rows if not row.correct]
-        failed = ["failed: {op} {size} {name}: {reason}".format(**failure) for failure in self.failures]
-        if wrong or failed:
-            raise SystemExit("\n".join(dict.fromkeys(wrong + failed)))
+    marks = [(match[2], bool(match[1])) for match in MARK.finditer(text)]
+    names = [name for name, ends in marks if not ends]
+    if marks != [(name, ends) for name in names for ends in (False, True)] or len(set(names)) != len(names):
+        raise ValueError(f"expected each block of {page} to begin and end once, got the marks {marks}")
+    for name in names:
+        if name not in BLOCKS:
+            raise ValueError(f"expected the blocks of {page} to be among {', '.join(BLOCKS)}, got {name}")
+        start, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
+        before, _, rest = text.partition(start)
+        text = before + start + BLOCKS[name]() + end + rest.partition(end)[2]
+    return text
 
 
-def first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"[:200]
+def made(root: Path) -> dict[Path, str]:
+    """What every page and every image is to hold."""
+    texts = {page: filled(page.read_text(encoding="utf-8"), page.name) for page in pages(root)}
+    return texts | {root / "docs" / "images" / f"{name}.svg": draw() for name, draw in IMAGES.items()}
 
 
-def write_results(path: Path, rows: list[dict], **settings) -> None:
-    """Rows and settings as JSON, with the commit, the time and the environment."""
-    result = {**_origin(), **settings, "rows": rows}
-    path.write_text(json.dumps(result, indent=2) + "\n")
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="write nothing; name what differs, with status 1")
+    check = parser.parse_args().check
+    differs = []
+    for path, text in made(ROOT).items():
+        if not path.is_file() or path.read_text(encoding="utf-8") != text:
+            differs.append(str(path.relative_to(ROOT)))
+            if not check:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(text, encoding="utf-8", newline="\n")
+    if differs:
+        print(f"{'differs' if check else 'wrote'}: {', '.join(differs)}")
+    if check and differs:
+        raise SystemExit(1)
 
 
-@functools.cache
-def _origin() -> dict:
-    """Of all files of this process: asked once, while nothing has failed yet."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parent,
-        check=False,
-    )
-    return {
-        "commit": commit.stdout.strip() or "unknown",
-        "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "environment": collect(),
-    }
+if __name__ == "__main__":
+    main()

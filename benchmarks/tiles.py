@@ -21,8 +21,8 @@ from cspd_kernels import DiffusionHead
 from cspd_kernels.testing import random_inputs, randomize_, relative_error
 
 from common import captured, measure, spread
-from kernels import BOUNDS, CHANNELS, HEADS
-from report import first_line, write_results
+from registry import BOUNDS, CHANNELS, HEADS
+from rows import first_line, write_results
 
 ROWS = (2, 4, 8, 16, 32, 64, 100, 128, 200, 256, 400, 512, 1024, 2048, 4096)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)

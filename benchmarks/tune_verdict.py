@@ -1,7 +1,7 @@
 """How to cut the Triton kernel of ``log_density_ratio``, measured on a GPU: ``python benchmarks/tune_verdict.py``.
 
-Prints for every number of tokens what each number of elements a program and warps a program takes, as a share of the
-bandwidth at which the library sums up as many bytes. Write the winner into ``ops/density_ratio/triton.py``
+Prints a table for every number of tokens, by elements and warps a program. Its values are shares of the bandwidth at
+which the library sums up as many bytes. Write the winner into ``ops/density_ratio/triton.py``
 (``ELEMENTS``, ``OPTIONS``): results keep their bits.
 """
 
@@ -16,7 +16,8 @@ from cspd_kernels import log_density_ratio
 from cspd_kernels.ops.density_ratio import triton as kernel
 
 from common import measure, spread
-from judging import CHANNELS, TOKENS, _inputs, _replays, _sum
+from judging import _inputs, _replays, _sum
+from registry import CHANNELS
 
 ELEMENTS, WARPS = (256, 512, 1024, 2048, 4096), (1, 2, 4, 8)
 
@@ -50,7 +51,7 @@ def _unprepared(launch, kernel, programs, arguments, constants, options, key) ->
 def main() -> None:
     device = torch.device("cuda")
     print(torch.cuda.get_device_name(device))
-    for tokens in TOKENS:
+    for tokens in (64, 1024, 8192, 131072):
         print(f"N={tokens}: share of the library's sum by (elements, warps) a program")
         for (elements, warps), share in shares(tokens, 31, device).items():
             print(f"  {elements:5d} {warps:2d}  {share:.3f}")

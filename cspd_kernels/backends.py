@@ -5,26 +5,38 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
-import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import torch
 
 from . import crossover, cuda_support
 from .crossover import PARALLEL, PERSISTENT, PERSISTENT_VARIABLE, ranked
+from .errors import BackendUnavailable, InvalidInput
+from .logs import log_once
+
+if TYPE_CHECKING:
+    from .head import DiffusionHead
 
 BACKENDS = ("torch", "triton", "cuda")
 ENVIRONMENT_VARIABLE = "CSPD_BACKEND"
+P = ParamSpec("P")
+R = TypeVar("R")
 _MOST_REMEMBERED = 4096
 OLDEST_TRITON = (3, 6)  # what the kernels are tested with
-_logger = logging.getLogger("cspd_kernels")
 
 
 def available_backends() -> dict[str, str]:
     """``{"torch": "ok", "triton": "ok" or why not, "cuda": "ok" or why not}``.
 
     "ok" means that ``denoise`` can be served on some device of this machine; the other ops may have fewer backends.
+
+    Example:
+        >>> import cspd_kernels
+        >>> backends = cspd_kernels.available_backends()
+        >>> sorted(backends), backends["torch"]
+        (['cuda', 'torch', 'triton'], 'ok')
     """
     return {name: why_unavailable(name) or "ok" for name in BACKENDS}
 
@@ -71,16 +83,16 @@ def implementation(
     op: str,
     backend: str | None,
     device: torch.device | None = None,
-    subject=None,
+    subject: Any = None,
     tokens: int | None = None,
     groups: int = 1,
     parallel: bool = False,
-) -> Callable:
+) -> Callable[..., Any]:
     """The function that computes ``op``: the attribute of that name in ``ops/<op>/<backend>.py``.
 
     An explicit choice (argument or environment) that cannot be served raises. The automatic one takes, on CUDA devices,
-    the fastest that can serve: ``crossover.ranked`` has the order. It logs once why it passed over others. Elsewhere it
-    is torch.
+    the fastest that can serve: ``crossover.ranked`` has the order. It logs once why it passed over others, as a warning
+    where only torch is left. Elsewhere it is torch.
 
     Args:
         device: where the tensors are; None asks whether any device can be served.
@@ -91,7 +103,7 @@ def implementation(
         parallel: whether it makes all of its steps at once.
 
     Raises:
-        ValueError: no such backend. RuntimeError: the backend cannot serve; the message says why.
+        InvalidInput: no such backend. BackendUnavailable: the backend cannot serve. The message says why.
     """
     source = "backend"
     if backend is None and os.environ.get(ENVIRONMENT_VARIABLE):
@@ -99,25 +111,31 @@ def implementation(
     if backend is None:
         return _load(op, _automatic(op, device, subject, tokens, groups, parallel))
     if backend not in BACKENDS:
-        raise ValueError(f"expected {source} one of {', '.join(BACKENDS)}, got {backend!r}")
+        raise InvalidInput(f"expected {source} one of {', '.join(BACKENDS)}, got {backend!r}")
     if reason := _why_not(op, backend, device, subject):
-        raise RuntimeError(f"{source}={backend!r} cannot serve {op}: {reason}")
+        raise BackendUnavailable(f"{source}={backend!r} cannot serve {op}: {reason}")
     return _load(op, backend)
 
 
 # What a choice depends on beside the device and the call: variables that may change from one call to the next.
-_LOOKED_AT = {"torch": (), "triton": ("TRITON_INTERPRET",), "cuda": (cuda_support.EMULATION_VARIABLE,)}
+_LOOKED_AT: dict[str | None, tuple[str, ...]] = {
+    "torch": (),
+    "triton": ("TRITON_INTERPRET",),
+    "cuda": (cuda_support.EMULATION_VARIABLE,),
+}
 _EVERYTHING = (ENVIRONMENT_VARIABLE, PERSISTENT_VARIABLE, *_LOOKED_AT["triton"], *_LOOKED_AT["cuda"])
-_remembered: dict[tuple, Callable] = {}
+_remembered: dict[Hashable, Any] = {}
 
 
-def remembered(op: str, backend: str | None, x: torch.Tensor) -> Callable:
+def remembered(op: str, backend: str | None, x: torch.Tensor) -> Callable[..., Any]:
     """:func:`implementation` for tokens x (N, C), looked up for a shape, device and environment that it was chosen for
     before: choosing takes as long as a launch."""
     return remember((op, x.shape), backend, x.device, lambda: implementation(op, backend, x.device, x, x.shape[0]))
 
 
-def remembered_chain(backend: str | None, head, tokens: int, groups: int, parallel: bool = False) -> Callable:
+def remembered_chain(
+    backend: str | None, head: DiffusionHead, tokens: int, groups: int, parallel: bool = False
+) -> Callable[..., Any]:
     """The same for ``denoise`` with so many tokens of a head."""
     return remember(
         (head.handle, tokens, groups, parallel),
@@ -127,7 +145,7 @@ def remembered_chain(backend: str | None, head, tokens: int, groups: int, parall
     )
 
 
-def prefers_parallel(backend: str | None, head, tokens: int, groups: int) -> bool:
+def prefers_parallel(backend: str | None, head: DiffusionHead, tokens: int, groups: int) -> bool:
     """Whether sweeps over all steps were measured to be the fastest ``denoise`` for so many tokens of a head."""
     backend = backend or os.environ.get(ENVIRONMENT_VARIABLE)
     if backend is not None:
@@ -142,29 +160,34 @@ def prefers_parallel(backend: str | None, head, tokens: int, groups: int) -> boo
     return remember((head.handle, tokens, groups), None, head.device, look)
 
 
-def remember(key: tuple, backend: str | None, device: torch.device, choose: Callable):
+def remember(key: Hashable, backend: str | None, device: torch.device, choose: Callable[[], R]) -> R:
     """What ``choose()`` returned for a key, a device and an environment, or returns now."""
     if device.type != "cuda" or not (backend is None or isinstance(backend, str)):
         return choose()
     key = (key, backend, device, *map(os.environ.get, _LOOKED_AT.get(backend, _EVERYTHING)))
-    if (chosen := _remembered.get(key)) is None:
+    chosen: R | None = _remembered.get(key)
+    if chosen is None:
         if len(_remembered) >= _MOST_REMEMBERED:
             _remembered.clear()
         chosen = _remembered[key] = choose()
     return chosen
 
 
-def _automatic(op: str, device: torch.device | None, subject, tokens: int | None, groups: int, parallel: bool) -> str:
+def _automatic(
+    op: str, device: torch.device | None, subject: Any, tokens: int | None, groups: int, parallel: bool
+) -> str:
     if device is None or device.type != "cuda":
         return "torch"
     name, refusals = choice(op, device, subject, tokens, groups, parallel)
     if refusals:
-        log_once(f"automatic backend of {op}: {name} ({'; '.join(f'{n}: {why}' for n, why in refusals.items())})")
+        reasons = "; ".join(f"{n}: {why}" for n, why in refusals.items())
+        slow_on = device if name.split()[0] == "torch" else None
+        log_once(f"automatic backend of {op}: {name} ({reasons})", slow_on=slow_on, cause=reasons)
     return name.split()[0]
 
 
 def choice(
-    op: str, device: torch.device, subject, tokens: int | None, groups: int = 1, parallel: bool | None = False
+    op: str, device: torch.device, subject: Any, tokens: int | None, groups: int = 1, parallel: bool | None = False
 ) -> tuple[str, dict[str, str]]:
     """(what the automatic choice takes on a CUDA device, why not what would have come before it)."""
     refusals: dict[str, str] = {}
@@ -180,7 +203,7 @@ def choice(
     raise AssertionError("torch serves whatever the others refuse")
 
 
-def _why_not(op: str, backend: str, device: torch.device | None, subject) -> str | None:
+def _why_not(op: str, backend: str, device: torch.device | None, subject: Any) -> str | None:
     """None when the backend can serve this call, else the reason."""
     if reason := why_unavailable(backend, op):
         return reason
@@ -210,12 +233,6 @@ def _exists(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
 
 
-@functools.cache
-def log_once(message: str) -> None:
-    """Log a reason that holds for every later call, too."""
-    _logger.info(message)
-
-
 def _module(op: str, backend: str) -> str:
     # A submodule named torch would take the place of the library's name in the op's package.
     name = "torch_backend" if backend == "torch" else backend
@@ -223,18 +240,20 @@ def _module(op: str, backend: str) -> str:
 
 
 @functools.cache
-def _load(op: str, backend: str, name: str | None = None) -> Callable:
-    return getattr(importlib.import_module(_module(op, backend)), name or op)
+def _load(op: str, backend: str, name: str | None = None) -> Callable[..., Any]:
+    function: Callable[..., Any] = getattr(importlib.import_module(_module(op, backend)), name or op)
+    return function
 
 
-def untraced(function: Callable) -> Callable:
+def untraced(function: Callable[P, R]) -> Callable[P, R]:
     """``torch.compile`` breaks its graph here and runs the function as it is. Importing the compiler takes a second, so
     it is told only where it is at work."""
 
     @functools.wraps(function)
-    def call(*args, **kwargs):
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
         if torch.compiler.is_compiling():
-            return torch.compiler.disable(function)(*args, **kwargs)
+            plain: Callable[P, R] = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
+            return plain(*args, **kwargs)
         return function(*args, **kwargs)
 
     return call

@@ -1,8 +1,8 @@
 """Launches that depend on a flag in a device's memory, for which the host does not wait.
 
 - On the CPU the host reads the flag.
-- In a CUDA graph of our own they are conditional nodes, where the extension adds such nodes and they have proved
-  themselves on the device: a kernel hands the flag over, and the device launches the body as often as it says.
+- In a CUDA graph of our own they are conditional nodes. A kernel hands the flag over, and the device launches the body
+  as often as the flag says. This needs the extension, which adds such nodes, and a proof on the device beforehand.
 - Elsewhere they are all launched, as often as they may be: the kernels then leave everything as it is. So it is where
   no graph is made, and in a caller's graph, of whose memory and streams we know nothing.
 
@@ -19,9 +19,9 @@ from collections.abc import Callable
 import torch
 
 from . import cuda_support
-from .backends import log_once
 from .devices import on, read
 from .graphs import capture_once, captures_ours
+from .logs import log_once
 
 _OLDEST_DRIVER = 12040
 
@@ -114,7 +114,11 @@ def _prove(device: torch.device) -> None:
             except Exception as error:  # noqa: BLE001  (whatever a driver raises; plain launches serve)
                 reason = f"{type(error).__name__}: {error}"
         if reason is not None:
-            log_once(f"graphs on {device} hold every launch that may be needed, not loops: {reason}")
+            log_once(
+                f"graphs on {device} hold every launch that may be needed, not loops: {reason}",
+                slow_on=device,
+                cause=reason,
+            )
         _proved[device] = nodes if reason is None else None
 
 

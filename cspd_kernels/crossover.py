@@ -1,13 +1,14 @@
 """What was measured to be fastest, per compute capability and size: the one table to fill.
 
-A size is what an op's time depends on: of ``denoise`` the head's width and depth, the bytes of an operand and the rows
-that are computed; of the others the tokens. What was not measured takes its nearest measured neighbour. The names are
-"triton", "cuda" and "torch"; for ``denoise`` also "cuda persistent", where the persistent kernel covers the size, and
-"... parallel" and "... parallel guided": sweeps over all steps to the arithmetic's own rounding.
+A size is what an op's time depends on. For ``denoise`` it is the head's width and depth, the bytes of an operand and
+the number of rows computed. For the other ops it is the number of tokens. A size that was not measured takes its
+nearest measured neighbour. The names are "triton", "cuda" and "torch"; for ``denoise`` also "cuda persistent", where
+the persistent kernel covers the size, and "... parallel" and "... parallel guided": sweeps over all steps to the
+arithmetic's own rounding.
 
-Sweeps are taken only on the device that they were measured on, with the sampler that they were measured with (ancestral
-sampling without limits), and only where the nearest size that has both was faster in sweeps. Those of the torch backend
-are not in the table: the host waits after each of them.
+Sweeps are taken only on the device and with the sampler that they were measured with (ancestral sampling without
+limits). The nearest size that has both figures must have been faster in sweeps. Sweeps of the torch backend are not in
+the table: the host waits after each of them.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ import math
 import os
 
 import torch
+
+from .errors import InvalidInput
 
 PERSISTENT_VARIABLE = "CSPD_PERSISTENT_MAX_TOKENS"
 PERSISTENT_LIMIT = 16  # rows; beyond it the layered kernels fill the device
@@ -288,7 +291,7 @@ def persistent_limit() -> int | None:
     if not value:
         return None
     if not value.isdecimal() or int(value) > PERSISTENT_LIMIT:
-        raise ValueError(f"expected {PERSISTENT_VARIABLE} as a number from 0 to {PERSISTENT_LIMIT}, got {value!r}")
+        raise InvalidInput(f"expected {PERSISTENT_VARIABLE} as a number from 0 to {PERSISTENT_LIMIT}, got {value!r}")
     return int(value)
 
 

@@ -14,6 +14,8 @@ from types import ModuleType
 
 import torch
 
+from .errors import BackendUnavailable
+
 RECORD = Path(__file__).with_name("_build.json")  # written by setup.py
 # Names a build of the kernels for the CPU, made by `python csrc/compile.py --emulated`: slow, for tests.
 EMULATION_VARIABLE = "CSPD_CUDA_EMULATION"
@@ -26,11 +28,11 @@ def extension() -> ModuleType:
     """``cspd_kernels._C``, or the module that ``CSPD_CUDA_EMULATION`` names.
 
     Raises:
-        RuntimeError: it was not built or does not load; the message says why.
+        BackendUnavailable: it was not built or does not load. The message says why.
     """
     loaded = _loaded(os.environ.get(EMULATION_VARIABLE, ""))
     if isinstance(loaded, str):
-        raise RuntimeError(f"the CUDA extension is not there: {loaded}")
+        raise BackendUnavailable(f"the CUDA extension is not there: {loaded}")
     return loaded
 
 
@@ -147,8 +149,10 @@ def _why_too_old(compiling: bool) -> str | None:
 
 
 def covers(architectures: Iterable[int], ptx: Iterable[int], capability: tuple[int, int]) -> bool:
-    """Whether code for these architectures (80 is 8.0) runs on a device: binaries do on the same major version from
-    their minor version on, PTX on everything from its own version on.
+    """Whether code for these architectures (80 is 8.0) runs on a device.
+
+    A binary runs on devices of its major version, from its minor version on. PTX runs on every device from its own
+    version on.
     """
     binary = any(a // 10 == capability[0] and a % 10 <= capability[1] for a in architectures)
     return binary or any(divmod(a, 10) <= capability for a in ptx)

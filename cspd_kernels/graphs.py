@@ -10,8 +10,8 @@ from collections.abc import Callable, Hashable
 
 import torch
 
-from .backends import log_once
 from .devices import one_a_device
+from .logs import log_once
 
 _capturing = threading.Lock()  # one at a time, of all devices: the garbage collector is off meanwhile
 _ours = threading.local()
@@ -36,9 +36,10 @@ class _Captures:
     """What all captures on a device share: a side stream, as the default one cannot be captured, and a pool of memory.
 
     PyTorch keeps a workspace of cuBLAS for every stream, and frees all of them whenever ``torch.compile`` captures a
-    graph: replays of ours would write to memory that has gone. So we run nothing on this stream (PyTorch hands out 32
-    in turn, so somebody else may), and all that is allocated in a capture lies in one pool, which a first capture,
-    never replayed, keeps for good. Plans take turns, and need nothing that another one left there.
+    graph: replays of ours would write to memory that has gone. So we run nothing on this stream, though
+    somebody else may: PyTorch hands out 32 of them in turn. All that is allocated in a capture lies in one pool. A
+    first capture, which is never replayed, keeps that pool for good. Plans take turns, and need nothing that another
+    one left there.
     """
 
     def __init__(self, device: torch.device):
@@ -115,7 +116,10 @@ class CudaGraph:
             try:
                 self.graph = self._capture(launch, warm_up)
             except Exception as error:  # noqa: BLE001  (of a driver or a compiler; plain launches serve)
-                log_once(f"kernels are launched one by one, their CUDA graph could not be captured: {error}")
+                log_once(
+                    f"kernels are launched one by one, their CUDA graph could not be captured: {error}",
+                    slow_on=self.device,
+                )
             except BaseException:  # interrupted: the next use captures
                 self.uses = 1
                 raise

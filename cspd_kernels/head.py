@@ -5,11 +5,13 @@ from __future__ import annotations
 import itertools
 import weakref
 from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn as nn
 
-from .dtypes import OPERAND_DTYPES, call_dtype, stream_dtype, without_autocast
+from .dtypes import OPERAND_DTYPES, as_dtype, call_dtype, stream_dtype, without_autocast
+from .errors import CallError, NotAModel
 from .packing import Packer
 from .schedule import Schedule
 from .spec import HeadSpec, spec_of
@@ -48,9 +50,10 @@ class DiffusionHead:
     """The denoising network of one module at one operand type, with its schedule.
 
     Built by :meth:`from_module`. GEMM operands (weights and biases) are of ``dtype``. What touches
-    x or the residual stream directly is of the stream's type (float32; float64 for a float64 head):
-    the norms' affine parameters, the time embedding, and the two C-wide layers at the ends,
-    which cost next to nothing and would round, or in float16 overflow, x and the noise estimate.
+    x or the residual stream directly is of the stream's type (float32; float64 for a float64 head).
+    That is the norms' affine parameters, the time embedding, and the two C-wide layers at the ends.
+    Those layers cost next to nothing. In a narrow type they would round x and the noise estimate,
+    or overflow in float16.
     Weights that need no conversion are shared with the module, not copied: build the head again
     after changing them.
 
@@ -66,6 +69,15 @@ class DiffusionHead:
         copies: (packed, weight of the module) of everything that had to be converted or copied.
         shared: what backends make of the weights; one dict for heads that differ in the schedule alone.
         watched: whether what they made follows the weights' values.
+
+    Example:
+        >>> from cspd_kernels import DiffusionHead
+        >>> from cspd.models import DiffLoss
+        >>> head = DiffusionHead.from_module(DiffLoss(4, 6, 2, 8, num_sampling_steps=5))
+        >>> head
+        DiffusionHead(channels=4, width=8, depth=2, num_steps=5, dtype=torch.float32, device=cpu)
+        >>> head.cond_channels, head.outputs, head.learned_variance
+        (6, 8, True)
     """
 
     schedule: Schedule | None
@@ -86,24 +98,39 @@ class DiffusionHead:
     time: tuple[TimeEmbedding, ...] = ()
 
     # No fields: of the head that was packed from a module, not of what is made from it.
-    copies = ()
-    watched = True
+    copies: ClassVar[tuple[tuple[torch.Tensor, torch.Tensor], ...]] = ()
+    watched: ClassVar[bool] = True
+    if TYPE_CHECKING:  # of this head alone
 
-    def __post_init__(self):
+        @property
+        def handle(self) -> int: ...
+
+        @property
+        def shared(self) -> dict[Any, Any]: ...
+
+    def __post_init__(self) -> None:
         object.__setattr__(self, "handle", next(_handles))
         object.__setattr__(self, "shared", {})
         _heads[self.handle] = self
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[type[DiffusionHead], tuple[Any, ...]]:
         """Copies and pickles are built like any other head, and so get a handle of their own."""
         return type(self), tuple(getattr(self, f.name) for f in fields(self))
 
     @staticmethod
     def of_handle(handle: int) -> DiffusionHead:
-        """The head with this handle; a handle does not keep its head alive."""
+        """The head with this handle; a handle does not keep its head alive.
+
+        Example:
+            >>> from cspd_kernels import DiffusionHead
+            >>> from cspd.models import DiffLoss
+            >>> head = DiffusionHead.from_module(DiffLoss(4, 6, 2, 8, num_sampling_steps=5))
+            >>> DiffusionHead.of_handle(head.handle) is head
+            True
+        """
         head = _heads.get(handle)
         if head is None:
-            raise RuntimeError(
+            raise CallError(
                 f"expected the handle of a living DiffusionHead, got {handle}, whose head is gone (or of another "
                 "process): keep the head as long as what was compiled with it"
             )
@@ -170,14 +197,22 @@ class DiffusionHead:
             f"num_steps={self.num_steps}, dtype={self.dtype}, device={self.device})"
         )
 
-    def to(self, dtype: torch.dtype) -> DiffusionHead:
-        """The same head with GEMM operands of another type (float64: everything in float64)."""
-        _check_dtype(dtype)
+    def to(self, dtype: torch.dtype | str) -> DiffusionHead:
+        """The same head with GEMM operands of another type (float64: everything in float64).
+
+        Example:
+            >>> from cspd_kernels import DiffusionHead
+            >>> from cspd.models import DiffLoss
+            >>> head = DiffusionHead.from_module(DiffLoss(4, 6, 2, 8, num_sampling_steps=5))
+            >>> head.to("bfloat16").dtype
+            torch.bfloat16
+        """
+        dtype = as_dtype(dtype, "DiffusionHead.to")
         stream = stream_dtype(dtype)
 
         made: dict[int, torch.Tensor] = {}  # blocks that share a tensor go on sharing it
 
-        def convert(name: str, value):
+        def convert(name: str, value: Any) -> Any:
             if not isinstance(value, torch.Tensor):
                 return value
             if id(value) not in made:
@@ -193,13 +228,17 @@ class DiffusionHead:
 
     @classmethod
     @torch.no_grad()
-    def from_module(cls, diffloss: nn.Module, *, dtype: torch.dtype | None = None, device=None) -> DiffusionHead:
+    def from_module(
+        cls, diffloss: nn.Module, *, dtype: torch.dtype | str | None = None, device: torch.device | str | None = None
+    ) -> DiffusionHead:
         """Pack a ``DiffLoss``-like module, recognised by its structure and never by its class name.
 
-        The module must hold ``in_channels``, ``gen_diffusion`` and ``net`` with ``input_proj``,
-        ``time_embed`` (``mlp``), ``cond_embed``, ``res_blocks`` (each ``in_ln``, ``mlp``, ``adaLN_modulation``) and
-        ``final_layer`` (``norm_final``, ``linear``, ``adaLN_modulation``), as in LTH14/mar's ``models/diffloss.py``,
-        or the like under other names (:mod:`cspd_kernels.spec`).
+        The module must hold ``in_channels``, ``gen_diffusion`` and ``net``, as in LTH14/mar's ``models/diffloss.py``.
+        The parts of ``net``, which may have other names (:mod:`cspd_kernels.spec`), are:
+
+        - ``input_proj``, ``time_embed`` (``mlp``) and ``cond_embed``;
+        - ``res_blocks``, each with ``in_ln``, ``mlp`` and ``adaLN_modulation``;
+        - ``final_layer`` with ``norm_final``, ``linear`` and ``adaLN_modulation``.
 
         Args:
             dtype: GEMM operand type: float32, bfloat16, float16, or float64 (torch backend only).
@@ -207,15 +246,23 @@ class DiffusionHead:
             device: where the head lives; None leaves the weights where they are.
 
         Raises:
-            TypeError: the module is no such head; the message lists what is missing.
-            ValueError: it is one, of a kind that is not covered (the message says which).
+            NotAModel: the module is no such head. The message lists what is missing.
+            UnsupportedModel: it is one, of a kind that is not covered. The message says which.
+            WrongDtype: a dtype that heads do not have.
+
+        Example:
+            >>> from cspd.models import DiffLoss
+            >>> from cspd_kernels import DiffusionHead
+            >>> DiffusionHead.from_module(DiffLoss(4, 6, 2, 8, num_sampling_steps=5), dtype="bfloat16")
+            DiffusionHead(channels=4, width=8, depth=2, num_steps=5, dtype=torch.bfloat16, device=cpu)
         """
         problem = why_not_a_head(diffloss)
         if problem:
             kind = type(diffloss).__name__
-            raise TypeError(f"DiffusionHead.from_module expected a DiffLoss-like module, got {kind}: {problem}")
+            raise NotAModel(f"DiffusionHead.from_module expected a DiffLoss-like module, got {kind}: {problem}")
         schedule = Schedule.from_diffusion(diffloss.gen_diffusion)
-        return cls.from_network(diffloss.net, schedule, dtype=dtype, device=device)
+        net: Any = diffloss.net
+        return cls.from_network(net, schedule, dtype=dtype, device=device)
 
     @classmethod
     @torch.no_grad()
@@ -224,8 +271,8 @@ class DiffusionHead:
         net: nn.Module,
         schedule: Schedule | None,
         *,
-        dtype: torch.dtype | None = None,
-        device=None,
+        dtype: torch.dtype | str | None = None,
+        device: torch.device | str | None = None,
         spec: HeadSpec | None = None,
     ) -> DiffusionHead:
         """As :meth:`from_module`, of a network that has the structure and a schedule to sample it with.
@@ -235,18 +282,34 @@ class DiffusionHead:
             spec: what the network computes; None is the likeliest, by its structure (:func:`spec_of`).
 
         Raises:
-            TypeError: it has no such structure.
+            NotAModel: it has no such structure. WrongDtype: a dtype that heads do not have.
+
+        Example:
+            >>> from cspd.models import DiffLoss
+            >>> from cspd_kernels import DiffusionHead, Schedule
+            >>> net = DiffLoss(4, 6, 2, 8, num_sampling_steps=5).net
+            >>> DiffusionHead.from_network(net, Schedule.linear(50)).num_steps
+            50
         """
-        if isinstance(spec := spec_of(net) if spec is None else spec, str):
-            raise TypeError(f"DiffusionHead.from_network expected a head's network, got {type(net).__name__}: {spec}")
-        parts = spec.parts
-        device = torch.device(device) if device is not None else parts.input.weight.device
-        if dtype is None:
-            dtype = call_dtype(device, parts.input.weight.dtype)
-        _check_dtype(dtype)
-        packer = Packer(spec, device, dtype)
+        found = spec_of(net) if spec is None else spec
+        if isinstance(found, str):
+            raise NotAModel(f"DiffusionHead.from_network expected a head's network, got {type(net).__name__}: {found}")
+        return cls._packed(found, schedule, dtype, device)
+
+    @classmethod
+    def _packed(
+        cls,
+        spec: HeadSpec,
+        schedule: Schedule | None,
+        dtype: torch.dtype | str | None,
+        device: torch.device | str | None,
+    ) -> DiffusionHead:
+        parts: Any = spec.parts
+        where = torch.device(device) if device is not None else parts.input.weight.device
+        dtype = as_dtype(call_dtype(where, parts.input.weight.dtype) if dtype is None else dtype, "DiffusionHead")
+        packer = Packer(spec, where, dtype)
         times = tuple(packer.time(time, kind) for time, kind in zip(parts.times, spec.times))
-        head = cls(
+        values: list[Any] = [
             schedule,
             dtype,
             spec.norm_eps,
@@ -256,24 +319,28 @@ class DiffusionHead:
             tuple(Block(*packer.block(block)) for block in parts.blocks),
             *packer.modulation(parts.final_modulation, spec.final_modulation),
             *(weight[: spec.outputs] for weight in packer.linear(parts.final, packer.stream)),
-            norm=spec.norm,
-            mlp=spec.mlp,
-            time=times,
-        )
+            spec.norm,
+            spec.mlp,
+            times,
+        ]
+        head = cls(*values)
         object.__setattr__(head, "copies", tuple(packer.copies))
         return head
 
     @torch.no_grad()
     def with_schedule(self, schedule: Schedule | None) -> DiffusionHead:
-        """The same weights under another schedule; None: to be evaluated."""
+        """The same weights under another schedule; None: to be evaluated.
+
+        Example:
+            >>> from cspd.models import DiffLoss
+            >>> from cspd_kernels import DiffusionHead, Schedule
+            >>> head = DiffusionHead.from_module(DiffLoss(4, 6, 2, 8, num_sampling_steps=5))
+            >>> faster = head.with_schedule(Schedule.cosine(3))
+            >>> faster.num_steps, faster.input_weight is head.input_weight
+            (3, True)
+        """
         embedding = None if schedule is None else embed_schedule(self.time, schedule)
         head = replace(self, schedule=schedule, time_embedding=embedding)
         object.__setattr__(head, "shared", self.shared)
         object.__setattr__(head, "watched", self.watched)
         return head
-
-
-def _check_dtype(dtype: torch.dtype) -> None:
-    if dtype not in OPERAND_DTYPES:
-        names = ", ".join(str(d).removeprefix("torch.") for d in OPERAND_DTYPES)
-        raise ValueError(f"DiffusionHead expected dtype one of {names}, got {dtype}: pass dtype=torch.float32")

@@ -1,8 +1,8 @@
 """Ops as single operators of torch: torch.compile, fake tensors and dispatch modes see one opaque call.
 
-A Library, not custom_op, which costs several times as much a call. A head travels as its handle: passing its tensors,
-up to a hundred, would take longer than the rest of the call, they never change, and what backends derive from a head
-hangs on the object.
+A Library, not custom_op, which costs several times as much a call. A head travels as its handle. It has up to a
+hundred tensors, and passing them would take longer than the rest of the call. They never change, and what backends
+derive from a head hangs on the object.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ _library = torch.library.Library("cspd_kernels", "FRAGMENT")
 def define(op: str, schema: str, run: Callable, fake: Callable):
     """The operator ``cspd_kernels::op`` of a schema without the name.
 
-    Imported again in one process, these modules have heads and handles of their own: they get an operator of their own,
-    ``op_2`` and so on, beside that of the modules before them, which objects of theirs still call.
+    Modules that are imported again in one process have heads and handles of their own. So they get an operator of their
+    own, ``op_2`` and so on. Objects of the earlier modules go on calling the earlier operator.
     """
     operators = torch.ops.cspd_kernels
     names = itertools.chain([op], (f"{op}_{count}" for count in itertools.count(2)))

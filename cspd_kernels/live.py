@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import torch
 
-from .backends import interpreting, log_once, why_unavailable
+from .backends import interpreting, why_unavailable
 from .head import DiffusionHead
+from .logs import log_once
 from .time_embedding import embed_schedule
 
 _LANES = 4093  # a prime: rows and columns of a matrix fall on other lanes, so their order counts
@@ -100,6 +101,10 @@ def copier(copies, device: torch.device):
         from .triton_refresh import Refresh
 
         return Refresh(copies)
-    log_once(f"converted weights are converted again at every call, as they cannot be compared on the device: {reason}")
+    log_once(
+        f"converted weights are converted again at every call, as they cannot be compared on the device: {reason}",
+        slow_on=device,
+        cause=reason,
+    )
     packed, sources = zip(*copies)
     return lambda: torch._foreach_copy_(packed, [source.detach() for source in sources])

@@ -1,11 +1,11 @@
 """Counter-based random numbers: Philox 4x32-10, the same in every backend.
 
-A number is a pure function of (seed; row, index, channel): nothing is stored, draft and target
-share noise by sharing addresses, and a token's noise does not depend on its batch.
+A number is a pure function of (seed; row, index, channel). Nothing is stored, and a token's noise
+does not depend on its batch. Draft and target share noise by sharing addresses.
 
-A seed is an int in [0, 2^64), or a tensor of one int64 element on the rows' device: its 64 bits, so
-that a seed from 2^63 on is the negative number seed - 2^64. The host never reads a tensor. A CUDA graph
-that was captured with one is replayed with what it holds then.
+A seed is an int in [0, 2^64), or a tensor of one int64 element on the rows' device. The tensor holds
+the seed's 64 bits, so a seed from 2^63 on is the negative number seed - 2^64. The host never reads a
+tensor. A CUDA graph that was captured with one is replayed with what it holds then.
 
 Layout of one Philox call, four 32-bit words in and out::
 
@@ -30,15 +30,19 @@ Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
 from __future__ import annotations
 
 import math
+from typing import Any, TypeAlias
 
 import torch
 
+from .errors import InvalidInput
+
+Word: TypeAlias = int | torch.Tensor
 STREAM_STEP, STREAM_X_T, STREAM_UNIFORM, STREAM_PROPOSAL, STREAM_ORDER = range(5)
 CANDIDATE_STRIDE = 1 << 48  # of addresses, between the candidates of a token
 _MASK = 0xFFFFFFFF
 
 
-def philox_4x32(key: tuple, counter: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+def philox_4x32(key: tuple[Any, Any], counter: tuple[Any, Any, Any, Any]) -> tuple[torch.Tensor, ...]:
     """Philox 4x32-10 in int64 arithmetic: four counter words -> four random words, all in [0, 2^32).
 
     Args:
@@ -55,7 +59,7 @@ def philox_4x32(key: tuple, counter: tuple[torch.Tensor, ...]) -> tuple[torch.Te
     return c0, c1, c2, c3
 
 
-def words(seed: int | torch.Tensor, rows: torch.Tensor, index, group, stream: int) -> tuple[torch.Tensor, ...]:
+def words(seed: Word, rows: torch.Tensor, index: Word, group: Word, stream: int) -> tuple[torch.Tensor, ...]:
     """The four words at an address; ``rows``, ``index`` and ``group`` broadcast."""
     if isinstance(seed, torch.Tensor):
         seed = seed.reshape(())  # no axis of the result
@@ -68,12 +72,12 @@ def _uniform(words: torch.Tensor) -> torch.Tensor:
     return words.float() * 2.0**-32 + 2.0**-33
 
 
-def uniforms(seed: int | torch.Tensor, rows: torch.Tensor, index) -> torch.Tensor:
+def uniforms(seed: Word, rows: torch.Tensor, index: Word) -> torch.Tensor:
     """Uniforms in (0, 1], float32, of the tries ``index`` of accept_reject; ``rows`` and ``index`` broadcast."""
     return _uniform(words(seed, rows, index, 0, STREAM_UNIFORM)[0])
 
 
-def normals(seed: int | torch.Tensor, rows: torch.Tensor, index, channels: int, stream: int) -> torch.Tensor:
+def normals(seed: Word, rows: torch.Tensor, index: Word, channels: int, stream: int) -> torch.Tensor:
     """Standard normals, float32, of shape broadcast(rows, index) + (channels,)."""
     group = torch.arange((channels + 3) // 4, device=rows.device)
     if isinstance(index, torch.Tensor):
@@ -87,19 +91,19 @@ def normals(seed: int | torch.Tensor, rows: torch.Tensor, index, channels: int, 
     return torch.stack(pairs, dim=-1).flatten(-2)[..., :channels]
 
 
-def check_seed(seed, device: torch.device | None = None) -> int | torch.Tensor:
+def check_seed(seed: object, device: torch.device | None = None) -> int | torch.Tensor:
     """A seed as an int in [0, 2^64) or, where its ``device`` is named, a tensor there; or one clear error.
 
     A tensor's value is not looked at: any 64 bits are a seed.
     """
     if device is not None and isinstance(seed, torch.Tensor):
         if seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != device:
-            raise ValueError(f"expected a seed tensor to be of one int64 element on {device}, got {_described(seed)}")
+            raise InvalidInput(f"expected a seed tensor to be of one int64 element on {device}, got {_described(seed)}")
         return seed
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**64:
         or_tensor = "" if device is None else " or a tensor of one int64 element"
         got = _described(seed) if isinstance(seed, torch.Tensor) else repr(seed)
-        raise ValueError(f"expected seed to be an int in [0, 2**64){or_tensor}, got {got}")
+        raise InvalidInput(f"expected seed to be an int in [0, 2**64){or_tensor}, got {got}")
     return seed
 
 
@@ -112,13 +116,13 @@ def _described(tensor: torch.Tensor) -> str:
     return f"{tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
 
 
-def check_rows(rows, device=None) -> torch.Tensor:
+def check_rows(rows: object, device: torch.device | None = None) -> torch.Tensor:
     """Row addresses (N,) int64, or one clear error."""
     if not isinstance(rows, torch.Tensor) or rows.dtype != torch.int64 or rows.dim() != 1:
         got = f"{rows.dtype} {tuple(rows.shape)}" if isinstance(rows, torch.Tensor) else type(rows).__name__
-        raise ValueError(f"expected rows to be an int64 tensor of shape (N,), got {got}")
+        raise InvalidInput(f"expected rows to be an int64 tensor of shape (N,), got {got}")
     if device is not None and rows.device != device:
-        raise ValueError(f"expected rows on {device}, got {rows.device}: move them with rows.to({str(device)!r})")
+        raise InvalidInput(f"expected rows on {device}, got {rows.device}: move them with rows.to({str(device)!r})")
     return rows
 
 
@@ -130,6 +134,18 @@ class PhiloxNoise:
             copied, and the host never reads it: a CUDA graph is replayed with what it holds then.
         rows: (N,) int64, the address of each chain; equal addresses give equal noise.
         channels: C; may be left to :meth:`x_T` or to :func:`cspd_kernels.denoise`, which know it.
+
+    Example:
+        >>> import torch
+        >>> from cspd_kernels import PhiloxNoise
+        >>> noise = PhiloxNoise(seed=7, rows=torch.tensor([0, 1, 0]), channels=4)
+        >>> noise
+        PhiloxNoise(seed=7, rows=<3 on cpu>, channels=4)
+        >>> x_T = noise.x_T()
+        >>> x_T.shape, torch.equal(x_T[0], x_T[2])
+        (torch.Size([3, 4]), True)
+        >>> torch.equal(noise[1:2].x_T(), x_T[1:2])  # a row's noise does not depend on its batch
+        True
     """
 
     def __init__(self, seed: int | torch.Tensor, rows: torch.Tensor, channels: int | None = None):
@@ -145,26 +161,49 @@ class PhiloxNoise:
         seed = f"<on {self.seed.device}>" if isinstance(self.seed, torch.Tensor) else self.seed
         return f"PhiloxNoise(seed={seed}, rows=<{len(self)} on {self.rows.device}>, channels={self.channels})"
 
-    def __getitem__(self, index) -> PhiloxNoise:
+    def __getitem__(self, index: slice | torch.Tensor) -> PhiloxNoise:
         """The noise of some of the rows."""
         return PhiloxNoise(self.seed, self.rows[index], self.channels)
 
     def x_T(self, channels: int | None = None) -> torch.Tensor:  # noqa: N802  (the mathematics' name)
-        """(N, C) float32 standard normals: the starting point of every chain."""
+        """(N, C) float32 standard normals: the starting point of every chain.
+
+        Example:
+            >>> import torch
+            >>> from cspd_kernels import PhiloxNoise
+            >>> PhiloxNoise(7, torch.arange(3)).x_T(channels=4).shape
+            torch.Size([3, 4])
+        """
         return normals(self.seed, self.rows, 0, self._channels(channels), STREAM_X_T)
 
     def step(self, i: int, channels: int | None = None) -> torch.Tensor:
-        """(N, C) float32 standard normals of reverse step i."""
+        """(N, C) float32 standard normals of reverse step i.
+
+        Example:
+            >>> import torch
+            >>> from cspd_kernels import PhiloxNoise
+            >>> noise = PhiloxNoise(7, torch.arange(3), channels=4)
+            >>> torch.equal(noise.step(2), noise.steps(0, 5)[2])
+            True
+        """
         return normals(self.seed, self.rows, i, self._channels(channels), STREAM_STEP)
 
     def steps(self, start: int, stop: int, channels: int | None = None) -> torch.Tensor:
-        """(stop - start, N, C): the noise of the steps start..stop-1 at once."""
+        """(stop - start, N, C): the noise of the steps start..stop-1 at once.
+
+        Example:
+            >>> import torch
+            >>> from cspd_kernels import PhiloxNoise
+            >>> PhiloxNoise(7, torch.arange(3), channels=4).steps(0, 5).shape
+            torch.Size([5, 3, 4])
+        """
         index = torch.arange(start, stop, device=self.rows.device)[:, None]
         return normals(self.seed, self.rows, index, self._channels(channels), STREAM_STEP)
 
     def _channels(self, channels: int | None) -> int:
         if self.channels is None:
             self.channels = channels
-        if channels is None and self.channels is None:
-            raise ValueError("PhiloxNoise expected the number of channels, got none: call step(i, channels)")
-        return self.channels if channels is None else channels
+        known = self.channels if channels is None else channels
+        if known is None:
+            raise InvalidInput("PhiloxNoise expected the number of channels, got none: call step(i, channels)")
+        return known

@@ -2,8 +2,8 @@
 
 In float32 ``F.linear`` is MKL's there, which reads a plain weight at every call. oneDNN's own product of a weight in
 its blocked layout is up to twice as fast, and a row's bits hardly ever depend on how many rows there are. PyTorch has
-it as two operators of its compiler, private ones: they are tried on small operands before the first use of a type, and
-where they are missing or wrong ``F.linear`` serves, as it does on devices and in other types.
+it as two private operators of its compiler. They are tried on small operands before the first use of a type. Where they
+are missing or wrong ``F.linear`` serves, as it does on devices and in other types.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from .backends import log_once
 from .live import fingerprint, same
+from .logs import log_once
 
 # Elements of the smallest weight that is packed: a call of oneDNN's costs 10 us, one of MKL's next to nothing, and in
 # the half types F.linear is oneDNN's, too.

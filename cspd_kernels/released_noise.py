@@ -1,12 +1,12 @@
 """Noise as released code draws it: the numbers of many calls of ``torch.randn`` on a CUDA device, in one launch.
 
-PyTorch fills a tensor of n values there by ``256 * grid`` threads with four normals a round; ``grid`` depends on n and
-on the device, and a call moves the generator by four a round. Seed and offset are the host's, so one kernel can compute
-what T calls would have drawn, bit for bit, and the generator be moved as they would have moved it. The numbers are told
-in csrc/include/cspd/randn.cuh.
+PyTorch fills a tensor of n values there by ``256 * grid`` threads with four normals a round. ``grid`` depends on n and
+on the device, and a call moves the generator by four a round. Seed and offset are the host's. So one kernel can compute
+what T calls would have drawn, bit for bit, and the host can move the generator as they would have moved it.
+csrc/include/cspd/randn.cuh has the numbers.
 
-That is nothing PyTorch promises. So a kernel proves itself before its first use on a device, against PyTorch's own
-calls, and where it gives other bits the calls are what is done from then on.
+PyTorch promises none of this. So a kernel is compared with PyTorch's own calls before its first use on a device. Where
+it gives other bits, those calls are made from then on.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from collections.abc import Callable, Sequence
 import torch
 
 from . import cuda_support
-from .backends import ENVIRONMENT_VARIABLE, log_once, untraced, why_unavailable
+from .backends import ENVIRONMENT_VARIABLE, untraced, why_unavailable
 from .devices import on, read
+from .logs import log_once
 
 THREADS = 256  # of a block of PyTorch's
 PER_ROUND = 4  # normals of a thread
@@ -147,8 +148,12 @@ def _kernel(device: torch.device, backend: str | None) -> Kernel | None:
 
 def _choose(device: torch.device, backend: str) -> Kernel | None:
     """The first that is there and proves itself."""
+    missing, wrong = {}, {}
     for name in (backend,) if backend else _AUTOMATIC:
-        if name == "torch" or _why_not(name, device) is not None:
+        if name == "torch":
+            continue
+        if (reason := _why_not(name, device)) is not None:
+            missing[name] = reason
             continue
         kernel = _by_cuda if name == "cuda" else _by_triton
         try:
@@ -158,9 +163,20 @@ def _choose(device: torch.device, backend: str) -> Kernel | None:
         except Exception as error:  # noqa: BLE001  (whatever a compiler or driver raises; the calls are there)
             reason = f"{type(error).__name__}: {error}"
         if reason is None:
+            _log(wrong, device, slow=False)
             return kernel
-        log_once(f"the noise of a sampling loop is not drawn by the {name} kernel on {device}: {reason}")
+        wrong[name] = reason
+    _log(missing | wrong, device, slow=True)
     return None
+
+
+def _log(refusals: dict[str, str], device: torch.device, slow: bool) -> None:
+    for name, reason in refusals.items():
+        log_once(
+            f"the noise of a sampling loop is not drawn by the {name} kernel on {device}: {reason}",
+            slow_on=device if slow else None,
+            cause=reason,
+        )
 
 
 def _why_not(name: str, device: torch.device) -> str | None:

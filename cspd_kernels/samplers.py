@@ -5,7 +5,11 @@ The formulas and their sources are with the schedule's methods.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+
+from .errors import InvalidInput, NotAModel, UnsupportedModel
 
 VARIANCES = ("learned", "fixed_small", "fixed_large")
 PREDICTIONS = ("epsilon", "x0", "v", "velocity")
@@ -21,7 +25,7 @@ _MEANS = {"EPSILON": "epsilon", "START_X": "x0", "V": "v", "V_PREDICTION": "v", 
 _VARIANCES = {"FIXED_SMALL": "fixed_small", "FIXED_LARGE": "fixed_large"}
 
 
-def table(timesteps, x0_x, x0_out, mean_x0, mean_x, log_std) -> dict[str, np.ndarray]:
+def table(timesteps, x0_x, x0_out, mean_x0, mean_x, log_std) -> dict[str, Any]:
     """The columns of a schedule whose variance is not learned."""
     return {
         "timesteps": np.asarray(timesteps), "x0_x": np.asarray(x0_x), "x0_out": np.asarray(x0_out),
@@ -32,13 +36,13 @@ def table(timesteps, x0_x, x0_out, mean_x0, mean_x, log_std) -> dict[str, np.nda
 def check_betas(betas: np.ndarray) -> np.ndarray:
     """Raise where they are none."""
     if betas.ndim != 1 or betas.size == 0:
-        raise ValueError(f"Schedule expected betas of shape (T,) with T >= 1, got {betas.shape}")
+        raise InvalidInput(f"Schedule expected betas of shape (T,) with T >= 1, got {betas.shape}")
     if not np.all((betas > 0) & (betas <= 1)):  # false for NaN too
-        raise ValueError("Schedule expected every beta in (0, 1], got values outside")
+        raise InvalidInput("Schedule expected every beta in (0, 1], got values outside")
     return betas
 
 
-def posterior(betas: np.ndarray) -> dict[str, np.ndarray]:
+def posterior(betas: np.ndarray) -> dict[str, Any]:
     """What follows from betas: cumulative products, the posterior's mean and its log variance."""
     acp = np.cumprod(1.0 - betas)
     before = np.append(1.0, acp[:-1])
@@ -57,21 +61,21 @@ def posterior(betas: np.ndarray) -> dict[str, np.ndarray]:
     }
 
 
-def ancestral(betas: np.ndarray, variance: str, prediction: str) -> dict[str, np.ndarray]:
+def ancestral(betas: np.ndarray, variance: str, prediction: str) -> dict[str, Any]:
     """Of ``Schedule.diffusion``, but for the timesteps."""
     known = posterior(betas)
     acp, small, large = known["alphas_cumprod"], 0.5 * known["log_posterior"], 0.5 * np.log(betas)
     if prediction == "epsilon":
         # beta = 1 destroys the signal: x0 would be divided by zero.
         if acp[-1] <= 0:
-            raise ValueError("Schedule expected a positive cumulative product of 1 - betas, got 0: lower the betas")
+            raise InvalidInput("Schedule expected a positive cumulative product of 1 - betas, got 0: lower the betas")
         x0_x, x0_out = known["recip"], -known["recipm1"]
     elif prediction == "x0":
         x0_x, x0_out = np.zeros_like(acp), np.ones_like(acp)
     elif prediction == "v":
         x0_x, x0_out = np.sqrt(acp), -np.sqrt(1.0 - acp)
     else:
-        raise ValueError(f"Schedule.diffusion expected prediction 'epsilon', 'x0' or 'v', got {prediction!r}")
+        raise InvalidInput(f"Schedule.diffusion expected prediction 'epsilon', 'x0' or 'v', got {prediction!r}")
     if variance == "learned":
         upper, lower = large, small
     else:
@@ -82,7 +86,7 @@ def ancestral(betas: np.ndarray, variance: str, prediction: str) -> dict[str, np
     }  # fmt: skip
 
 
-def ddim(betas: np.ndarray, acp: np.ndarray, eta: float) -> dict[str, np.ndarray]:
+def ddim(betas: np.ndarray, acp: np.ndarray, eta: float) -> dict[str, Any]:
     """What ``Schedule.ddim`` changes of a diffusion's columns."""
     before = np.append(1.0, acp[:-1])
     # acp / acp_prev is 1 - beta, which is exact where acp is 0, too.
@@ -98,14 +102,14 @@ def ddim(betas: np.ndarray, acp: np.ndarray, eta: float) -> dict[str, np.ndarray
     }  # fmt: skip
 
 
-def euler(times, data_at: float, prediction: str, timesteps) -> dict[str, np.ndarray]:
+def euler(times, data_at: float, prediction: str, timesteps) -> dict[str, Any]:
     """Of ``Schedule.euler``."""
     now, share, size, timesteps = _flow("euler", times, data_at, None, timesteps)
     r = size / (1.0 - share)
     return table(timesteps, *_data(now, data_at, prediction), r, 1.0 - r, np.full(len(r), -np.inf))
 
 
-def euler_maruyama(times, data_at: float, sizes, prediction: str, timesteps) -> dict[str, np.ndarray]:
+def euler_maruyama(times, data_at: float, sizes, prediction: str, timesteps) -> dict[str, Any]:
     """Of ``Schedule.euler_maruyama``."""
     now, share, size, timesteps = _flow("euler_maruyama", times, data_at, sizes, timesteps)
     r = size / (1.0 - share)
@@ -120,9 +124,9 @@ def _flow(method: str, times, data_at: float, sizes, timesteps):
     """(time, share of data, size > 0, timestep) of every step, the last one taken first."""
     times = np.array(times, dtype=np.float64)
     if data_at not in (0, 1):
-        raise ValueError(f"Schedule.{method} expected data_at 0 or 1, got {data_at!r}")
+        raise InvalidInput(f"Schedule.{method} expected data_at 0 or 1, got {data_at!r}")
     if times.ndim != 1 or len(times) < (2 if sizes is None else 1) or not np.isfinite(times).all():
-        raise ValueError(
+        raise InvalidInput(
             f"Schedule.{method} expected finite times of shape (T+1,) with T >= 1, from noise to data, got {times}"
         )
     shares = times if data_at == 1 else 1.0 - times
@@ -132,16 +136,16 @@ def _flow(method: str, times, data_at: float, sizes, timesteps):
         sizes = np.array(sizes, dtype=np.float64)
         share = shares[: sizes.size]
         if sizes.shape not in (shares.shape, shares[1:].shape) or not np.isfinite(sizes).all():
-            raise ValueError(f"Schedule.{method} expected finite sizes of shape (T,) beside times, got {sizes}")
+            raise InvalidInput(f"Schedule.{method} expected finite sizes of shape (T,) beside times, got {sizes}")
     if not np.all(sizes > 0) or not np.all((share >= 0) & (share < 1)) or np.any(np.diff(share) <= 0):
-        raise ValueError(
+        raise InvalidInput(
             f"Schedule.{method} expected times that go from noise, at {1 - data_at:g}, towards data, at {data_at:g}, "
             f"where no step begins, got {times}"
         )
     now = times[: len(share)]
     timesteps = now if timesteps is None else np.array(timesteps, dtype=np.float64)
     if timesteps.shape != now.shape:
-        raise ValueError(f"Schedule.{method} expected timesteps of shape {now.shape}, got {timesteps.shape}")
+        raise InvalidInput(f"Schedule.{method} expected timesteps of shape {now.shape}, got {timesteps.shape}")
     return now[::-1], share[::-1], sizes[::-1], timesteps[::-1]
 
 
@@ -151,25 +155,25 @@ def _data(now: np.ndarray, data_at: float, prediction: str) -> tuple[np.ndarray,
         return np.ones_like(now), data_at - now
     if prediction == "x0":
         return np.zeros_like(now), np.ones_like(now)
-    raise ValueError(f"a flow's Schedule expected prediction 'velocity' or 'x0', got {prediction!r}")
+    raise InvalidInput(f"a flow's Schedule expected prediction 'velocity' or 'x0', got {prediction!r}")
 
 
 def read(obj) -> tuple[np.ndarray, np.ndarray | None, str, str]:
     """(betas, timesteps, variance, prediction) of a diffusion object, for ``Schedule.from_diffusion``, which see."""
     if isinstance(obj, (list, tuple)):
-        raise TypeError(
+        raise NotAModel(
             f"Schedule.from_diffusion expected one diffusion object, got a {type(obj).__name__} of {len(obj)}: "
             "choose one of them"
         )
     betas = getattr(obj, "betas", None)
     if betas is None:
-        raise TypeError(
+        raise NotAModel(
             "Schedule.from_diffusion expected a Gaussian diffusion object, with betas, got "
             f"{type(obj).__name__} without: another kind of sampler, which these kernels do not compute"
         )
     mean_type = getattr(getattr(obj, "model_mean_type", None), "name", "EPSILON")
     if mean_type not in _MEANS:
-        raise ValueError(
+        raise UnsupportedModel(
             f"Schedule.from_diffusion expected a network that predicts one of {', '.join(_MEANS)}, got {mean_type}"
         )
     betas = check_betas(np.asarray(betas, dtype=np.float64))
@@ -177,7 +181,7 @@ def read(obj) -> tuple[np.ndarray, np.ndarray | None, str, str]:
     for theirs, ours in _THEIRS.items():
         values = getattr(obj, theirs, None)
         if values is not None and not np.allclose(values, tables[ours], rtol=1e-6, atol=1e-12):
-            raise ValueError(
+            raise UnsupportedModel(
                 f"Schedule.from_diffusion expected {theirs} as it follows from betas, got a table of its own in "
                 f"{type(obj).__name__}"
             )

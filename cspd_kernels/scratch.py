@@ -14,8 +14,8 @@ class Scratch:
     """Blocks of memory of one device, shared by whoever never runs at the same time: the plans of :mod:`graphs`.
 
     A block lives as long as somebody holds it. There are few: a request is served by the smallest block that is large
-    enough, and a new one is of a power of two bytes, or of a caller's limit, if that is less. So callers with one limit
-    have less than twice the largest block together.
+    enough. A new block has a power of two bytes, or the caller's limit if that is less. So callers with one limit have
+    less than twice the largest block together.
     """
 
     def __init__(self, device: torch.device):

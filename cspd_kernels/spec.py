@@ -7,9 +7,9 @@ Every network of the kind is the same few lines, which differ in names and in de
     h += gate * mlp(norm(h) (1 + scale) + shift)   for every block, (shift, scale, gate) = modulation(y)
     out = final(norm(h) (1 + scale) + shift),                              (shift, scale) = modulation(y)
 
-Names are found through one table (:mod:`cspd_kernels.parts`). What a forward does with its parts (in which order it
-cuts a modulation, whether it scales the time) is not to be seen in them: :func:`specs_of` puts what is known of a code
-base by its names first, and what else it may be after that. Whoever needs to be sure compares numbers.
+Names are found through one table (:mod:`cspd_kernels.parts`). They do not show what a forward does with its parts: in
+which order it cuts a modulation, or whether it scales the time. :func:`specs_of` lists first what is known of a code
+base by its names, and then what else it may be. Whoever needs to be sure compares numbers.
 
 Sources: LTH14/mar (arXiv 2406.11838), stepfun-ai/NextStep-1, shallowdream204/BitDance, microsoft/VibeVoice,
 kyutai-labs/pocket-tts, Jiawei-Yang/DeTok.

@@ -1,12 +1,15 @@
-"""Small helpers that tests and benchmarks share: non-trivial weights, aligned chains, errors."""
+"""Small helpers that tests, benchmarks and ``cspd selftest`` share: heads, inputs, aligned chains, errors."""
 
 from __future__ import annotations
 
 import torch
 import torch.nn as nn
 
-from .head import DiffusionHead
+from .errors import InvalidInput
+from .head import Block, DiffusionHead
 from .ops.denoise import Denoised
+from .spec import TimeSpec
+from .time_embedding import TimeEmbedding, embed_schedule
 
 
 @torch.no_grad()
@@ -22,6 +25,62 @@ def randomize_(diffloss: nn.Module, seed: int, scale: float = 0.02) -> nn.Module
             values = torch.randn(parameter.shape, generator=generator, dtype=torch.float32, device="cpu") * scale
             parameter.add_(values.to(parameter))
     return diffloss
+
+
+def random_network(
+    schedule=None, *, dtype=torch.float32, device="cpu", channels=4, outputs=None, width=48, hidden=80, depth=2,
+    cond=12, norm="layer", mlp="silu", modulations=None, given=False, times=1, seed=0,
+):  # fmt: skip
+    """A head whose every part has its share in the result.
+
+    Args:
+        outputs: C or 2C; None: C. modulations: by block, which one it uses; None: its own.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def stream(*shape, mean=0.0):
+        return (mean + torch.randn(shape, generator=generator) * shape[-1] ** -0.5).to(device)
+
+    def layer(rows, columns, of=dtype):
+        return stream(rows, columns).to(of), stream(rows).to(of)
+
+    made = [layer(3 * width, width) for _ in range(depth)]
+    both = 2 if mlp == "swiglu" else 1
+    blocks = tuple(
+        Block(
+            stream(width, mean=1.0),
+            torch.zeros(width, device=device) if norm == "rms" else stream(width),
+            *layer(both * hidden, width),
+            *layer(width, hidden),
+            *made[i if modulations is None else modulations[i]],
+        )
+        for i in range(depth)
+    )
+    stream_layer = lambda rows, columns: layer(rows, columns, torch.float32)  # noqa: E731
+    time = tuple(
+        TimeEmbedding(TimeSpec(size=16), *stream_layer(width, 16), *stream_layer(width, width)) for _ in range(times)
+    )
+    return DiffusionHead(
+        schedule,
+        dtype,
+        1e-5,
+        None if schedule is None else embed_schedule(time, schedule),
+        *((None, None) if given else layer(width, cond)),
+        *stream_layer(width, channels),
+        blocks,
+        *layer(2 * width, width),
+        *stream_layer(outputs or channels, width),
+        norm=norm,
+        mlp=mlp,
+        time=time,
+    )
+
+
+def grouped_inputs(head, rows, groups=1, seed=0):
+    """(cond (G N, Z), x_T (N, C), noise (T, N, C))."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = (groups * rows, head.cond_channels), (rows, head.channels), (head.num_steps, rows, head.channels)
+    return tuple(torch.randn(shape, generator=generator).to(head.device) for shape in shapes)
 
 
 def random_inputs(head: DiffusionHead, rows: int, seed: int, guided: bool = False):
@@ -62,12 +121,12 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
             would be NaN, and a comparison of zeros shows nothing.
     """
     if actual.shape != expected.shape:
-        raise ValueError(f"relative_error expected two equal shapes, got {(*actual.shape,)} and {(*expected.shape,)}")
+        raise InvalidInput(f"relative_error expected two equal shapes, got {(*actual.shape,)} and {(*expected.shape,)}")
     actual, expected = actual.double().cpu(), expected.double().cpu()
     if expected.numel() == 0:
         return 0.0
     if not bool(expected.any()):
-        raise ValueError(
+        raise InvalidInput(
             "relative_error expected values other than 0 to compare with, got only zeros: choose inputs that give "
             "others, or compare by torch.equal"
         )

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from .dtypes import without_autocast
+from .errors import InvalidInput
 from .schedule import Schedule
 from .spec import TimeSpec
 
@@ -85,7 +86,7 @@ def embed_schedule(times: tuple[TimeEmbedding, ...], schedule: Schedule) -> torc
     """(T, W), as :func:`embed`, of a schedule's timesteps, whose features are kept with it: they are asked for again
     where weights are watched."""
     if schedule.timesteps.ndim == 2 and schedule.timesteps.shape[1] != len(times):
-        raise ValueError(
+        raise InvalidInput(
             f"a head of {len(times)} time embeddings expected a schedule with timesteps of shape (T,) or "
             f"(T, {len(times)}), got {schedule.timesteps.shape}"
         )

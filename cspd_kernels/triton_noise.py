@@ -44,8 +44,8 @@ def words(seed, row, index, group, STREAM: tl.constexpr):
 def normal(seed, row, index, channel, STREAM: tl.constexpr):
     """Standard normals of (seed; row, index, channel), which broadcast; ``row`` int64.
 
-    Every channel computes the Philox call of its group of four and takes one of the four normals:
-    more integer arithmetic than one call a group (:func:`normals`), and no shuffle between threads.
+    Every channel computes the Philox call of its group of four and takes one of the four normals.
+    That is more integer arithmetic than one call a group (:func:`normals`), but no shuffle between threads.
     """
     w0, w1, w2, w3 = words(seed, row, index, channel // 4, STREAM)
     first = channel % 4 < 2

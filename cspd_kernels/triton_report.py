@@ -137,8 +137,10 @@ def compiled(launch: Launch, architecture: int) -> Resources:
 
 
 def touched_before_wait(ptx: str, names: list[str | None]) -> tuple[str, ...]:
-    """The pointers among a kernel's arguments (``names`` has None for the others) from which an address is made that is
-    read or written before the wait for the kernel in front; nothing for a kernel that does not wait."""
+    """The pointers through which a kernel reads or writes before its wait for the kernel in front.
+
+    ``names`` has None for arguments that are no pointers. A kernel that does not wait has none.
+    """
     before, waits, _ = ptx.partition(_WAIT)
     if not waits:
         return ()

@@ -1,9 +1,9 @@
 """Fixtures that every test directory shares."""
 
+import importlib
 import os
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -45,17 +45,33 @@ def pytest_xdist_auto_num_workers(config):
         return None  # xdist's own way to say it
     if config.option.dist == "no":
         config.option.dist = "loadfile"
+    config.option.loadscopereorder = False  # by the time that files take, not by how many tests they have
     paths = (config.invocation_params.dir / argument.partition("::")[0] for argument in config.args)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(cores, MOST_PROCESSES) if all(path.is_dir() for path in paths) else 0
 
 
-def pytest_collection_modifyitems(items):
-    """Tests marked gpu are reported as skipped where there is none."""
-    if not torch.cuda.is_available():
-        for item in items:
-            if item.get_closest_marker("gpu"):
+# Files that take the longest come first, so that the processes end together.
+LONGEST = ("test_sweep_kernels.py", "test_states_faults.py", "test_graphs_of_chains.py")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="run the tests marked slow, too")
+
+
+def pytest_collection_modifyitems(config, items):
+    """The longest files first. Tests marked gpu are skipped without a GPU. Those marked slow are skipped without
+    ``--slow``, unless they are marked gpu or ``-m`` names them.
+    """
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+    no_gpu = not torch.cuda.is_available()
+    no_slow = not config.option.slow and "slow" not in config.option.markexpr
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            if no_gpu:
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+        elif no_slow and item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.skip(reason="slow: run with --slow"))
 
 
 @pytest.fixture(autouse=True)
@@ -134,61 +150,21 @@ def make_head(make_diffloss, kernel_device):
     return make
 
 
+class _Modules:
+    """The modules of a folder as attributes, imported when they are asked for."""
+
+    def __getattr__(self, name: str):
+        return importlib.import_module(name)
+
+
 @pytest.fixture
 def benchmarks(monkeypatch):
     """The modules of the folder of benchmarks, by name."""
-    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
-
-    import baselines
-    import blocks
-    import common
-    import generate
-    import host
-    import host_denoise
-    import host_judging
-    import images
-    import judging
-    import kernels
-    import network
-    import network_heads
-    import parallel
-    import quality
-    import quality_docs
-    import quality_equal
-    import quality_pairs
-    import quality_settings
-    import report
-    import spent
-    import tables
-    import tiles
-
-    modules = (
-        kernels,
-        blocks,
-        common,
-        baselines,
-        generate,
-        host,
-        host_denoise,
-        host_judging,
-        images,
-        judging,
-        network,
-        network_heads,
-        parallel,
-        quality,
-        quality_docs,
-        quality_equal,
-        quality_pairs,
-        quality_settings,
-        report,
-        spent,
-        tables,
-        tiles,
-    )
-    yield SimpleNamespace(**{module.__name__: module for module in modules})
-    for name in (module.__name__ for module in modules):
-        sys.modules.pop(name, None)
+    folder = Path(__file__).parent.parent / "benchmarks"
+    monkeypatch.syspath_prepend(str(folder))
+    yield _Modules()
+    for path in folder.glob("*.py"):
+        sys.modules.pop(path.stem, None)
 
 
 @pytest.fixture

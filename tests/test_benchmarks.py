@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from chains import counted, kernels_of
+from scripts import run_main, shrink
 
 from cspd.models import DiffLoss
 from cspd_kernels import DiffusionHead, denoise
@@ -20,24 +22,37 @@ BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 
 def test_rows_of_a_small_head(benchmarks, monkeypatch, capsys, tmp_path):
-    kernels, verdicts = benchmarks.kernels, benchmarks.judging
-    report = benchmarks.report.Report(tmp_path / "r.json")
-    monkeypatch.setitem(kernels.HEADS, "small", (2, 64, 32))
-    kernels.denoise_rows("small", 3, ["torch"], 3, torch.device("cpu"), report)
-    verdicts.density_ratio_rows(200, ["torch"], 3, torch.device("cpu"), report)
-    verdicts.accept_reject_rows(200, ["torch"], 3, torch.device("cpu"), report)
-    rows = report.rows
-    assert [row.correct for row in rows] == [True] * 7
-    ratios = [row.baseline for row in rows if row.op == "log_density_ratio"]
-    assert ratios == ["copy of as many bytes", "sum of as many bytes"]
-    assert {row.op for row in rows} == {"denoise", "log_density_ratio", "accept_reject"}
-    assert {row.backend for row in rows if row.op == "accept_reject"} == {"torch rejection", "torch closed_form"}
-    assert capsys.readouterr().out.count("x  ") == 7
-    report.finish()
+    registry = benchmarks.registry
+    eager = {"float32": ("eager float32",), "bfloat16": ("eager float32", registry.AUTOCAST)}
+    shrink(
+        benchmarks,
+        monkeypatch,
+        registry.Plan("denoise", "cpu", (("small", 3),), eager, ("torch",), 3),
+        registry.Plan("log_density_ratio", "cpu", (("", 200),), {"float32": registry.MOVED}, ("torch",), 3),
+        registry.Plan(
+            "accept_reject", "cpu", (("", 200),), {"float32": registry.LOOP}, ("torch",), 3, registry.RESIDUALS
+        ),
+        registry.Plan("evaluate", "cpu", (("small", 3),), {"bfloat16": ("eager bfloat16",)}, ("torch",), 3),
+    )
+    run_main(benchmarks.kernels, monkeypatch, "--json", tmp_path / "r.json", "--csv", tmp_path / "r.csv")
+    assert capsys.readouterr().out.count("x  ") == 8
     written = json.loads((tmp_path / "r.json").read_text())
-    assert written["rows"][0]["ratio"] == pytest.approx(rows[0].baseline_seconds / rows[0].seconds)
+    rows = written["rows"]
+    assert all(row["error"] <= row["bound"] for row in rows)
+    ratios = [row["baseline"] for row in rows if row["op"] == "log_density_ratio"]
+    assert ratios == ["copy of as many bytes", "sum of as many bytes"]
+    assert [row["op"] for row in rows] == ["denoise"] * 3 + ["log_density_ratio"] * 2 + ["accept_reject"] * 2 + [
+        "evaluate"
+    ]
+    assert {row["backend"] for row in rows if row["op"] == "accept_reject"} == {"torch rejection", "torch closed_form"}
+    for row in rows:
+        assert row["ratio"] == pytest.approx(row["baseline_seconds"] / row["seconds"])
+        assert 0 < row["share"] == pytest.approx(row["floor_seconds"] / row["seconds"])
+    assert any(name.startswith("bytes a second") for name in written["rates"])
     assert written["environment"]["backends"]["torch"] == "ok"
     assert "failures" not in written
+    table = list(csv.DictReader((tmp_path / "r.csv").open()))
+    assert [(row["op"], float(row["seconds"])) for row in table] == [(row["op"], row["seconds"]) for row in rows]
 
 
 def test_every_cut_of_the_ratio_is_tried_and_gives_the_same_bits(benchmarks, device_of, monkeypatch):
@@ -97,18 +112,18 @@ def test_a_bare_launch_is_the_calls_own_again(benchmarks, device_of, backend, op
 
 
 def test_only_what_runs_on_a_device_is_measured_beside_torch(benchmarks, monkeypatch):
-    kernels = benchmarks.kernels
-    monkeypatch.setattr(kernels, "why_unavailable", lambda name, op: None)  # as with an interpreter and an emulation
-    assert kernels.serving("denoise", torch.device("cpu")) == ["torch"]
-    assert kernels.why_not_measured("denoise", "cuda", torch.device("cpu")) == "it runs on GPUs"
+    registry = benchmarks.registry
+    monkeypatch.setattr(registry, "why_unavailable", lambda name, op: None)  # as with an interpreter and an emulation
+    assert registry.why_not_measured("denoise", "torch", torch.device("cpu")) is None
+    assert registry.why_not_measured("denoise", "cuda", torch.device("cpu")) == "it runs on GPUs"
 
     def implementation(op, backend, device):
         if backend == "triton":
             raise RuntimeError("made of wood")
 
-    monkeypatch.setattr(kernels, "implementation", implementation)
-    assert kernels.serving("denoise", torch.device("cuda")) == ["torch", "cuda"]
-    assert kernels.why_not_measured("denoise", "triton", torch.device("cuda")) == "made of wood"
+    monkeypatch.setattr(registry, "implementation", implementation)
+    served = [registry.why_not_measured("denoise", name, torch.device("cuda")) for name in ("torch", "triton", "cuda")]
+    assert served == [None, "made of wood", None]
 
 
 @pytest.mark.parametrize("backend", ["cuda"], indirect=True)  # the one that has such a kernel
@@ -117,17 +132,18 @@ def test_persistent_rows_run_the_persistent_kernel(benchmarks, make_head, backen
     kinds = kernels_of(backend)
     for kind in (kinds.layered, kinds.persistent):
         monkeypatch.setattr(kind, "run_steps", counted(kind.run_steps, used))
-    assert benchmarks.kernels._serves_persistent(backend, head, 2)
+    assert benchmarks.denoising.serves_persistent(backend, head, 2)
     for before in (None, "7"):
         if before:
             monkeypatch.setenv("CSPD_PERSISTENT_MAX_TOKENS", before)
         for tokens, kind in ((0, kinds.layered), (16, kinds.persistent)):
             used.clear()
-            out = benchmarks.kernels._up_to(tokens, head, *random_inputs(head, 2, 0), backend=backend)
+            out = benchmarks.denoising.up_to(tokens, head, *random_inputs(head, 2, 0), backend=backend)
             assert {type(chain) for chain in used} == {kind}
             assert not out.sample.isnan().any()
             assert os.environ.get("CSPD_PERSISTENT_MAX_TOKENS") == before
-    assert not benchmarks.kernels._serves_persistent(backend, make_head(depth=0), 2)
+    assert not benchmarks.denoising.serves_persistent(backend, make_head(depth=0), 2)
+    assert not benchmarks.denoising.serves_persistent(backend, head, 17)
 
 
 @pytest.mark.parametrize("backend", ["triton"], indirect=True)
@@ -135,7 +151,7 @@ def test_persistent_rows_run_the_persistent_kernel(benchmarks, make_head, backen
 def test_choices_of_products_are_checked_before_they_are_timed(benchmarks, make_head, backend, monkeypatch):
     tiles = benchmarks.tiles
     for dtype, rows in ((torch.bfloat16, 5), (torch.float32, 3)):
-        head, bound = make_head(dtype, depth=2), benchmarks.kernels.BOUNDS[dtype]
+        head, bound = make_head(dtype, depth=2), benchmarks.registry.BOUNDS[dtype]
         choices = tiles.choices(rows, dtype)
         assert ("few" in choices) == (rows == 3)
         for choice in {**dict(list(choices.items())[-2:]), **dict(list(choices.items())[:1])}.values():
@@ -204,8 +220,8 @@ def test_without_a_gpu_no_tiles_are_timed(benchmarks, monkeypatch):
 
 @pytest.mark.parametrize("error", [1.0, float("nan")])
 def test_a_wrong_row_shows_no_speed(benchmarks, capsys, error):
-    row = benchmarks.report.Row("op", "n", "b", "base", 1.25, 1.2, 1.3, 9.75, 9.7, 9.8, 3, error, 1e-5, "of max")
-    report = benchmarks.report.Report()
+    row = benchmarks.rows.Row("op", "n", "b", "base", 1.25, 1.2, 1.3, 9.75, 9.7, 9.8, 3, error, 1e-5, "of max")
+    report = benchmarks.rows.Report()
     report.add(row)
     out = capsys.readouterr().out
     assert "WRONG" in out
@@ -239,12 +255,18 @@ def test_a_wrong_verdict_is_seen(benchmarks, monkeypatch):
         return result._replace(token=result.token + (torch.arange(len(result.token)) % 50 == 0)[:, None])
 
     monkeypatch.setattr(verdicts, "accept_reject", wrong)
-    report = benchmarks.report.Report()
-    verdicts.accept_reject_rows(200, ["torch"], 2, torch.device("cpu"), report)
-    assert [row.correct for row in report.rows] == [False, False]
+    registry = benchmarks.registry
+    plan = registry.Plan(
+        "accept_reject", "cpu", (("", 200),), {"float32": registry.LOOP}, ("torch",), 2, registry.RESIDUALS
+    )
+    shrink(benchmarks, monkeypatch, plan)
+    ended = run_main(benchmarks.kernels, monkeypatch)
+    assert [line.split(":")[1] for line in str(ended).splitlines()] == [
+        f" accept_reject N=200 C=16 torch {residual}" for residual in registry.RESIDUALS
+    ]
 
 
-@pytest.mark.parametrize("script", ["kernels.py", "generate.py", "parallel.py", "quality.py"])
+@pytest.mark.parametrize("script", ["kernels.py", "compare.py", "generate.py", "parallel.py", "quality.py"])
 def test_help(script):
     done = subprocess.run([sys.executable, BENCHMARKS / script, "--help"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -254,7 +276,7 @@ def test_help(script):
 @pytest.mark.parametrize("weights", ["live", "frozen"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_a_patched_call_costs_beside_its_kernels(benchmarks, monkeypatch, weights, dtype):
-    monkeypatch.setitem(benchmarks.kernels.HEADS, "small", (1, 32, 16))
+    monkeypatch.setitem(benchmarks.registry.HEADS, "small", (1, 32, 16))
     denoise = benchmarks.host.made_calls.denoise
     rows = benchmarks.host.rows_of("small", dtype, weights, 2, torch.device("cpu"))
     assert benchmarks.host.made_calls.denoise is denoise

@@ -15,7 +15,7 @@ from scripts import run_main
 from cspd_kernels.ops.denoise import reference
 
 FOLDER = Path(__file__).parent.parent / "benchmarks" / "experiments"
-MODULES = ("anderson", "step_speculation", "subjects", "report")
+MODULES = ("anderson", "step_speculation", "subjects", "rows")
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from scripts import run_main
+from scripts import run_main, shrink
 
 CPU = torch.device("cpu")
 
@@ -14,12 +14,17 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def small(benchmarks, monkeypatch):
     """The script ``kernels.py`` on little work."""
-    kernels = benchmarks.kernels
-    monkeypatch.setitem(kernels.HEADS, "small", (1, 32, 16))
-    monkeypatch.setitem(kernels.CASES, "cpu", [("small", 2), ("small", 3)])
-    monkeypatch.setitem(kernels.in_parallel.CASES, "cpu", [])
-    monkeypatch.setattr(kernels, "TOKENS", (20,))
-    monkeypatch.setattr(kernels, "STEPS", 4)
+    registry = benchmarks.registry
+    eager = {"float32": ("eager float32",), "bfloat16": ("eager float32", registry.AUTOCAST)}
+    shrink(
+        benchmarks,
+        monkeypatch,
+        registry.Plan("denoise", "cpu", (("small", 2), ("small", 3)), eager, ("torch",), 3),
+        registry.Plan("log_density_ratio", "cpu", (("", 20),), {"float32": registry.MOVED}, ("torch",), 3),
+        registry.Plan(
+            "accept_reject", "cpu", (("", 20),), {"float32": registry.LOOP}, ("torch",), 3, registry.RESIDUALS
+        ),
+    )
     return benchmarks
 
 
@@ -28,12 +33,12 @@ def fails(*_, **__):
 
 
 def test_a_contender_that_fails_is_told_in_its_place_and_the_others_go_on(small, monkeypatch, capsys, tmp_path):
-    denoise = small.kernels.denoise
+    denoise = small.denoising.denoise
 
     def sometimes(head, *inputs, **options):
         return fails() if head.dtype == torch.bfloat16 and len(inputs[1]) == 2 else denoise(head, *inputs, **options)
 
-    monkeypatch.setattr(small.kernels, "denoise", sometimes)
+    monkeypatch.setattr(small.denoising, "denoise", sometimes)
     end = run_main(small.kernels, monkeypatch, "--json", tmp_path / "r.json")
     assert str(end) == "failed: denoise small N=2 T=4 torch bfloat16: RuntimeError: made of wood"  # a text: status 1
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("denoise  ")]
@@ -47,22 +52,13 @@ def test_a_contender_that_fails_is_told_in_its_place_and_the_others_go_on(small,
     assert [row["op"] for row in written["rows"]] == ["denoise"] * 4 + ["log_density_ratio"] * 2 + ["accept_reject"] * 2
 
 
-def test_more_sizes_are_beside_the_simplest_baselines(small, monkeypatch, tmp_path):
-    monkeypatch.setitem(small.kernels.MORE, "cpu", [("small", 5)])
-    run_main(small.kernels, monkeypatch, "--only", "sizes", "--json", tmp_path / "r.json")
-    rows = json.loads((tmp_path / "r.json").read_text())["rows"]
-    assert [(row["size"], row["backend"], row["baseline"]) for row in rows] == [
-        ("small N=5 T=4", f"torch {dtype}", "eager float32") for dtype in ("float32", "bfloat16")
-    ]
-
-
 def test_a_baseline_that_fails_loses_its_rows_alone(small, monkeypatch, tmp_path):
-    eager = small.kernels.eager_denoise
+    eager = small.denoising.eager_denoise
 
     def sometimes(*arguments, dtype=None):
         return fails() if dtype is torch.bfloat16 else eager(*arguments, dtype=dtype)
 
-    monkeypatch.setattr(small.kernels, "eager_denoise", sometimes)
+    monkeypatch.setattr(small.denoising, "eager_denoise", sometimes)
     end = run_main(small.kernels, monkeypatch, "--json", tmp_path / "r.json")
     assert [line.rpartition(": RuntimeError")[0] for line in str(end).splitlines()] == [
         f"failed: denoise small N={n} T=4 eager autocast bfloat16" for n in (2, 3)
@@ -72,21 +68,21 @@ def test_a_baseline_that_fails_loses_its_rows_alone(small, monkeypatch, tmp_path
     assert len(rows) == 4 + 4
 
 
-def test_a_baseline_of_other_tokens_is_none(small, monkeypatch):
-    eager, report = small.kernels.eager_denoise, small.report.Report()
-    monkeypatch.setattr(small.kernels, "eager_denoise", lambda *a, **k: eager(*a, **k).flip(0))
-    small.kernels.denoise_rows("small", 2, ["torch"], 2, CPU, report)
-    assert report.rows == []
-    assert [failure["name"] for failure in report.failures] == ["eager float32", "eager autocast bfloat16"]
-    assert all("expected the loop's tokens within" in failure["reason"] for failure in report.failures)
+def test_a_baseline_of_other_tokens_is_none(small, monkeypatch, tmp_path):
+    eager = small.denoising.eager_denoise
+    monkeypatch.setattr(small.denoising, "eager_denoise", lambda *a, **k: eager(*a, **k).flip(0))
+    end = run_main(small.kernels, monkeypatch, "--only", "denoise/*/2/*", "--json", tmp_path / "r.json")
+    written = json.loads((tmp_path / "r.json").read_text())
+    assert written["rows"] == []
+    assert [failure["name"] for failure in written["failures"]] == ["eager float32", "eager autocast bfloat16"]
+    assert str(end).count("expected the loop's tokens within") == 2
 
 
-@pytest.mark.parametrize("name", ["denoise_rows", "density_ratio_rows", "accept_reject_rows"])
-def test_a_case_that_fails_as_a_whole_loses_its_rows_alone(small, monkeypatch, tmp_path, name):
-    monkeypatch.setattr(small.kernels, name, fails)
+@pytest.mark.parametrize(("module", "left"), [("denoising", 4), ("judging", 6)])
+def test_a_case_that_fails_as_a_whole_loses_its_rows_alone(small, monkeypatch, tmp_path, module, left):
+    monkeypatch.setattr(getattr(small, module), "group", fails)
     end = run_main(small.kernels, monkeypatch, "--json", tmp_path / "r.json")
     assert "all of it: RuntimeError: made of wood" in str(end)
-    left = {"denoise_rows": 4, "density_ratio_rows": 6 + 2, "accept_reject_rows": 6 + 2}[name]
     assert len(json.loads((tmp_path / "r.json").read_text())["rows"]) == left
 
 
@@ -97,7 +93,7 @@ def test_rows_are_printed_and_written_as_they_come(small, monkeypatch, capsys, t
         seen.append((capsys.readouterr().out, json.loads((tmp_path / "r.json").read_text())["rows"]))
         raise KeyboardInterrupt  # nothing is done about this one
 
-    monkeypatch.setattr(small.kernels, "density_ratio_rows", second)
+    monkeypatch.setattr(small.judging, "group", second)
     with pytest.raises(KeyboardInterrupt):
         run_main(small.kernels, monkeypatch, "--json", tmp_path / "r.json")
     ((out, rows),) = seen
@@ -110,7 +106,8 @@ def test_rows_are_printed_and_written_as_they_come(small, monkeypatch, capsys, t
 
 def test_a_run_without_failures_ends_with_status_0(small, monkeypatch, capsys):
     assert run_main(small.kernels, monkeypatch, "--quick") is None
-    assert "one block: not measured, it needs a GPU" in capsys.readouterr().out
+    sizes = {line.split()[2] for line in capsys.readouterr().out.splitlines() if line.startswith("denoise  ")}
+    assert sizes == {"N=2"}
 
 
 def test_an_error_without_somebody_to_tell_is_raised(benchmarks):

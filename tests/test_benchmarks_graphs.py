@@ -143,25 +143,38 @@ def test_the_loop_for_one_graph_takes_nothing_from_the_host(benchmarks):
 
 
 def test_the_baselines_of_a_gpu(benchmarks, fake_capture):
-    module, kernels = loop(), benchmarks.kernels
+    module, denoising, gpu = loop(), benchmarks.denoising, SimpleNamespace(type="cuda")
     head = DiffusionHead.from_module(module, dtype=torch.bfloat16)
     inputs = random_inputs(head, 2, 0)
-    makers = kernels._baselines(module, head, 2, inputs, SimpleNamespace(type="cuda"))
-    names = list(makers)
-    assert names == [
-        "eager float32",
-        "eager autocast bfloat16",
-        "eager loop in one CUDA graph bfloat16",
-        "torch.compile reduce-overhead bfloat16",
-        "library products alone bfloat16",
-    ]
-    assert set(names[1:]) == set(benchmarks.tables.BASELINES)  # which the README's table knows by name
-    expected = kernels.reference.denoise(head, *inputs, 1.0, None, dtype=torch.float64)[0]
+    makers = denoising.baselines(module, head, 2, [inputs], gpu, benchmarks.baselines.Compilations(gpu))
+    names = benchmarks.registry.ON_GPU["bfloat16"]
+    assert set(names) <= set(makers)
+    assert set(names[1:]) == set(benchmarks.report_tables.BASELINES)  # which the pages' tables know by name
+    expected = denoising.reference.denoise(head, *inputs, 1.0, None, dtype=torch.float64)[0]
     for name in names[:3]:
-        kernels._check_baseline(makers[name][0]()(*inputs), expected)
-    assert makers[names[4]][0]()(*inputs) is None
-    with pytest.raises(ValueError, match="expected the loop's tokens within"):
-        kernels._check_baseline(expected.flip(0), expected)
+        assert relative_error(makers[name]()(*inputs), expected) <= denoising.BASELINE_BOUND
+    assert makers[names[4]]()(*inputs) is None
+
+
+# --- single calls ---
+
+
+def test_the_baselines_of_a_single_call(benchmarks, fake_capture, monkeypatch):
+    evaluating, registry = benchmarks.evaluating, benchmarks.registry
+    monkeypatch.setitem(registry.HEADS, "small", (2, 32, 16))
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    names = ("eager bfloat16", "eager in a CUDA graph bfloat16", "torch.compile reduce-overhead bfloat16")
+    case = registry.Case("evaluate", "small", 3, "bfloat16", "torch", names, 2, "cpu")
+    group = evaluating.group([case], CPU, benchmarks.baselines.Compilations(CPU))
+    monkeypatch.setattr(benchmarks.baselines.Compilations, "why_not", lambda self: None)
+    for name in names:
+        result = group.baselines[name]()(*group.inputs[0])
+        group.check(result)
+        with pytest.raises(ValueError, match="expected what the network computes within"):
+            group.check(result.flip(0))
+    ((contender),) = group.contenders
+    error, _ = contender.error(contender.make())
+    assert 0 < error <= contender.bound
 
 
 # --- one block ---
@@ -201,16 +214,23 @@ def test_one_block_beside_its_two_products(benchmarks, fake_capture, monkeypatch
     assert relative_error(*blocks.definition(head, 5)) > 0.1  # what a block adds is no small part
     timed = []
     monkeypatch.setattr(common, "_time", lambda function, *_: timed.append(function()) or 3.0)
-    report = benchmarks.report.Report()
-    blocks.block_rows("small", head, 5, ["triton"], 4, CPU, report)
+    registry, report = benchmarks.registry, benchmarks.rows.Report()
+    monkeypatch.setitem(registry.HEADS, "small", (3, 32, 16))
+    monkeypatch.setattr(blocks, "block_head", lambda *_: head)
+    case = registry.Case("one block", "small", 5, "bfloat16", "triton", registry.TWO_PRODUCTS, 4, "cuda")
+
+    def measured():
+        benchmarks.groups.measure_group(blocks.group([case], CPU, None), 4, CPU, report)
+
+    measured()
     ((row,), failures) = report.rows, report.failures
     assert failures == []
     assert (row.seconds, row.baseline_seconds, row.correct) == (1.0, 1.0, True)  # three blocks in three seconds
     Chain.wrong = 1.1
-    blocks.block_rows("small", head, 5, ["triton"], 4, CPU, report)
+    measured()
     assert not report.rows[1].correct
     monkeypatch.setattr(Chain, "run_block", fails)
-    blocks.block_rows("small", head, 5, ["triton"], 4, CPU, report)
+    measured()
     assert [failure["name"] for failure in report.failures] == ["triton bfloat16"]
     assert len(report.rows) == 2
 

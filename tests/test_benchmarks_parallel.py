@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
-import pytest
 import torch
-from scripts import run_main
+from scripts import run_main, shrink
 
 from cspd.models import DiffLoss
 from cspd_kernels import DiffusionHead, denoise
@@ -16,11 +14,11 @@ from cspd_kernels.testing import random_inputs, randomize_
 
 
 def test_a_fixed_number_of_sweeps_is_timed_beside_the_steps(benchmarks, monkeypatch, tmp_path):
-    kernels = benchmarks.kernels
-    monkeypatch.setitem(kernels.HEADS, "small", (1, 32, 16))
-    monkeypatch.setitem(kernels.in_parallel.CASES, "cpu", [("small", 2, True)])
-    monkeypatch.setattr(kernels, "STEPS", 30)
-    run_main(kernels, monkeypatch, "--only", "parallel", "--json", tmp_path / "r.json")
+    registry = benchmarks.registry
+    kinds = dict.fromkeys(("float32", "bfloat16"), registry.STEP_BY_STEP)
+    plan = registry.Plan("denoise in parallel", "cpu", (("small", 2),), kinds, ("torch",), 7, ("guided",))
+    shrink(benchmarks, monkeypatch, plan, steps=30)
+    run_main(benchmarks.kernels, monkeypatch, "--only", "parallel", "--json", tmp_path / "r.json")
     rows = json.loads((tmp_path / "r.json").read_text())["rows"]
     assert [row["backend"] for row in rows] == ["torch 10 sweeps float32", "torch 10 sweeps bfloat16"]
     assert [row["baseline"] for row in rows] == ["torch float32", "torch bfloat16"]
@@ -29,19 +27,23 @@ def test_a_fixed_number_of_sweeps_is_timed_beside_the_steps(benchmarks, monkeypa
 
 
 def test_kernels_have_a_row_for_a_slow_token_under_guidance(benchmarks, monkeypatch, device_of):
-    module = benchmarks.kernels.in_parallel
-    device, report = device_of("cuda"), benchmarks.report.Report()
+    registry, device, report = benchmarks.registry, device_of("cuda"), benchmarks.rows.Report()
+    monkeypatch.setattr(benchmarks.in_parallel, "diffloss_of", lambda *_: module)
     torch.manual_seed(0)
-    head = DiffusionHead.from_module(randomize_(DiffLoss(5, 24, 1, 16, "3"), seed=1).eval().to(device))
-    for guided in (False, True):
-        module.parallel_rows("small", 2, guided, head, 1e-5, ["cuda"], 1, device, report)
+    module = randomize_(DiffLoss(5, 24, 1, 16, "3"), seed=1).eval().to(device)
+    for guided in ("", "guided"):
+        case = registry.Case(
+            "denoise in parallel", "small", 2, "float32", "cuda", registry.STEP_BY_STEP, 1, "cuda", guided
+        )
+        group = benchmarks.in_parallel.group([case], device, None)
+        benchmarks.groups.measure_group(group, 1, device, report)
     assert [row.backend for row in report.rows] == ["cuda 10 sweeps float32"] * 2 + ["cuda 27 sweeps float32"]
     assert {row.baseline for row in report.rows} <= {"cuda float32", "cuda persistent float32"}
     assert all(row.correct for row in report.rows)
 
 
 def test_only_sweeps_are_made_where_they_are_timed(benchmarks, monkeypatch):
-    module, network = benchmarks.kernels.in_parallel, torch_parallel.network
+    module, network = benchmarks.in_parallel, torch_parallel.network
     torch.manual_seed(0)
     head, calls = DiffusionHead.from_module(randomize_(DiffLoss(5, 24, 2, 32, "30"), seed=1).eval()), []
     monkeypatch.setattr(torch_parallel, "network", lambda *arguments: calls.append(1) or network(*arguments))
@@ -51,9 +53,6 @@ def test_only_sweeps_are_made_where_they_are_timed(benchmarks, monkeypatch):
         module._sweeps(head, *inputs, count=count, backend="torch")
         assert len(calls) == count
     assert torch.equal(denoise(head, *inputs).mean, denoise(head, *inputs, parallel_tol=None).mean)  # as before
-
-
-ROOT = Path(__file__).parent.parent
 
 
 def test_sweeps_of_trained_heads_are_counted(benchmarks, monkeypatch, tmp_path):
@@ -87,19 +86,3 @@ def test_tokens_that_settle_stay_as_they_were(benchmarks):
     assert settled.all
     assert settled.sweeps.tolist() == [2, 3]
     assert settled.mean.tolist() == [[2.0], [3.0]]
-
-
-def test_the_page_and_the_results_are_one(benchmarks):
-    rows = json.loads((ROOT / "benchmarks" / "results" / "parallel-cpu.json").read_text())["rows"]
-    page, module = (ROOT / "docs" / "parallel.md").read_text(), benchmarks.parallel
-    for name, table in module.tables(rows).items():
-        assert module.START.format(name) + table + module.END.format(name) in page
-
-
-@pytest.mark.parametrize("page", [None, "no marks"])
-def test_a_page_without_marks_stops_before_counting(benchmarks, tmp_path, page):
-    pytest.importorskip("matplotlib")
-    if page is not None:
-        (tmp_path / "parallel.md").write_text(page)
-    with pytest.raises(SystemExit, match="to hold each of these lines once"):
-        benchmarks.parallel.check_docs(tmp_path)

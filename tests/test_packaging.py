@@ -55,7 +55,7 @@ def test_wheel_holds_both_packages_whole(wheel):
     names = set(wheel.namelist())
     for package, folder in (("cspd_kernels", ROOT / "cspd_kernels"), ("cspd", ROOT / "python" / "cspd")):
         modules = {f"{package}/{path.relative_to(folder).as_posix()}" for path in folder.rglob("*.py")}
-        assert modules <= names
+        assert modules | {f"{package}/py.typed"} <= names
     weights = {name for name in names if name.endswith(".safetensors")}
     shipped = ("target", "draft", "reference", "digits", "head100", "drift")
     assert weights == {f"cspd/demo/data/{name}.safetensors" for name in shipped}
@@ -77,9 +77,13 @@ def test_metadata(wheel):
     assert sorted(need.split(">=")[0] for need in runtime) == ["numpy", "pillow", "safetensors", "torch", "tqdm"]
     assert not any(mark in need for need in runtime for mark in ("==", "<", "~="))
     assert {line for line in headers if line.startswith("Provides-Extra")} == {
-        f"Provides-Extra: {extra}" for extra in ("test", "dev", "eval", "serve", "vae")
+        f"Provides-Extra: {extra}" for extra in ("test", "dev", "eval", "docs", "serve", "vae")
     }
     assert "Requires-Python: >=3.10" in headers
+    assert "Classifier: Typing :: Typed" in headers
+    urls = dict(line.removeprefix("Project-URL: ").split(", ") for line in headers if line.startswith("Project-URL"))
+    assert urls["Paper"] == "https://arxiv.org/abs/2411.11925"
+    assert all(url.startswith("https://") for url in urls.values())
     entry = next(n for n in wheel.namelist() if n.endswith("entry_points.txt"))
     assert "cspd = cspd.cli:main" in wheel.read(entry).decode()
     assert any(n.endswith("LICENSE") for n in wheel.namelist())
@@ -246,4 +250,45 @@ def test_the_source_distribution_builds(source, tmp_path):
     with tarfile.open(next(out.glob("*.tar.gz"))) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert {"CMakeLists.txt", "setup.py", "pyproject.toml"} | csrc <= names
+    assert {"cspd_kernels/py.typed", "python/cspd/py.typed"} <= names
     assert not any(name.endswith((".pyc", ".so", "_build.json")) for name in names)
+
+
+def test_the_source_distribution_installs(tmp_path):
+    """What ``pip install`` makes of it, without a network: packages, versions, data, and a command."""
+    source, out = copy_sources(tmp_path / "source"), tmp_path / "out"
+    out.mkdir()
+    hook(source, "build_sdist", out, str(tmp_path / "no tools"))
+    options = ["--no-deps", "--no-build-isolation", "--no-index", "--target", tmp_path / "site"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pip", "install", *options, next(out.glob("*.tar.gz"))],
+        capture_output=True, text=True, env={"PATH": TOOLS, "CSPD_BUILD_CUDA": "0"}, cwd=tmp_path, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    code = (
+        "import cspd, cspd_kernels, importlib.resources as resources\n"
+        "from cspd.demo.pair import load_pair\n"
+        "load_pair()\n"
+        "assert all(resources.files(package).joinpath('py.typed').is_file() for package in (cspd, cspd_kernels))\n"
+        "print(cspd.__version__, cspd.__file__, cspd_kernels.__file__)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path,
+        env={"PATH": TOOLS, "PYTHONPATH": str(tmp_path / "site")}, check=True,
+    )  # fmt: skip
+    version, *files = done.stdout.split()
+    assert next(out.glob("*.tar.gz")).name == f"cspd_kernels-{version}.tar.gz"
+    assert files == [str(tmp_path / "site" / package / "__init__.py") for package in ("cspd", "cspd_kernels")]
+    assert (tmp_path / "site" / "bin" / "cspd").is_file()
+
+
+def test_the_source_distribution_compiles_the_kernels(source, tools, tmp_path):
+    """Its csrc is enough for the extension where there is an nvcc, here a stand-in."""
+    out = tmp_path / "out"
+    out.mkdir()
+    hook(source, "build_sdist", out, str(tmp_path / "no tools"))
+    with tarfile.open(next(out.glob("*.tar.gz"))) as archive:
+        archive.extractall(tmp_path / "unpacked", **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
+    (unpacked,) = (tmp_path / "unpacked").iterdir()
+    (tmp_path / "wheel").mkdir()
+    assert record(built(build_wheel(unpacked, tmp_path / "wheel", tools), tmp_path / "wheel"))["built"] is True

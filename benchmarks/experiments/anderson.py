@@ -60,8 +60,8 @@ def anderson(
         A_i = sum over j >= i of dR[j]^T dR[j],   b_i = sum over j >= i of dR[j]^T R[j]
 
     so no row depends on a later step's. A token has coefficients of its own. The rows that the sweeps so far have made
-    exact take no correction, nor does the first after them: it ends after T sweeps at the latest (the paper's
-    safeguard, which goes by a tolerance there). The ridge is relative to the residuals, which shrink by orders.
+    exact take no correction, nor does the first after them. So it ends after T sweeps at the latest. This is the
+    paper's safeguard, which goes by a tolerance there. The ridge is relative to the residuals, which shrink by orders.
     """
     U, history = inputs_of_nothing(chain, x_T, noise), []  # noqa: N806
     for sweep in itertools.count():
@@ -87,8 +87,10 @@ def shipped(head, cond, x_T, noise, slopes: bool) -> Iterator[torch.Tensor]:  # 
 
 @torch.no_grad()
 def needed(tokens: Iterator[torch.Tensor], exact: torch.Tensor, most: int) -> list[int | None]:
-    """Sweeps until every token is within each accuracy of the exact ones, relative to their largest value, and stays so
-    until all accuracies have been met for three sweeps; None: not in ``most``."""
+    """Sweeps until every token is within each accuracy of the exact ones, relative to their largest value.
+
+    It must stay so until all accuracies have been met for three sweeps. None: not in ``most``.
+    """
     off, scale = [], exact.abs().max()
     for x in itertools.islice(tokens, most):
         off.append(float(((x - exact).abs().max() / scale).nan_to_num(torch.inf)))

@@ -32,8 +32,8 @@ def log_density(x, mean, log_std):
 def couple(x, mean, log_std, guess_mean, guess_log_std, generator):
     """(x', accepted): x' is distributed as N(mean, std) if x is as N(guess_mean, guess_std); equal as often as can be.
 
-    All (R, C), accepted (R,). Accepted with probability min(1, p(x) / q(x)). A row that is not, and has one std for
-    both, is reflected: e is (guess_mean - mean) / std at length 1, and the normal z of the guess becomes z - 2 (e.z) e.
+    All (R, C), accepted (R,). Accepted with probability min(1, p(x) / q(x)). A rejected row that has one std
+    for both is reflected. With e = (guess_mean - mean) / std at length 1, the guess's normal z becomes z - 2 (e.z) e.
     With two stds it is drawn from p until 1 - min(1, q/p) accepts, which is the residual's law.
     """
 
@@ -68,9 +68,13 @@ class Speculated(NamedTuple):
 def speculate(chain, x_T: torch.Tensor, length: int, guess: str, generator) -> Speculated:  # noqa: N803
     """Tokens of a chain by rounds of ``length`` guessed steps.
 
-    Guesses of x0 at a step: "frozen", the last true one; "linear", that and its secant in x through the last two true
-    ones, limited to [0, 1]; "reused", what the network said in the round before at its guess for the same step, and
-    frozen beyond. Of the variance: the last true one's place between its bounds.
+    Guesses of x0 at a step:
+
+    - "frozen": the last true one;
+    - "linear": that and its secant in x through the last two true ones, limited to [0, 1];
+    - "reused": what the network said in the round before at its guess for the same step, and frozen beyond.
+
+    The guess of the variance is the last true one's place between its bounds.
     """
     tokens, channels, steps = len(x_T), chain.channels, chain.steps
     now, step = x_T.clone(), torch.full((tokens,), steps - 1)  # the exact input of the next step

@@ -21,7 +21,7 @@ from cspd_kernels.ops.denoise import reference
 from cspd_kernels.testing import randomize_
 
 sys.path.append(str(Path(__file__).parent.parent))  # the folder of benchmarks
-from report import write_results
+from rows import write_results
 
 RESULTS = Path(__file__).parent.parent / "results" / "experiments-cpu.json"
 KNOWN = (0, 4, 10)  # so many tokens of 16 are known where a condition is taken

@@ -21,9 +21,12 @@ if TYPE_CHECKING:
     from .description import describe
     from .entropy_draft import EntropyDraft
     from .errors import BackendUnavailable, CheckpointError, CspdError, InvalidInput, UnsupportedModel, WrongDtype
+    from .output import SampleOutput
     from .patching import is_patched, patch, patched, unpatch
     from .policies import AdaptiveDraft, SimilarityRelaxation, Window
+    from .progress import Progress
     from .speculative import SpecDecodeRunner
+    from .stats import RunStats
     from .vae import load_vae
     from .whole.sampler import sample_tokens
 
@@ -36,6 +39,9 @@ _HOMES = {
     "CspdError": "errors",
     "EntropyDraft": "entropy_draft",
     "InvalidInput": "errors",
+    "Progress": "progress",
+    "RunStats": "stats",
+    "SampleOutput": "output",
     "SimilarityRelaxation": "policies",
     "SpecDecodeRunner": "speculative",
     "UnsupportedModel": "errors",
@@ -59,6 +65,9 @@ __all__ = [
     "CspdError",
     "EntropyDraft",
     "InvalidInput",
+    "Progress",
+    "RunStats",
+    "SampleOutput",
     "SimilarityRelaxation",
     "SpecDecodeRunner",
     "UnsupportedModel",
@@ -78,13 +87,15 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        value = globals()[name] = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
-        return value
-    if not name.startswith("_") and importlib.util.find_spec(f"{__name__}.{name}"):
-        return importlib.import_module(f"{__name__}.{name}")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+if not TYPE_CHECKING:  # which knows the names, and no others
+
+    def __getattr__(name: str) -> Any:
+        if name in _HOMES:
+            value = globals()[name] = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+            return value
+        if not name.startswith("_") and importlib.util.find_spec(f"{__name__}.{name}"):
+            return importlib.import_module(f"{__name__}.{name}")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from .diffusions import DDIM, LOOPS, NO_DIFFUSION, NotServedError
+from .errors import InvalidInput, UnsupportedModel
 from .heads import FoundHead
 from .loop import LoopHook
 from .meanings import Meaning
@@ -61,11 +62,11 @@ def _keep_loop(patch: HeadPatch, why: str) -> None:
         patch.network.check()
     except CannotRunError as error:
         _logger.info(
-            "cspd.patch: %s: its network's first call compares, as it does not run here: %s", patch.name, error
+            "cspd.patch: %s: its network does not run here, so it is compared at its first call: %s", patch.name, error
         )
     except DiffersError as error:
-        raise ValueError(
-            f"{patch.name} samples differently and is left unpatched: {why}; and its network: {error}"
+        raise UnsupportedModel(
+            f"{patch.name} samples differently and is left unpatched: {why}; its network differs, too: {error}"
         ) from None
     if patch.options.loop is None:
         _logger.warning("cspd.patch: %s %s: %s", patch.name, patch.network.outcome, why)
@@ -94,7 +95,7 @@ def _compare_sampler(patch: HeadPatch) -> None:
         patch.own_sampler.check(patch.cache.choice, patch.written)
     except CannotRunError as error:
         _logger.info(
-            "cspd.patch: %s: its own code does not run here, so its first call compares: %s", patch.name, error
+            "cspd.patch: %s: its own code does not run here, so it is compared at its first call: %s", patch.name, error
         )
 
 
@@ -116,11 +117,15 @@ def _without_sample(patch: HeadPatch, why: str) -> None:
     results = [_compare_loops(patch, loop) for loop in LOOPS if loop != DDIM]  # which waits for a first call
     _add_network(patch)  # it may come to a loop of its own
     if any(agree for agree, _ in results):
-        _logger.info("cspd.patch: %s: its sample did not run on a copy (%s); its loop was compared", patch.name, why)
+        _logger.info(
+            "cspd.patch: %s: its sample did not run on a copy (%s), so only its loop was compared", patch.name, why
+        )
     else:
         reasons = "; ".join(dict.fromkeys([why, *(failure for _, failure in results if failure)]))
         _logger.info(
-            "cspd.patch: %s: its own code does not run here, so its first call compares: %s", patch.name, reasons
+            "cspd.patch: %s: its own code does not run here, so it is compared at its first call: %s",
+            patch.name,
+            reasons,
         )
 
 
@@ -156,8 +161,8 @@ def check_sampling(patch: HeadPatch) -> None:
     if not sampling.changes:
         return
     if patch.own_loop is not None or patch.own_sampler is not None:
-        why = "" if patch.own_loop is None else f", and its loop stays its own: {patch.own_loop}"
-        raise ValueError(f"{patch.name} is left unpatched: expected a diffusion object to sample by {sampling}{why}")
+        why = "" if patch.own_loop is None else f"; it keeps its own loop: {patch.own_loop}"
+        raise UnsupportedModel(f"{patch.name} is left unpatched: {sampling} needs a head with a diffusion object{why}")
     unread = []
     for path, diffusion in patch.found.diffusions.items():
         try:
@@ -169,10 +174,14 @@ def check_sampling(patch: HeadPatch) -> None:
             for step in (0, 1):
                 sampling.schedule(schedule, step, 2)
         except ValueError as error:
-            raise ValueError(f"{patch.name} is left unpatched: its {path}: {error}") from None
+            raise UnsupportedModel(f"{patch.name} is left unpatched: its {path}: {error}") from None
     if len(unread) == len(patch.found.diffusions):
-        raise ValueError(f"{patch.name} is left unpatched: {'; '.join(unread)}")
-    _logger.warning("cspd.patch: %s samples by %s, as asked for: other tokens than its own", patch.name, sampling)
+        raise UnsupportedModel(f"{patch.name} is left unpatched: {'; '.join(unread)}")
+    _logger.warning(
+        "cspd.patch: %s samples by %s, as you asked: its tokens differ from those of its own sampler",
+        patch.name,
+        sampling,
+    )
 
 
 def _check_values(found: FoundHead, dtype: torch.dtype | None) -> None:
@@ -181,11 +190,11 @@ def _check_values(found: FoundHead, dtype: torch.dtype | None) -> None:
             return
         weight = weight.detach()
         if not bool(torch.isfinite(weight).all()):
-            raise ValueError(
-                f"{found.name} is left unpatched: expected finite weights, got NaN or infinity in {name}: load weights "
-                "that did not diverge"
+            raise InvalidInput(
+                f"{found.name} is left unpatched: expected finite weights, got NaN or infinity in {name}: load "
+                "another checkpoint"
             )
         if dtype == torch.float16 and weight.numel() and float(weight.abs().max()) > torch.finfo(dtype).max:
-            raise ValueError(
+            raise InvalidInput(
                 f"{found.name} is left unpatched: {name} holds values beyond float16's range: use dtype=torch.bfloat16"
             )

@@ -11,6 +11,7 @@ from cspd_kernels.ops.accept_reject import check_method
 from cspd_kernels.spec import spec_of
 from cspd_kernels.structure import why_not_plain
 
+from .errors import InvalidInput, UnsupportedModel
 from .heads import FoundHead, unwrapped
 from .sampling import OWN, Sampling
 from .twin import CannotRunError
@@ -40,18 +41,20 @@ def check_sampling(role: str, diffloss) -> None:
     name = f"the {role}'s diffloss ({type(diffloss).__name__})"
     net, reason = unwrapped(diffloss.net)
     if (reason := reason or why_not_plain(net)) is not None:
-        raise ValueError(f"expected {name} as its weights say: {reason}")
+        raise UnsupportedModel(f"expected {name} to compute what its layers say: {reason}")
     try:
         outcome = check_sample(FoundHead(name, diffloss, net, {"gen_diffusion": diffloss.gen_diffusion}))
     except DiffersError as error:
-        raise ValueError(f"expected {name} to sample as MAR does: {error}") from None
+        raise UnsupportedModel(f"expected {name} to sample as MAR does: {error}") from None
     except CannotRunError as error:
-        _logger.info("%s could not be compared with its own sample, which does not run here: %s", name, error)
+        _logger.info("%s could not be compared with its own sample method, which does not run here: %s", name, error)
         return
     if not outcome.plain or not all(outcome.plain.values()):
-        more = "its sample does more than ancestral steps (limits of x0, other guidance, something beside its loop)"
+        more = "its sample does more than ancestral steps (limits of x0, other guidance, work outside its loop)"
         reason = "; ".join(dict.fromkeys(outcome.own)) or more
-        raise ValueError(f"expected {name} to sample as MAR does, with nothing before or after the loop: {reason}")
+        raise UnsupportedModel(
+            f"expected {name} to sample as MAR does, without further work before or after the loop: {reason}"
+        )
 
 
 def check_sampler(draft, target, sampling: Sampling, verify: str, drafts: bool) -> None:
@@ -64,14 +67,14 @@ def check_sampler(draft, target, sampling: Sampling, verify: str, drafts: bool) 
         for step in range(2 if sampling.anneals else 1):
             made = sampled(sampling, schedule_of(model.diffloss), step, 2)
             if drafts and made.deterministic:
-                raise ValueError(
-                    f"expected a {role} whose steps add noise, which gives its tokens a density, got {made!r}: pass "
-                    "eta > 0 with sampler='ddim'; a flow needs Euler-Maruyama"
+                raise UnsupportedModel(
+                    f"expected a {role} whose steps add noise, got {made!r}: without noise its tokens have no density. "
+                    "Pass eta > 0 with sampler='ddim'; a flow needs Euler-Maruyama"
                 )
     if sampling.anneals and verify == "strict":
-        raise ValueError(
-            f"expected sampling_steps as one number with verify='strict', whose images are at different steps, got "
-            f"{sampling.steps}"
+        raise InvalidInput(
+            f"expected one number as sampling_steps with verify='strict', got {sampling.steps}: its images are at "
+            "different steps"
         )
 
 
@@ -86,7 +89,7 @@ def check_residual(draft, target, residual, target_sigma, num_candidates: int = 
     pair = (("draft", draft), ("target", target))
     learned = [role for role, model in pair if learned_variance(model.diffloss, sampling)]
     if learned:
-        raise ValueError(
+        raise UnsupportedModel(
             f"expected heads with a fixed variance for {what}, got a learned one in the "
             f"{' and the '.join(learned)}: {instead}"
         )
@@ -96,4 +99,4 @@ def check_residual(draft, target, residual, target_sigma, num_candidates: int = 
         math.exp(sampled(sampling, schedule_of(model.diffloss)).log_std_lower[0]) for model in (draft, target)
     )
     if not math.isclose(ours, theirs, rel_tol=1e-6):
-        raise ValueError(f"expected heads with one sigma for {what}, got {ours:.4g} and {theirs:.4g}: {instead}")
+        raise UnsupportedModel(f"expected heads with one sigma for {what}, got {ours:.4g} and {theirs:.4g}: {instead}")

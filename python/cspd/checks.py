@@ -17,11 +17,11 @@ from cspd_kernels.structure import why_not_a_head
 
 from .candidates import CRITERIA
 from .check_heads import check_sampling, learned_variance, sampled, schedule_of
+from .errors import InvalidInput, NotAModel, UnsupportedModel, WrongType
 from .order import is_count
 from .sampling import OWN, Sampling
 
 VERIFY = ("window", "strict")
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _logger = logging.getLogger("cspd")
 _MODEL_INTERFACE = (
     "seq_len", "token_embed_dim", "diffloss", "fake_latent", "class_emb",
@@ -35,37 +35,37 @@ def check_models(draft, target, criterion: str = "trajectory") -> None:
     for role, model in (("draft", draft), ("target", target)):
         missing = [name for name in _MODEL_INTERFACE if not hasattr(model, name)]
         if missing:
-            raise TypeError(
-                f"expected {role}_model as a MAR object, got {type(model).__name__} without " + ", ".join(missing)
+            raise NotAModel(
+                f"expected the {role} to be a MAR model, got {type(model).__name__} without " + ", ".join(missing)
             )
         for name, parameters in _METHODS.items():
             _check_method(role, model, name, parameters)
     for name in ("seq_len", "token_embed_dim"):
         ours, theirs = getattr(draft, name), getattr(target, name)
         if ours != theirs:
-            raise ValueError(f"expected draft and target with the same {name}, got {ours} and {theirs}")
+            raise InvalidInput(f"expected draft and target with the same {name}, got {ours} and {theirs}")
     for role, model in (("draft", draft), ("target", target)):
         if (problem := why_not_a_head(model.diffloss)) is not None:
-            raise ValueError(f"expected the {role}'s diffloss as a diffusion head: {problem}")
+            raise UnsupportedModel(f"expected the {role}'s diffloss to be a diffusion head: {problem}")
         check_sampling(role, model.diffloss)
     ours, theirs = (schedule_of(model.diffloss) for model in (draft, target))
     if ours.num_steps == 1 and criterion == "last_step":  # no trajectory, and none is compared
         return
     if ours.num_steps != theirs.num_steps:
         if ours.num_steps == 1:
-            raise ValueError(
-                f"expected criterion='last_step' for a draft of one denoising step and a target of {theirs.num_steps}, "
-                f"which have no trajectories to compare, got criterion={criterion!r}"
+            raise InvalidInput(
+                f"expected criterion='last_step', got {criterion!r}: the draft has one denoising step and the target "
+                f"{theirs.num_steps}, so their trajectories cannot be compared"
             )
-        raise ValueError(
+        raise InvalidInput(
             "expected draft and target with the same number of denoising steps (their trajectories are aligned "
             f"step by step), got {ours.num_steps} and {theirs.num_steps}"
         )
     # These say the noise schedule and the sampler, whatever the networks predict.
     if not all(np.allclose(getattr(ours, name), getattr(theirs, name), rtol=1e-6) for name in ("mean_x0", "mean_x")):
-        raise ValueError(
+        raise InvalidInput(
             "expected draft and target with the same noise schedule (their trajectories are compared step by "
-            "step), got different steps"
+            "step), got two different ones"
         )
 
 
@@ -79,8 +79,8 @@ def _check_method(role: str, model, name: str, parameters: tuple[str, ...]) -> N
     try:
         signature.bind(*parameters)
     except TypeError as error:
-        raise ValueError(
-            f"expected {role}_model ({type(model).__name__}) with {name}({', '.join(parameters)}), got "
+        raise UnsupportedModel(
+            f"expected the {role} ({type(model).__name__}) with {name}({', '.join(parameters)}), got "
             f"{name}{signature}: {error}"
         ) from None
 
@@ -88,31 +88,24 @@ def _check_method(role: str, model, name: str, parameters: tuple[str, ...]) -> N
 def check_options(seq_len: int, relaxation, prefill, sigma, max_tries) -> None:
     """Raise on an option of the runner that is out of range."""
     if not isinstance(prefill, Real) or not 0.0 <= prefill <= 1.0:
-        raise ValueError(f"expected prefill in [0, 1], got {prefill!r}")
+        raise InvalidInput(f"expected prefill in [0, 1], got {prefill!r}")
     if sigma not in SIGMAS:
-        raise ValueError(f"expected sigma one of {SIGMAS}, got {sigma!r}")
+        raise InvalidInput(f"expected sigma one of {SIGMAS}, got {sigma!r}")
     if isinstance(relaxation, torch.Tensor):
         if relaxation.shape != (seq_len,) or not ((relaxation > 0) & torch.isfinite(relaxation)).all():
-            raise ValueError(
+            raise InvalidInput(
                 f"expected relaxation finite and > 0, one number or ({seq_len},), got shape {tuple(relaxation.shape)}"
             )
     elif isinstance(relaxation, Real):
         if not 0 < relaxation < math.inf:
-            raise ValueError(f"expected a finite relaxation > 0, got {relaxation!r}")
+            raise InvalidInput(f"expected a finite relaxation > 0, got {relaxation!r}")
     elif not callable(relaxation) or isinstance(relaxation, type):
-        raise TypeError(
+        raise WrongType(
             "expected relaxation as a number, a tensor or a policy (a function of a cspd.Window), got "
             f"{_kind(relaxation)}"
         )
     if isinstance(max_tries, bool) or not isinstance(max_tries, int) or max_tries < 0:
-        raise ValueError(f"expected max_tries as an int >= 0, got {max_tries!r}")
-
-
-def check_dtype(dtype) -> None:
-    """Raise where products cannot be in a type."""
-    if dtype is not None and dtype not in _DTYPES:
-        names = ", ".join(str(known).removeprefix("torch.") for known in _DTYPES)
-        raise ValueError(f"expected dtype as a torch.dtype out of {names}, or None, got {dtype!r}")
+        raise InvalidInput(f"expected max_tries as an int >= 0, got {max_tries!r}")
 
 
 def check_verify(
@@ -120,23 +113,23 @@ def check_verify(
 ) -> None:
     """Raise where a way to verify does not exist, or a policy wants what it does not compute."""
     if verify not in VERIFY:
-        raise ValueError(f"expected verify one of {VERIFY}, got {verify!r}")
+        raise InvalidInput(f"expected verify one of {VERIFY}, got {verify!r}")
     if criterion not in CRITERIA:
-        raise ValueError(f"expected criterion one of {CRITERIA}, got {criterion!r}")
+        raise InvalidInput(f"expected criterion one of {CRITERIA}, got {criterion!r}")
     for name, value in (("num_candidates", num_candidates), ("branches", branches)):
         if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MOST_CANDIDATES:
-            raise ValueError(f"expected {name} as an int in 1..{MOST_CANDIDATES}, got {value!r}")
+            raise InvalidInput(f"expected {name} as an int in 1..{MOST_CANDIDATES}, got {value!r}")
     if branches > num_candidates:
-        raise ValueError(
-            f"expected no more branches than candidates, each of which one continues, got branches={branches} with "
-            f"num_candidates={num_candidates}"
+        raise InvalidInput(
+            f"expected at most as many branches as candidates, got branches={branches} with "
+            f"num_candidates={num_candidates}: each branch goes on from one candidate"
         )
     if branches > 1 and verify != "strict":
-        raise ValueError(f"expected branches={branches} with verify='strict' only, got verify={verify!r}")
+        raise InvalidInput(f"expected verify='strict' for branches={branches}, got verify={verify!r}")
     if verify != "strict" and getattr(relaxation, "looks_ahead", False):
-        raise ValueError(
-            f"expected {type(relaxation).__name__} with verify='strict' only, which computes what the target makes of "
-            f"the tokens that follow, got verify={verify!r}"
+        raise InvalidInput(
+            f"expected verify='strict' for {type(relaxation).__name__}, got verify={verify!r}: only strict "
+            "verification computes the target's hidden states of later tokens"
         )
     if num_candidates > 1 and criterion == "trajectory":
         _warn_of_candidates(draft, target, num_candidates, sampling)
@@ -148,9 +141,8 @@ def _warn_of_candidates(draft, target, num_candidates, sampling: Sampling) -> No
     ours, theirs = (sampled(sampling, schedule_of(m.diffloss)).log_std_lower for m in (draft, target))
     if not learned and len(ours) == len(theirs) and np.allclose(ours, theirs):
         _logger.warning(
-            "num_candidates=%d is of no use with criterion='trajectory' and heads of one fixed variance: at the end of "
-            "a chain, its own mean, the density ratio is never above 1, which a later candidate needs; pass "
-            "criterion='last_step'",
+            "num_candidates=%d is of no use with criterion='trajectory' and heads of one fixed variance. A later "
+            "candidate needs a density ratio above 1, which no trajectory has at its end; pass criterion='last_step'",
             num_candidates,
         )
 
@@ -160,8 +152,8 @@ def check_gamma(gamma) -> None:
     number = isinstance(gamma, Integral) and not isinstance(gamma, bool)
     policy = (callable(gamma) or wants_entropy(gamma)) and not isinstance(gamma, type)
     if not policy and not (number and gamma >= 1):
-        raise ValueError(
-            "expected gamma >= 1, an int or a function of the windows so far, got "
+        raise InvalidInput(
+            "expected gamma as an int >= 1 or a policy (a function of the windows so far), got "
             + (_kind(gamma) if isinstance(gamma, type) else repr(gamma))
         )
 
@@ -174,9 +166,9 @@ def wants_entropy(gamma) -> bool:
 def check_attention(draft) -> None:
     """Raise where the draft of a run does not show its attention."""
     if not draft.transformer.shows_attention:
-        raise ValueError(
-            "expected a draft whose transformer runs over packed weights for a gamma that looks at its attention, got "
-            f"{draft.name}, which runs its own blocks or methods: the log says why"
+        raise UnsupportedModel(
+            "expected a draft that shows its attention, for a gamma that looks at it: the transformer of "
+            f"{draft.name} runs its own blocks or methods; the log says why"
         )
 
 
@@ -184,9 +176,9 @@ def check_initial_scale(models: dict) -> None:
     """Raise where a head scales its x_T by its transformer's attention, which that does not show."""
     for role, model in models.items():
         if model.initial_scale is not None and not model.transformer.shows_attention:
-            raise ValueError(
-                f"expected a {role} whose transformer runs over packed weights for a head that scales its first noise "
-                f"by the attention's entropy, got {model.name}, which runs its own blocks or methods: the log says why"
+            raise UnsupportedModel(
+                f"expected a {role} that shows its attention, because its head scales its first noise by the "
+                f"attention's entropy. The transformer of {model.name} runs its own blocks or methods; the log says why"
             )
 
 
@@ -195,32 +187,32 @@ def check_run(draft, target, bsz, labels, temperature, cfg, seed, first_image, o
     length = target.seq_len
     _check_count("bsz", bsz, 1)
     if not _is_finite(temperature) or temperature < 0 or not _is_finite(cfg):
-        raise ValueError(f"expected a finite temperature >= 0 and a finite cfg, got {temperature!r} and {cfg!r}")
+        raise InvalidInput(f"expected a finite temperature >= 0 and a finite cfg, got {temperature!r} and {cfg!r}")
     if labels is not None and (
         not isinstance(labels, torch.Tensor) or labels.shape != (bsz,) or labels.dtype not in (torch.int64, torch.int32)
     ):
         got = f"{tuple(labels.shape)} {labels.dtype}" if isinstance(labels, torch.Tensor) else type(labels).__name__
-        raise ValueError(f"expected labels as an integer tensor of shape ({bsz},) or None, got {got}")
+        raise InvalidInput(f"expected labels as an integer tensor of shape ({bsz},) or None, got {got}")
     if labels is not None and labels.device.type == "cpu":
         classes = [getattr(model, "num_classes", math.inf) for model in (draft, target)]
         if not ((labels >= 0) & (labels < min(classes))).all():
-            raise ValueError(f"expected labels in 0..{min(classes) - 1}, got {labels.tolist()}")
+            raise InvalidInput(f"expected labels in 0..{min(classes) - 1}, got {labels.tolist()}")
     if orders is not None and not isinstance(orders, torch.Tensor):
-        raise ValueError(f"expected orders as int64 ({bsz}, {length}) or None, got {type(orders).__name__}")
+        raise InvalidInput(f"expected orders as int64 ({bsz}, {length}) or None, got {type(orders).__name__}")
     if orders is not None and (orders.shape != (bsz, length) or orders.dtype != torch.int64):
-        raise ValueError(f"expected orders as int64 ({bsz}, {length}), got {orders.dtype} {tuple(orders.shape)}")
+        raise InvalidInput(f"expected orders as int64 ({bsz}, {length}), got {orders.dtype} {tuple(orders.shape)}")
     on_cpu = orders is not None and orders.device.type == "cpu"
     if on_cpu and not (orders.sort(1).values == torch.arange(length, device="cpu")).all():
-        raise ValueError(f"expected every row of orders to be a permutation of 0..{length - 1}")
+        raise InvalidInput(f"expected every row of orders to be a permutation of 0..{length - 1}")
     if seed is not None:
         check_seed(seed)
     _check_count("first_image", first_image, 0)
     if (first_image + bsz) * length > CANDIDATE_STRIDE:  # addresses of noise; behind them are those of candidates
         most = CANDIDATE_STRIDE // length - bsz
-        raise ValueError(f"expected first_image <= {most} with {bsz} images, got {first_image}")
+        raise InvalidInput(f"expected first_image <= {most} with {bsz} images, got {first_image}")
     devices = {model.fake_latent.device for model in (draft, target)}
     if len(devices) > 1:
-        raise ValueError(f"expected draft and target on one device, got {sorted(map(str, devices))}")
+        raise InvalidInput(f"expected draft and target on one device, got {sorted(map(str, devices))}")
 
 
 def _is_finite(value) -> bool:
@@ -232,7 +224,7 @@ def _is_finite(value) -> bool:
 
 def _check_count(name: str, value, least: int) -> None:
     if not is_count(value, least):
-        raise ValueError(f"expected {name} >= {least}, got {value!r}")
+        raise InvalidInput(f"expected {name} >= {least}, got {value!r}")
 
 
 def _kind(value) -> str:

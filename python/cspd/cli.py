@@ -7,10 +7,10 @@ import contextlib
 import os
 import sys
 
-from . import cli_convert, cli_demo, cli_eval, cli_generate, cli_serve
+from . import cli_convert, cli_demo, cli_eval, cli_generate, cli_selftest, cli_serve
 from .cli_support import one_line
 
-COMMANDS = (cli_demo, cli_generate, cli_serve, cli_convert, cli_eval)  # those with a module of their own
+COMMANDS = (cli_demo, cli_generate, cli_serve, cli_convert, cli_eval, cli_selftest)  # those with a module of their own
 INTERRUPTED = 130  # what shells report of a command that Ctrl-C has ended
 
 

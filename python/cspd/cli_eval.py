@@ -11,13 +11,17 @@ from .files import check_output, write_file
 
 def add_parser(commands) -> None:
     """Add ``eval`` to the commands of :func:`cspd.cli.main`."""
-    parser = commands.add_parser("eval", help="FID of generated images, with torch-fidelity's Inception")
-    parser.add_argument("images", type=Path, metavar="DIR|FILE.npz", help="PNG files, or uint8 N x H x W x 3 as arr_0")
-    parser.add_argument("--fid", type=Path, required=True, metavar="STATS.npz", help="reference with mu and sigma")
+    parser = commands.add_parser("eval", help="compute the FID of generated images with torch-fidelity's Inception")
+    parser.add_argument(
+        "images", type=Path, metavar="DIR|FILE.npz", help="a folder of PNG files, or arr_0 with uint8 N x H x W x 3"
+    )
+    parser.add_argument(
+        "--fid", type=Path, required=True, metavar="STATS.npz", help="reference statistics: mu and sigma"
+    )
     parser.add_argument("--weights", type=Path, metavar="FILE", help="torch-fidelity's Inception weights")
     parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="images at once (default 64)")
-    parser.add_argument("--device", default="auto", help="default: a GPU if there is one")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures as JSON too")
+    parser.add_argument("--device", default="auto", help="auto (the GPU if there is one; default), cpu, cuda, ...")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures as JSON")
     parser.set_defaults(run=run)
 
 
@@ -39,9 +43,9 @@ def run(args) -> int:
         print(f"Inception score {result['inception_score']:.3f} +- {result['inception_score_std']:.3f}")
     print(f"Inception: {result['weights']}, sha256 {result['weights_sha256'][:16]}")
     if not is_release(result["weights"], result["weights_sha256"]):
-        print("its name does not show that it is torch-fidelity's release: compare with numbers of the same file only")
+        print("this file's name is not that of torch-fidelity's release: compare only with figures of the same file")
     if result["num_images"] < USUAL_IMAGES:
-        print(f"FID is biased upwards for few images: published figures are of {USUAL_IMAGES}")
+        print(f"FID is biased upwards for few images; published figures use {USUAL_IMAGES}")
     if args.json:
         write_file(args.json, (json.dumps(result, indent=2) + "\n").encode())
     return 0

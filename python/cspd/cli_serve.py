@@ -5,25 +5,49 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from .cli_support import dtype
+from .errors import InvalidInput
+
 
 def add_parser(commands) -> None:
     """Add ``serve`` to the commands of :func:`cspd.cli.main`."""
-    parser = commands.add_parser("serve", help="a page in the browser: pictures and their acceptance maps")
-    parser.add_argument("--target", type=Path, metavar="FILE", help="MAR checkpoint; without it the digits pair")
-    parser.add_argument("--draft", type=Path, metavar="FILE", help="draft checkpoint")
-    parser.add_argument("--vae", type=Path, metavar="FILE", help="decoder of the latents")
-    parser.add_argument("--patch-size", type=_positive, metavar="P", help="of the checkpoints")
-    parser.add_argument("--vae-stride", type=_positive, metavar="S", help="of the checkpoints")
-    parser.add_argument("--num-sampling-steps", type=_positive, metavar="N", help="denoising steps (default 100)")
-    parser.add_argument("--relaxation", type=float, default=42.0, help="of the accept test in windows (default 42)")
-    parser.add_argument("--device", default="auto", help="default: a GPU if there is one; the digits pair: the CPU")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default bfloat16 on a GPU")
-    parser.add_argument(
-        "--host", default="127.0.0.1", help="address to serve at (default 127.0.0.1: this machine only)"
+    parser = commands.add_parser(
+        "serve", help="open a page in the browser that draws pictures with their acceptance maps"
     )
-    parser.add_argument("--port", type=_port, default=7860, help="default 7860")
-    parser.add_argument("--max-steps", type=_positive, metavar="N", help="of one request (default 256; digits 16)")
-    parser.add_argument("--max-images", type=_positive, metavar="N", help="of one request (default 4; digits 16)")
+    parser.add_argument("--target", type=Path, metavar="FILE", help="MAR checkpoint (default: the digits pair)")
+    parser.add_argument("--draft", type=Path, metavar="FILE", help="draft checkpoint")
+    parser.add_argument("--vae", type=Path, metavar="FILE", help="MAR's VAE, which decodes latents to pictures")
+    parser.add_argument(
+        "--patch-size", type=_positive, metavar="P", help="patch size, if the checkpoints do not say it"
+    )
+    parser.add_argument(
+        "--vae-stride", type=_positive, metavar="S", help="VAE stride, if the checkpoints do not say it"
+    )
+    parser.add_argument(
+        "--num-sampling-steps", type=_positive, metavar="N", help="denoising steps of a token (default 100)"
+    )
+    parser.add_argument(
+        "--relaxation", type=float, default=42.0, help="relaxation of the accept test in windows (default 42)"
+    )
+    parser.add_argument(
+        "--device", default="auto", help="auto (default): the GPU if there is one, for the digits pair the CPU"
+    )
+    parser.add_argument(
+        "--dtype",
+        type=dtype("float32", "bfloat16", "float16"),
+        metavar="TYPE",
+        help="dtype of matrix products: bf16, fp16 or fp32 (default: bf16 on a GPU, fp32 on a CPU)",
+    )
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address to serve at (default 127.0.0.1: only this machine reaches it)"
+    )
+    parser.add_argument("--port", type=_port, default=7860, help="port to serve at (default 7860)")
+    parser.add_argument(
+        "--max-steps", type=_positive, metavar="N", help="most steps of one request (default 256; digits 16)"
+    )
+    parser.add_argument(
+        "--max-images", type=_positive, metavar="N", help="most images of one request (default 4; digits 16)"
+    )
     parser.set_defaults(run=run)
 
 
@@ -44,11 +68,11 @@ def run(args) -> int:
     files = ("target", "draft", "vae")
     given = [name for name in files if getattr(args, name)]
     if given and len(given) < len(files):
-        raise ValueError(f"expected --target, --draft and --vae together, got only --{' and --'.join(given)}")
+        raise InvalidInput(f"expected --target, --draft and --vae together, got only --{' and --'.join(given)}")
     for name in ("patch_size", "vae_stride", "num_sampling_steps"):
         if not given and getattr(args, name):
             option = f"--{name.replace('_', '-')}"
-            raise ValueError(f"expected --target together with {option}: the digits pair has its own")
+            raise InvalidInput(f"expected --target together with {option}: the digits pair has a fixed one")
     from .page import build_page, import_gradio, start, wait
 
     import_gradio()  # said before the models are loaded
@@ -56,7 +80,7 @@ def run(args) -> int:
     studio.make(0, min(2, studio.limits.steps), 1, 1.0, 0, 1)  # what compiles does it now
     app = build_page(studio)
     address = start(app, args.host, args.port)
-    print(f"serving {studio.name} at {address}, Ctrl-C ends it", flush=True)
+    print(f"serving {studio.name} at {address}; Ctrl-C ends it", flush=True)
     wait(app)
     print("stopped")
     return 0
@@ -75,7 +99,7 @@ def load_studio(args):
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # torch without that device asserts
-        raise ValueError(f"expected --device as one that torch has here, got {args.device}: {error}") from error
+        raise InvalidInput(f"expected a --device that torch has on this machine, got {args.device}: {error}") from error
     dtype = getattr(torch, args.dtype) if args.dtype else None
     if digits:
         from .demo.pair import load_pair

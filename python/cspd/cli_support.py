@@ -5,7 +5,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
+from collections.abc import Callable
 from typing import TextIO
+
+from cspd_kernels.dtype_names import full_name
 
 
 def positive(text: str) -> int:
@@ -26,12 +29,24 @@ def tolerance(text: str) -> float | str | None:
     raise argparse.ArgumentTypeError(f"expected auto, off or a number in (0, 1), got {text}")
 
 
+def dtype(*accepted: str) -> Callable[[str], str]:
+    """A reader of dtypes: PyTorch's name of what was given, if it is an accepted one."""
+
+    def read(text: str) -> str:
+        try:
+            return full_name(text, "cspd", accepted)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return read
+
+
 def labels(text: str) -> list[int]:
     """Class labels with commas between them."""
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:
-        raise argparse.ArgumentTypeError(f"expected numbers with commas between them, got {text}") from None
+        raise argparse.ArgumentTypeError(f"expected numbers separated by commas, got {text}") from None
 
 
 def one_line(error: BaseException) -> str:

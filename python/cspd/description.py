@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn as nn
@@ -17,6 +18,9 @@ from .diffusions import LOOPS, NO_DIFFUSION
 from .heads import FoundHead, look_for_heads
 from .loop import patch_of
 from .samplers.served import OwnSampler
+
+if TYPE_CHECKING:
+    from .head_patch import HeadPatch
 
 
 @dataclass(frozen=True)
@@ -111,21 +115,33 @@ def describe(model: nn.Module) -> Description:
     Changes nothing and runs none of the model's code.
 
     Raises:
-        TypeError: not a module.
+        NotAModel: it is no module.
+
+    Example:
+        >>> import cspd
+        >>> from cspd.demo.pair import load_pair
+        >>> model, _ = load_pair()
+        >>> found = cspd.describe(model)
+        >>> head = found.heads[0]
+        >>> head.name, head.samplers, head.patched
+        ('diffloss (DiffLoss)', {'train_diffusion': '100 steps', 'gen_diffusion': '40 steps'}, False)
     """
     found = look_for_heads(model)
     return Description([describe_head(head, patch_of(head.net)) for head in found.heads], found.near)
 
 
-def describe_head(found: FoundHead, head_patch=None) -> HeadDescription:
+def describe_head(found: FoundHead, head_patch: HeadPatch | None = None) -> HeadDescription:
     """One head; ``head_patch`` is its patch, if it has one."""
-    net, spec = found.net, spec_of(found.net)
+    net = found.net
+    spec: Any = spec_of(net)
     weight = spec.parts.input.weight
     options = head_patch.options if head_patch is not None else None
     dtype = options.dtype if options is not None and options.dtype is not None else None
     dtype = dtype or call_dtype(weight.device, weight.dtype)
     network = None if head_patch is None else head_patch.network
-    samplers, schedule, why = {}, None, NO_DIFFUSION
+    samplers: dict[str, str] = {}
+    schedule: Schedule | None = None
+    why: str | None = NO_DIFFUSION
     for path, diffusion in found.diffusions.items():
         try:
             schedule = Schedule.from_diffusion(diffusion)
@@ -167,7 +183,9 @@ def _untouched(found: FoundHead) -> tuple[str, ...]:
     return tuple(sorted(names))
 
 
-def _backend(net: nn.Module, schedule: Schedule | None, dtype, device: torch.device, asked: str | None) -> str:
+def _backend(
+    net: nn.Module, schedule: Schedule | None, dtype: torch.dtype, device: torch.device, asked: str | None
+) -> str:
     if device.type == "meta":
         return "none: its weights are on the meta device"
     head = DiffusionHead.from_network(net, schedule, dtype=dtype)

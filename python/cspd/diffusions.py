@@ -15,6 +15,8 @@ import torch.nn as nn
 
 from cspd_kernels import Schedule
 
+from .errors import UnsupportedModel
+
 _CONTAINERS, _PLAIN = (list, set, tuple, dict), (str, bool, int, float, type(None), Enum)
 _STEPS = ("timestep_map", "use_timesteps")  # which timesteps are kept: of as many sorts as there are T
 DDIM = "ddim_sample_loop"
@@ -23,7 +25,7 @@ LOOPS = ("p_sample_loop", "p_sample_loop_with_noise", DDIM)  # of LTH14/mar; of 
 NO_DIFFUSION = f"it holds no diffusion object with {LOOPS[0]}"
 
 
-class NotServedError(ValueError):
+class NotServedError(UnsupportedModel):
     """The kernels cannot stand in for a module's own code; the message says why."""
 
 

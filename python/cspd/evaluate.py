@@ -15,6 +15,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
+from .errors import CheckpointError, InvalidInput, MissingPackage
 from .files import sha256
 from .frechet import frechet_distance
 
@@ -31,11 +32,11 @@ def load_statistics(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """
     with _open_npz(path, "--fid") as file:
         if missing := {"mu", "sigma"} - set(file.files):
-            raise ValueError(f"expected {path} with the arrays mu and sigma, got one without {min(missing)}")
+            raise InvalidInput(f"expected the arrays mu and sigma in {path}, found no {min(missing)}")
         mu, sigma = (np.asarray(_array(file, name, path)) for name in ("mu", "sigma"))
     for name, array, shape in (("mu", mu, (FEATURES,)), ("sigma", sigma, (FEATURES, FEATURES))):
         if array.shape != shape or array.dtype.kind != "f" or not np.isfinite(array).all():
-            raise ValueError(
+            raise InvalidInput(
                 f"expected {name} of {path} as finite numbers of shape {shape}, got {array.dtype} of {array.shape}"
             )
     return mu.astype(np.float64), sigma.astype(np.float64)
@@ -53,17 +54,17 @@ class Images:
         if path.is_dir():
             self.files = sorted(file for file in path.glob("*.png") if not file.name.startswith("."))
             if not self.files:
-                raise ValueError(f"expected a folder of PNG files, found none in {path}")
+                raise InvalidInput(f"expected a folder of PNG files, found none in {path}")
         else:
             with _open_npz(path, "the images") as file:
                 if "arr_0" not in file.files:
-                    raise ValueError(f"expected {path} with the images as arr_0, got {', '.join(file.files)}")
+                    raise InvalidInput(f"expected the images in {path} as arr_0, got {', '.join(file.files)}")
                 self.array = _array(file, "arr_0", path)
             if self.array.dtype != np.uint8 or self.array.ndim != 4 or self.array.shape[3] != 3:
                 got = f"{self.array.dtype} of {self.array.shape}"
-                raise ValueError(f"expected arr_0 of {path} as uint8 of shape (n, H, W, 3), got {got}")
+                raise InvalidInput(f"expected arr_0 of {path} as uint8 of shape (n, H, W, 3), got {got}")
         if len(self) < 2:
-            raise ValueError(f"expected at least 2 images to take a covariance of, got {len(self)} in {path}")
+            raise InvalidInput(f"expected at least 2 images for a covariance, got {len(self)} in {path}")
 
     def __len__(self) -> int:
         return len(self.files) if self.array is None else len(self.array)
@@ -79,7 +80,7 @@ class Images:
                 for file, image in zip(self.files[first:], pixels):
                     shape = shape or image.shape
                     if image.shape != shape:
-                        raise ValueError(
+                        raise InvalidInput(
                             f"expected images of one size, got {shape[1]} x {shape[0]} and {image.shape[1]} x "
                             f"{image.shape[0]} ({file})"
                         )
@@ -103,7 +104,7 @@ def evaluate(
         OSError, ValueError, RuntimeError: a file is missing or wrong, or torch-fidelity is not installed.
     """
     if batch_size < 1:
-        raise ValueError(f"expected a batch size >= 1, got {batch_size}")
+        raise InvalidInput(f"expected a batch size >= 1, got {batch_size}")
     # What is wrong is said before the work.
     mu, sigma = load_statistics(statistics)
     found = Images(images)
@@ -118,7 +119,7 @@ def evaluate(
             bar.update(len(batch))
     features = torch.cat(features).double().numpy()
     if not np.isfinite(features).all():
-        raise ValueError(f"expected finite features, got NaN or infinity: {weights} does not hold usable weights")
+        raise CheckpointError(f"expected finite features, got NaN or infinity: {weights} does not hold usable weights")
     score = {"inception_score_mean": None, "inception_score_std": None}
     if len(found) >= SPLITS:
         from torch_fidelity.metric_isc import isc_features_to_metric
@@ -139,7 +140,7 @@ def _inception(weights: Path | None):
     try:
         from torch_fidelity import feature_extractor_inceptionv3 as module
     except (ImportError, RuntimeError) as error:  # a torchvision for another torch ends with either
-        raise RuntimeError(
+        raise MissingPackage(
             f"cspd eval needs torch-fidelity, which cannot be imported ({error}): install the extra `eval`, "
             "`pip install 'cspd-kernels[eval]'`"
         ) from error
@@ -148,27 +149,25 @@ def _inception(weights: Path | None):
     path = weights or Path(torch.hub.get_dir()) / "checkpoints" / name
     if not path.is_file():
         raise FileNotFoundError(
-            f"expected torch-fidelity's Inception weights, found no file {path}: download {url} to there, or give a "
-            "copy of it with --weights"
+            f"expected torch-fidelity's Inception weights, found no file {path}: download {url} to it, or name "
+            "your copy with --weights"
         )
     # torch-fidelity would unpickle whatever is in the file.
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # noqa: BLE001  (pickle, zip and torch each have their own)
-        raise ValueError(
-            f"expected {path} as a file of weights alone, it cannot be read as one: {_first(error)}"
-        ) from None
+        raise CheckpointError(f"expected {path} to hold weights alone, it cannot be read: {_first(error)}") from None
     if not isinstance(state, dict) or getattr(state.get("fc.weight"), "shape", None) != (1008, FEATURES):
-        raise ValueError(
-            f"expected {path} as torch-fidelity's Inception ({name}), whose fc.weight is of shape (1008, {FEATURES}); "
-            "torchvision's is another network, with other numbers"
+        raise CheckpointError(
+            f"expected {path} to be torch-fidelity's Inception ({name}), whose fc.weight has the shape (1008, "
+            f"{FEATURES}). torchvision's Inception is another network and gives other figures"
         )
     try:
         extractor = module.FeatureExtractorInceptionV3(
             "inception-v3-compat", [str(FEATURES), "logits_unbiased"], feature_extractor_weights_path=str(path)
         )
     except RuntimeError as error:
-        raise ValueError(f"expected {path} as torch-fidelity's Inception ({name}): {_first(error)}") from None
+        raise CheckpointError(f"expected {path} to be torch-fidelity's Inception ({name}): {_first(error)}") from None
     return extractor, path
 
 
@@ -184,13 +183,13 @@ def _first(error: Exception) -> str:
 
 def _open_npz(path: Path, what: str):
     if not path.exists():
-        raise FileNotFoundError(f"expected {what} as a file, found none at {path}")
+        raise FileNotFoundError(f"expected a file for {what}, found none at {path}")
     try:
         file = np.load(path, allow_pickle=False)
     except (ValueError, EOFError, zipfile.BadZipFile):
         file = None
     if not isinstance(file, np.lib.npyio.NpzFile):
-        raise ValueError(f"expected {what} as a .npz file, {path} is none")
+        raise InvalidInput(f"expected a .npz file for {what}, got {path}")
     return file
 
 
@@ -198,7 +197,7 @@ def _array(file, name: str, path: Path) -> np.ndarray:
     try:
         return file[name]
     except (ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{name} of {path} cannot be read: {error}") from None
+        raise InvalidInput(f"{name} of {path} cannot be read: {error}") from None
 
 
 def _read(file: Path) -> np.ndarray:
@@ -206,4 +205,4 @@ def _read(file: Path) -> np.ndarray:
         with Image.open(file) as image:
             return np.asarray(image.convert("RGB"))
     except (OSError, SyntaxError, UnidentifiedImageError) as error:
-        raise ValueError(f"{file} cannot be read as an image: {error}") from None
+        raise InvalidInput(f"{file} cannot be read as an image: {error}") from None

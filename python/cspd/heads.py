@@ -18,6 +18,7 @@ from cspd_kernels.spec import HeadSpec, specs_of
 from cspd_kernels.structure import stood_for, why_not_a_network, why_not_as_written, why_not_plain
 
 from .diffusions import NotServedError, diffusions_of
+from .errors import NotAModel, UnsupportedModel
 from .source import Source
 
 _MAX_SCHEDULES = 128  # of one network, whose packed heads share their weights: steps annealed from 100 to 1 have 100
@@ -49,7 +50,7 @@ class Found:
 def look_for_heads(model: nn.Module) -> Found:
     """Every diffusion head in the module tree, found by structure."""
     if not isinstance(model, nn.Module):
-        raise TypeError(f"expected a torch.nn.Module that holds a diffusion head, got {type(model).__name__}")
+        raise NotAModel(f"expected a torch.nn.Module with a diffusion head, got {type(model).__name__}")
     heads, near, seen = [], {}, set()
     everywhere = diffusions_of(model)
     for path, module in model.named_modules():
@@ -93,11 +94,11 @@ def find_heads(model: nn.Module) -> Found:
     found = look_for_heads(model)
     if not found.heads:
         near = "".join(f"\n  {name}: {reason}" for name, reason in found.near.items())
-        raise ValueError(
+        raise UnsupportedModel(
             f"no diffusion head found in {type(model).__name__} that can be served; it is left unpatched. Looked for "
-            "networks of input_proj, time_embed, cond_embed, res_blocks and final_layer (LTH14/mar's, or one by other "
-            "names that are known), best of all as net of a module that holds a diffusion object with p_sample_loop."
-            + (" These came near:" + near if near else " No module came near.")
+            "networks with input_proj, time_embed, cond_embed, res_blocks and final_layer, as in LTH14/mar, or the "
+            "names of other known code bases. The network is usually the attribute net of a module with a diffusion "
+            "object that has p_sample_loop." + (" These came near:" + near if near else " No module came near.")
         )
     return found
 

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Callable
 
 import torch
-from tqdm import tqdm
 
 from .checks import check_attention, wants_entropy
 from .policies import draft_length
+from .reporting import Callback, Reporter, title_of
 from .run_state import RunState
 from .stats import Recorder
 from .tree import Tree
 from .whole.steps import PlainSteps, Steps
+from .window import Phase
 
 
 def end_by(state: RunState, gamma) -> None:
@@ -25,31 +25,35 @@ def end_by(state: RunState, gamma) -> None:
         state.entropy = None if state.at is None else gamma.start(len(state.tokens), state.tokens.device)
 
 
-def run_windows(steps: Steps | PlainSteps, gamma, progress: bool = False) -> Recorder:
+def run_windows(steps: Steps | PlainSteps, gamma, progress: bool = False, callback: Callback | None = None) -> Recorder:
     """Pre-filling, then windows of ``gamma`` steps, or of as many as a policy says, until every token is drawn."""
     state, windows = steps.state, []
     plan, recorder = state.plan, Recorder(state.outcome, state.probability, "window", state.candidates)
     first, stop = state.prefilled, len(plan.steps)
     ends = None if state.ends is None else state.ends.start(1, state.tokens.device)
-    with tqdm(total=stop, disable=not progress) as bar:
-        _prefill(steps, recorder, bar)
+    with _reporter("window", steps, recorder, progress, callback) as report:
+        _prefill(steps, recorder, report)
         while first < stop:
-            phase = _phases(recorder, bar)
             state.go_to(first)
             if state.ends is None:
                 last = min(first + _length(gamma, windows), stop)
-                steps.draft(first, last, phase)
+                for i in range(first, last):
+                    steps.draft(i, i + 1, recorder.phase)
+                    report.tell("draft", i + 1)
             else:
-                last, ends = _draft_while(steps, ends, first, min(first + gamma.most, stop), phase)
-            judged = steps.judge(first, last, phase)
+                last, ends = _draft_while(steps, ends, first, min(first + gamma.most, stop), recorder.phase, report)
+            judged = steps.judge(first, last, recorder.phase)
             recorder.window(judged.sums, judged.log_ratio.numel(), last - first, len(state.tokens))
+            report.tell("verify", last)
             counts = [step.before - step.after for step in plan.steps[first:last]]
             windows.append(functools.partial(_acceptance, judged.log_ratio, counts))
             first = last
     return recorder
 
 
-def _draft_while(steps, ends, first: int, stop: int, phase) -> tuple[int, torch.Tensor]:
+def _draft_while(
+    steps: Steps | PlainSteps, ends: torch.Tensor, first: int, stop: int, phase: Phase, report: Reporter
+) -> tuple[int, torch.Tensor]:
     """Draft steps as long as the window goes on, by the mean entropy of the batch: (the one behind it, the state then).
 
     The host waits for every step but the first. The one that ends a window has been drawn, and is drawn again.
@@ -61,6 +65,7 @@ def _draft_while(steps, ends, first: int, stop: int, phase) -> tuple[int, torch.
             steps.undo(i)
             return i, ends
         ends = behind
+        report.tell("draft", i + 1)
     return stop, ends
 
 
@@ -84,13 +89,15 @@ def _length(gamma, windows: list[Callable[[], list[float]] | list[float]]) -> in
     return draft_length(gamma, windows)
 
 
-def run_rounds(steps: Steps | PlainSteps, gamma, branches: int, progress: bool = False) -> Recorder:
+def run_rounds(
+    steps: Steps | PlainSteps, gamma, branches: int, progress: bool = False, callback: Callback | None = None
+) -> Recorder:
     """Pre-filling, then rounds of strict verification (:mod:`cspd.strict`), at most one for every other step.
 
-    Images end at different rounds. On a CPU the host looks where they are, and those that are done have no part in the
-    rounds behind. On a device it lets each round tell that in
-    memory of the host, without waiting, and launches the next one before it reads: it waits for the round
-    before the one in flight alone, so that the device has work all the time. A round behind the last changes nothing.
+    Images end at different rounds. On a CPU the host looks where they are, and images that are done take no part in
+    later rounds. A GPU writes where they are to the host's memory. The host launches the next round before it reads
+    that, so it waits only for the round before the one in flight, and the GPU always has work. A round that is launched
+    after the last one changes nothing.
     """
     state = steps.state
     plan, recorder = state.plan, Recorder(state.outcome, state.probability, "strict", state.candidates)
@@ -98,9 +105,9 @@ def run_rounds(steps: Steps | PlainSteps, gamma, branches: int, progress: bool =
     windows, fixed = [], gamma.most if state.ends is not None else gamma
     places = Places(state.at.device, most)
     starts = [state.tokens.shape[1] - step.before for step in plan.steps] + [state.tokens.shape[1]]
-    with tqdm(total=stop, disable=not progress) as bar:
-        _prefill(steps, recorder, bar)
-        for _ in range(stop - state.prefilled):
+    with _reporter("strict", steps, recorder, progress, callback) as report:
+        _prefill(steps, recorder, report)
+        for before_last in reversed(range(stop - state.prefilled)):
             left = stop - (places.least if steps.exact else state.prefilled)
             length = min(_length(fixed, windows), left)
             images = places.count(state.at, stop) if steps.exact else len(state.tokens)
@@ -110,33 +117,28 @@ def run_rounds(steps: Steps | PlainSteps, gamma, branches: int, progress: bool =
             recorder.round(sums, length, tree.rows)
             windows.append(functools.partial(_acceptance_of_round, sums, length))
             places.tell(state.at)
-            bar.update(places.least - bar.n)
+            report.tell("round", places.least if before_last else stop)
             if places.least >= stop:
                 break
             most = min(stop, places.most + length * places.unseen)
-        bar.update(stop - bar.n)
     return recorder
 
 
-def _prefill(steps: Steps | PlainSteps, recorder: Recorder, bar: tqdm) -> None:
+def _reporter(
+    verify: str, steps: Steps | PlainSteps, recorder: Recorder, progress: bool, callback: Callback | None
+) -> Reporter:
+    planned, images = steps.state.plan.steps, len(steps.state.tokens)
+    title = title_of(steps.state.prefilled == len(planned), verify)
+    return Reporter(title, planned, images, recorder, progress, callback)
+
+
+def _prefill(steps: Steps | PlainSteps, recorder: Recorder, report: Reporter) -> None:
     for i in range(steps.state.prefilled):
         steps.state.go_to(i)
         with recorder.phase("target"):
             steps.target(i)
         recorder.prefill()
-        bar.update()
-
-
-def _phases(recorder: Recorder, bar: tqdm) -> Callable[[str], contextlib.AbstractContextManager]:
-    """To time the phases of a window; every step that was drafted moves the bar."""
-
-    @contextlib.contextmanager
-    def phase(name: str):
-        with recorder.phase(name):
-            yield
-        bar.update(name == "draft")
-
-    return phase
+        report.tell("prefill", i + 1)
 
 
 class Places:

@@ -36,7 +36,7 @@ def run_call(
     """
     device, stream, rows = head.device, stream_dtype(head.dtype), call.rows
     if call.inter_noise is not None and len(call.inter_noise) != head.num_steps:
-        raise NotServedError(f"the noise of the steps is of {len(call.inter_noise)}, not {head.num_steps} steps")
+        raise NotServedError(f"the noise is of {len(call.inter_noise)} steps, the head has {head.num_steps}")
     cond = embedded(call, meaning, head)  # it may raise, so before anything is drawn
     x_T = call.noise  # noqa: N806
     if x_T is None:
@@ -109,16 +109,22 @@ def loop_dtype(call: Call, noise: torch.dtype) -> torch.dtype:
 
 
 def draw_steps(
-    steps: int, shape: tuple[int, int], first: torch.dtype, then: torch.dtype, device, backend: str | None = None
+    steps: int,
+    shape: tuple[int, int],
+    first: torch.dtype,
+    then: torch.dtype,
+    device: torch.device,
+    backend: str | None = None,
+    generator: torch.Generator | None = None,
 ) -> torch.Tensor:
     """(T, rows, C) in ``then``, as the loop draws it: ``randn_like(x)`` at every step, T-1 first and 0 included.
 
-    x is of type ``first`` at the first step. ``backend`` is as in :func:`randn_steps`.
+    x is of type ``first`` at the first step. ``backend`` and ``generator`` are as in :func:`randn_steps`.
     """
     if device.type == "cpu" and first == then and math.prod(shape) % 16 == 0:
         # In blocks of 16 the CPU's generator gives the same numbers at once as it gives step by step.
-        return torch.randn((steps, *shape), dtype=then, device=device).flip(0)
-    return randn_steps(steps, shape, then, device, first=first, newest_first=True, backend=backend)
+        return torch.randn((steps, *shape), dtype=then, device=device, generator=generator).flip(0)
+    return randn_steps(steps, shape, then, device, generator, first=first, newest_first=True, backend=backend)
 
 
 def finish(call: Call, out: Denoised | DenoisedInParallel, diffusion) -> torch.Tensor:

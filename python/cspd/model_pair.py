@@ -66,6 +66,11 @@ class ModelPair:
         """Whose weights are kept."""
         return [packed for transformer in self._chosen.values() for packed in transformer.packed()]
 
+    def lines(self) -> list[str]:
+        """For people: the role, the class and the size of each."""
+        sizes = {role: sum(value.numel() for value in _parameters(model)) for role, model in self.models.items()}
+        return [f"{role}: {type(self.models[role]).__name__}, {n / 1e6:.3g} M parameters" for role, n in sizes.items()]
+
     def _head(self, role: str, dtype: torch.dtype | None, step: int, steps: int) -> DiffusionHead:
         diffloss = self.models[role].diffloss
         net, _ = unwrapped(diffloss.net)
@@ -74,3 +79,7 @@ class ModelPair:
         if role not in self._diffusions or self._diffusions[role].diffusion is not diffloss.gen_diffusion:
             self._diffusions[role] = Tables(diffloss.gen_diffusion)
         return self._caches[role].get(sampled(self._sampling, self._diffusions[role].schedule(), step, steps), dtype)
+
+
+def _parameters(model) -> list[torch.Tensor]:
+    return list(model.parameters()) if hasattr(model, "parameters") else []

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 
 from cspd_kernels.backends import implementation
-from cspd_kernels.head import OPERAND_DTYPES
 from cspd_kernels.ops.denoise.parallel import AUTO, check_tolerance
 
+from .errors import InvalidInput
 from .sampling import OWN, Sampling
 
 _NOISES, _WEIGHTS, _LOOPS = ("upstream", "philox"), ("live", "frozen"), (None, "own")
@@ -36,17 +36,18 @@ class Options:
 
     def check(self) -> None:
         if self.noise not in _NOISES:
-            raise ValueError(f"patch expected noise one of {_NOISES}, got {self.noise!r}")
+            raise InvalidInput(f"patch expected noise one of {_NOISES}, got {self.noise!r}")
         if self.weights not in _WEIGHTS:
-            raise ValueError(f"patch expected weights one of {_WEIGHTS}, got {self.weights!r}")
-        if self.dtype is not None and self.dtype not in OPERAND_DTYPES:
-            raise ValueError(f"patch expected dtype None or one of {OPERAND_DTYPES}, got {self.dtype!r}")
+            raise InvalidInput(f"patch expected weights one of {_WEIGHTS}, got {self.weights!r}")
         if self.compile and not self.whole:
-            raise ValueError("patch expected compile=True together with whole=True: heads have kernels of their own")
+            raise InvalidInput(
+                "patch expected whole=True together with compile=True: it compiles the transformer, and heads have "
+                "kernels"
+            )
         if self.loop not in _LOOPS:
-            raise ValueError(f"patch expected loop one of {_LOOPS}, got {self.loop!r}")
+            raise InvalidInput(f"patch expected loop one of {_LOOPS}, got {self.loop!r}")
         if self.loop == "own" and self.whole:
-            raise ValueError("patch expected loop='own' without whole=True, which takes the loop over, too")
+            raise InvalidInput("patch expected loop='own' or whole=True, not both: whole=True replaces the loop")
         check_tolerance("patch", self.parallel_tol)
         self.sampling.check("patch")
         implementation("denoise", self.backend)

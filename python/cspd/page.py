@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 
+from .errors import MissingPackage
 from .serve import MAX_BRANCHES, MAX_GUIDANCE, MAX_SEED, MOST_CANDIDATES, Studio, render
 
 WAITING = 16  # requests; who comes when so many wait is told to come again
@@ -30,7 +31,7 @@ def import_gradio():
     try:
         import gradio
     except ImportError as error:
-        raise RuntimeError(
+        raise MissingPackage(
             f"cspd serve needs gradio, which cannot be imported ({error}): install the extra `serve`, "
             "`pip install 'cspd-kernels[serve]'`"
         ) from error
@@ -70,8 +71,8 @@ def build_page(studio: Studio):
                     [("Window", "window"), ("Strict", "strict")],
                     value="window",
                     label="Verification",
-                    info="Strict draws as the target itself does"
-                    + ("." if studio.one_sigma else ", with one candidate and but for fallbacks."),
+                    info="Strict draws from the target's own distribution"
+                    + ("." if studio.one_sigma else ", with one candidate and apart from fallbacks."),
                 )
                 candidates = gr.Slider(1, MOST_CANDIDATES, 1, step=1, label="Candidates of a token")
                 branches = gr.Slider(1, MAX_BRANCHES, 1, step=1, label="Branches: strict only")

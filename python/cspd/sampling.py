@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from numbers import Real
+from typing import Any
 
 from cspd_kernels import Schedule
+
+from .errors import InvalidInput
 
 SAMPLERS = (None, "ddim")
 
@@ -25,23 +28,23 @@ class Sampling:
     eta: float = 0.0
     steps: int | tuple[int, int] | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if isinstance(self.steps, list):
             object.__setattr__(self, "steps", tuple(self.steps))
 
     def check(self, who: str) -> None:
         """Raise on an option that does not exist, whatever the schedule."""
         if self.sampler not in SAMPLERS:
-            raise ValueError(f"{who} expected sampler one of {SAMPLERS}, got {self.sampler!r}")
+            raise InvalidInput(f"{who} expected sampler one of {SAMPLERS}, got {self.sampler!r}")
         number = isinstance(self.eta, Real) and not isinstance(self.eta, bool)
         if not number or not 0.0 <= self.eta <= 1.0:
-            raise ValueError(f"{who} expected eta in [0, 1], got {self.eta!r}")
+            raise InvalidInput(f"{who} expected eta in [0, 1], got {self.eta!r}")
         if self.eta != 0.0 and self.sampler != "ddim":
-            raise ValueError(f"{who} expected eta={self.eta!r} together with sampler='ddim', got {self.sampler!r}")
-        counts = self.steps if isinstance(self.steps, tuple) else (self.steps,)
+            raise InvalidInput(f"{who} expected eta={self.eta!r} together with sampler='ddim', got {self.sampler!r}")
+        counts: tuple[Any, ...] = self.steps if isinstance(self.steps, tuple) else (self.steps,)
         right = all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in counts)
         if self.steps is not None and not (right and len(counts) in (1, 2) and self.steps != counts[:1]):
-            raise ValueError(
+            raise InvalidInput(
                 f"{who} expected sampling_steps as an int >= 1 or a pair (first, last) of them, got {self.steps!r}"
             )
 
@@ -72,7 +75,7 @@ class Sampling:
         if not self.changes:
             return schedule
         count = self.count(step, of)
-        kept = schedule.__dict__.setdefault("_sampled", {})  # heads are kept by their schedule
+        kept: dict[Any, Schedule] = schedule.__dict__.setdefault("_sampled", {})  # heads are kept by their schedule
         key = (self.sampler, self.eta, count)
         if key not in kept:
             kept[key] = self._made(schedule, count)
@@ -80,12 +83,12 @@ class Sampling:
 
     def _made(self, schedule: Schedule, count: int | None) -> Schedule:
         if schedule.betas is None or schedule.width is not None:
-            raise ValueError(
-                f"expected a head of a noise schedule for {self}, got {schedule!r}: its number of steps is set where "
-                "it is made"
+            raise InvalidInput(
+                f"expected a head with a noise schedule for {self}, got {schedule!r}: set its number of steps where "
+                "you build it"
             )
         if count is not None and count > schedule.num_steps:
-            raise ValueError(f"expected sampling_steps up to the head's own {schedule.num_steps}, got {count}")
+            raise InvalidInput(f"expected sampling_steps up to the head's own {schedule.num_steps}, got {count}")
         made = schedule if count is None else schedule.respaced(count)
         return made.ddim(self.eta) if self.sampler == "ddim" else made
 

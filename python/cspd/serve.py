@@ -20,6 +20,7 @@ from cspd_kernels.ops.accept_reject import MOST_CANDIDATES
 from .check_heads import learned_variance
 from .checks import VERIFY
 from .demo.picture import to_pixels
+from .errors import InvalidInput
 from .speculative import SpecDecodeRunner
 from .stats import OUTCOMES
 
@@ -153,9 +154,9 @@ class Studio:
 def whole(name: str, value, low: int, high: int) -> int:
     """``value`` as a whole number from ``low`` to ``high``."""
     if isinstance(value, bool) or not isinstance(value, int | float) or value != value or not low <= value <= high:
-        raise ValueError(f"Expected {name} as a whole number from {low} to {high}, got {_shown(value)}.")
+        raise InvalidInput(f"Expected {name} as a whole number from {low} to {high}, got {_shown(value)}.")
     if value != int(value):
-        raise ValueError(f"Expected {name} as a whole number from {low} to {high}, got {_shown(value)}.")
+        raise InvalidInput(f"Expected {name} as a whole number from {low} to {high}, got {_shown(value)}.")
     return int(value)
 
 
@@ -166,16 +167,13 @@ def verification(verify, candidates, branches) -> dict:
         ValueError: out of range, or not together.
     """
     if verify not in VERIFY:
-        raise ValueError(f"Expected the verification as one of {', '.join(VERIFY)}, got {_shown(verify)}.")
+        raise InvalidInput(f"Expected the verification as one of {', '.join(VERIFY)}, got {_shown(verify)}.")
     candidates = whole("the candidates", candidates, 1, MOST_CANDIDATES)
     branches = whole("the branches", branches, 1, MAX_BRANCHES)
     if branches > 1 and verify != "strict":
-        raise ValueError(f"Expected strict verification with {branches} branches: in windows there is one.")
+        raise InvalidInput(f"Expected strict verification for {branches} branches: windows have one.")
     if branches > candidates:
-        raise ValueError(
-            f"Expected at most as many branches as candidates, each of which one continues, got {branches} and "
-            f"{candidates}."
-        )
+        raise InvalidInput(f"Expected at most as many branches as candidates, got {branches} and {candidates}.")
     plain = verify == "window" and candidates == 1
     return {
         "verify": verify,
@@ -190,7 +188,7 @@ def number(name: str, value, low: float, high: float) -> float:
     """``value`` as a number from ``low`` to ``high``."""
     fits = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if not fits or not low <= value <= high:
-        raise ValueError(f"Expected {name} as a number from {low:g} to {high:g}, got {_shown(value)}.")
+        raise InvalidInput(f"Expected {name} as a number from {low:g} to {high:g}, got {_shown(value)}.")
     return float(value)
 
 

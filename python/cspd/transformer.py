@@ -11,16 +11,21 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch.utils.checkpoint import checkpoint
 
 from cspd_kernels.head import without_autocast
 
+from .errors import InvalidInput
+
 PARTS = (
     "z_proj", "z_proj_ln", "encoder_pos_embed_learned", "encoder_blocks", "encoder_norm", "decoder_embed", "mask_token",
     "decoder_pos_embed_learned", "decoder_blocks", "decoder_norm", "diffusion_pos_embed_learned", "buffer_size",
 )  # fmt: skip
+
+_Method = TypeVar("_Method", bound=Callable[..., torch.Tensor])
 
 
 def known_of_mask(mask: torch.Tensor) -> torch.Tensor:
@@ -34,7 +39,7 @@ def known_of_mask(mask: torch.Tensor) -> torch.Tensor:
     masked = mask != 0
     counts = sorted(set((~masked).sum(dim=1).tolist()))
     if len(counts) > 1:
-        raise ValueError(f"expected a mask with the same number of known tokens in every image, got {counts}")
+        raise InvalidInput(f"expected a mask with the same number of known tokens in every image, got {counts}")
     return masked.to(torch.uint8).argsort(dim=1, stable=True)[:, : counts[0] if counts else 0]
 
 
@@ -78,7 +83,7 @@ def conditions(model, tokens, known, class_embedding, where) -> torch.Tensor:
 _MASKED_FORMS = set()
 
 
-def masked_form(method):
+def masked_form(method: _Method) -> _Method:
     """Register a method that only turns its mask into a table for :func:`encode` or :func:`decode`: nothing to compare.
 
     By identity: whatever wraps or replaces it may compute something else.

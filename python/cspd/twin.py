@@ -26,6 +26,7 @@ from cspd_kernels.structure import compiled_from
 from .calls import Call
 from .cut import SEED, Cut
 from .diffusions import LOOPS, NotServedError, Steps
+from .errors import UnsupportedModel
 from .heads import HeadCache
 from .loop import PATCHES, LoopHook, uncounted
 from .made_calls import finish, run_call
@@ -39,7 +40,7 @@ _RANDOM = (
 )  # fmt: skip
 
 
-class CannotRunError(ValueError):
+class CannotRunError(UnsupportedModel):
     """The module's own code does not run on a small copy here; nothing is known."""
 
 

@@ -9,10 +9,14 @@ import logging
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
+from cspd_kernels.dtypes import as_dtype
+
+from .errors import CheckpointError, InvalidInput, MissingPackage
 from .weight_files import (
     VAE_FILE,
     Weights,
@@ -39,7 +43,7 @@ class Vae:
         dtype, device: where and in what it decodes. loaded: what it is, for people.
     """
 
-    def __init__(self, autoencoder: nn.Module, channels: int, stride: int, loaded: str):
+    def __init__(self, autoencoder: Any, channels: int, stride: int, loaded: str):
         self.autoencoder, self.channels, self.stride, self.loaded = autoencoder, channels, stride, loaded
         weight = next(autoencoder.parameters())
         self.dtype, self.device = weight.dtype, weight.device
@@ -49,16 +53,17 @@ class Vae:
         """Pictures (B, 3, h stride, w stride), float32 about [-1, 1], of latents (B, c, h, w) on any device.
 
         Args:
-            latents: what ``sample_tokens`` returns: the VAE's own times 0.2325.
-            chunk: pictures of 256 x 256 at a time, larger ones fewer, at least one: it bounds the memory.
+            latents: what ``sample_tokens`` returns, which is the VAE's own latents times 0.2325.
+            chunk: how many pictures of 256 x 256 are decoded at a time, which bounds the memory. Larger pictures come
+                in smaller chunks, of at least one.
 
         Raises:
-            ValueError: another number of channels.
+            InvalidInput: the latents have another number of channels.
         """
         if latents.ndim != 4 or latents.shape[1] != self.channels:
-            raise ValueError(f"expected latents (B, {self.channels}, h, w), got shape {tuple(latents.shape)}")
+            raise InvalidInput(f"expected latents (B, {self.channels}, h, w), got shape {tuple(latents.shape)}")
         if chunk < 1:
-            raise ValueError(f"expected chunk >= 1, got {chunk}")
+            raise InvalidInput(f"expected chunk >= 1, got {chunk}")
         height, width = (side * self.stride for side in latents.shape[2:])
         count = max(1, min(chunk, chunk * 256**2 // max(1, height * width)))
         images = torch.empty(len(latents), 3, height, width, device=self.device)
@@ -69,31 +74,39 @@ class Vae:
         return images
 
     def check(self, model: nn.Module) -> None:
-        """Raise where a MAR's latents are not this VAE's.
+        """Raise if a MAR's latents are not this VAE's.
 
         Raises:
-            ValueError: other channels, or a stride other than the one the model was trained for, if that is known.
+            InvalidInput: other channels, or another stride than the model was trained for, if that is known.
         """
         channels, stride = (getattr(model, name, None) for name in ("vae_embed_dim", "vae_stride"))
         if channels not in (None, self.channels):
-            raise ValueError(
-                f"expected a VAE of {channels} channels, those of the model's latents (its patch size is "
+            raise InvalidInput(
+                f"expected a VAE of {channels} channels, as in the model's latents (its patch size is "
                 f"{getattr(model, 'patch_size', 1)}), got one of {self.channels}: {self.loaded}"
             )
         if stride not in (None, 1, self.stride):  # 1: of a model that was made in places of its latents
-            raise ValueError(f"expected a VAE of stride {stride}, the model's, got one of {self.stride}: {self.loaded}")
+            raise InvalidInput(
+                f"expected a VAE of stride {stride}, as in the model, got one of {self.stride}: {self.loaded}"
+            )
 
 
-def load_vae(path: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Vae:
+def load_vae(path: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | str = torch.float32) -> Vae:
     """The decoder in a checkpoint of MAR's VAE: ``kl16.ckpt``, the same in safetensors, or a folder that holds one.
 
     Its sizes are read from the weights. The encoder is not loaded. Nothing in the file is executed.
 
+    Args:
+        dtype: what it decodes in, float32 or bfloat16, also by name.
+
     Raises:
-        RuntimeError: diffusers is not installed. FileNotFoundError, ValueError: no such file, or no such VAE in it.
+        MissingPackage: diffusers is not installed. FileNotFoundError: no such file. CheckpointError: no such VAE in it.
+
+    Example:
+        >>> vae = cspd.load_vae("kl16.ckpt", device="cuda", dtype="bfloat16")  # doctest: +SKIP
+        >>> pictures = vae.decode(cspd.sample_tokens(model, 8, cfg=3.0))  # doctest: +SKIP
     """
-    if dtype not in (torch.float32, torch.bfloat16):
-        raise ValueError(f"expected dtype torch.float32 or torch.bfloat16 for the VAE, got {dtype}")
+    dtype = as_dtype(dtype, "load_vae", (torch.float32, torch.bfloat16))
     autoencoder_class = _autoencoder_class()
     path = _file(path)
     state = vae_weights(path).tensors
@@ -102,12 +115,14 @@ def load_vae(path: str | Path, *, device: torch.device | str = "cpu", dtype: tor
         with torch.device("meta"):
             autoencoder = autoencoder_class(**config)
         autoencoder.encoder = autoencoder.quant_conv = None
-        form = dict(device=device, dtype=dtype, copy=True, memory_format=torch.contiguous_format)
-        renamed = {name: value.to(**form) for name, value in to_diffusers(state).items()}
+        form = torch.contiguous_format
+        renamed = {
+            name: value.to(device, dtype, copy=True, memory_format=form) for name, value in to_diffusers(state).items()
+        }
         if reason := why_not_its_weights(autoencoder.state_dict(), renamed, "a VAE of LTH14/mar (diffusers' names)"):
-            raise ValueError(reason)
+            raise CheckpointError(reason)
     except ValueError as error:
-        raise ValueError(f"cannot load {path} as a VAE: {error}") from None
+        raise CheckpointError(f"cannot load {path} as a VAE: {error}") from None
     autoencoder.load_state_dict(renamed, assign=True)
     channels, stride = config["latent_channels"], 2 ** (len(config["block_out_channels"]) - 1)
     loaded = _description(config, state)
@@ -115,11 +130,11 @@ def load_vae(path: str | Path, *, device: torch.device | str = "cpu", dtype: tor
     return Vae(autoencoder.eval().requires_grad_(False), channels, stride, loaded)
 
 
-def _autoencoder_class() -> type[nn.Module]:
+def _autoencoder_class() -> Any:
     try:
         from diffusers import AutoencoderKL
     except ImportError as error:
-        raise RuntimeError(
+        raise MissingPackage(
             f'pictures need diffusers, which cannot be imported ({error}): pip install "cspd-kernels[vae]"'
         ) from error
     return AutoencoderKL
@@ -137,12 +152,14 @@ def vae_weights(path: Path, parts: tuple[str, ...] = ("decoder", "post_quant_con
     state = found.tensors if isinstance(found.tensors, dict) else {}
     marked = [str(name) for name in state if str(name).endswith(_MARKER)]
     if len(marked) != 1:
-        raise ValueError(f"expected one VAE in {path}, with a weight {_MARKER}, found {len(marked)}")
+        raise CheckpointError(f"expected one VAE in {path}, with a weight {_MARKER}, found {len(marked)}")
     prefix = marked[0].removesuffix(_MARKER)
     own = re.compile(re.escape(prefix) + rf"(?=(?:{'|'.join(parts)})\.)")
     state = {own.sub("", name, count=1): value for name, value in state.items() if own.match(str(name))}
     if any(name.startswith("decoder.up_blocks.") for name in state):
-        raise ValueError(f"expected a VAE with the names of LTH14/mar's kl16.ckpt in {path}, got those of diffusers")
+        raise CheckpointError(
+            f"expected a VAE with the names of LTH14/mar's kl16.ckpt in {path}, got the names of diffusers"
+        )
     check_weights(state, path)
     return replace(found, tensors=state, prefix=prefix)
 
@@ -168,14 +185,14 @@ def _file(path: str | Path) -> Path:
     return find_file(Path(path), *VAE_FILE)
 
 
-def _description(config: dict, state: dict[str, torch.Tensor]) -> str:
+def _description(config: dict[str, Any], state: dict[str, torch.Tensor]) -> str:
     channels, stride = config["latent_channels"], 2 ** (len(config["block_out_channels"]) - 1)
     name = "KL-16" if (channels, stride) == (16, 16) else "a VAE"
     count = sum(value.numel() for name, value in state.items() if name.startswith("decoder.")) / 1e6
     return f"{name}, decoder of {count:.3g} M parameters, {channels} channels, stride {stride}"
 
 
-def decoder_config(state: dict[str, torch.Tensor]) -> dict:
+def decoder_config(state: dict[str, torch.Tensor]) -> dict[str, Any]:
     """The arguments of ``AutoencoderKL`` that fit a decoder's weights (released names).
 
     Raises:
@@ -184,7 +201,7 @@ def decoder_config(state: dict[str, torch.Tensor]) -> dict:
 
     def shape(name: str) -> torch.Size:
         if name not in state or state[name].ndim != 4:
-            raise ValueError(f"expected the decoder of a VAE, got one without a convolution {name}")
+            raise CheckpointError(f"expected the decoder of a VAE, got one without a convolution {name}")
         return state[name].shape
 
     levels = 1 + max((int(found[1]) for name in state if (found := re.match(r"decoder\.up\.(\d+)\.", name))), default=0)
@@ -192,10 +209,11 @@ def decoder_config(state: dict[str, torch.Tensor]) -> dict:
     blocks = len({name.split(".")[4] for name in state if name.startswith("decoder.up.0.block.")})
     channels = shape("post_quant_conv.weight")[1]
     if channels != shape(_MARKER)[1]:
-        raise ValueError(f"expected as many channels in the latents as in front of the decoder, got {channels} and "
-                         f"{shape(_MARKER)[1]}")  # fmt: skip
+        raise CheckpointError(
+            f"expected as many channels in the latents as the decoder takes, got {channels} and {shape(_MARKER)[1]}"
+        )
     if any(width % _GROUPS for width in widths):
-        raise ValueError(f"expected widths that are multiples of {_GROUPS}, got {widths}")
+        raise CheckpointError(f"expected widths that are multiples of {_GROUPS}, got {widths}")
     attends = [f"decoder.up.{level}.attn.0.q.weight" in state for level in reversed(range(levels))]
     return dict(
         in_channels=3,
@@ -249,8 +267,8 @@ def to_uint8(images: torch.Tensor) -> torch.Tensor:
         ValueError: other shapes; values that are not finite.
     """
     if images.ndim != 4 or images.shape[1] != 3:
-        raise ValueError(f"expected images (B, 3, H, W), got shape {tuple(images.shape)}")
+        raise InvalidInput(f"expected images (B, 3, H, W), got shape {tuple(images.shape)}")
     values = images.detach().to("cpu", torch.float32)
     if not torch.isfinite(values).all():
-        raise ValueError("expected finite images, got NaN or infinite values")
+        raise InvalidInput("expected finite images, got NaN or infinite values")
     return ((values + 1) / 2 * 255).clamp(0, 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
+from .errors import CheckpointError, InvalidInput
 from .files import check_output, writing
 from .unpickling import plain_values_allowed, why_unreadable
 
@@ -77,12 +78,14 @@ def read_unchecked(path: Path, entry: str | None = None) -> Weights:
     if not path.is_file():
         raise FileNotFoundError(f"expected a checkpoint file, found none at {path}")
     if re.search(r"-\d{5}-of-\d{5}\.", path.name):
-        raise ValueError(f"expected all weights in one file, got a part of them, {path}: save them in one")
+        raise CheckpointError(
+            f"expected all weights in one file, got one part of several, {path}: save them in one file"
+        )
     if path.suffix == ".safetensors":
         tensors, header = _read_safetensors(path)
         source = header["weights"] if header.get("weights") in ENTRIES else _PLAIN
         if entry not in (None, source):
-            raise ValueError(f"expected {entry} in {path}, which does not say that it holds it")
+            raise CheckpointError(f"expected {entry} in {path}, but the file does not say that it has it")
         return _told(path, tensors, source, _facts(header), "its header")
     loaded = _read_pickled(path)
     entries = ENTRIES if entry is None else (entry,)
@@ -93,7 +96,7 @@ def read_unchecked(path: Path, entry: str | None = None) -> Weights:
             if isinstance(loaded.get(name), (dict, torch.Tensor)):
                 return _told(path, loaded[name], name, told, "its args")
     if entry is not None:
-        raise ValueError(f"expected the entry {entry} in {path}, found none")
+        raise CheckpointError(f"expected the entry {entry} in {path}, found none")
     return _told(path, loaded, _PLAIN, {}, "")
 
 
@@ -102,7 +105,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, st
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except SafetensorError as error:
-        raise ValueError(f"expected a safetensors file, could not read {path}: {error}") from error
+        raise CheckpointError(f"expected a safetensors file, could not read {path}: {error}") from error
 
 
 def _read_pickled(path: Path) -> object:
@@ -111,7 +114,7 @@ def _read_pickled(path: Path) -> object:
             # Mapped, the entries that nobody wants are never read. What older versions of PyTorch wrote cannot be.
             return torch.load(str(path), map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:
-        raise ValueError(
+        raise CheckpointError(
             f"expected a checkpoint of plain tensors, could not read {path}: {why_unreadable(error)}"
         ) from error
 
@@ -124,7 +127,7 @@ def _told(path: Path, tensors: object, source: str, facts: dict[str, int], told_
     try:
         content = json.loads(config.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"expected JSON in {config}, which stands beside {path.name}: {error}") from error
+        raise CheckpointError(f"expected JSON in {config}, beside {path.name}: {error}") from error
     return Weights(path, tensors, source, _facts(content), "config.json")
 
 
@@ -146,27 +149,29 @@ def _facts(arguments: object) -> dict[str, int]:
 def check_weights(state: object, path: Path) -> None:
     """Raise where the state is none, or holds weights in a form that is not theirs."""
     if isinstance(state, torch.Tensor):
-        raise ValueError(f"expected a state dict in {path}, got one tensor of shape {tuple(state.shape)}: {UNFLATTEN}")
+        raise CheckpointError(
+            f"expected a state dict in {path}, got one tensor of shape {tuple(state.shape)}: {UNFLATTEN}"
+        )
     if not isinstance(state, dict) or not state:
         got = "an empty one" if isinstance(state, dict) else f"a {type(state).__name__}"
-        raise ValueError(f"expected a state dict, or a checkpoint with model_ema or model, in {path}, got {got}")
+        raise CheckpointError(f"expected a state dict, or a checkpoint with model_ema or model, in {path}, got {got}")
     for name, value in state.items():
         if not isinstance(name, str) or not isinstance(value, torch.Tensor):
-            raise ValueError(
+            raise CheckpointError(
                 f"expected a state dict, or a checkpoint with model_ema or model, in {path}, got {name!r} with a value "
                 f"of type {type(value).__name__}"
             )
         if re.search(r"(^|[._])flat_param", name):
-            raise ValueError(f"expected weights in shapes of their own in {path}, got {name}: {UNFLATTEN}")
+            raise CheckpointError(f"expected weights in their original shapes in {path}, got {name}: {UNFLATTEN}")
         if value.dtype not in _TYPES or value.layout is not torch.strided:
             kind = value.dtype if value.layout is torch.strided else value.layout
-            raise ValueError(
+            raise CheckpointError(
                 f"expected floating weights in {path}, got {name} of {kind}: quantised, complex and sparse checkpoints "
                 "are not read; save the weights in float32, bfloat16 or float16"
             )
 
 
-UNFLATTEN = "save a full state dict, as FSDP's StateDictType.FULL_STATE_DICT gives it"
+UNFLATTEN = "save a full state dict, with FSDP's StateDictType.FULL_STATE_DICT"
 
 
 def _common_prefix(state: dict[str, torch.Tensor], path: Path) -> str:
@@ -179,7 +184,7 @@ def _common_prefix(state: dict[str, torch.Tensor], path: Path) -> str:
     if len(prefixes) > 1:
         some = max(prefixes, key=len)
         other = next(name for name in state if not name.startswith(some))
-        raise ValueError(
+        raise CheckpointError(
             f"expected all names in {path} with the prefix {some!r}, or none, got {other} too: save the state dict of "
             "the model alone"
         )
@@ -204,16 +209,18 @@ def find_file(path: Path, marker: str, what: str) -> Path:
         if files:
             break
     else:
-        raise ValueError(f"expected a checkpoint in the folder {path}, found no file named *{', *'.join(SUFFIXES)}")
+        raise CheckpointError(
+            f"expected a checkpoint in the folder {path}, found no file named *{', *'.join(SUFFIXES)}"
+        )
     if len(files) == 1:
         return files[0]
     names = ", ".join(str(file.relative_to(path)) for file in files)
     fitting = [file for file in files if _holds(file, marker)]
     if not fitting:
-        raise ValueError(f"expected the checkpoint of {what} in {path}, found only others: {names}")
+        raise CheckpointError(f"expected the checkpoint of {what} in {path}, found only others: {names}")
     if len(fitting) > 1:
         names = ", ".join(str(file.relative_to(path)) for file in fitting)
-        raise ValueError(f"expected one checkpoint of {what} in {path}, found several: give one of {names}")
+        raise CheckpointError(f"expected one checkpoint of {what} in {path}, found several: give one of {names}")
     return fitting[0]
 
 
@@ -240,7 +247,7 @@ def why_not_its_weights(expected: dict[str, torch.Tensor], got: dict[str, torch.
 def check_safetensors(path: Path) -> None:
     """Raise where :func:`write_safetensors` could not write ``path``, as far as can be known."""
     if path.suffix != ".safetensors":
-        raise ValueError(f"expected an output with the ending .safetensors, got {path.name}")
+        raise InvalidInput(f"expected an output with the ending .safetensors, got {path.name}")
     check_output(path, "the output")
 
 

@@ -151,7 +151,10 @@ def test_a_folder_in_the_place_of_an_output_is_noticed_before_the_work(command, 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "x.png").mkdir()
     assert main([*command, "x.png"]) == 2
-    assert capsys.readouterr().err == f"cspd {command[0]}: expected {command[-1]} as a file, found a folder at x.png\n"
+    assert (
+        capsys.readouterr().err
+        == f"cspd {command[0]}: expected {command[-1]} to name a file, found a folder at x.png\n"
+    )
 
 
 @pytest.mark.parametrize("command", OUTPUTS)
@@ -163,7 +166,7 @@ def test_what_may_not_be_written_is_noticed_before_the_work(command, there, tmp_
     monkeypatch.setattr("cspd.files.os.access", lambda path, mode: path == tmp_path if there else path.name == "x.png")
     assert main([*command, "x.png"]) == 2
     error = capsys.readouterr().err
-    assert "that may be written" in error
+    assert "that is not writable" in error
     assert error.count("\n") == 1
 
 
@@ -172,7 +175,7 @@ def test_the_checkpoint_is_no_output(tmp_path, capsys):
     path.write_bytes(b"weights")
     command = [*GENERATE, str(tmp_path / "run"), "--target", str(path), "--vae", str(path), "--grid", str(path)]
     assert main(command) == 2
-    assert "expected --grid as another file than --target" in capsys.readouterr().err
+    assert "expected different files for --grid and --target" in capsys.readouterr().err
     assert path.read_bytes() == b"weights"
 
 

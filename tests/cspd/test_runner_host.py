@@ -17,7 +17,7 @@ from small_models import small_mar
 from torch.utils._python_dispatch import _disable_current_modes
 
 import cspd
-from cspd import loops, order, speculative
+from cspd import beginning, loops, order
 from cspd.order import to_device
 from cspd.whole import chosen, steps
 from cspd.window import prefill, run_window
@@ -64,7 +64,7 @@ def as_on_a_device(monkeypatch):
     comparing the weights, which a kernel does on a device.
     """
     monkeypatch.setattr(LiveWeights, "_compare", LiveWeights._embed)
-    monkeypatch.setattr(speculative, "check_run", lambda *_: None)
+    monkeypatch.setattr(beginning, "check_run", lambda *_: None)
     monkeypatch.setattr(order, "check_room", lambda *_: None)
     monkeypatch.setattr("cspd_kernels.ops.denoise.check_values", lambda **_: None)
     monkeypatch.setattr("cspd_kernels.ops.denoise.check_result", lambda *_: None)

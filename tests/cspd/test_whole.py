@@ -18,8 +18,8 @@ import cspd
 from cspd.diffusions import NotServedError
 from cspd.models import MAR
 from cspd.transformer import conditions_by_masks
-from cspd.whole import compare, compiled, passes, sampler
-from cspd.whole.sampler import SampleOptions, Sampler
+from cspd.whole import compare, compiled, noise, passes
+from cspd.whole.images import SampleOptions, Sampler
 from cspd.whole.weights import Weights
 from cspd_kernels import products
 from cspd_kernels.testing import randomize_, relative_error
@@ -138,14 +138,14 @@ def test_a_compiled_block_is_the_block(monkeypatch, masked, first):
 def test_compiling_is_for_gpus():
     with pytest.raises(ValueError, match="expected compile=True with a model on a GPU, got one on cpu"):
         ours(model(), options={"compile": True})
-    with pytest.raises(ValueError, match="expected compile=True together with whole=True"):
+    with pytest.raises(ValueError, match="expected whole=True together with compile=True"):
         cspd.patch(model(), compile=True)
 
 
 def test_noise_is_drawn_in_parts_where_it_is_large(monkeypatch):
     mar = model()
     expected = ours(mar, cfg=2.0, num_iter=12)
-    monkeypatch.setattr(sampler, "_TABLE_BYTES", 4 * 3 * 12 * 4 * 7)  # seven tokens of three images
+    monkeypatch.setattr(noise, "_TABLE_BYTES", 4 * 3 * 12 * 4 * 7)  # seven tokens of three images
     fresh = Sampler(mar, SampleOptions())
     for use in (lambda _: None, fake_graphs.use):
         use(monkeypatch)
@@ -210,10 +210,10 @@ class Later(MAR):
 
 
 FORKS = {
-    Colder: "asks its head for something else",
+    Colder: "calls its head with other arguments",
     OtherOrder: "images differ by",
     DrawsMore: "draws other random numbers",
-    AtLeastOne: "asks its head for something else",
+    AtLeastOne: "calls its head with other arguments",
 }
 
 
@@ -394,7 +394,7 @@ def test_a_patch_comes_and_goes_with_its_copies():
         assert list(mar.state_dict()) == list(model().state_dict())
     assert "sample_tokens" not in mar.__dict__
     assert torch.equal(sample(mar, cfg=2.0), expected)
-    with pytest.raises(ValueError, match=r"expected a MAR model with sample_tokens .* leave whole out"):
+    with pytest.raises(ValueError, match=r"expected a MAR model with sample_tokens .* omit whole=True"):
         cspd.patch(mar.diffloss, whole=True)
     assert not cspd.is_patched(mar)
 

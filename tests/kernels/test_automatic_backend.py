@@ -74,6 +74,17 @@ def test_automatic_on_cuda_falls_back_to_torch_with_the_reason_logged_once_per_o
         for _ in range(3):
             assert implementation(op, None, CUDA) == (op, "torch")
     assert caplog.messages == [f"automatic backend of {op}: torch (triton: it is of wood; cuda: it is of straw)"]
+    assert caplog.records[0].levelname == "WARNING"
+
+
+def test_a_cause_is_one_warning_for_all_ops(fake_kernels, caplog):
+    fake_kernels.missing = {"triton": "it is of wood", "cuda": "it is of straw"}
+    with caplog.at_level(logging.INFO, "cspd_kernels"):
+        for op in OPS:
+            implementation(op, None, CUDA)
+        fake_kernels.missing["cuda"] = "it is of brick"
+        implementation("denoise", None, CUDA)
+    assert [record.levelname for record in caplog.records] == ["WARNING", "INFO", "INFO", "WARNING"]
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -83,6 +94,7 @@ def test_cuda_serves_where_triton_cannot(fake_kernels, caplog, op):
         for _ in range(2):
             assert implementation(op, None, CUDA, "any") == (op, "cuda")
     assert caplog.messages == [f"automatic backend of {op}: cuda (triton: it is not here)"]
+    assert caplog.records[0].levelname == "INFO"  # kernels serve all the same
 
 
 def test_cuda_is_neither_asked_nor_named_where_triton_serves(fake_kernels, caplog):

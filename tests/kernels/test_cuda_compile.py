@@ -15,6 +15,8 @@ from cspd_kernels.devices import SHARED_LIMITS
 
 compile_py = compiling()
 
+every_kernel = pytest.mark.slow  # a fresh build takes a minute or two
+
 
 @pytest.fixture(scope="module")
 def build(tmp_path_factory):
@@ -28,6 +30,7 @@ def build(tmp_path_factory):
     return folder, record
 
 
+@every_kernel
 def test_every_kernel_fits_every_architecture(build):
     _, record = build
     kernels = record["kernels"]
@@ -37,6 +40,7 @@ def test_every_kernel_fits_every_architecture(build):
     assert all(kernel["shared_bytes"] <= SHARED_LIMITS.get(kernel["architecture"], 48 << 10) for kernel in kernels)
 
 
+@every_kernel
 def test_the_record_leaves_no_kernel_out(build):
     _, record = build
     names = {kernel["kernel"] for kernel in record["kernels"]}
@@ -48,6 +52,7 @@ def test_the_record_leaves_no_kernel_out(build):
         assert {k["kernel"] for k in record["kernels"] if k["architecture"] == architecture} == names
 
 
+@every_kernel
 def test_the_extension_exports_its_entry_only(build):
     """A CUDA runtime of its own that others could see would be mixed up with torch's."""
     tool = shutil.which("nm")
@@ -62,6 +67,7 @@ def test_the_extension_exports_its_entry_only(build):
     assert "libcuda" not in needed
 
 
+@every_kernel
 def test_the_extension_imports_without_a_gpu_and_without_torch(build):
     code = (
         "import sys\n"

@@ -5,13 +5,12 @@ import weakref
 import pytest
 import torch
 from chains import kernels_of
-from packed_heads import random_network
 
 from cspd_kernels import Schedule, evaluate
 from cspd_kernels.graphs import why_not_here
 from cspd_kernels.ops.denoise.chain import Tables
 from cspd_kernels.ops.evaluate import on_device, reference
-from cspd_kernels.testing import relative_error
+from cspd_kernels.testing import random_network, relative_error
 
 KINDS = {
     "as MAR's": {"outputs": 8, "hidden": 48},

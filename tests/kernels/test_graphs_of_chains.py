@@ -7,6 +7,7 @@ import pytest
 import torch
 from chains import BOUNDS, assert_agrees, assert_close, definition, kernels_of, workspace_of
 from seeds import seed_tensor
+from slow import slow, slowly_interpreted
 
 from cspd_kernels import PhiloxNoise, denoise, graphs
 from cspd_kernels.graphs import why_not_here
@@ -102,6 +103,7 @@ def test_seeds_as_numbers_and_as_tensors_share_a_graph(call, plans, make_head, d
     assert len(plans(head)) == 1
 
 
+@slowly_interpreted
 def test_every_kind_of_call_has_a_plan_of_its_own(backend, call, plans, make_head, device, monkeypatch):
     head = make_head()
     kinds = [{}, {"guided": True}, {"noise": "addressed"}, {"workspace_bytes": 3 * 48 * 6 * 4}]
@@ -114,13 +116,16 @@ def test_every_kind_of_call_has_a_plan_of_its_own(backend, call, plans, make_hea
     assert len(plans(head)) == len(kinds) + (2 if kernels_of(backend).persistent else 1)
 
 
-@pytest.mark.parametrize(("fit", "steps"), [(1, 1), (4, 4), (5, 4), (6, 6), (7, 6), (11, 6), (12, 12), (99, 12)])
+@pytest.mark.parametrize(
+    ("fit", "steps"), [(1, 1), slow(4, 4), (5, 4), slow(6, 6), slow(7, 6), slow(11, 6), (12, 12), slow(99, 12)]
+)
 def test_a_graph_holds_the_modulations_of_as_many_steps_as_fit_evenly(call, plans, make_head, device, fit, steps):
     head = make_head(steps=12)
     call(head, 2, workspace_bytes=fit * 2 * 48 * 6 * 4)
     assert [plan.value.steps for plan in plans(head)._plans.values()] == [steps]
 
 
+@slowly_interpreted
 def test_graphs_share_the_memory_of_their_modulations(call, plans, make_head, device):
     """They run one after the other; each call is right whatever the others left there."""
     heads = make_head(seed=0, steps=3), make_head(seed=1, steps=3)
@@ -160,6 +165,7 @@ def test_the_tables_of_a_head_are_copies(make_head, device):
     assert Tables(head).input_weight.data_ptr() != head.input_weight.data_ptr()
 
 
+@slowly_interpreted
 def test_a_number_that_stays_is_filled_in_once(backend, call, make_head, device, monkeypatch):
     fills, fill = [], Chain._fill
 
@@ -181,6 +187,7 @@ def test_a_number_that_stays_is_filled_in_once(backend, call, make_head, device,
         assert_agrees(head, cond, x, noise, cfg_scale=scale, backend=backend)
 
 
+@slowly_interpreted
 def test_two_heads_in_turn_keep_apart(call, plans, make_head, device):
     heads = make_head(seed=0), make_head(seed=1)
     for seed in range(3):
@@ -200,6 +207,7 @@ def test_two_backends_of_one_head_keep_apart(make_head, device, device_of, backe
     assert [len(plans(head, one)) for one in (backend, other)] == [1, 1]
 
 
+@slowly_interpreted
 @pytest.mark.parametrize("workspace", [1, 2 * 2 * 48 * 6 * 4, 5 * 2 * 48 * 6 * 4])  # a row, two rows, five rows a step
 def test_blocks_of_rows_and_steps_from_graphs(call, plans, make_head, device, workspace):
     head = make_head(steps=3)

@@ -123,6 +123,16 @@ def test_the_first_kernel_that_proves_itself_is_taken_and_only_once(kernels, cap
     assert count > 0
 
 
+def test_a_device_whose_noise_takes_calls_is_a_warning_and_a_cpu_is_none(stand_in, caplog):
+    for device, level in (("cuda", "WARNING"), ("cpu", "INFO")):
+        for slow in (False, True):
+            log_once.cache_clear()
+            caplog.clear()
+            with caplog.at_level(logging.INFO, "cspd_kernels"):
+                released_noise._log({"triton": "it is of wood"}, torch.device(device), slow)
+            assert [record.levelname for record in caplog.records] == [level if slow else "INFO"]
+
+
 def test_without_a_kernel_that_proves_itself_the_calls_are_made(kernels, monkeypatch):
     assert kernels(cuda=WRONG["offset"], triton=broken)() is None
     released_noise._chosen.clear()

@@ -6,13 +6,13 @@ import itertools
 import pytest
 import torch
 from chains import addressed, kernels_of
-from packed_heads import grouped_inputs, random_network
+from slow import slow, slowly_interpreted
 
 from cspd_kernels import Schedule, denoise
 from cspd_kernels.ops.denoise import parallel_chain, reference
 from cspd_kernels.ops.denoise.chain import Tables
 from cspd_kernels.ops.denoise.parallel_chain import ParallelChain
-from cspd_kernels.testing import random_inputs, relative_error
+from cspd_kernels.testing import grouped_inputs, random_inputs, random_network, relative_error
 
 triton_alone = pytest.mark.parametrize("backend", ["triton"], indirect=True)
 
@@ -125,7 +125,7 @@ def test_groups_limits_and_samplers(backend, kernel_device, schedule, groups):
         torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("steps", [1, 2, 5, 33, 130])
+@pytest.mark.parametrize("steps", [1, 2, 5, slow(33), slow(130)])
 def test_any_number_of_steps(make_head, steps):
     head = make_head(steps=steps, width=16, channels=3)
     assert_sweeps_agree(
@@ -133,12 +133,13 @@ def test_any_number_of_steps(make_head, steps):
     )
 
 
-@pytest.mark.parametrize("channels", [1, 2, 7, 64])
+@pytest.mark.parametrize("channels", [1, 2, slow(7), slow(64)])
 def test_any_number_of_channels(make_head, channels):
     head = make_head(steps=3, width=16, channels=channels)
     assert_sweeps_agree(head, random_inputs(head, 1, 32), 2)
 
 
+@slowly_interpreted
 @pytest.mark.parametrize("temperature", [0.0, 1.5])
 def test_temperatures_and_a_scale_for_every_token(make_head, temperature):
     head = make_head(steps=6)
@@ -147,6 +148,7 @@ def test_temperatures_and_a_scale_for_every_token(make_head, temperature):
     assert_sweeps_agree(head, inputs, 4, temperature=temperature, cfg_scale=cfg_scale)
 
 
+@slowly_interpreted
 def test_from_a_guess(make_head):
     head = make_head(steps=6)
     inputs = random_inputs(head, 3, 34)
@@ -174,6 +176,7 @@ def test_no_row_of_the_chain_is_the_calls(make_head):
     assert (ours.state.live.item(), ours.state.left.item()) == (0, 0)
 
 
+@slowly_interpreted
 def test_tokens_settle_by_their_own_changes_and_stay_as_they_are(make_head):
     """A token that settles leaves the others going, and nothing of it changes any more."""
     head = make_head(steps=10, width=16, channels=4)
@@ -202,6 +205,7 @@ def test_tokens_settle_by_their_own_changes_and_stay_as_they_are(make_head):
     assert settled.all() and len(set(when.tolist())) > 1  # or the tolerance tells nothing
 
 
+@slowly_interpreted
 @pytest.mark.parametrize("cfg_scale", [None, 2.0])
 def test_rows_that_are_not_finite_never_settle_and_touch_no_others(make_head, cfg_scale):
     head = make_head(steps=5)
@@ -220,6 +224,7 @@ def test_rows_that_are_not_finite_never_settle_and_touch_no_others(make_head, cf
         assert torch.equal(a[[0, 2]], b[[0, 2]]), name
 
 
+@slowly_interpreted
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_guess_that_is_not_finite_heals(make_head, value):
     """One step a sweep, as the recursion from step to step; after T sweeps nothing is left of it."""
@@ -293,7 +298,7 @@ def test_the_network_at_all_steps(make_head, dtype, cfg_scale):
             assert relative_error(a, b) <= (1e-5 if dtype == torch.float32 else 2e-2)
 
 
-@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("rows", [1, slow(3)])
 def test_the_whole_call(make_head, rows):
     """Tokens that settle, and tokens that the sequential chain makes."""
     head = make_head(steps=6, width=16, channels=4)
@@ -326,7 +331,7 @@ def test_a_program_has_all_steps_and_few_values_a_thread(steps):
 
 
 @pytest.mark.parametrize("noise", ["stored", "addressed"])
-@pytest.mark.parametrize(("rows", "cfg_scale"), [(1, 1.0), (3, 2.5), (5, 1.0)])
+@pytest.mark.parametrize(("rows", "cfg_scale"), [(1, 1.0), slow(3, 2.5), slow(5, 1.0)])
 def test_the_op_gives_the_sequential_tokens(backend, make_head, rows, cfg_scale, noise):
     head = make_head(steps=4, width=16, depth=2)
     cond, x, stored = random_inputs(head, rows, 44, guided=cfg_scale != 1)
@@ -343,6 +348,7 @@ def test_the_op_gives_the_sequential_tokens(backend, make_head, rows, cfg_scale,
     assert (again.sweeps == 2).all()
 
 
+@slowly_interpreted
 def test_blocks_of_tokens_and_scales_of_their_own(backend, make_head):
     head = make_head(steps=3, width=16)
     inputs, scale = random_inputs(head, 4, 45, guided=True), torch.linspace(0.5, 3, 4, device=make_head().device)
@@ -355,6 +361,7 @@ def test_blocks_of_tokens_and_scales_of_their_own(backend, make_head):
     assert nothing.mean.shape == (0, head.channels) and nothing.trajectory.shape == (0, 3, head.channels)
 
 
+@slowly_interpreted
 def test_tokens_that_do_not_settle_are_the_sequential_chains(backend, make_head, monkeypatch):
     monkeypatch.setattr(parallel_chain, "most_sweeps", lambda steps: 3)
     head = make_head(steps=8, width=16)
@@ -366,16 +373,17 @@ def test_tokens_that_do_not_settle_are_the_sequential_chains(backend, make_head,
         assert relative_error(getattr(out, name), getattr(expected, name)) <= 1e-6, name
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float16, slow(torch.bfloat16)])
 def test_half_precision(backend, make_head, dtype):
-    head = make_head(dtype, steps=4, width=16, depth=2)
-    inputs = random_inputs(head, 3, 47, guided=True)
+    head = make_head(dtype, steps=3, width=16)
+    inputs = random_inputs(head, 2, 47, guided=True)
     exact = reference.denoise(head, *inputs, 1.0, 1.5, dtype=torch.float64)
     out = denoise(head, *inputs, cfg_scale=1.5, parallel_tol=1e-3, backend=backend)
     assert relative_error(out.mean, exact[1]) <= 2e-2
     assert relative_error(out.path_log_std, exact[3]) <= 2e-2
 
 
+@slowly_interpreted
 def test_a_tokens_bits_do_not_depend_on_its_batch(backend, make_head):
     """But for the library's products, which CUDA's float32 has; and for the interpreter's, which are numpy's."""
     head = make_head(torch.bfloat16, steps=4, width=16)

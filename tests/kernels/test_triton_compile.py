@@ -60,12 +60,14 @@ def rows(tmp_path_factory):
     return [row for row in json.loads(path.read_text()) if row["backend"] == "triton"]
 
 
+@pytest.mark.slow
 def test_every_kernel_fits_every_architecture(rows):
     misfits = [row for row in rows if row["stack_bytes"] or row["shared_bytes"] > SHARED_LIMITS[row["architecture"]]]
     assert misfits == []
     assert all(row["fits"] and 0 < row["registers"] <= 255 for row in rows)
 
 
+@pytest.mark.slow
 def test_the_report_leaves_nothing_out(rows):
     def case(row):
         return row["model"], row["architecture"], row["dtype"]
@@ -99,6 +101,7 @@ def test_the_report_leaves_nothing_out(rows):
     assert {row["kernel"] for row in rows} == chain | ONE_EACH | set(VERDICTS)
 
 
+@pytest.mark.slow
 def test_kernels_that_may_start_early_wait_before_they_touch_more_than_weights(rows):
     """On every architecture that has it; on others, and between library products, nothing waits."""
     early = SWEEPS.union(*LAYERED.values()) - {"_condition_kernel"}

@@ -3,10 +3,10 @@
 import pytest
 import torch
 from chains import assert_agrees
-from packed_heads import grouped_inputs, random_network
 
 from cspd_kernels import Schedule, denoise
 from cspd_kernels.ops.denoise.chain import Tables
+from cspd_kernels.testing import grouped_inputs, random_network
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
 

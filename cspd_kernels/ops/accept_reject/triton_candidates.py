@@ -72,9 +72,11 @@ def log_mass_above(log_c, distance, path):
 
 
 def operands_of_candidates(x, draft, target, relaxation, rows, others, seeds) -> tuple[tuple, tuple, tuple, object]:
-    """What the kernel reads of K > 1 candidates, the strides of rows and channels in the order of its parameters, those
-    between candidates, 0 for what they share, and the key of the call's compilation: None where an operand is not
-    aligned."""
+    """(what the kernel reads of K > 1 candidates, strides of rows and channels, strides between candidates, key).
+
+    Strides are in the order of the kernel's parameters; those between candidates are 0 for what they share. The key is
+    that of the call's compilation, and None where an operand is not aligned.
+    """
     matrices = (x, draft.mean, draft.log_std, target.mean, target.log_std)
     lines = (draft.path_log_std, target.path_log_std)
     tensors = (x, draft.mean, draft.log_std, lines[0], target.mean, target.log_std, lines[1], relaxation)

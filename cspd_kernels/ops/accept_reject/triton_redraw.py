@@ -1,7 +1,7 @@
 """Device functions that redraw one rejected token, in one warp: as a block of tries, or in closed form.
 
-Both return (try, tokens [K, BC], their tries [K]); the token to take is the one whose try is the first value,
-and a first value of 0 means that there is none.
+Both return (try, tokens [K, BC], their tries [K]). The token to take is the one whose try is the first value.
+A first value of 0 means that there is none.
 """
 
 from __future__ import annotations

@@ -6,7 +6,8 @@ import os
 
 import torch
 
-from ...backends import ENVIRONMENT_VARIABLE, implementation, interpreting, log_once, why_unavailable
+from ...backends import ENVIRONMENT_VARIABLE, implementation, interpreting, why_unavailable
+from ...logs import log_once
 
 
 def norm_backend(backend: str | None, device: torch.device) -> str:
@@ -16,9 +17,10 @@ def norm_backend(backend: str | None, device: torch.device) -> str:
     if device.type != "cuda":
         return "triton" if asked == "triton" and interpreting() else "torch"
     reason = None if asked in (None, "", "triton") else f"backend={asked!r} has none of its own"
+    slow_on = device if reason is None else None  # else it was asked for
     reason = reason or why_unavailable("triton", "add_norm")
     if reason is not None:
-        log_once(f"add_norm is done by PyTorch's kernels: {reason}")
+        log_once(f"add_norm is done by PyTorch's kernels: {reason}", slow_on=slow_on, cause=reason)
     return "torch" if reason else "triton"
 
 

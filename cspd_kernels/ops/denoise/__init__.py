@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 
 from ...backends import prefers_parallel, remembered_chain
+from ...errors import InvalidInput
 from ...head import DiffusionHead, stream_dtype, without_autocast
 from ...library import define
 from ...noise import PhiloxNoise, signed_seed
@@ -15,6 +16,7 @@ from .arguments import check, check_parallel, check_values
 from .finite import check_result, late_overflows
 from .parallel import AUTO, ROUNDING, Parallel, switched_off
 
+Scale: TypeAlias = float | torch.Tensor
 WORKSPACE_BYTES = 256 << 20
 
 # One coarse op for the whole chain.
@@ -31,6 +33,16 @@ class Denoised(NamedTuple):
 
     The last step adds no noise, so ``sample`` and ``mean`` are one tensor. With mean, log_std and path_log_std the
     density of a chain against another one is known (:func:`cspd_kernels.log_density_ratio`).
+
+    Example:
+        >>> import torch
+        >>> from cspd_kernels import DiffusionHead, PhiloxNoise, denoise
+        >>> from cspd.models import DiffLoss
+        >>> head = DiffusionHead.from_module(DiffLoss(4, 6, 2, 8, num_sampling_steps=5))
+        >>> noise = PhiloxNoise(7, torch.arange(3))
+        >>> out = denoise(head, torch.zeros(3, 6), torch.zeros(3, 4), noise, parallel_tol=None)
+        >>> {name: tuple(value.shape) for name, value in out._asdict().items()}
+        {'sample': (3, 4), 'mean': (3, 4), 'log_std': (3, 4), 'path_log_std': (3,)}
     """
 
     sample: torch.Tensor  # (N, C)
@@ -38,11 +50,28 @@ class Denoised(NamedTuple):
     log_std: torch.Tensor  # (N, C) log standard deviation of the last step, log(temperature) included
     path_log_std: torch.Tensor  # (N,) sum over steps T-1..1 and channels of log std, without the temperature
 
-    sweeps = trajectory = None  # not known; no fields, which callers unpack
+    @property
+    def sweeps(self) -> None:
+        """Not known; no field, which callers unpack."""
+
+    @property
+    def trajectory(self) -> None:
+        """Not known, either."""
 
 
 class DenoisedInParallel(NamedTuple):
-    """As :class:`Denoised`, of a call whose ``parallel_tol`` is a number."""
+    """As :class:`Denoised`, of a call whose ``parallel_tol`` is a number.
+
+    Example:
+        >>> import torch
+        >>> from cspd_kernels import DiffusionHead, PhiloxNoise, denoise
+        >>> from cspd.models import DiffLoss
+        >>> head = DiffusionHead.from_module(DiffLoss(4, 6, 2, 8, num_sampling_steps=5))
+        >>> noise = PhiloxNoise(7, torch.arange(3))
+        >>> out = denoise(head, torch.zeros(3, 6), torch.zeros(3, 4), noise, parallel_tol=1e-4)
+        >>> out.sweeps.shape, out.trajectory.shape
+        (torch.Size([3]), torch.Size([3, 5, 4]))
+    """
 
     sample: torch.Tensor
     mean: torch.Tensor
@@ -60,8 +89,8 @@ def denoise(
     x_T: torch.Tensor,  # noqa: N803  (the mathematics' name)
     noise: torch.Tensor | PhiloxNoise,
     *,
-    temperature: float | torch.Tensor = 1.0,
-    cfg_scale: float | torch.Tensor | tuple = 1.0,
+    temperature: Scale = 1.0,
+    cfg_scale: Scale | tuple[Scale, Scale] = 1.0,
     backend: str | None = None,
     workspace_bytes: int = WORKSPACE_BYTES,
     parallel_tol: float | str | None = AUTO,
@@ -97,21 +126,25 @@ def denoise(
         temperature: >= 0, a number or a floating tensor of one element (on the head's device or the CPU), for which
             the host never waits; scales the noise of every step. At 0 the chain is deterministic and log_std is -inf.
         cfg_scale: guidance. A number; or a tensor of one element (on the head's device or the CPU) or
-            of N (one a token, on the head's device), for which the host never waits: guidance is then
+            of N (one a token, on the head's device). The host never waits for a tensor: guidance is then
             on exactly when cond has 2N rows. Or a tuple of two of either, (s0, s1), with cond as three groups of N
             rows, fully conditional first: ``out = out_2 + s1 (out_1 - out_2) + s0 (out_0 - out_1)``. In a function
             under ``torch.compile`` PyTorch 2.4 takes numbers, also a temperature, for constants: it compiles again
             for every other one, eight times at most. It does not for a tensor.
         backend: "torch", "triton", "cuda", or None: ``CSPD_BACKEND``, else automatic.
         workspace_bytes: bound on the memory of the hoisted modulations.
-        parallel_tol: how the T steps are made. None: one after the other. A number in (0, 1): all at once, in sweeps
-            (docs/parallel.md), until no channel of a row's trajectory changes by more than this between two sweeps,
-            relative to the row's largest value; the tokens are those of the sequential chain to about as much, and
-            a row that does not settle is made by that chain. "auto": in sweeps to the arithmetic's own rounding
-            (float32: 1e-6; bfloat16 and float16: 1e-3) where that was measured to be faster, else one after the other;
-            the environment's ``CSPD_PARALLEL=0`` keeps it from sweeps. On a GPU the torch backend waits for the device
-            after every sweep, and refuses a number while a CUDA graph is captured; the kernels wait once, in the
-            first such call of a process.
+        parallel_tol: how the T steps are made.
+
+            - None: one after the other.
+            - A number in (0, 1): all at once, in sweeps (docs/parallel.md). They end when no channel of a row's
+              trajectory changes by more than this between two sweeps, relative to the row's largest value. The tokens
+              are those of the sequential chain to about as much. A row that does not settle is made by that chain.
+            - "auto": in sweeps to the arithmetic's own rounding where that was measured to be faster, else one after
+              the other. Rounding is 1e-6 in float32, and 1e-3 in bfloat16 and float16. ``CSPD_PARALLEL=0`` in the
+              environment keeps it from sweeps.
+
+            On a GPU the torch backend waits for the device after every sweep, and refuses a number while a CUDA graph
+            is captured. The kernels wait once, in the first such call of a process.
         guess: (N, T, C) floating: with sweeps, a first guess of the inputs of all steps, such as the ``trajectory`` of
             a similar chain from the same x_T and noise. It changes how many sweeps there are, not what they lead to.
 
@@ -119,8 +152,22 @@ def denoise(
         :class:`Denoised`; :class:`DenoisedInParallel` where ``parallel_tol`` is a number.
 
     Raises:
-        TypeError, ValueError: an argument does not fit; nothing has been computed.
-        RuntimeError: the chosen backend cannot serve.
+        InvalidInput: an argument does not fit. Nothing has been computed.
+        BackendUnavailable: the chosen backend cannot serve. CallError: the arithmetic overflowed (float16).
+
+    Example:
+        >>> import torch
+        >>> from cspd_kernels import DiffusionHead, PhiloxNoise, denoise
+        >>> from cspd.models import DiffLoss
+        >>> head = DiffusionHead.from_module(DiffLoss(4, 6, 2, 8, num_sampling_steps=5))
+        >>> noise = PhiloxNoise(7, torch.arange(3), channels=4)
+        >>> cond = torch.zeros(3, 6)
+        >>> tokens = denoise(head, cond, noise.x_T(), noise).sample
+        >>> tokens.shape
+        torch.Size([3, 4])
+        >>> alone = denoise(head, cond[:1], noise[:1].x_T(), noise[:1]).sample
+        >>> torch.allclose(alone, tokens[:1])
+        True
 
     Source: LTH14/mar ``diffusion/gaussian_diffusion.py`` (p_sample), arXiv 2406.11838 section 3.2; two scales as in
     arXiv 2211.09800 (eq. 3).
@@ -129,25 +176,26 @@ def denoise(
     check_parallel(head, x_T, parallel_tol, guess)
     # The ints of an op are signed, of 64 bits.
     workspace_bytes = min(workspace_bytes, 2**63 - 1)
-    stored, rows, seed, seeds = noise, None, 0, None
-    if isinstance(noise, PhiloxNoise):
-        stored, rows = None, noise.rows
+    stored: torch.Tensor | None = None
+    rows, seed, seeds = None, 0, None
+    if isinstance(noise, torch.Tensor):
+        stored = noise
+    else:
+        rows = noise.rows
         if isinstance(noise.seed, torch.Tensor):
             seeds = noise.seed
         else:
             seed = signed_seed(noise.seed)
-    second, temperatures = None, None
+    scale, second, temperatures = None, None, None
     if isinstance(cfg_scale, tuple):
-        cfg_scale, second = map(_traced, cfg_scale)
+        scale, second = map(_traced, cfg_scale)
     elif isinstance(cfg_scale, torch.Tensor) or cfg_scale != 1.0:
-        cfg_scale = _traced(cfg_scale)
-    else:
-        cfg_scale = None
+        scale = _traced(cfg_scale)
     if isinstance(temperature, torch.Tensor) or torch.compiler.is_compiling():
         temperature, temperatures = 1.0, _traced(temperature)
     tolerance = -1.0 if isinstance(parallel_tol, str) else parallel_tol
     mean, log_std, path_log_std, *more = _operator(
-        head.handle, cond, x_T, stored, rows, seed, float(temperature), cfg_scale, backend, workspace_bytes,
+        head.handle, cond, x_T, stored, rows, seed, float(temperature), scale, backend, workspace_bytes,
         tolerance, guess, seeds, second, temperatures,
     )  # fmt: skip
     # Two fields, one tensor: an op must not return it twice.
@@ -164,19 +212,21 @@ def _traced(number: float | torch.Tensor) -> torch.Tensor:
 
 
 def run(
-    head, cond, x_T, noise, rows, seed, temperature, cfg_scale, backend, workspace_bytes,  # noqa: N803
-    parallel_tol=None, guess=None, seeds=None, second_scale=None, temperatures=None,
-):  # fmt: skip
+    head: Any, cond: Any, x_T: Any, noise: Any, rows: Any, seed: Any, temperature: Any, cfg_scale: Any,  # noqa: N803
+    backend: str | None, workspace_bytes: int, parallel_tol: float | None = None, guess: Any = None, seeds: Any = None,
+    second_scale: Any = None, temperatures: Any = None,
+) -> tuple[torch.Tensor, ...]:  # fmt: skip
     """The op: everything that looks at values or at this machine, which a compiler must not see, then a backend.
 
-    Noise is ``noise`` (T, N, C) or, where that is None, addressed by ``rows`` and the seed: ``seeds``, a tensor of one
-    element, or, where that is None, ``seed`` modulo 2**64. Guidance is on exactly when cond has more rows than x_T, by
-    ``cfg_scale`` and, of three groups of rows, ``second_scale``. ``temperatures``, a tensor of one element, is the
-    temperature where it is not None. ``parallel_tol`` is -1 for "auto".
+    Noise is ``noise`` (T, N, C) or, where that is None, addressed by ``rows`` and the seed. The seed is ``seeds``, a
+    tensor of one element, or, where that is None, ``seed`` modulo 2**64. Guidance is on exactly when cond has more
+    rows than x_T, by ``cfg_scale`` and, of three groups of rows, ``second_scale``. ``temperatures``, a tensor of one
+    element, is the temperature where it is not None. ``parallel_tol`` is -1 for "auto".
     """
     head = DiffusionHead.of_handle(head)
     stream = stream_dtype(head.dtype)
-    groups, scales = len(cond) // len(x_T) if len(x_T) else 1, ()
+    groups = len(cond) // len(x_T) if len(x_T) else 1
+    scales: tuple[Scale, ...] = ()
     if cfg_scale is not None:
         scales = (_number(cfg_scale, stream),)
         if second_scale is not None:
@@ -187,7 +237,7 @@ def run(
         if isinstance(temperature, torch.Tensor):
             temperature = temperature[0]  # (1,)
         elif not 0 <= temperature < math.inf:
-            raise ValueError(f"denoise expected a finite temperature >= 0, got {temperature!r}")
+            raise InvalidInput(f"denoise expected a finite temperature >= 0, got {temperature!r}")
     overflows = late_overflows(head)
     automatic = parallel_tol is not None and parallel_tol < 0
     if automatic:
@@ -219,7 +269,7 @@ def automatic_tolerance(head: DiffusionHead, tokens: int, groups: int, backend: 
     return ROUNDING[head.dtype] if not switched_off() and prefers_parallel(backend, head, tokens, groups) else None
 
 
-def _fake(head, cond, x_T, *arguments):  # noqa: N803
+def _fake(head: Any, cond: Any, x_T: Any, *arguments: Any) -> tuple[torch.Tensor, ...]:  # noqa: N803
     # The arguments of ``run`` behind x_T, those with a default left out where they have it.
     head, tolerance = DiffusionHead.of_handle(head), next(iter(arguments[7:]), None)
     mean = x_T.new_empty(x_T.shape, dtype=stream_dtype(head.dtype))

@@ -7,6 +7,7 @@ from numbers import Real
 
 import torch
 
+from ...errors import InvalidInput, WrongDtype, WrongType
 from ...head import DiffusionHead, stream_dtype
 from ...noise import PhiloxNoise
 from .parallel import check_tolerance
@@ -15,45 +16,45 @@ from .parallel import check_tolerance
 def check(head, cond, x_T, noise, temperature, cfg_scale, workspace_bytes) -> None:  # noqa: N803
     """Raise on arguments that do not fit, by all that is known without looking at a tensor's values.
 
-    Numbers are compared one by one, and nothing else is done with them until an error is certain: a number that is
-    formatted or given to the math module is a constant for torch.compile, which compiles its caller again for the
-    next one, and `in` does not find a size that it holds as a symbol.
+    Numbers are compared one by one, and nothing else is done with them until an error is certain. torch.compile takes
+    a number that is formatted, or given to the math module, for a constant, and compiles its caller again for the next
+    one. And `in` does not find a size that it holds as a symbol.
     """
     if not isinstance(head, DiffusionHead):
-        raise TypeError(f"denoise expected a DiffusionHead, got {type(head).__name__}: use DiffusionHead.from_module")
+        raise WrongType(f"denoise expected a DiffusionHead, got {type(head).__name__}: use DiffusionHead.from_module")
     if head.schedule is None:
-        raise ValueError("denoise expected a head with a schedule, got one without, which can only be evaluated")
+        raise InvalidInput("denoise expected a head with a schedule, got one without, which can only be evaluated")
     check_tensor("denoise", "x_T", x_T, head, ("N", head.channels))
     rows = x_T.shape[0]
     check_tensor("denoise", "cond", cond, head, ("N, 2N or 3N", head.cond_channels))
     if isinstance(noise, PhiloxNoise):
         if noise.rows.shape[0] != rows or noise.rows.device != head.device:
-            raise ValueError(
+            raise InvalidInput(
                 f"denoise expected PhiloxNoise of {rows} rows on {head.device}, got {len(noise)} on {noise.rows.device}"
             )
     else:
         check_tensor("denoise", "noise", noise, head, (head.num_steps, rows, head.channels))
     if isinstance(temperature, torch.Tensor):
         if temperature.numel() != 1 or not _is_near(temperature, head):
-            raise ValueError(
+            raise InvalidInput(
                 "denoise expected temperature as a number or a floating tensor of 1 element on "
                 f"{head.device} or the CPU, got {temperature.dtype} {tuple(temperature.shape)} on {temperature.device}"
             )
     elif not isinstance(temperature, Real) or not 0 <= temperature < math.inf:
-        raise ValueError(f"denoise expected a finite temperature >= 0, got {temperature!r}")
+        raise InvalidInput(f"denoise expected a finite temperature >= 0, got {temperature!r}")
     scales = cfg_scale if isinstance(cfg_scale, tuple) else (cfg_scale,)
     for scale in scales:
         if isinstance(scale, torch.Tensor):
             if not _is_near(scale, head) or not (scale.numel() == 1 or scale.numel() == rows):
-                raise ValueError(
+                raise InvalidInput(
                     f"denoise expected cfg_scale as a number or a floating tensor of 1 or {rows} elements on "
                     f"{head.device}, got {scale.dtype} {tuple(scale.shape)} on {scale.device}"
                 )
         elif not isinstance(scale, Real) or not -math.inf < scale < math.inf:
-            raise ValueError(f"denoise expected a finite cfg_scale, got {scale!r}")
+            raise InvalidInput(f"denoise expected a finite cfg_scale, got {scale!r}")
     if isinstance(cfg_scale, tuple):
         if len(cfg_scale) != 2:
-            raise ValueError(f"denoise expected cfg_scale as one scale or a tuple of two, got {len(cfg_scale)}")
+            raise InvalidInput(f"denoise expected cfg_scale as one scale or a tuple of two, got {len(cfg_scale)}")
         fits = cond.shape[0] == 3 * rows
     elif isinstance(cfg_scale, torch.Tensor):
         fits = cond.shape[0] == rows or cond.shape[0] == 2 * rows
@@ -66,18 +67,18 @@ def check(head, cond, x_T, noise, temperature, cfg_scale, workspace_bytes) -> No
             expected = f"{rows} or {2 * rows}"
         else:
             expected = f"{rows}" if cfg_scale == 1.0 else f"{2 * rows} (conditional first)"
-        raise ValueError(
+        raise InvalidInput(
             f"denoise expected cond to have {expected} rows for cfg_scale {cfg_scale} and the {rows} rows of x_T, "
             f"got {cond.shape[0]}"
         )
     clip = head.schedule.clip
     if clip is not None and clip.ndim == 2 and clip.shape[1] != head.channels:
-        raise ValueError(
+        raise InvalidInput(
             f"denoise expected a schedule with a clip of one limit or of {head.channels}, the head's channels, got "
             f"{clip.shape[1]}"
         )
     if not isinstance(workspace_bytes, int) or workspace_bytes <= 0:
-        raise ValueError(f"denoise expected workspace_bytes as an int > 0, got {workspace_bytes!r}")
+        raise InvalidInput(f"denoise expected workspace_bytes as an int > 0, got {workspace_bytes!r}")
 
 
 def _is_near(value: torch.Tensor, head: DiffusionHead) -> bool:
@@ -100,16 +101,16 @@ def check_tensor(op: str, name: str, tensor, head: DiffusionHead, shape: tuple) 
         return f"({', '.join(map(str, shape))})"
 
     if not isinstance(tensor, torch.Tensor):
-        raise TypeError(f"{op} expected {name} as a tensor {wanted()}, got {type(tensor).__name__}")
+        raise WrongType(f"{op} expected {name} as a tensor {wanted()}, got {type(tensor).__name__}")
     fits = tensor.dim() == len(shape)
     for size, got in zip(shape, tensor.shape):
         fits = fits and (isinstance(size, str) or size == got)
     if not fits:
-        raise ValueError(f"{op} expected {name} of shape {wanted()}, got {tuple(tensor.shape)}")
+        raise InvalidInput(f"{op} expected {name} of shape {wanted()}, got {tuple(tensor.shape)}")
     if tensor.device != head.device:
-        raise ValueError(f"{op} expected {name} on the head's device {head.device}, got {tensor.device}")
+        raise InvalidInput(f"{op} expected {name} on the head's device {head.device}, got {tensor.device}")
     if not tensor.is_floating_point() or (tensor.dtype == torch.float64 and head.dtype != torch.float64):
-        raise ValueError(
+        raise WrongDtype(
             f"{op} expected {name} floating and no wider than the head's arithmetic ({stream_dtype(head.dtype)}), "
             f"got {tensor.dtype}: convert it with {name}.to({stream_dtype(head.dtype)})"
         )
@@ -126,4 +127,4 @@ def check_values(**values) -> None:
             else:
                 finite = math.isfinite(one)
             if not finite:
-                raise ValueError(f"denoise expected finite values in {name}, got NaN or infinity")
+                raise InvalidInput(f"denoise expected finite values in {name}, got NaN or infinity")

@@ -7,6 +7,7 @@ import math
 import torch
 
 from ...crossover import PERSISTENT_VARIABLE
+from ...errors import CallError
 from ...head import DiffusionHead
 from ...late import LateReport
 from ...noise import PhiloxNoise, signed_seed
@@ -35,7 +36,7 @@ class Tables:
     def check(self) -> None:
         """Raise where an earlier call is known to have failed, once."""
         if self.gave_up.news():
-            raise RuntimeError(
+            raise CallError(
                 "the persistent denoising kernel of an earlier call gave up waiting for its other blocks, and that "
                 f"call's tokens are NaN: another stream may have held the device. Set {PERSISTENT_VARIABLE}=0"
             )
@@ -77,21 +78,23 @@ def to_device(value: torch.Tensor, device: torch.device) -> torch.Tensor:
 class Chain:
     """The chain of a fixed number of tokens on one head.
 
-    ``load`` copies a call's inputs into the buffers, ``launch`` runs every kernel from them, with the
-    same pointers every time, so that a CUDA graph can stand in for it, and ``results`` copies out.
+    ``load`` copies a call's inputs into the buffers, ``launch`` runs every kernel from them, and
+    ``results`` copies out. The pointers are the same every time, so a CUDA graph can stand in for ``launch``.
     Rows beyond the call's own are computed and not returned: rows are independent.
 
-    With ``sweeps_of``, a chain of N tokens that keeps the modulations of all T steps, this one is that chain's network
-    at all of its steps at once, for sweeps (``parallel_chain``): T N tokens, of which x are the inputs, and what the
-    network puts out is out [G, T N, C], and of the first group v [T N, C] where the variance is learned. It reads the
-    other's modulations and has no other inputs of its own.
+    ``sweeps_of`` is a chain of N tokens that keeps the modulations of all T steps. This one is then that chain's
+    network at all of its steps at once, for sweeps (``parallel_chain``). Its inputs are T N tokens x. Its outputs
+    are out [G, T N, C], and v [T N, C] of the first group where the variance is learned. It reads the other's
+    modulations and has no other inputs of its own.
 
-    Without noise it is no chain but one call of the network (``ops.evaluate``): x, cond and the time embeddings that
-    ``embed_rows`` is given are its inputs, and out [1, tokens, O] all that the network puts out; v is None.
+    Without noise it is no chain but one call of the network (``ops.evaluate``). Its inputs are x, cond and the time
+    embeddings that ``embed_rows`` is given. All that the network puts out is out [1, tokens, O]; v is None.
 
-    A backend adds the buffers of its kernels, ``embed`` and ``run_steps``, to ``start`` what else comes first, for
-    sweeps and single calls ``evaluate``, for sweeps ``sweep`` and ``settle``, and to a chain whose kernels may stop
-    waiting for each other an ``error`` (1,) int32, 0 unless one did.
+    A backend adds:
+
+    - the buffers of its kernels, ``embed`` and ``run_steps``, and to ``start`` what else comes first;
+    - ``evaluate`` for sweeps and single calls, ``sweep`` and ``settle`` for sweeps;
+    - ``error`` (1,) int32 where kernels may stop waiting for each other: 0 unless one did.
 
     It does not hold the head, whose life ends the chain's.
     """

@@ -1,11 +1,13 @@
 """Whose products the layered CUDA chain takes: the library's, or the extension's own, and those in which tiles.
 
-Estimates: whole chains were measured with them, no tile beside another. On an H100 in bfloat16 (commit b589fd5) the
-library takes 3.6 us for a product of MAR-B's width at 2 rows and 4.3 at 64, of MAR-H's 6.0 at 64 and 7.1 at 512, and
-two kernels more come with every pair of products. The
-own ones do without one of them, start before the kernel before them has ended, and have 96 KiB of operands on their
-way at a time. Every tile reads (rows + columns) * width * 2 bytes of operands through the second-level cache, of which
-all together get about 5.5 TB/s and one multiprocessor about 50 bytes a cycle: the longer of the two is in the table.
+Estimates: whole chains were measured with them, no tile beside another. On an H100 in bfloat16 (commit b589fd5) a
+product of the library takes, at MAR-B's width, 3.6 us for 2 rows and 4.3 us for 64. At MAR-H's width it takes 6.0 us
+for 64 rows and 7.1 us for 512. Two more kernels come with every pair of products. The products of the extension do
+without one of them. They start before the kernel in front of them has ended, and have 96 KiB of operands on their way
+at once.
+
+Every tile reads (rows + columns) * width * 2 bytes of operands through the second-level cache. All multiprocessors
+together get about 5.5 TB/s from it, and one gets about 50 bytes a cycle. The longer of the two times is in the table.
 Where that does not clearly win, the library keeps the product.
 """
 

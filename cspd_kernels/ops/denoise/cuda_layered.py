@@ -3,11 +3,11 @@
 Per reverse step: ``input`` (input projection, and the first block's operand), the blocks, then ``update`` (final layer,
 guidance, the update rule, noise). A block is, as :mod:`cuda_config` has it, either
 
-- a library product, ``bias_silu``, another product, and ``residual`` (bias, gate, residual, and the next layer's
-  operand); of a swiglu block the first one has both factors side by side, and their product goes where the first
-  factor was; the products follow PyTorch's settings at the time a graph is captured, as those of the modulations do:
-  float32 ones are IEEE unless ``torch.backends.cuda.matmul.allow_tf32`` is set; or
-- ``block``: two products of the extension, which do what follows them themselves, and the next layer's operand.
+- A library product, ``bias_silu``, another product, and ``residual`` (bias, gate, residual, and the next layer's
+  operand). In a swiglu block the first product has both factors side by side, and their product goes where the first
+  factor was. All products follow PyTorch's settings at the time a graph is captured, as those of the modulations do.
+  Those in float32 are IEEE unless ``torch.backends.cuda.matmul.allow_tf32`` is set.
+- Or ``block``: two products of the extension, which do what follows them themselves, and the next layer's operand.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ from dataclasses import fields
 
 import torch
 
+from ...errors import CallError, InvalidInput
 from ...head import Block, DiffusionHead
 from ...late import LateReport
 
@@ -31,7 +32,7 @@ def late_overflows(head: DiffusionHead) -> LateReport | None:
             return None  # its memory cannot be made here
         report = _late[head] = LateReport(head.device)
     if not torch.cuda.is_current_stream_capturing() and report.news():
-        raise RuntimeError(_OVERFLOW.format(op="the head", call="an earlier call's"))
+        raise CallError(_OVERFLOW.format(op="the head", call="an earlier call's"))
     return report
 
 
@@ -52,6 +53,6 @@ def check_result(head: DiffusionHead, tokens: torch.Tensor, overflows: LateRepor
     tensors += [weight for time in head.time for weight in time.tensors()]  # of a head that is only evaluated
     weights = all(bool(torch.isfinite(v).all()) for v in tensors if isinstance(v, torch.Tensor))
     if head.dtype == torch.float16:
-        raise RuntimeError(_OVERFLOW.format(op=op, call="this call's"))
+        raise CallError(_OVERFLOW.format(op=op, call="this call's"))
     if not weights:
-        raise ValueError(f"{op} expected finite weights in the head, got NaN or infinity: its tokens would be NaN")
+        raise InvalidInput(f"{op} expected finite weights in the head, got NaN or infinity: its tokens would be NaN")

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 
 import torch
 
-from ...backends import log_once
 from ...crossover import bucket, prefers_persistent
+from ...errors import CallError
 from ...graphs import CALLER_CAPTURES, Plan, PlanCache, captures_ours, why_not_here
 from ...head import DiffusionHead
+from ...logs import log_once
 from ...noise import PhiloxNoise
 from ...scratch import scratch
 from .chain import Chain, Tables, modulations_of
@@ -81,8 +82,10 @@ def denoise_on_device(
 ):  # fmt: skip
     """As :func:`cspd_kernels.denoise`, by the kernels of a backend; ``scales``: of guidance, one less than groups.
 
-    The host waits for the device only where a head's graphs outgrow their memory and the oldest goes, and in the
-    first call in parallel on a device, for the proof of :mod:`cspd_kernels.conditional`.
+    The host waits for the device in two cases only:
+
+    - a head's graphs outgrow their memory, so that the oldest goes;
+    - it is the first call in parallel on a device, for the proof of :mod:`cspd_kernels.conditional`.
     """
     rows, groups = x_T.shape[0], 1 + len(scales)
     if rows == 0:
@@ -164,7 +167,7 @@ def plans_of(heads: Plans, op: str, head: DiffusionHead, backend: str, reason: s
     shared = heads.get(head, {}).get(backend)
     if shared is None:
         if reason == CALLER_CAPTURES:
-            raise RuntimeError(
+            raise CallError(
                 f"{op} expected a first call with this head before a CUDA graph of the caller's is captured, which "
                 f"cannot hold the upload of its tables: call it once with these sizes and backend={backend!r}, then "
                 "capture"

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 
+from ...errors import InvalidInput
 from ...head import DiffusionHead
 
 PARALLEL_VARIABLE = "CSPD_PARALLEL"
@@ -32,7 +33,9 @@ def switched_off() -> bool:
     """
     value = os.environ.get(PARALLEL_VARIABLE) or "1"
     if value not in ("0", "1"):
-        raise ValueError(f"expected {PARALLEL_VARIABLE} as 0 (the sequential chain) or 1 (as measured), got {value!r}")
+        raise InvalidInput(
+            f"expected {PARALLEL_VARIABLE} as 0 (the sequential chain) or 1 (as measured), got {value!r}"
+        )
     return value == "0"
 
 
@@ -42,7 +45,7 @@ def check_tolerance(who: str, parallel_tol) -> None:
         return
     number = isinstance(parallel_tol, Real) and not isinstance(parallel_tol, bool)
     if not number or not 0 < parallel_tol < 1:
-        raise ValueError(f"{who} expected parallel_tol None, {AUTO!r} or a number in (0, 1), got {parallel_tol!r}")
+        raise InvalidInput(f"{who} expected parallel_tol None, {AUTO!r} or a number in (0, 1), got {parallel_tol!r}")
 
 
 def nothing(head: DiffusionHead, x_T: torch.Tensor, parallel: Parallel | None) -> tuple[torch.Tensor, ...]:  # noqa: N803

@@ -36,8 +36,8 @@ class Sweeps:
 class ParallelChain:
     """A chain of N tokens by sweeps, with the interface of :class:`Chain`.
 
-    ``chain`` is the sequential one, which holds the call's inputs and the modulations of all steps, and makes the
-    tokens that do not settle; ``network`` is its network at all steps at once.
+    ``chain`` is the sequential chain. It holds the call's inputs and the modulations of all steps, and makes the tokens
+    that do not settle. ``network`` is its network at all steps at once.
     """
 
     def __init__(self, kind: type[Chain], head, tokens: int, groups: int, noise, static: bool, guessed: bool):

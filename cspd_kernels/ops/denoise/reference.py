@@ -13,8 +13,8 @@ import torch.nn.functional as F
 def denoise(head, cond, x_T, noise, temperature, scales, workspace_bytes=None, *, dtype=torch.float32):  # noqa: N803
     """As :func:`cspd_kernels.denoise`, every operand converted to ``dtype`` (float32 or float64) first.
 
-    ``scales``: a tuple of G - 1 guidance scales, each a number or a tensor (1 or N, 1), where cond has G N rows; or one
-    alone; None is (), no guidance. ``temperature``: a number or a tensor of one element.
+    ``scales``: G - 1 guidance scales in a tuple, where cond has G N rows. Each is a number or a tensor (1 or N, 1). One
+    alone needs no tuple, and None is (), no guidance. ``temperature``: a number or a tensor of one element.
     """
     head, schedule = head.to(torch.float64) if dtype == torch.float64 else head.to(torch.float32), head.schedule
     x, cond, scales = x_T.to(dtype), cond.to(dtype), as_scales(scales)
@@ -85,8 +85,10 @@ class Sweep(NamedTuple):
     size: torch.Tensor  # (N,) largest |x| and |mean|
 
     def settled(self, tolerance: float, sweeps: int) -> torch.Tensor:
-        """(N,) which rows are done after so many sweeps: a first sweep has nothing to compare with, and after T sweeps
-        every step has been computed from the input that it has."""
+        """(N,) which rows are done after so many sweeps.
+
+        A first sweep has nothing to compare with. After T sweeps every step has been computed from the input it has.
+        """
         near = (self.change <= tolerance * self.size) & (sweeps > 1)
         return torch.isfinite(self.size) & (near | (sweeps >= len(self.x)))
 
@@ -139,8 +141,8 @@ def sweeps(
         Y_i-1   = mean_x0[i] x0_i(Y_i) + mean_x[i] Y_i + temperature exp(log_std_i) noise[i],     Y_T-1 = x_T
 
     and Y are the inputs of the next sweep. Where Y = X this is the sequential chain. Steps T-1..T-k are exact after k
-    sweeps, whatever the slopes. Under guidance the x0 of every group of rows has secants of its own; what comes of
-    them is limited to the schedule's clip, with a slope of 0 where it was outside.
+    sweeps, whatever the slopes. Under guidance the x0 of every group of rows has secants of its own. What
+    comes of them is limited to the schedule's clip, with a slope of 0 where it was outside.
 
     Args:
         guess: (T, N, C) inputs of the first sweep; None: those of a chain whose x0 is 0.

@@ -1,8 +1,8 @@
 """``denoise`` in torch, with everything that does not depend on x taken out of the chain.
 
 The modulations (shift, scale, gate) depend on the step and the condition alone, so those of many
-steps are one GEMM per layer before the steps run: 59 % of MAR-B's head is then read once per chunk
-of steps instead of once per step. This is exact. Under guidance the groups of rows share x, so the
+steps are one GEMM per layer before the steps run. This is exact. 59 % of MAR-B's head is then read
+once per chunk of steps instead of once per step. Under guidance the groups of rows share x, so the
 input projection and the first LayerNorm run once for all.
 """
 

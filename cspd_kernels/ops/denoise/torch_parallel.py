@@ -1,7 +1,7 @@
 """``denoise`` in torch by sweeps over all steps at once, as ``reference.sweeps`` defines them.
 
-The network runs for the steps and the tokens that still change: tokens leave when they settle, and steps, from the
-noise end on, when their inputs do not change any more but by rounding. The recursion is solved for what changes. With
+The network runs for the steps and the tokens that still change. Tokens leave when they settle. Steps leave, from the
+noise end on, when their inputs no longer change by more than rounding. The recursion is solved for what changes. With
 ``Y = X + d`` and ``F_i`` the step from the inputs X_i it is affine::
 
     d_i-1 = (F_i(X_i) - X_i-1) + (mean_x0[i] slope_i + mean_x[i]) d_i,        d_T-1 = 0,   Y_i-1 = F_i(X_i) + (...) d_i
@@ -15,6 +15,7 @@ from collections.abc import Callable
 
 import torch
 
+from ...errors import CallError
 from .parallel import Parallel
 from .reference import guided, limited, limits_of, log_of, most_sweeps
 from .torch_network import embedded, layers_of, modulations, network
@@ -31,7 +32,7 @@ def in_parallel(
             the tokens that do not settle.
     """
     if x_T.is_cuda and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
+        raise CallError(
             "denoise expected parallel_tol=None with backend='torch' in a CUDA graph of the caller's, got "
             f"{parallel.tolerance}: its sweeps wait for the device. Use backend='triton' or 'cuda', or leave it out"
         )

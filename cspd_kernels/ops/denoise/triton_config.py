@@ -83,8 +83,10 @@ class FewTile(NamedTuple):
 
 
 def few_tile(sum_of: int, width: int, two: bool = False) -> FewTile:
-    """Of a product over ``sum_of`` elements of a head of this width, or of two at once: whole rows where the registers
-    hold a program's weights, else 32 of them a thread."""
+    """The tile of a product over ``sum_of`` elements in a head of this width, or of two products at once.
+
+    It takes whole rows where the registers hold a program's weights, else 32 elements a thread.
+    """
     warps = min(8, row_warps(width))
     whole = power_of_two(sum_of)
     fits = whole <= 256 * warps and not two
@@ -118,8 +120,9 @@ LIBRARY_ROWS = 1024  # from here on the library's 16-bit products are expected t
 
 
 def _by_reasoning(rows: int, shape: Shape, dtype: torch.dtype, multiprocessors: int) -> Products:
-    """The tile that should take the fewest cycles; for float32, where no tensor core helps, the library: with its
-    products the CUDA chain took half the time of an earlier Triton chain with its own, on an H100.
+    """The tile that should take the fewest cycles, or the library for float32, where no tensor core helps.
+
+    On an H100 the CUDA chain, with the library's products, took half the time of an earlier Triton chain with its own.
     """
     if dtype.itemsize == 4 or rows >= LIBRARY_ROWS:
         return Products(None, None)
@@ -152,8 +155,11 @@ def _fastest_tiles(rows: int, shape: Shape, dtype: torch.dtype, multiprocessors:
 def _cycles(
     tile: Tile, rows: int, columns: int, sum_of: int, times: int, itemsize: int, multiprocessors: int
 ) -> tuple[float, float]:
-    """Of a product, or two at once: what an SM reads at 64 bytes a cycle, or multiplies, or waits for one
-    multiplication after another; the tiles of one SM share the first two. Where it waits, the tile that reads least."""
+    """Cycles of a product, or of two at once, and of their reads, by which equal ones are told apart.
+
+    An SM reads 64 bytes a cycle, multiplies, and waits for one multiplication after another: the longest of these
+    counts. The tiles of one SM share the first two. Where it waits, the tile that reads least is the best.
+    """
     programs = -(-rows // tile.bm) * -(-columns // tile.bn)
     each = -(-programs // multiprocessors)
     read = (tile.bm + times * tile.bn) * sum_of * itemsize / 64

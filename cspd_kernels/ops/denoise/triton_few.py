@@ -45,8 +45,9 @@ def _few_mlp0_kernel(
     W: tl.constexpr, WP: tl.constexpr, H: tl.constexpr, EPS: tl.constexpr, RMS: tl.constexpr, SWIGLU: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """out [M, H] = silu((norm(h) (1 + scale) + shift) @ weight^T + bias), all rows and BN columns a program; with
-    SWIGLU a second half of the weight and the bias makes what it is multiplied by.
+    """out [M, H] = silu((norm(h) (1 + scale) + shift) @ weight^T + bias), all rows and BN columns a program.
+
+    With SWIGLU, a second half of the weight and the bias makes what that is multiplied by.
 
     ``first_row`` is the step's first row of mods.
     """

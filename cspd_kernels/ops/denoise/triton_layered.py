@@ -1,14 +1,14 @@
 """The kernels of the layered chain.
 
 Few rows: two kernels a block, each program with all rows of its operand (``triton_few``). More rows: ``_norm_kernel``
-writes the operand of a block's first product once, then two products with what comes behind them, ``_mlp0_kernel`` and
-``_mlp1_kernel``; where a product is the library's, ``_bias_silu_kernel`` or ``_bias_swiglu_kernel``, and
-``_residual_kernel`` (with the next block's norm) stand behind it. In front of the blocks of a step stands
-``_input_kernel``, behind them ``_update_kernel`` (``triton_ends``). In parallel over all steps the same kernels run on
-the rows of all of them, with ``_output_kernel`` at the end, and ``triton_sweep`` has what follows.
+writes the operand of a block's first product once. Two products follow, ``_mlp0_kernel`` and ``_mlp1_kernel``, each
+with what comes behind it. Behind a product of the library stand ``_bias_silu_kernel`` or ``_bias_swiglu_kernel``, and
+``_residual_kernel`` (with the next block's norm). In front of the blocks of a step stands ``_input_kernel``, behind
+them ``_update_kernel`` (``triton_ends``). In parallel over all steps the same kernels run on the rows of all of them,
+with ``_output_kernel`` at the end, and ``triton_sweep`` has what follows.
 
 Each kernel may start before the one in front of it has ended (programmatic dependent launch, PDL, from compute
-capability 9.0 on), which hides its launch and the loads of its weights. It is safe by three rules:
+capability 9.0 on). That hides its launch and the loads of its weights. Three rules make it safe:
 
 - Before ``wait_for_previous`` a program reads only weights and the coefficients of the schedule, and writes nothing.
   Nothing in a chain writes those; what did, before the chain, is several kernels away from any that reads them.
@@ -17,11 +17,11 @@ capability 9.0 on), which hides its launch and the loads of its weights. It is s
 - A program lets the next kernel start only after its own wait. So when a kernel starts, all but the one in front of it
   have ended, and that one writes no weights.
 
-A kernel with a flag ``live`` that is 0 returns at once, behind the wait: who reads the flag knows that its writer has
-ended, and the rules hold for it as for any other. ``live`` None is known at compile time, and costs nothing.
+A kernel whose flag ``live`` is 0 returns at once, behind the wait. Who reads the flag knows that its writer has ended,
+so the rules hold for such a kernel, too. ``live`` None is known at compile time, and costs nothing.
 
 Kernels of others between ours (library products, copies), and ``_condition_kernel``, wait for the end of everything
-before them, and the wait for the end of one of them is the same wait.
+before them. Waiting for the end of one of them is the same wait.
 """
 
 from __future__ import annotations

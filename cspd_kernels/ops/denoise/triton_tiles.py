@@ -114,8 +114,11 @@ def network_output(
     h, mods, row, period, first_row, weights, k,
     W: tl.constexpr, EPS: tl.constexpr, GROUPS: tl.constexpr, LEARNED: tl.constexpr, RMS: tl.constexpr,
 ):  # fmt: skip
-    """(v, out of the first group, of the next ones, ``period`` rows behind each other) by the final layer, for the
-    channels of ``weights``; v is 0 where it is not learned, and the first group's out stands for missing groups."""
+    """(v, out of the first group, out of the second, of the third) by the final layer, for the channels of ``weights``.
+
+    The groups are ``period`` rows apart. v is 0 where it is not learned, and the first group's out stands for missing
+    groups.
+    """
     w, added, w_v, added_v = weights
     a = final_operand(h, mods, row, first_row, k, W, EPS, RMS)
     out = tl.sum(w * a[None, :], 1) + added

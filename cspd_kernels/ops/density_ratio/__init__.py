@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 from numbers import Real
+from typing import Any
 
 import torch
 
 from ...backends import remembered, untraced
+from ...errors import InvalidInput, WrongType
 from ..denoise import Denoised
 
 SIGMAS = ("paper", "released")
@@ -27,8 +30,8 @@ def log_density_ratio(
 ) -> torch.Tensor:
     """log p(Y_p) / q(Y_q) of the target's and the draft's trajectory under the same noise, (N,) float32.
 
-    Denoised with the same x_T and noise, the noise factors of the two path densities cancel; what
-    is left is the last step's Gaussians and the scales of the steps before::
+    Both chains are denoised with the same x_T and noise, so the noise factors of the two path
+    densities cancel. What is left is the last step's Gaussians and the scales of the steps before::
 
         log r = sum_c [log N(x; mu_p, sigma_p) - log N(x; mu_q, sigma_q)] + (L_q - L_p)
 
@@ -50,32 +53,46 @@ def log_density_ratio(
         backend: as in :func:`cspd_kernels.denoise`; "cuda" copies operands that are not contiguous float32.
 
     Raises:
-        TypeError, ValueError: an argument does not fit.
+        InvalidInput: an argument does not fit. BackendUnavailable: the chosen backend cannot serve.
+
+    Example:
+        >>> import torch
+        >>> from cspd_kernels import Denoised, log_density_ratio
+        >>> zeros = torch.zeros(3, 2)
+        >>> draft = Denoised(zeros, zeros, zeros, torch.zeros(3))  # N(0, 1) in 2 channels, 3 tokens
+        >>> target = Denoised(zeros + 1, zeros + 1, zeros, torch.zeros(3))  # N(1, 1)
+        >>> x = torch.tensor([[0.0, 0.0], [0.5, 0.5], [1.0, 1.0]])
+        >>> log_density_ratio(x, draft, target)
+        tensor([-1.,  0.,  1.])
 
     Source: Wang et al. 2024, arXiv 2411.11925 (denoising trajectory alignment).
     """
     relaxation = check("log_density_ratio", x, draft, target, relaxation, sigma)
     run = remembered("log_density_ratio", backend, x)
-    return run(x, draft, target, relaxation, sigma)
+    ratio: torch.Tensor = run(x, draft, target, relaxation, sigma)
+    return ratio
 
 
-def check(op: str, x, draft, target, relaxation, sigma, several: bool = False) -> float | torch.Tensor:
+def check(
+    op: str, x: Any, draft: Any, target: Any, relaxation: Any, sigma: Any, several: bool = False
+) -> float | torch.Tensor:
     """Raise on arguments that do not fit; return the relaxation as a number or as (N,) float32.
 
-    With ``several``, x may be (N, K, C), K candidates a token: fields that have one candidate are those of all, and a
-    relaxation that is a tensor is returned with an axis of one or K candidates.
+    With ``several``, x may be (N, K, C), K candidates a token. Fields that have one candidate are those of all. A
+    relaxation that is a tensor is then returned with an axis of one or K candidates.
     """
     shapes = "(N, C) or (N, K, C)" if several else "(N, C)"
     if not isinstance(x, torch.Tensor) or x.dim() not in ((2, 3) if several else (2,)) or not x.is_floating_point():
         got = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, torch.Tensor) else type(x).__name__
-        raise ValueError(f"{op} expected x as a floating tensor {shapes}, got {got}")
+        raise InvalidInput(f"{op} expected x as a floating tensor {shapes}, got {got}")
     # A shape that fits, and the one of a field that all candidates share.
     shape, device = x.shape, x.device
     shared = shape if x.dim() == 2 else (shape[0], 1, shape[2])
     for name, chain in (("draft", draft), ("target", target)):
         # Of a rejected row without a kept proposal, the token is the target's sample.
         for field in _FIELDS if name == "draft" or op != "accept_reject" else _FIELDS_AND_SAMPLE:
-            value, wanted = getattr(chain, field, None), (shape, shared)
+            value: Any = getattr(chain, field, None)
+            wanted: tuple[tuple[int, ...], ...] = shape, shared
             if field == "path_log_std":
                 wanted = shape[:-1], shared[:-1]
             if not (
@@ -86,35 +103,35 @@ def check(op: str, x, draft, target, relaxation, sigma, several: bool = False) -
             ):
                 raise _misfit(op, f"{name}.{field}", value, wanted, device, chain)
     if sigma not in SIGMAS:
-        raise ValueError(f"{op} expected sigma one of {SIGMAS}, got {sigma!r}")
+        raise InvalidInput(f"{op} expected sigma one of {SIGMAS}, got {sigma!r}")
     if isinstance(relaxation, torch.Tensor):
         wanted = shape[:1], shape[:-1]
         if relaxation.shape not in wanted or not relaxation.is_floating_point() or relaxation.device != x.device:
-            raise ValueError(
+            raise InvalidInput(
                 f"{op} expected relaxation as a number or a floating tensor {_either(wanted)} on {x.device}, "
                 f"got {relaxation.dtype} {tuple(relaxation.shape)} on {relaxation.device}"
             )
-        relaxation = relaxation.float()
-        if relaxation.device.type == "cpu" and not ((relaxation > 0) & torch.isfinite(relaxation)).all():
-            raise ValueError(f"{op} expected every relaxation finite and > 0 in float32, got values that are not")
-        return relaxation[:, None] if relaxation.dim() < x.dim() - 1 else relaxation
-    if not isinstance(relaxation, Real) or not 0 < relaxation < math.inf:
-        raise ValueError(f"{op} expected a finite relaxation > 0, got {relaxation!r}")
+        each = relaxation.float()
+        if each.device.type == "cpu" and not ((each > 0) & torch.isfinite(each)).all():
+            raise InvalidInput(f"{op} expected every relaxation finite and > 0 in float32, got values that are not")
+        return each[:, None] if each.dim() < x.dim() - 1 else each
+    if not isinstance(relaxation, Real) or not 0 < float(relaxation) < math.inf:
+        raise InvalidInput(f"{op} expected a finite relaxation > 0, got {relaxation!r}")
     return float(relaxation)
 
 
-def _either(shapes) -> str:
+def _either(shapes: Iterable[Sequence[int]]) -> str:
     return " or ".join(dict.fromkeys(str(tuple(shape)) for shape in shapes))
 
 
-def _misfit(op: str, field: str, value, shapes, device: torch.device, chain) -> Exception:
+def _misfit(op: str, field: str, value: Any, shapes: Any, device: torch.device, chain: Any) -> Exception:
     """What is wrong with a field of a chain, such as ``draft.mean``."""
     if not isinstance(value, torch.Tensor):
         name, field = field.split(".")
-        return TypeError(f"{op} expected {name} as a Denoised with a tensor {field}, got {type(chain).__name__}")
+        return WrongType(f"{op} expected {name} as a Denoised with a tensor {field}, got {type(chain).__name__}")
     if value.shape not in map(torch.Size, shapes) or not value.is_floating_point():
-        return ValueError(
+        return InvalidInput(
             f"{op} expected {field} floating of shape {_either(shapes)} to match x, "
             f"got {value.dtype} {tuple(value.shape)}"
         )
-    return ValueError(f"{op} expected {field} on the device of x, {device}, got {value.device}")
+    return InvalidInput(f"{op} expected {field} on the device of x, {device}, got {value.device}")

@@ -72,9 +72,10 @@ def _log_density_ratio_kernel(
 
 
 def operands(x, draft, target, relaxation, *others) -> tuple[tuple, tuple, tuple | None]:
-    """What :func:`row_log_ratio` reads, the strides it reads it with, and the key of the call's compilation for
-    :func:`cspd_kernels.triton_launch.launch`: None where an operand is not contiguous, or not aligned, or one of the
-    ``others`` is not aligned."""
+    """(what :func:`row_log_ratio` reads, its strides, the call's key for :func:`cspd_kernels.triton_launch.launch`).
+
+    The key is None where an operand is not contiguous or not aligned, or one of the ``others`` is not aligned.
+    """
     matrices = (x, draft.mean, draft.log_std, target.mean, target.log_std)
     lines = (draft.path_log_std, target.path_log_std)
     tensors = (x, draft.mean, draft.log_std, lines[0], target.mean, target.log_std, lines[1], relaxation)

@@ -30,9 +30,9 @@ def load_line(base, row, stride, inside, otherwise):
 def sum_of_channels(values):
     """The sum over the last axis, a power of two up to 256: [R, BC] -> [R].
 
-    Neighbours in pairs, then pairs of pairs. A sum of two has the same bits in either order, so those of the whole
-    depend on neither how the compiler lays the block out over threads, which follows the operands' types, strides and
-    alignment, nor on the number of rows.
+    Neighbours in pairs, then pairs of pairs. A sum of two has the same bits in either order. So the bits of the whole
+    do not depend on the number of rows, nor on how the compiler lays the block out over threads. That layout follows
+    the operands' types, strides and alignment.
     """
     for _ in tl.static_range(8):
         if values.shape[1] > 1:
@@ -48,8 +48,9 @@ def inverse_std(log_std):
 
 @triton.jit
 def residuals(x, mean_q, log_q, mean_p, log_p):
-    """(b - a, a + b, log sigma_p - log sigma_q), a and b the residuals of x in sigmas of the target and the draft; the
-    last is NaN where an operand is not finite.
+    """(b - a, a + b, log sigma_p - log sigma_q), a and b the residuals of x in sigmas of the target and the draft.
+
+    The last is NaN where an operand is not finite.
 
     The exponents' difference is (b - a) (b + a) / 2. Where the scales are close, b - a is formed from the small
     differences of the models themselves, as the definition (``reference.py``) explains.

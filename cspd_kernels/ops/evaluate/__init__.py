@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from numbers import Real
+from typing import Any
 
 import torch
 
 from ...backends import implementation, remember
 from ...dtypes import stream_dtype, without_autocast
+from ...errors import InvalidInput, WrongDtype, WrongType
 from ...head import DiffusionHead
 from ...library import define
 from ..denoise import WORKSPACE_BYTES
@@ -34,9 +36,9 @@ def evaluate(
     Args:
         head: the packed network; it needs no schedule. Its dtype is the GEMM operand type.
         x: (M, C) floating. M = 0 is allowed.
-        timesteps: as the network takes them, of any integer or floating type: (M,) or (M, 1); (M, K) with one column
-            for each of K time embeddings whose mean is taken; a number or a tensor of one element (on the head's device
-            or the CPU) for all rows and embeddings.
+        timesteps: as the network takes them, of any integer or floating type. (M,) or (M, 1); or (M, K) with one column
+            for each of K time embeddings whose mean is taken. A number, or a tensor of one element (on the head's
+            device or the CPU), is for all rows and embeddings.
         cond: (M, Z) floating; (M, W) for a head whose conditions are given embedded. On the CPU what is made of it is
             kept for the next call with the same values.
         backend: "torch", "triton", "cuda", or None: ``CSPD_BACKEND``, else automatic.
@@ -46,26 +48,35 @@ def evaluate(
         (M, O) in the residual stream's type (float32; float64 for a float64 head).
 
     Raises:
-        TypeError, ValueError: an argument does not fit; nothing has been computed.
-        RuntimeError: the chosen backend cannot serve.
+        InvalidInput: an argument does not fit. Nothing has been computed.
+        BackendUnavailable: the chosen backend cannot serve. CallError: the arithmetic overflowed (float16).
+
+    Example:
+        >>> import torch
+        >>> from cspd_kernels import DiffusionHead, evaluate
+        >>> from cspd.models import DiffLoss
+        >>> head = DiffusionHead.from_module(DiffLoss(4, 6, 2, 8, num_sampling_steps=5))
+        >>> evaluate(head, torch.zeros(3, 4), 2.0, torch.zeros(3, 6)).shape
+        torch.Size([3, 8])
     """
     if not isinstance(timesteps, torch.Tensor) and isinstance(timesteps, Real):
         # A product, as torch.compile would compile the caller again for every new float that enters otherwise.
         timesteps = torch.ones((), dtype=torch.float64, device="cpu") * float(timesteps)
     _check(head, x, timesteps, cond, workspace_bytes)
-    return _operator(head.handle, x, timesteps, cond, backend, min(workspace_bytes, 2**63 - 1))
+    out: torch.Tensor = _operator(head.handle, x, timesteps, cond, backend, min(workspace_bytes, 2**63 - 1))
+    return out
 
 
-def run(head, x, timesteps, cond, backend, workspace_bytes):
+def run(head: Any, x: Any, timesteps: Any, cond: Any, backend: str | None, workspace_bytes: int) -> torch.Tensor:
     """The op: everything that looks at values or at this machine, which a compiler must not see, then a backend.
 
-    A backend is given x (M, C) in the stream's type, timesteps (M,) or (M, K) on the head's device, expanded where one
-    stands for all, and the caller's own ``cond``, by which it may know it again.
+    A backend is given x (M, C) in the stream's type, and timesteps (M,) or (M, K) on the head's device, expanded where
+    one stands for all. It is given the caller's own ``cond``, so that it can recognise it in the next call.
     """
     head = DiffusionHead.of_handle(head)
     for name, value in (("x", x), ("timesteps", timesteps), ("cond", cond)):
         if value.device.type == "cpu" and not bool(torch.isfinite(value).all()):
-            raise ValueError(f"evaluate expected finite values in {name}, got NaN or infinity")
+            raise InvalidInput(f"evaluate expected finite values in {name}, got NaN or infinity")
     overflows = late_overflows(head)
     if timesteps.numel() == 1:
         if timesteps.device != head.device:
@@ -79,12 +90,14 @@ def run(head, x, timesteps, cond, backend, workspace_bytes):
     with without_autocast(head.device):  # the head's dtype decides, not the caller's autocast
         out = function(head, x.to(stream_dtype(head.dtype)), timesteps, cond, workspace_bytes)
     check_result(head, out, overflows, "evaluate")
-    return out.contiguous()
+    contiguous: torch.Tensor = out.contiguous()
+    return contiguous
 
 
-def _fake(head, x, timesteps, cond, backend, workspace_bytes):
+def _fake(head: Any, x: Any, *arguments: Any) -> torch.Tensor:
     head = DiffusionHead.of_handle(head)
-    return x.new_empty((x.shape[0], head.outputs), dtype=stream_dtype(head.dtype))
+    out: torch.Tensor = x.new_empty((x.shape[0], head.outputs), dtype=stream_dtype(head.dtype))
+    return out
 
 
 _operator = define(
@@ -95,29 +108,31 @@ _operator = define(
 )
 
 
-def _check(head, x, timesteps, cond, workspace_bytes) -> None:
+def _check(head: Any, x: Any, timesteps: Any, cond: Any, workspace_bytes: Any) -> None:
     """Raise on arguments that do not fit, by all that is known without looking at a tensor's values."""
     if not isinstance(head, DiffusionHead):
-        raise TypeError(f"evaluate expected a DiffusionHead, got {type(head).__name__}: use DiffusionHead.from_network")
+        raise WrongType(f"evaluate expected a DiffusionHead, got {type(head).__name__}: use DiffusionHead.from_network")
     if not head.time:
-        raise ValueError("evaluate expected a head with its time embedding, got one without: build it from its module")
+        raise InvalidInput(
+            "evaluate expected a head with its time embedding, got one without: build it from its module"
+        )
     check_tensor("evaluate", "x", x, head, ("M", head.channels))
     check_tensor("evaluate", "cond", cond, head, ("M", head.cond_channels))
     rows = x.shape[0]
     if cond.shape[0] != rows:
-        raise ValueError(f"evaluate expected cond of as many rows as x, {rows}, got {cond.shape[0]}")
+        raise InvalidInput(f"evaluate expected cond of as many rows as x, {rows}, got {cond.shape[0]}")
     if not isinstance(timesteps, torch.Tensor):
-        raise TypeError(f"evaluate expected timesteps as a tensor or a number, got {type(timesteps).__name__}")
+        raise WrongType(f"evaluate expected timesteps as a tensor or a number, got {type(timesteps).__name__}")
     one, count, dim = timesteps.numel() == 1, len(head.time), timesteps.dim()
     by_row = 1 <= dim <= 2 and timesteps.shape[0] == rows
     if not one and not (by_row and (dim == 1 or timesteps.shape[1] == 1 or timesteps.shape[1] == count)):
-        raise ValueError(
+        raise InvalidInput(
             f"evaluate expected timesteps as a number or of shape ({rows},), ({rows}, 1) or ({rows}, {count}), got "
             f"{tuple(timesteps.shape)}"
         )
     if timesteps.device != head.device and not (one and timesteps.device.type == "cpu"):
-        raise ValueError(f"evaluate expected timesteps on the head's device {head.device}, got {timesteps.device}")
+        raise InvalidInput(f"evaluate expected timesteps on the head's device {head.device}, got {timesteps.device}")
     if timesteps.dtype == torch.bool or timesteps.is_complex():
-        raise ValueError(f"evaluate expected timesteps of an integer or floating type, got {timesteps.dtype}")
+        raise WrongDtype(f"evaluate expected timesteps of an integer or floating type, got {timesteps.dtype}")
     if not isinstance(workspace_bytes, int) or workspace_bytes <= 0:
-        raise ValueError(f"evaluate expected workspace_bytes as an int > 0, got {workspace_bytes!r}")
+        raise InvalidInput(f"evaluate expected workspace_bytes as an int > 0, got {workspace_bytes!r}")

@@ -7,10 +7,10 @@ import weakref
 
 import torch
 
-from ...backends import log_once
 from ...crossover import bucket
 from ...graphs import CALLER_CAPTURES, Plan, captures_ours, why_not_here
 from ...head import DiffusionHead
+from ...logs import log_once
 from ...scratch import scratch
 from ...time_embedding import embed
 from ..denoise.chain import Tables, modulations_of

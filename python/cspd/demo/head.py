@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from ..errors import CheckpointError
 from ..models import MAR, DiffLoss
 from ..transformer import conditions
 from .pair import DATA, TARGET, load_pair
@@ -46,7 +47,7 @@ def load_head(data: str | Path = DATA, images: int = 64) -> tuple[DiffLoss, torc
     try:
         head.load_state_dict({name: value.float() for name, value in load_file(path).items()})
     except (RuntimeError, SafetensorError) as error:
-        raise ValueError(f"{path} does not hold the weights of the demo's head: {error}") from error
+        raise CheckpointError(f"{path} does not hold the weights of the demo's head: {error}") from error
     target = load_pair(data)[0]
     return head.eval(), held_out(target, *digits(target, images))
 

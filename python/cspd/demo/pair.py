@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from ..errors import CheckpointError
 from ..models import MAR
 
 DATA = Path(__file__).parent / "data"
@@ -80,7 +81,7 @@ def load_model(
     try:
         model.load_state_dict(load_file(path))
     except (RuntimeError, SafetensorError) as error:
-        raise ValueError(f"{path} does not hold the weights of the demo's configuration: {error}") from error
+        raise CheckpointError(f"{path} does not hold the weights of the demo's configuration: {error}") from error
     return model.eval()
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from safetensors.numpy import load_file
 
+from ..errors import InvalidInput
 from ..frechet import frechet_distance as gaussian_distance
 from .pair import DATA
 
@@ -26,11 +27,11 @@ def statistics(images, side: int = 8) -> tuple[np.ndarray, np.ndarray]:
     """
     pixels = torch.as_tensor(images).detach().cpu().double().numpy()
     if pixels.ndim != 4 or pixels.shape[1:] != (1, side, side):
-        raise ValueError(f"expected images of shape (n, 1, {side}, {side}), got {tuple(pixels.shape)}")
+        raise InvalidInput(f"expected images of shape (n, 1, {side}, {side}), got {tuple(pixels.shape)}")
     if len(pixels) < 2:
-        raise ValueError(f"expected at least 2 images to take a covariance of, got {len(pixels)}")
+        raise InvalidInput(f"expected at least 2 images to take a covariance of, got {len(pixels)}")
     if not np.isfinite(pixels).all():
-        raise ValueError("expected finite pixels, got NaN or infinity")
+        raise InvalidInput("expected finite pixels, got NaN or infinity")
     pixels = pixels.reshape(len(pixels), -1)
     return pixels.mean(axis=0), np.cov(pixels, rowvar=False)
 

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 
 from ..checks import check_run
+from ..errors import InvalidInput
+from ..reporting import Callback
 from ..speculative import SpecDecodeRunner
 from .settings import Settings
 
@@ -60,7 +62,7 @@ class Models:
         if args.vae:
             from ..vae import load_vae
 
-            self.vae = load_vae(args.vae, device=device, dtype=getattr(torch, settings.vae_dtype))
+            self.vae = load_vae(args.vae, device=device, dtype=settings.vae_dtype)
             self.vae.check(target)
         parts = {"target": target, "draft": draft, "vae": self.vae}
         self.loaded = {role: text for role, part in parts.items() if (text := getattr(part, "loaded", None))}
@@ -98,8 +100,8 @@ class Models:
             None,
         )
 
-    def make(self, number: int, pixels: bool) -> Batch:
-        """Make a batch, whole; ``pixels``: whether they are wanted."""
+    def make(self, number: int, pixels: bool, callback: Callback | None = None) -> Batch:
+        """Make a batch, whole. ``pixels``: whether they are wanted. ``callback``: as of the runner."""
         settings, count = self.settings, self.settings.batch_size
         first = number * count
         images = self._runner.run(
@@ -112,8 +114,9 @@ class Models:
             settings.cfg,
             seed=settings.seed,
             first_image=first,
+            callback=callback,
         )
-        stats = self._runner.stats.to_dict()
+        stats = images.stats.to_dict()
         start = time.perf_counter()
         made = self._pixels(images) if pixels else None
         seconds = stats["seconds"] | {"decode": time.perf_counter() - start}
@@ -133,9 +136,9 @@ def _check_classes(settings: Settings, classes: int) -> None:
     labels, wanted = settings.labels, settings.classes
     if wrong := sorted({label for label in labels or [] if not 0 <= label < classes}):
         more = ", ..." if len(wrong) > 5 else ""
-        raise ValueError(f"expected labels in 0..{classes - 1}, got {', '.join(map(str, wrong[:5]))}{more}")
+        raise InvalidInput(f"expected labels in 0..{classes - 1}, got {', '.join(map(str, wrong[:5]))}{more}")
     if wanted is not None and wanted > classes:
-        raise ValueError(f"expected --classes at most the model's {classes}, got {wanted}")
+        raise InvalidInput(f"expected --classes at most the model's {classes}, got {wanted}")
 
 
 def merge_statistics(records: list[dict]) -> tuple[dict, dict]:

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from ..cli_support import one_line
+from ..errors import CallError, InvalidInput
 
 T = TypeVar("T")
 _FAILED, _DONE = "failed", "done"
@@ -24,7 +25,7 @@ def _attempt() -> str:
     return f"cspd/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
 
 
-class LostError(RuntimeError):
+class LostError(CallError):
     """A rank is gone, and could not say why."""
 
     def __init__(self):
@@ -61,18 +62,20 @@ class Ranks:
             try:
                 device = torch.device(name)
             except RuntimeError:  # whose message lists all that torch has a name for
-                raise ValueError("there is no such device") from None
+                raise InvalidInput("there is no such device") from None
             if device.type == "meta":
-                raise ValueError("it computes nothing")
+                raise InvalidInput("it computes nothing")
             if device.type == "cuda" and self.size > 1:
                 if device.index is not None:
-                    raise ValueError(f"with {self.size} processes every one takes a GPU of its own: give --device cuda")
+                    raise InvalidInput(f"each of {self.size} processes takes a GPU of its own: pass --device cuda")
                 if self.local >= (count := torch.cuda.device_count()):
-                    raise ValueError(f"there are more processes on this machine than GPUs ({count})")
+                    raise InvalidInput(f"there are more processes on this machine than GPUs ({count})")
                 device = torch.device("cuda", self.local)
             torch.empty(0, device=device)
         except (ValueError, RuntimeError, AssertionError) as error:  # torch without that device asserts
-            raise ValueError(f"expected --device as one that torch has here, got {name}: {one_line(error)}") from error
+            raise InvalidInput(
+                f"expected a --device that torch has on this machine, got {name}: {one_line(error)}"
+            ) from error
         if device.type == "cuda" and device.index is not None:
             torch.cuda.set_device(device)
         return device
@@ -87,7 +90,7 @@ class Ranks:
                     "gloo", store=self._store, rank=self.rank, world_size=self.size, timeout=_PATIENCE
                 )
             except ValueError as error:
-                raise RuntimeError(f"rank {self.rank}: {one_line(error)}") from error
+                raise CallError(f"rank {self.rank}: {one_line(error)}") from error
         return self
 
     def __exit__(self, kind, error, _) -> None:
@@ -110,7 +113,7 @@ class Ranks:
             and not lost
             and not isinstance(error, BrokenPipeError)
         ):
-            raise RuntimeError(f"rank {self.rank}: {one_line(error)}") from error
+            raise CallError(f"rank {self.rank}: {one_line(error)}") from error
 
     def _first_to_fail(self) -> bool:
         try:
@@ -159,7 +162,7 @@ class Ranks:
             dist.all_gather_object(reasons, failure and f"{type(failure).__name__}: {one_line(failure)}")
         failed = [rank for rank, reason in enumerate(reasons) if reason]
         if failure is not None and len(failed) < self.size and isinstance(failure, (OSError, ValueError, RuntimeError)):
-            failure = RuntimeError(f"rank {self.rank}: {one_line(failure)}")  # it is not all ranks' failure
+            failure = CallError(f"rank {self.rank}: {one_line(failure)}")  # it is not all ranks' failure
         self._end_if(failure, failed[0] if failed else None)
         return result
 

@@ -12,6 +12,7 @@ import torch
 from cspd_kernels.ops.accept_reject import MOST_CANDIDATES
 
 from ..cli_generate import DRAFTING
+from ..errors import InvalidInput
 from ..files import sha256
 from ..weight_files import MAR_FILE, VAE_FILE, config_beside, find_file
 
@@ -138,45 +139,47 @@ def _threads(args, known: dict) -> int:
 def check_options(args) -> None:
     """Raise where options exclude each other; nothing is looked up."""
     if args.out.suffix in (".png", ".safetensors", ".npz") and not args.out.is_dir():
-        raise ValueError(f"expected --out as a folder, got {args.out}: one picture of all is --grid, one array --npz")
+        raise InvalidInput(
+            f"expected --out to name a folder, got {args.out}: --grid writes one picture of all images, --npz one array"
+        )
     if (args.labels is None) == (args.num_images is None):
-        raise ValueError("expected --labels or --num-images, one of them")
+        raise InvalidInput("expected either --labels or --num-images")
     if args.classes is not None and args.num_images is None:
-        raise ValueError("expected --num-images together with --classes: with --labels every image has its own class")
+        raise InvalidInput("expected --num-images together with --classes: with --labels every image has its own class")
     if not 0.0 <= args.prefill <= 1.0:
-        raise ValueError(f"expected --prefill in [0, 1], got {args.prefill}")
+        raise InvalidInput(f"expected --prefill in [0, 1], got {args.prefill}")
     if not 0.0 < args.relaxation < math.inf:
-        raise ValueError(f"expected a finite --relaxation > 0, got {args.relaxation}")
+        raise InvalidInput(f"expected a finite --relaxation > 0, got {args.relaxation}")
     _check_verify(args)
     for name, most in (("batch_size", _MOST_IMAGES), ("threads", max(64, 8 * (os.cpu_count() or 1)))):
         if (getattr(args, name) or 0) > most:
-            raise ValueError(f"expected --{name.replace('_', '-')} at most {most}, got {getattr(args, name)}")
+            raise InvalidInput(f"expected --{name.replace('_', '-')} at most {most}, got {getattr(args, name)}")
     if args.target is None:
         for name in ("draft", "vae", "num_sampling_steps", "patch_size", "vae_stride"):
             if getattr(args, name) is not None:
                 option = f"--{name.replace('_', '-')}"
-                raise ValueError(f"expected --target together with {option}: the digits pair has its own")
+                raise InvalidInput(f"expected --target together with {option}: the digits pair has a fixed one")
     elif args.vae is None:
         if not args.latents:
-            raise ValueError("expected --vae, which makes pictures of latents, or --latents, which writes them")
+            raise InvalidInput("expected --vae to decode pictures, or --latents to write the latents")
         for name in ("grid", "npz"):
             if getattr(args, name) is not None:
-                raise ValueError(f"expected --vae together with --{name}: without it there are latents only")
+                raise InvalidInput(f"expected --vae together with --{name}: without a VAE there are no pictures")
 
 
 def _check_verify(args) -> None:
     """Raise where drafted tokens cannot be verified or redrawn in the way that is asked for, whatever the models."""
     if args.candidates > MOST_CANDIDATES:
-        raise ValueError(f"expected --candidates at most {MOST_CANDIDATES}, got {args.candidates}")
+        raise InvalidInput(f"expected --candidates at most {MOST_CANDIDATES}, got {args.candidates}")
     if args.branches > args.candidates:
-        raise ValueError(
-            f"expected at most as many --branches as --candidates, each of which one continues, got {args.branches} "
-            f"and {args.candidates}"
+        raise InvalidInput(
+            f"expected at most as many --branches as --candidates, got {args.branches} and {args.candidates}: each "
+            "branch goes on from one candidate"
         )
     if args.branches > 1 and args.verify != "strict":
-        raise ValueError(f"expected --branches {args.branches} together with --verify strict")
+        raise InvalidInput(f"expected --branches {args.branches} together with --verify strict")
     if args.target_sigma and args.residual != "closed_form" and args.candidates == 1:
-        raise ValueError("expected --target-sigma together with --residual closed_form or several --candidates")
+        raise InvalidInput("expected --target-sigma together with --residual closed_form or several --candidates")
 
 
 def without_part(args) -> list[str]:

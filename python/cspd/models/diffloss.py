@@ -6,7 +6,9 @@ State-dict names and shapes follow LTH14/mar (``models/diffloss.py``); Li et al.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from cspd_kernels import Schedule
 
+from ..errors import InvalidInput
 from .diffusion import GaussianDiffusion
 
 _FLOWS = ("euler", "euler_maruyama")
@@ -40,7 +43,8 @@ class TimestepEmbedder(nn.Module):
         return torch.cat([torch.cos(args), torch.sin(args), args.new_zeros(len(args), dim % 2)], dim=-1)
 
     def forward(self, t: torch.Tensor) -> torch.Tensor:
-        return self.mlp(self.timestep_embedding(t, self.frequency_embedding_size).to(self.mlp[0].weight.dtype))
+        first: Any = self.mlp[0]
+        return self.mlp(self.timestep_embedding(t, self.frequency_embedding_size).to(first.weight.dtype))
 
 
 class ResBlock(nn.Module):
@@ -72,9 +76,25 @@ class FinalLayer(nn.Module):
 
 
 class SimpleMLPAdaLN(nn.Module):
-    """The denoising network: x (N, C), t (N,), c (N, Z) -> (N, out_channels)."""
+    """The denoising network: x (N, C), t (N,), c (N, Z) -> (N, out_channels).
 
-    def __init__(self, in_channels, model_channels, out_channels, z_channels, num_res_blocks, grad_checkpointing=False):
+    Example:
+        >>> import torch
+        >>> from cspd.models import SimpleMLPAdaLN
+        >>> net = SimpleMLPAdaLN(in_channels=4, model_channels=8, out_channels=8, z_channels=6, num_res_blocks=2)
+        >>> net(torch.zeros(3, 4), torch.zeros(3), torch.zeros(3, 6)).shape
+        torch.Size([3, 8])
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        model_channels: int,
+        out_channels: int,
+        z_channels: int,
+        num_res_blocks: int,
+        grad_checkpointing: bool = False,
+    ):
         super().__init__()
         self.in_channels = in_channels
         self.grad_checkpointing = grad_checkpointing
@@ -85,18 +105,18 @@ class SimpleMLPAdaLN(nn.Module):
         self.final_layer = FinalLayer(model_channels, out_channels)
         self._initialize_weights()
 
-    def _initialize_weights(self):
+    def _initialize_weights(self) -> None:
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        nn.init.normal_(self.time_embed.mlp[0].weight, std=0.02)
-        nn.init.normal_(self.time_embed.mlp[2].weight, std=0.02)
+        mlp: Any = self.time_embed.mlp
+        nn.init.normal_(mlp[0].weight, std=0.02)
+        nn.init.normal_(mlp[2].weight, std=0.02)
         # Every block starts as the identity and the output as zero (adaLN-zero, arXiv 2212.09748).
-        for layer in [b.adaLN_modulation[-1] for b in self.res_blocks] + [
-            self.final_layer.adaLN_modulation[-1],
-            self.final_layer.linear,
-        ]:
+        blocks: Any = self.res_blocks
+        zero: list[Any] = [block.adaLN_modulation[-1] for block in blocks]
+        for layer in [*zero, self.final_layer.adaLN_modulation[-1], self.final_layer.linear]:
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
@@ -107,8 +127,18 @@ class SimpleMLPAdaLN(nn.Module):
             x = checkpoint(block, x, y, use_reentrant=False) if self.grad_checkpointing else block(x, y)
         return self.final_layer(x, y)
 
-    def forward_with_cfg(self, x: torch.Tensor, t: torch.Tensor, c: torch.Tensor, cfg_scale) -> torch.Tensor:
-        """Guided output for 2N rows, conditional rows first: both halves see the conditional x and share eps."""
+    def forward_with_cfg(
+        self, x: torch.Tensor, t: torch.Tensor, c: torch.Tensor, cfg_scale: float | torch.Tensor
+    ) -> torch.Tensor:
+        """Guided output for 2N rows, conditional rows first: both halves see the conditional x and share eps.
+
+        Example:
+            >>> import torch
+            >>> from cspd.models import SimpleMLPAdaLN
+            >>> net = SimpleMLPAdaLN(4, 8, 8, 6, 2)
+            >>> net.forward_with_cfg(torch.zeros(6, 4), torch.zeros(6), torch.zeros(6, 6), cfg_scale=3.0).shape
+            torch.Size([6, 8])
+        """
         half = x[: len(x) // 2]
         out = self.forward(torch.cat([half, half]), t, c)
         eps, rest = out[:, : self.in_channels], out[:, self.in_channels :]
@@ -123,33 +153,42 @@ class DiffLoss(nn.Module):
     Args:
         target_channels: C. z_channels: Z. depth, width: D residual blocks of width W.
         num_sampling_steps: T of ``sample`` (an int, or a string as in LTH14/mar).
-        schedule: ``"cosine"`` (MAR) or ``"linear"`` of a diffusion; ``"euler"`` or ``"euler_maruyama"`` of a flow,
-            whose network predicts the velocity from time 0, noise, to 1 and has no variance to learn.
-        num_train_steps: steps of the schedule it is trained on, of which T are kept for sampling.
-        learn_sigma: whether the network puts out a variance besides the noise (MAR), or the
-            posterior's is used (as in MotionStreamer and MARDM).
+        schedule: ``"cosine"`` (MAR) or ``"linear"`` for a diffusion; ``"euler"`` or ``"euler_maruyama"`` for a flow.
+            A flow's network predicts the velocity from time 0 (noise) to 1, and learns no variance.
+        num_train_steps: steps of the schedule it is trained on. T of them are kept for sampling.
+        learn_sigma: True if the network puts out a variance besides the noise (MAR). False uses the posterior's
+            variance (as in MotionStreamer and MARDM).
+
+    Example:
+        >>> import torch
+        >>> from cspd.models import DiffLoss
+        >>> head = DiffLoss(target_channels=4, z_channels=6, depth=2, width=8, num_sampling_steps=5)
+        >>> z = torch.zeros(3, 6)
+        >>> head(torch.zeros(3, 4), z).shape, head.sample(z).shape
+        (torch.Size([]), torch.Size([3, 4]))
     """
 
     def __init__(
         self,
-        target_channels,
-        z_channels,
-        depth,
-        width,
-        num_sampling_steps,
-        grad_checkpointing=False,
-        schedule="cosine",
-        num_train_steps=1000,
-        learn_sigma=True,
+        target_channels: int,
+        z_channels: int,
+        depth: int,
+        width: int,
+        num_sampling_steps: int | str,
+        grad_checkpointing: bool = False,
+        schedule: str = "cosine",
+        num_train_steps: int = 1000,
+        learn_sigma: bool = True,
     ):
         super().__init__()
         if schedule not in ("cosine", "linear", *_FLOWS):
-            raise ValueError(
+            raise InvalidInput(
                 f"DiffLoss expected schedule 'cosine', 'linear', 'euler' or 'euler_maruyama', got {schedule!r}"
             )
         learn_sigma = learn_sigma and schedule not in _FLOWS
         self.in_channels = target_channels
         out_channels = target_channels * (2 if learn_sigma else 1)
+        make: Callable[[int], Schedule]
         if schedule in _FLOWS:
             make = partial(flow_schedule, schedule)
         else:
@@ -159,15 +198,22 @@ class DiffLoss(nn.Module):
         self.train_diffusion = GaussianDiffusion(make(num_train_steps))
         self.gen_diffusion = GaussianDiffusion(make(int(num_sampling_steps)))
 
-    def forward(self, target, z, mask=None):
+    def forward(self, target: torch.Tensor, z: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         """Mean loss over rows; target (N, C), z (N, Z), mask (N,) weights."""
         t = self.train_diffusion.random_times(target.shape[0], target.device)
         loss = self.train_diffusion.training_losses(self.net, target, t, dict(c=z))
         return loss.mean() if mask is None else (loss * mask).sum() / mask.sum()
 
-    def sample(self, z, temperature=1.0, cfg=1.0):
+    def sample(self, z: torch.Tensor, temperature: float = 1.0, cfg: float = 1.0) -> torch.Tensor:
         """Tokens for conditions z: (N, Z) -> (N, C); with guidance z and the result have 2N rows,
         conditional first. The first noise comes from the CPU generator, the others from the device's.
+
+        Example:
+            >>> import torch
+            >>> from cspd.models import DiffLoss
+            >>> head = DiffLoss(4, 6, 2, 8, num_sampling_steps=5)
+            >>> head.sample(torch.zeros(6, 6), temperature=0.9, cfg=3.0).shape  # 3 tokens, and their guidance
+            torch.Size([6, 4])
         """
         noise = first_noise(len(z) if cfg == 1.0 else len(z) // 2, self.in_channels, z.device)
         return sample_from(self, noise, z, temperature, cfg)
@@ -178,7 +224,7 @@ def flow_schedule(name: str, steps: int) -> Schedule:
     return getattr(Schedule, name)(np.linspace(0.0, 1.0, steps + 1))
 
 
-def sample_from(diffloss, noise: torch.Tensor, z: torch.Tensor, temperature, cfg) -> torch.Tensor:
+def sample_from(diffloss: Any, noise: torch.Tensor, z: torch.Tensor, temperature: float, cfg: float) -> torch.Tensor:
     """What ``sample`` of a head gives from x_T (N, C): under guidance of both halves of z the same."""
     guided = cfg != 1.0
     noise = torch.cat([noise, noise]) if guided else noise

@@ -7,8 +7,11 @@ operations a step, nothing hoisted, nothing fused.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
@@ -20,6 +23,14 @@ from .flow import velocity_losses
 
 class GaussianDiffusion:
     """Training loss and sampling under a :class:`cspd_kernels.Schedule`; the loss needs one of a diffusion or a flow.
+
+    Example:
+        >>> import torch
+        >>> from cspd.models import GaussianDiffusion
+        >>> from cspd_kernels import Schedule
+        >>> diffusion = GaussianDiffusion(Schedule.linear(10, variance="fixed_small"))
+        >>> diffusion.num_timesteps
+        10
 
     Source: Ho et al. 2020 (arXiv 2006.11239), Nichol & Dhariwal 2021 (arXiv 2102.09672, eq. 15-16
     for the learned variance and its variational term).
@@ -36,6 +47,15 @@ class GaussianDiffusion:
         """Mean and log variance of reverse step i, (N, C) each, from the network's output (N, C or 2C).
 
         At least float32, as the tables are, whatever the types of x and of the output.
+
+        Example:
+            >>> import torch
+            >>> from cspd.models import GaussianDiffusion
+            >>> from cspd_kernels import Schedule
+            >>> diffusion = GaussianDiffusion(Schedule.linear(10))
+            >>> mean, log_variance = diffusion.posterior(torch.zeros(3, 8), torch.ones(3, 4), 9)
+            >>> mean.shape, log_variance.shape
+            (torch.Size([3, 4]), torch.Size([3, 4]))
         """
         return self._mean(out, self._x0(out, x, i), x, i)
 
@@ -44,8 +64,9 @@ class GaussianDiffusion:
         x0 = float(s.x0_x[i]) * _wide(x) + float(s.x0_out[i]) * _wide(out[:, : x.shape[1]])
         return x0 if s.clip is None else x0.clamp(*torch.tensor(s.clip, dtype=x0.dtype, device=x0.device))
 
-    def _mean(self, out, x0, x, i: int) -> tuple[torch.Tensor, torch.Tensor]:
-        s, channels = self.schedule, x.shape[1]
+    def _mean(self, out: torch.Tensor, x0: torch.Tensor, x: torch.Tensor, i: int) -> tuple[torch.Tensor, torch.Tensor]:
+        s: Any = self.schedule
+        channels = x.shape[1]
         mean = float(s.mean_x0[i]) * x0 + float(s.mean_x[i]) * _wide(x)
         upper, lower = 2 * float(s.log_std_upper[i]), 2 * float(s.log_std_lower[i])
         if not s.learned or out.shape[1] == channels:
@@ -53,21 +74,21 @@ class GaussianDiffusion:
         frac = _wide((out[:, channels:] + 1) / 2)
         return mean, frac * upper + (1 - frac) * lower
 
-    def _timesteps(self) -> np.ndarray:
+    def _timesteps(self) -> npt.NDArray[Any]:
         """(T,) what the network receives: whole numbers of a diffusion."""
         return self.schedule.timesteps.astype(np.float32 if self.schedule.betas is None else np.int64)
 
     @torch.no_grad()
     def p_sample_loop(
         self,
-        model,
-        shape,
+        model: Callable[..., torch.Tensor],
+        shape: Sequence[int],
         noise: torch.Tensor | None = None,
         clip_denoised: bool = True,
-        denoised_fn=None,
-        cond_fn=None,
-        model_kwargs: dict | None = None,
-        device=None,
+        denoised_fn: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        cond_fn: Callable[..., torch.Tensor] | None = None,
+        model_kwargs: dict[str, Any] | None = None,
+        device: torch.device | str | None = None,
         progress: bool = False,
         temperature: float = 1.0,
     ) -> torch.Tensor:
@@ -81,6 +102,14 @@ class GaussianDiffusion:
             clip_denoised: clip x0 to [-1, 1] at every step. denoised_fn: applied to x0 before that.
             cond_fn: ``cond_fn(x, t, **model_kwargs)``, a gradient that the mean is moved along.
             device: of drawn noise; None is the CPU. progress: show a tqdm bar.
+
+        Example:
+            >>> import torch
+            >>> from cspd.models import GaussianDiffusion
+            >>> from cspd_kernels import Schedule
+            >>> diffusion = GaussianDiffusion(Schedule.linear(10, variance="fixed_small"))
+            >>> diffusion.p_sample_loop(lambda x, t: torch.zeros_like(x), (3, 4)).shape
+            torch.Size([3, 4])
         """
         kwargs = model_kwargs or {}
         x = torch.randn(*shape, device="cpu").to(device or "cpu") if noise is None else noise
@@ -98,16 +127,39 @@ class GaussianDiffusion:
         return x
 
     def random_times(self, rows: int, device: torch.device) -> torch.Tensor:
-        """(N,) times to train at: uniform over the steps of a diffusion, over [0, 1) of a flow."""
+        """(N,) times to train at: uniform over the steps of a diffusion, over [0, 1) of a flow.
+
+        Example:
+            >>> import torch
+            >>> from cspd.models import GaussianDiffusion
+            >>> from cspd_kernels import Schedule
+            >>> times = GaussianDiffusion(Schedule.linear(10)).random_times(3, torch.device("cpu"))
+            >>> times.dtype, bool((times < 10).all())
+            (torch.int64, True)
+        """
         if self.schedule.prediction == "velocity":
             return torch.rand(rows, device=device)
         return torch.randint(0, self.num_timesteps, (rows,), device=device)
 
-    def training_losses(self, model, x0: torch.Tensor, t: torch.Tensor, model_kwargs=None) -> torch.Tensor:
+    def training_losses(
+        self,
+        model: Callable[..., torch.Tensor],
+        x0: torch.Tensor,
+        t: torch.Tensor,
+        model_kwargs: dict[str, Any] | None = None,
+    ) -> torch.Tensor:
         """Per-row loss (N,): MSE of the prediction, plus the variational term (bits per channel) of the variance.
 
         Args:
             t: (N,) int64 indices into this schedule; of a flow (N,) times, see :func:`velocity_losses`.
+
+        Example:
+            >>> import torch
+            >>> from cspd.models import GaussianDiffusion
+            >>> from cspd_kernels import Schedule
+            >>> diffusion = GaussianDiffusion(Schedule.linear(10, variance="fixed_small"))
+            >>> diffusion.training_losses(lambda x, t: x, torch.zeros(3, 4), torch.tensor([0, 4, 9])).shape
+            torch.Size([3])
         """
         s = self.schedule
         if s.prediction == "velocity":

@@ -8,6 +8,8 @@ import torch.nn.functional as F
 
 from cspd_kernels import Schedule
 
+from ..errors import InvalidInput
+
 
 def velocity_losses(
     schedule: Schedule, model, x0: torch.Tensor, t: torch.Tensor, model_kwargs: dict | None = None
@@ -27,7 +29,7 @@ def velocity_losses(
     """
     data_at = 1.0 if schedule.x0_out[-1] > 0 else 0.0
     if schedule.prediction != "velocity" or not np.allclose(schedule.x0_out, data_at - schedule.timesteps):
-        raise ValueError(
+        raise InvalidInput(
             "a flow's loss expected a schedule by Schedule.euler or Schedule.euler_maruyama whose network predicts the "
             f"velocity and is given the time itself, got {schedule!r}"
         )

@@ -6,6 +6,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from ..errors import InvalidInput
+
 
 class Attention(nn.Module):
     """Multi-head self-attention over (B, L, E) without a mask."""
@@ -13,7 +15,7 @@ class Attention(nn.Module):
     def __init__(self, dim: int, num_heads: int, attn_drop: float, proj_drop: float):
         super().__init__()
         if dim % num_heads:
-            raise ValueError(f"Attention expected a width divisible by the {num_heads} heads, got {dim}")
+            raise InvalidInput(f"Attention expected a width divisible by the {num_heads} heads, got {dim}")
         self.num_heads = num_heads
         self.attn_drop = attn_drop
         self.qkv = nn.Linear(dim, 3 * dim)

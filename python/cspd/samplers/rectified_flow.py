@@ -9,6 +9,7 @@ import torch
 
 from cspd_kernels import Schedule
 
+from ..errors import UnsupportedModel
 from .adapter import Adapter, Draws, Reading
 
 
@@ -28,7 +29,7 @@ class RectifiedFlow(Adapter):
 
     def _read(self, head, cond, scales, temperature, copies: int) -> Reading:
         if head.flow_solver != "euler" or cond.dtype != torch.float32:
-            raise ValueError(f"its flow is solved by {head.flow_solver} in {cond.dtype}, not by euler in float32")
+            raise UnsupportedModel(f"its flow is solved by {head.flow_solver} in {cond.dtype}, not by euler in float32")
         draws = Draws(steps=False, scale=float(temperature))
         return Reading(steps(max(1, int(head.num_flow_steps))), cond, scales, draws, copies=copies)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 
 import torch
 
@@ -12,6 +13,9 @@ from cspd_kernels.noise import CANDIDATE_STRIDE
 
 from ..made_calls import draw_steps
 from ..order import Pass, Step, to_device
+from ..seeds import GLOBAL, Generators
+
+_TABLE_BYTES = 256 << 20  # of noise that is drawn before the steps that need it
 
 
 def candidate_rows(rows: torch.Tensor, candidates: int) -> torch.Tensor:
@@ -79,8 +83,8 @@ class PhiloxSource:
 class TableSource:
     """Drawn beforehand by torch's generators, for some steps of the loop at a time, in the order of the released code.
 
-    At each step that draws x_T (N, C) from the CPU's generator (or the device's), then ``randn_like`` of all rows,
-    2N of them under guidance, at each of the T denoising steps.
+    Each step draws x_T (N, C) from the CPU's generator (or the device's). Then each of the T denoising steps draws
+    ``randn_like`` of all rows, 2N of them under guidance.
 
     Args:
         batch: B. span: tokens of an image that are kept at a time. head: that with the most denoising steps.
@@ -89,6 +93,9 @@ class TableSource:
 
     values = ()  # of :class:`PhiloxSource`; tables are filled where they are
     seed = None
+
+    def seed_on_device(self) -> None:
+        """As of :class:`PhiloxSource`: there is no seed."""
 
     def __init__(self, batch: int, span: int, head: DiffusionHead, guided: bool, first_on: str, backend: str | None):
         self.batch, self.span, self.guided, self.first_on, self.backend = batch, span, guided, first_on, backend
@@ -103,7 +110,14 @@ class TableSource:
         """As of :class:`PhiloxSource`."""
         return (self.batch, self.span, self.guided, self.steps, self.channels, self.stream)
 
-    def fill(self, steps: list[Step], length: int, loop_dtype: torch.dtype, counts: list[int] | None = None) -> None:
+    def fill(
+        self,
+        steps: list[Step],
+        length: int,
+        loop_dtype: torch.dtype,
+        counts: list[int] | None = None,
+        generators: Generators = GLOBAL,
+    ) -> None:
         """Draw what these steps need.
 
         Args:
@@ -119,11 +133,12 @@ class TableSource:
         for step, count in zip(steps, counts or [self.steps] * len(steps), strict=True):
             n = self.batch * (step.before - step.after)
             columns = slice(length - step.before - base, length - step.after - base)
-            x = torch.randn(n, self.channels, device="cpu" if self.first_on == "cpu" else self.device)
+            on = torch.device("cpu") if self.first_on == "cpu" else self.device
+            x = torch.randn(n, self.channels, device=on, generator=generators.on(on))
             first.append(x.to(self.stream).view(self.batch, -1, self.channels))
             drawn = draw_steps(
                 count, (2 * n if self.guided else n, self.channels), x.dtype,
-                torch.promote_types(x.dtype, loop_dtype), self.device, self.backend,
+                torch.promote_types(x.dtype, loop_dtype), self.device, self.backend, generators.on(self.device),
             )  # fmt: skip
             self.noise[:count, :, columns] = drawn[:, :n].view(count, self.batch, -1, self.channels)
         x = to_device(torch.cat(first, dim=1), self.device)
@@ -134,3 +149,19 @@ class TableSource:
         columns = plan.columns - self.base
         x_T = self.x_T.index_select(1, columns).flatten(0, 1)  # noqa: N806
         return x_T, self.noise[: head.num_steps].index_select(2, columns).flatten(1, 2)
+
+
+def most_tokens(batch: int, head: DiffusionHead) -> int:
+    """How many tokens of an image have their noise drawn at a time."""
+    return max(1, _TABLE_BYTES // (4 * batch * head.num_steps * head.channels))
+
+
+def chunks(steps: list[Step], most: int) -> Iterator[tuple[int, list[Step]]]:
+    """Steps whose noise is drawn at a time, of ``most`` tokens or one step, each with the index of its first one."""
+    first = 0
+    while first < len(steps):
+        stop = first + 1
+        while stop < len(steps) and steps[first].before - steps[stop].after <= most:
+            stop += 1
+        yield first, steps[first:stop]
+        first = stop

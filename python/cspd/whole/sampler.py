@@ -3,72 +3,34 @@
 from __future__ import annotations
 
 import threading
-import weakref
 from collections import OrderedDict
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from typing import Any
 
-import numpy as np
 import torch
 import torch.nn as nn
-from tqdm import tqdm
 
-from cspd_kernels import DiffusionHead
-from cspd_kernels.backends import implementation, untraced
-from cspd_kernels.head import OPERAND_DTYPES
-from cspd_kernels.ops.denoise.parallel import AUTO, check_tolerance
-from cspd_kernels.parts import part_of
+from cspd_kernels.backends import untraced
+from cspd_kernels.dtypes import as_dtype_or_none
+from cspd_kernels.ops.denoise.parallel import AUTO
 
-from ..checks import check_run
-from ..diffusions import NotServedError, Tables
-from ..heads import HeadCache, unwrapped
-from ..order import Plan, Step, by_token, plan_steps, to_device
-from ..run_state import Model, RunState, class_embedding
-from ..sampling import OWN, Sampling
-from ..standins import WholeSampling
-from .chosen import ChosenTransformer, training
-from .compare import own, where_it_starts, why_not_its_loop
-from .noise import PhiloxSource, TableSource
-from .steps import PlainSteps, Steps, keep_current, signature, why_not_graphs
-
-_NOISES = ("upstream", "philox")
-_TABLE_BYTES = 256 << 20  # of noise that is drawn before the steps that need it
-_MOST_STEPS = 2  # sizes of calls whose graphs, buffers and noise are kept
-
-
-@dataclass(frozen=True)
-class SampleOptions:
-    """How :func:`sample_tokens` computes."""
-
-    dtype: torch.dtype | None = None
-    backend: str | None = None
-    noise: str = "upstream"
-    parallel_tol: float | str | None = AUTO
-    compile: bool = False
-    sampling: Sampling = OWN
-
-    def check(self) -> None:
-        if self.noise not in _NOISES:
-            raise ValueError(f"sample_tokens expected noise one of {_NOISES}, got {self.noise!r}")
-        if self.dtype is not None and self.dtype not in OPERAND_DTYPES:
-            raise ValueError(f"sample_tokens expected dtype None or one of {OPERAND_DTYPES}, got {self.dtype!r}")
-        check_tolerance("sample_tokens", self.parallel_tol)
-        self.sampling.check("sample_tokens")
-        implementation("denoise", self.backend)
-
+from ..output import SampleOutput
+from ..reporting import Callback
+from ..sampling import Sampling
+from ..seeds import drawn_seed
+from .images import SampleOptions, Sampler
 
 _SAMPLERS = "_cspd_samplers"  # attribute of a model: its samplers, which so end with it
 _MOST_SAMPLERS = 4
 _lock = threading.Lock()
 
 
-class _Samplers(OrderedDict):
+class _Samplers(OrderedDict[SampleOptions, Sampler]):
     """By options. Copies and pickles of the model make their own."""
 
-    def __deepcopy__(self, memo) -> _Samplers:
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Samplers:
         return _Samplers()
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[type[_Samplers], tuple[()]]:
         return _Samplers, ()
 
 
@@ -83,7 +45,10 @@ def sample_tokens(
     temperature: float = 1.0,
     progress: bool = False,
     *,
-    dtype: torch.dtype | None = None,
+    seed: int | None = None,
+    generator: torch.Generator | None = None,
+    callback: Callback | None = None,
+    dtype: torch.dtype | str | None = None,
     backend: str | None = None,
     noise: str = "upstream",
     parallel_tol: float | str | None = AUTO,
@@ -91,236 +56,67 @@ def sample_tokens(
     sampler: str | None = None,
     eta: float = 0.0,
     sampling_steps: int | tuple[int, int] | None = None,
-) -> torch.Tensor:
-    """Generate images with a MAR model: the same as ``model.sample_tokens`` draws from the same seeds, up to rounding.
+) -> SampleOutput:
+    """Generate images with a MAR model: the images that ``model.sample_tokens`` draws from the same seeds.
 
-    The transformer runs over packed weights, its last layer for the positions of the step alone; on a GPU a step is one
-    CUDA graph, head included, and the host waits nowhere. The graphs are made in the first call of a kind (batch,
-    guidance on or off, temperature), and whenever a later one has steps that draw more tokens than any before.
+    They are the same up to rounding. The transformer runs over packed weights, and its last layer for the positions of
+    the step alone. On a GPU a step is one CUDA graph that includes the head, and the host does not synchronise with the
+    device. The first call of a kind (batch, guidance on or off, temperature) makes the graphs. A later call makes more
+    if one of its steps draws more tokens than any before.
 
     Args:
-        model: ``cspd.models.MAR``, or a MAR of LTH14/mar or a fork whose loop and transformer compute the same: both
+        model: ``cspd.models.MAR``, or a MAR of LTH14/mar or of a fork whose loop and transformer compute the same. Both
             are compared at the first call. In eval mode.
-        bsz, num_iter, cfg, cfg_schedule, labels, temperature, progress: as of the model's own method.
-        dtype: type of the matrix products' operands in transformer and head, as autocast has it; None follows
-            autocast, else the weights' type. The residual streams stay float32.
+        bsz, num_iter, cfg, cfg_schedule, labels, temperature: as of the model's own method.
+        progress: show a bar.
+        seed: an int in [0, 2^64). The images are those that the model's own method draws after
+            ``torch.manual_seed(seed)`` and ``numpy.random.seed(seed % 2**32)``. The global generators stay as they are.
+            By default the numbers come from the global generators, as the model's own method draws them.
+        generator: a :class:`torch.Generator` that the seed is drawn from, in place of ``seed``. The seed is
+            ``torch.randint(2**63 - 1, (), generator=generator)``, so every call with it gets another one.
+        callback: called with a :class:`cspd.Progress` after every step. To stop early, raise an exception in it: it
+            comes out of this call, and the next call starts afresh.
+        dtype: type of the matrix products' operands in transformer and head, also by name ("bfloat16"). By default it
+            is the autocast dtype, or the dtype of the weights. The residual streams stay float32.
         backend, noise, parallel_tol: as in :func:`cspd.patch`.
         compile: run the transformer's blocks under ``torch.compile``, on a GPU. It takes about a minute at first.
-        sampler, eta, sampling_steps: as in :func:`cspd.patch`; other images than the model's own.
+        sampler, eta, sampling_steps: as in :func:`cspd.patch`. The images are then others than the model's own.
 
     Returns:
-        (bsz, c, h, w) float32 latents.
+        (bsz, c, h, w) float32 latents. A tensor, and also ``.images``; ``.stats`` is None.
 
     Raises:
-        TypeError, ValueError: no such model, or an argument out of range; nothing was drawn.
-        NotServedError: the model computes something else; the message says what. ``cspd.patch(model, whole=True)``
-            runs the model's own method then.
+        NotAModel: the object is no such model. InvalidInput: an argument is out of range. Nothing was drawn.
+        NotServedError: the model computes something else. The message says what. ``cspd.patch(model, whole=True)`` runs
+            the model's own method in this case.
+
+    Example:
+        >>> import cspd, torch
+        >>> from cspd.demo.pair import load_pair
+        >>> model, _ = load_pair()
+        >>> labels = torch.tensor([3, 7])
+        >>> images = cspd.sample_tokens(model, 2, num_iter=4, labels=labels, seed=0)
+        >>> images.shape
+        torch.Size([2, 1, 8, 8])
+        >>> torch.equal(images, cspd.sample_tokens(model, 2, num_iter=4, labels=labels, seed=0))
+        True
 
     Source: LTH14/mar ``models/mar.py`` (sample_tokens), arXiv 2406.11838.
     """
+    dtype = as_dtype_or_none(dtype, "sample_tokens")
     sampling = Sampling(sampler, eta, sampling_steps)
     options = SampleOptions(dtype, backend, noise, parallel_tol, compile, sampling)
     options.check()
+    seed = drawn_seed("sample_tokens", seed, generator)
     with _lock:
-        own = vars(model).get(_SAMPLERS) if isinstance(model, nn.Module) else None
-        if own is None or options not in own or own[options].model is not model:
+        kept = vars(model).get(_SAMPLERS) if isinstance(model, nn.Module) else None
+        if kept is None or options not in kept or kept[options].model is not model:
             made = Sampler(model, options)
-            own = model.__dict__.setdefault(_SAMPLERS, _Samplers())
-            own[options] = made
-            while len(own) > _MOST_SAMPLERS:
-                own.popitem(last=False)
-        own.move_to_end(options)
-        sampler = own[options]
-    return sampler.sample(bsz, num_iter, cfg, cfg_schedule, labels, temperature, progress)
-
-
-class Sampler:
-    """Whole images of one model. It does not keep the model alive.
-
-    Args:
-        cache: of the model's head, where somebody has one.
-
-    Raises:
-        TypeError: the object is no MAR model.
-    """
-
-    def __init__(self, model: nn.Module, options: SampleOptions, cache: HeadCache | None = None):
-        needed = ("seq_len", "token_embed_dim", "diffloss", "fake_latent", "class_emb", "unpatchify", "sample_tokens")
-        missing = [name for name in needed if not hasattr(model, name)]
-        if not isinstance(model, nn.Module) or hasattr(model, "_orig_mod") or missing:
-            lacks = ", ".join(missing) or "modules"
-            if hasattr(model, "_orig_mod"):
-                lacks += ": pass the model inside, model._orig_mod"
-            raise TypeError(f"sample_tokens expected a MAR model, got {type(model).__name__} without {lacks}")
-        self._model, self.options = weakref.ref(model), options
-        self._transformer = ChosenTransformer(model, type(model).__name__, options.backend, options.compile)
-        self._loop: tuple[object, str | None] = (None, None)  # what was compared, and why it differs
-        self._cache = cache
-        self._tables: Tables | None = None
-        self._head_seen: tuple | None = None
-        self._first_on = "cpu"
-        self._steps: OrderedDict[tuple, Steps] = OrderedDict()
-        self._lock = threading.RLock()
-
-    @torch.inference_mode(False)
-    @torch.no_grad()
-    def sample(self, bsz, num_iter=64, cfg=1.0, cfg_schedule="linear", labels=None, temperature=1.0, progress=False):
-        """As :func:`sample_tokens`.
-
-        Raises:
-            ValueError: an argument out of range. NotServedError: the model is something else. Nothing was drawn.
-        """
-        with self._lock:
-            model = self._model()
-            self.check()
-            self.check_call(bsz, num_iter, cfg, cfg_schedule, labels, temperature)
-            state = self._begin(model, bsz, num_iter, cfg, cfg_schedule, labels, temperature)
-            graphs = why_not_graphs(state) is None
-            if graphs and isinstance(state.noise, PhiloxSource):
-                state.noise.seed_on_device()
-            steps = self._graphs(state) if graphs else PlainSteps(state)
-            with steps.of(state):
-                self._draw(steps, part_of(self._cache.net, "input").weight.dtype, progress)
-                images = model.unpatchify(steps.state.tokens)
-                return images.clone() if graphs else images
-
-    def check_call(self, bsz, num_iter, cfg, cfg_schedule, labels, temperature, progress=False) -> None:
-        """Raise on an argument out of range."""
-        model = self._model()
-        check_run(model, model, bsz, labels, temperature, cfg, None, 0, None)
-        plan_steps(1, num_iter, cfg, cfg_schedule)
-
-    def _draw(self, steps: Steps | PlainSteps, weights: torch.dtype, progress: bool) -> None:
-        state = steps.state
-        with tqdm(total=len(state.plan.steps), disable=not progress) as bar:
-            for first, chunk in _chunks(state):
-                if isinstance(state.noise, TableSource):
-                    heads = [models["target"].head for models in state.annealed[first : first + len(chunk)]]
-                    wide = torch.promote_types(torch.float32, weights)
-                    state.noise.fill(chunk, self.length, wide, [head.num_steps for head in heads] or None)
-                for i in range(first, first + len(chunk)):
-                    state.go_to(i)
-                    steps.target(i)
-                    bar.update()
-
-    @property
-    def model(self) -> nn.Module | None:
-        """Whose images they are; None once it is gone."""
-        return self._model()
-
-    def release(self) -> None:
-        """Let go of what was made for weights that have moved on."""
-        with self._lock:
-            if self._transformer.release():
-                self._steps.clear()
-
-    @property
-    def length(self) -> int:
-        return self._model().seq_len
-
-    def check(self) -> None:
-        """Compare what has not been compared as it is now.
-
-        Raises:
-            NotServedError: it is something else.
-        """
-        model = self._model()
-        stands = vars(model).get("sample_tokens")
-        if stands is not None and not isinstance(getattr(stands, "__self__", None), WholeSampling):
-            raise NotServedError("its sample_tokens has been replaced on the instance")
-        if training(model):
-            raise NotServedError("the model is in training mode: call .eval() first")
-        self._transformer.compare()
-        if reason := self._transformer.why_not_by_weights:
-            raise NotServedError(reason)
-        seen = (self._transformer.seen, type(model).sample_tokens)  # what stands on instances is in the first
-        if self._loop[0] != seen:
-            plain = self._transformer
-            if self.options.compile:  # compared as it is
-                plain = ChosenTransformer(model, type(model).__name__, self.options.backend)
-            self._loop = (seen, why_not_its_loop(model, plain.get(model.mask_token.dtype)))
-        if self._loop[1] is not None:
-            raise NotServedError(self._loop[1])
-        net, reason = unwrapped(model.diffloss.net)
-        diffusion = getattr(model.diffloss, "gen_diffusion", None)
-        if reason is not None or diffusion is None:
-            raise NotServedError(reason or "its head has no gen_diffusion")
-        if self._cache is None or self._cache.net is not net:
-            self._cache = HeadCache(net)
-        if self._tables is None or self._tables.diffusion is not diffusion:
-            self._tables = Tables(diffusion)
-        seen = (
-            self._transformer.seen,
-            self._cache.look().written,
-            type(model.diffloss).sample,
-            diffusion,
-            own(diffusion),
-        )
-        if self._head_seen != seen:
-            self._first_on = where_it_starts(model.diffloss, net, self._head(part_of(net, "input").weight.dtype))
-            self._head_seen = seen
-
-    def _head(self, dtype: torch.dtype | None) -> DiffusionHead:
-        return self._cache.get(self._tables.schedule(), dtype)
-
-    def _begin(self, model, bsz, num_iter, cfg, cfg_schedule, labels, temperature) -> RunState:
-        steps, guided = plan_steps(self.length, num_iter, cfg, cfg_schedule), bool(cfg != 1.0)
-        device, options = model.fake_latent.device, self.options
-        own, sampling = self._tables.schedule(), options.sampling
-        heads = [
-            self._cache.get(sampling.schedule(own, step.index, num_iter), options.dtype)
-            for step in (steps if sampling.anneals else steps[:1])
-        ]
-        head = max(heads, key=lambda head: head.num_steps)
-        transformer = self._transformer.get(options.dtype, refresh=self._cache.weights == "live")
-        labels = None if labels is None else to_device(labels, device)
-        orders = np.tile(np.arange(self.length), (bsz, 1))
-        for order in orders:  # from numpy's global generator, as the released code draws them
-            np.random.shuffle(order)
-        orders = to_device(torch.from_numpy(orders), device)
-        plan = Plan(orders, torch.arange(bsz, device=device), steps, guided, by_token(steps, device))
-        if options.noise == "philox":
-            noise = PhiloxSource(int(torch.randint(2**63 - 1, (), device="cpu")), plan.rows, head.channels)
-        else:
-            span = max(sum(s.before - s.after for s in chunk) for _, chunk in _grouped(steps, _most(bsz, head)))
-            noise = TableSource(bsz, span, head, guided, self._first_on, options.backend)
-        target = Model(type(model).__name__, head, transformer, class_embedding(model, bsz, labels, guided))
-        return RunState(
-            tokens=torch.zeros(bsz, self.length, model.token_embed_dim, dtype=torch.float32, device=device),
-            plan=plan,
-            target=target,
-            annealed=tuple({"target": replace(target, head=head)} for head in heads) if sampling.anneals else (),
-            noise=noise,
-            temperature=float(temperature),
-            backend=options.backend,
-            parallel_tol=options.parallel_tol,
-        )
-
-    def _graphs(self, state: RunState) -> Steps:
-        key = signature(state)
-        if key not in self._steps:
-            self._steps[key] = Steps(state)
-        self._steps.move_to_end(key)
-        keep_current(self._steps, self._transformer.packed(), _MOST_STEPS)
-        return self._steps[key]
-
-
-def _most(batch: int, head: DiffusionHead) -> int:
-    """How many tokens of an image have their noise drawn at a time."""
-    return max(1, _TABLE_BYTES // (4 * batch * head.num_steps * head.channels))
-
-
-def _chunks(state: RunState) -> Iterator[tuple[int, list[Step]]]:
-    """Steps whose noise is drawn at a time, each with the index of its first one."""
-    heads = [state.target.head, *(models["target"].head for models in state.annealed)]
-    return _grouped(state.plan.steps, _most(len(state.tokens), max(heads, key=lambda head: head.num_steps)))
-
-
-def _grouped(steps: list[Step], most: int) -> Iterator[tuple[int, list[Step]]]:
-    first = 0
-    while first < len(steps):
-        stop = first + 1
-        while stop < len(steps) and steps[first].before - steps[stop].after <= most:
-            stop += 1
-        yield first, steps[first:stop]
-        first = stop
+            kept = model.__dict__.setdefault(_SAMPLERS, _Samplers())
+            kept[options] = made
+            while len(kept) > _MOST_SAMPLERS:
+                kept.popitem(last=False)
+        kept.move_to_end(options)
+        chosen = kept[options]
+    images = chosen.sample(bsz, num_iter, cfg, cfg_schedule, labels, temperature, progress, seed, callback)
+    return SampleOutput.of(images)

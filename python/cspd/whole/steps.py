@@ -1,9 +1,9 @@
 """The steps of a run as CUDA graphs: the transformer, its head and what is written, in one launch.
 
-How many tokens are known is a value on the device, so a graph serves all steps that draw as many tokens and whose known
-tokens fit the same room, a multiple of 32. It is captured at the first of them, after a launch kernel by kernel that
-compiles and loads what there is to. What counts is always the graph's, so that the bits of an image do not depend on
-what was made before it. All graphs of a device share one pool of memory (:mod:`cspd_kernels.graphs`).
+How many tokens are known is a value on the device. So a graph serves all steps that draw as many tokens and whose known
+tokens fit the same room, a multiple of 32. It is captured at the first of them. A launch kernel by kernel goes before
+the capture and compiles and loads what is needed. The results are always the graph's, so the bits of an image do not
+depend on what was made before it. All graphs of a device share one pool of memory (:mod:`cspd_kernels.graphs`).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 import torch
 
 from cspd_kernels import Denoised
+from cspd_kernels.errors import CallError
 from cspd_kernels.graphs import PlanCache, in_turn, why_not_here
 
 from ..run_state import RunState
@@ -55,7 +56,7 @@ class Steps:
     exact = False  # sizes come in few
 
     def __init__(self, state: RunState):
-        self.state, self.lock = state, threading.RLock()
+        self.state, self.lock, self._running = state, threading.RLock(), False
         self.drawn = torch.zeros(1, dtype=torch.int64, device=state.tokens.device)
         self.plans = PlanCache(1 << 62, _MOST_GRAPHS)
 
@@ -63,8 +64,14 @@ class Steps:
     def of(self, state: RunState) -> Iterator[Steps]:
         """For the length of another run with this one's buffers: one run at a time, whatever its thread and stream."""
         with self.lock, in_turn(state.tokens.device):
-            self._load(state)
-            yield self
+            if self._running:  # this thread holds the lock already
+                raise CallError("expected no run of the same kind inside a run's callback: start it after this one")
+            self._running = True
+            try:
+                self._load(state)
+                yield self
+            finally:
+                self._running = False
 
     def _load(self, state: RunState) -> None:
         self.drawn.zero_()
@@ -174,14 +181,39 @@ def _room(known: int, length: int) -> int:
     return min(length, -(-known // ROOM) * ROOM)
 
 
-def keep_current(kept: OrderedDict[tuple, Steps], transformers: list[ByWeights], most: int) -> None:
-    """Let go of steps whose models have moved on, and of the least recently used beyond ``most``."""
-    for key, steps in list(kept.items()):
-        models = [model for model in (steps.state.draft, steps.state.target) if model is not None]
-        if not all(any(model.transformer is current for current in transformers) for model in models):
-            del kept[key]
-    while len(kept) > most:
-        kept.popitem(last=False)
+class KeptSteps:
+    """The graphs of runs of several kinds. The ``most`` that were used last are kept."""
+
+    def __init__(self, most: int):
+        self._most, self._lock = most, threading.Lock()
+        self._kept: OrderedDict[tuple, Steps] = OrderedDict()
+
+    def of(self, state: RunState, transformers: list[ByWeights]) -> Steps:
+        """The graphs for runs like this one. ``transformers``: of the models as they are now; graphs of others go."""
+        key = signature(state)
+        with self._lock:
+            if key not in self._kept:
+                self._kept[key] = Steps(state)
+            self._kept.move_to_end(key)
+            for old, steps in list(self._kept.items()):
+                models = [model for model in (steps.state.draft, steps.state.target) if model is not None]
+                if not all(any(model.transformer is current for current in transformers) for model in models):
+                    del self._kept[old]
+            while len(self._kept) > self._most:
+                self._kept.popitem(last=False)
+            return self._kept[key]
+
+    def clear(self) -> None:
+        """Let go of all."""
+        with self._lock:
+            self._kept.clear()
+
+    def values(self) -> list[Steps]:
+        """All, the last used one at the end."""
+        return list(self._kept.values())
+
+    def __len__(self) -> int:
+        return len(self._kept)
 
 
 class PlainSteps:

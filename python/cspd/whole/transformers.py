@@ -11,6 +11,7 @@ import torch
 from cspd_kernels.head import call_dtype, without_autocast
 
 from .. import transformer
+from ..errors import UnsupportedModel
 from ..order import Pass
 from . import compiled, passes
 from .weights import Weights
@@ -115,9 +116,9 @@ def _by_count(compute: Callable, tokens: torch.Tensor, plan: Pass, embedding: to
 
 def _refuse(attention: bool, what: str) -> None:
     if attention:
-        raise ValueError(
-            "expected a model whose transformer runs over packed weights for its attention's entropy, got one that "
-            f"runs its own {what}, which do not show it: the log says why"
+        raise UnsupportedModel(
+            "expected a model that shows its attention, whose entropy is needed: its transformer runs its own "
+            f"{what}; the log says why"
         )
 
 

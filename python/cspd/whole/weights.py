@@ -11,6 +11,7 @@ from cspd_kernels.head import stream_dtype
 from cspd_kernels.live import copier
 from cspd_kernels.products import Product
 
+from ..errors import UnsupportedModel
 from ..transformer import PARTS
 
 
@@ -48,7 +49,7 @@ class Weights:
     def __init__(self, model: nn.Module, dtype: torch.dtype):
         missing = [name for name in PARTS if not hasattr(model, name)]
         if missing:
-            raise ValueError("it lacks " + ", ".join(missing))
+            raise UnsupportedModel("it lacks " + ", ".join(missing))
         self.dtype, self.stream = dtype, stream_dtype(dtype)
         self.device = model.mask_token.device
         self._copies: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -66,12 +67,12 @@ class Weights:
             self.decoder_norm = self._norm(model.decoder_norm)
             self.position = self._take(model.diffusion_pos_embed_learned, self.stream)[0]  # (L, D)
         if not self.encoder or not self.decoder:
-            raise ValueError("it has no blocks")
+            raise UnsupportedModel("it has no blocks")
         read = {source.data_ptr() for source in self._sources}
         others = {id(p) for name in ("class_emb", "diffloss") for p in getattr(model, name).parameters()}
         others.add(id(model.fake_latent))
         if more := [n for n, p in model.named_parameters() if id(p) not in others and p.data_ptr() not in read]:
-            raise ValueError(f"it has more parameters: {', '.join(more)}")
+            raise UnsupportedModel(f"it has more parameters: {', '.join(more)}")
         self._layout = _layout(model)
         self._copy = copier(self._copies, self.device) if self._copies else None
 
@@ -102,13 +103,13 @@ class Weights:
 
     def _source(self, weight: torch.Tensor) -> torch.Tensor:
         if weight.is_meta:
-            raise ValueError("its weights are on the meta device: offloaded, or not loaded yet")
+            raise UnsupportedModel("its weights are on the meta device: offloaded, or not loaded yet")
         self._sources.append(weight.detach())
         return self._sources[-1]
 
     def _linear(self, layer) -> Product:
         if type(layer) is not nn.Linear:
-            raise ValueError(f"a layer is a {type(layer).__name__}, not a Linear")
+            raise UnsupportedModel(f"a layer is a {type(layer).__name__}, not a Linear")
         weight, bias = (
             None if v is None else self._source(v) if self.device.type == "cpu" else self._take(v, self.dtype)
             for v in (layer.weight, layer.bias)
@@ -118,7 +119,7 @@ class Weights:
 
     def _norm(self, layer) -> Norm:
         if type(layer) is not nn.LayerNorm or layer.weight is None or layer.bias is None:
-            raise ValueError(f"a norm is a {type(layer).__name__}, not a LayerNorm with weight and bias")
+            raise UnsupportedModel(f"a norm is a {type(layer).__name__}, not a LayerNorm with weight and bias")
         return Norm(self._take(layer.weight, self.stream), self._take(layer.bias, self.stream), float(layer.eps))
 
     def _block(self, block, name: str) -> Block:
@@ -130,10 +131,10 @@ class Weights:
                 int(block.attn.num_heads),
             )  # fmt: skip
         except AttributeError as error:
-            raise ValueError(f"{name} is no such block ({error})") from None
+            raise UnsupportedModel(f"{name} is not a block of attention and MLP ({error})") from None
         read = {source.data_ptr() for source in self._sources[before:]}
         if more := [n for n, p in block.named_parameters() if p.numel() and p.data_ptr() not in read]:
-            raise ValueError(f"{name} has more than an attention and an MLP: {', '.join(more)}")
+            raise UnsupportedModel(f"{name} has more than an attention and an MLP: {', '.join(more)}")
         return packed
 
 

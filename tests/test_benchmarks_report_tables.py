@@ -1,31 +1,20 @@
-"""The README shows what the committed result files hold."""
+"""Tables of the pages: what is wrong shows no speed, and what is new gets a column."""
 
 from __future__ import annotations
 
 import copy
-from pathlib import Path
 
 import pytest
-
-COMPILED, LARGE = "torch.compile reduce-overhead bfloat16", "MAR-H N=512 T=100"
-README = Path(__file__).parent.parent / "README.md"
 
 
 @pytest.fixture
 def tables(benchmarks):
-    return benchmarks.tables
+    return benchmarks.report_tables
 
 
-def test_the_readme_shows_the_committed_results(tables):
-    text = README.read_text()
-    assert tables.filled(text) == text, "run python benchmarks/tables.py"
-    assert tables.filled(text.replace("28.1", "21.8")) == text
-
-
-@pytest.mark.parametrize("change", [lambda text: text.replace("<!-- END -->", ""), lambda text: text + text])
-def test_a_page_without_marks_is_refused(tables, change):
-    with pytest.raises(ValueError, match="expected the page to hold the marks"):
-        tables.filled(change(README.read_text()))
+@pytest.fixture
+def summary(benchmarks):
+    return benchmarks.report_summary
 
 
 def test_a_wrong_row_shows_no_speed_and_new_contenders_get_a_column(tables):
@@ -70,23 +59,6 @@ def test_sweeps_stand_beside_the_steps_of_their_backend(tables):
     assert "| MAR-B N=1 guided | 3.31 | – | 4.41 | 3.26 | **1.99** | 4.36 |\n" in tables.sweeps(rows)  # noqa: RUF001
 
 
-def test_figures_that_the_readme_tells_in_words_are_in_the_files(tables):
-    rows = tables.load("kernels-h100.json")["rows"]
-    (compiled,) = (r for r in rows if at(r, LARGE, "triton bfloat16", COMPILED))
-    (alone,) = (r for r in rows if at(r, LARGE, "cuda bfloat16", "library products alone bfloat16"))
-    (wide,) = (r for r in rows if at(r, LARGE, "triton float32", "eager float32"))
-    (loop,) = (r for r in rows if at(r, "N=131072 C=16", "torch rejection", "looped torch"))
-    values = [one[key] for one in (compiled, alone) for key in ("seconds", "baseline_seconds")]
-    triton, compiler, cuda, products = map(tables.milliseconds, values)
-    text = README.read_text()
-    assert (
-        f"the layered Triton kernels took {triton} ms, `torch.compile` {compiler} and the CUDA kernels {cuda}" in text
-    )
-    assert f"where the library's products alone take {products}" in text
-    assert f"Triton took {wide['seconds']:.2f} s and eager code {wide['baseline_seconds']:.2f}" in text
-    assert 14 < loop["seconds"] / loop["baseline_seconds"] < 15
-
-
 def test_images_of_a_run_are_a_line_a_case(tables):
     def row(op, size, name, seconds, base, baseline="eager loop", **details):
         row = {"op": op, "size": size, "backend": f"{name} bfloat16", "baseline": f"{baseline} bfloat16"}
@@ -119,5 +91,64 @@ def test_where_a_run_was_made(tables):
     assert tables.origin(tables.load("kernels-h100.json")).startswith("NVIDIA H100 80GB HBM3")
 
 
-def at(row, *names):
-    return (row["size"], row["backend"], row["baseline"]) == names
+def test_the_headline_names_baselines_and_ends_with_what_does_not_help(summary, monkeypatch):
+    head, _, *lines = summary.headline().splitlines()
+    assert head == "| what | device | baseline | this package | ratio | difference |"
+    assert len(lines) == 8
+    assert {"H100", "CPU, 2 threads"} == {line.split(" | ")[1] for line in lines}
+    assert lines[0].endswith("| H100 | your loop, eager 99.4 s\\* | 4.33 s\\* | 23x | 2e-02 |")
+    assert "`torch.compile` 17.5 ms | 3.05 ms | 5.7x | 3e-03 |" in lines[2]
+    assert lines[-1].startswith("| **no gain:** ")
+    load, files = summary.load, {}
+
+    def wrong(name):
+        files[name] = copy.deepcopy(load(name))
+        for row in files[name]["rows"]:
+            if row.get("backend") == "patched bfloat16":
+                row["ratio"] = None
+        return files[name]
+
+    monkeypatch.setattr(summary, "load", wrong)
+    assert "| wrong | – | 2e-02 |" in summary.headline()  # noqa: RUF001
+    assert set(files) == {"generate-h100.json", "kernels-h100.json", "generate-cpu.json", "demo-cpu.json"}
+
+
+def test_limits_have_their_figures(summary):
+    lines = summary.limits().splitlines()
+    assert [line.split("**")[1] for line in lines] == [
+        "Speculation on the digits.", "Many tokens on a CPU.", "Many tokens on the H100.", "Judging on the H100.",
+        "Judging on a CPU.",
+    ]  # fmt: skip
+    assert "CUDA kernels took 44.5 ms and the Triton kernels 51.7 ms. `torch.compile` took 54.9 ms" in lines[2]
+    assert "0.409 s and eager code 0.597 s" in lines[2]
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(134.2, "134 s"), (4.328, "4.33 s"), (0.9311, "0.931 s")])
+def test_times_have_three_digits(summary, seconds, text):
+    assert summary.time(seconds) == text
+    assert summary.time(seconds / 1e4) == {"134 s": "13.4 ms", "4.33 s": "0.433 ms", "0.931 s": "0.0931 ms"}[text]
+
+
+def test_sweeps_that_take_as_long_as_the_steps(summary, monkeypatch):
+    def row(count, backend, seconds, steps, ratio=1.0):
+        size, backend = "MAR-B N=2 T=100 guided", f"{backend} {count} sweeps bfloat16"
+        return {"size": size, "backend": backend, "seconds": seconds, "baseline_seconds": steps, "ratio": ratio}
+
+    rows = [row(10, "triton", 2e-3, 4e-3), row(27, "triton", 5.4e-3, 4e-3), row(10, "cuda", 3e-3, 5e-3)]
+    rows += [row(10, "torch", 1e-4, 1e-4)]
+    monkeypatch.setattr(summary, "load", lambda name: {"rows": rows})
+    expected = "| MAR-B, 2 tokens, guided | 4.00 | 2.00 | 2.00x | 20 |"
+    assert summary.sweeps_or_steps().splitlines()[2:] == [expected]
+    rows[0]["ratio"] = None  # a wrong one shows no speed
+    assert "| 3.00 | 1.33x |" in summary.sweeps_or_steps()
+
+
+def test_settings_of_a_pair_are_a_line_each(benchmarks):
+    row = dict.fromkeys(("raw_acceptance", "acceptance", "steps_per_round", "seconds_ratio", "calls_ratio"))
+    row |= {"name": "n", "kind": "window", "seconds": 1.0, "seconds_p20": 0.9, "seconds_p80": 1.1, "acceptance": 0.5}
+    row |= {"target_calls": 4.0, "figure": 0.5, "figures": [0.4, 0.6], "plain_seconds": 1.0}
+    head, _, line = benchmarks.report_trained.quality_table([row]).splitlines()
+    assert head.count("|") == line.count("|") == 11
+    assert line.startswith("| n | 1.00 (0.90–1.10) | 4.0 | - | - | 50.0 % | 0.500 (0.400, 0.600) | 1.00 | ")  # noqa: RUF001
+    line = benchmarks.report_trained.quality_table([row | {"kind": "target"}]).splitlines()[2]
+    assert line.endswith("| 0.500 (0.400, 0.600) | - | - | - |")
