@@ -60,6 +60,7 @@ def test_only_sweeps_are_made_where_they_are_timed(benchmarks, monkeypatch):
 ROOT = Path(__file__).parent.parent
 
 
+@pytest.mark.slow
 def test_sweeps_of_trained_heads_are_counted(benchmarks, monkeypatch, tmp_path):
     run_main(benchmarks.parallel, monkeypatch, "--quick", "--json", tmp_path / "r.json")
     rows = json.loads((tmp_path / "r.json").read_text())["rows"]
