@@ -125,7 +125,8 @@ def test_with_nvcc_the_wheel_holds_the_extension(source, tools, tmp_path):
     assert found["kernels"][0]["spill_store_bytes"] == 8
 
 
-@pytest.mark.parametrize("archs", [slow(None), "8.0"])
+@pytest.mark.slow
+@pytest.mark.parametrize("archs", [None, "8.0"])
 def test_what_is_compiled_is_printed(source, tools, tmp_path, archs):
     done = build_wheel(source, tmp_path, tools, **({"CSPD_CUDA_ARCHS": archs} if archs else {}))
     built(done, tmp_path)

@@ -128,6 +128,7 @@ def test_the_tokens_do_not_depend_on_the_windows(pair):
         assert relative_error(images, drawn[1, 1]) < 1e-5
 
 
+@pytest.mark.slow
 def test_nor_on_what_says_how_long_they_are(pair):
     policies = (
         cspd.AdaptiveDraft(0.7),

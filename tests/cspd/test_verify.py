@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn as nn
 from foreign import CHANNELS, COND, STEPS, WIDTH, Head, Net, Spaced, conditions, made, run, state, unchanged
-from slow import mostly_slow
+from slow import mostly_slow, slow
 from small_models import small_mar
 
 import cspd
@@ -91,7 +91,7 @@ DIFFERENCES = {
 
 
 @pytest.mark.parametrize("how", [*DIFFERENCES, "none"])
-@pytest.mark.parametrize("method", ["forward", "forward_with_cfg"])
+@pytest.mark.parametrize("method", [slow("forward"), "forward_with_cfg"])
 def test_differences_of_every_kind_are_found_in_the_loop(how, method):
     methods, match = DIFFERENCES.get(how, ({}, None))
     head = made(Head, type("Own", (Spaced,), methods)())

@@ -8,7 +8,6 @@ import weakref
 import pytest
 import torch
 from foreign import CHANNELS, COND, Head, conditions, made
-from slow import slow
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -45,7 +44,8 @@ class Wide(Head):
             super(Head.net_class, self).__init__(CHANNELS, width, 2 * CHANNELS, COND, 4)
 
 
-@pytest.mark.parametrize("dtype", [None, slow(torch.bfloat16)])
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 def test_weights_are_never_copied(dtype):
     head = made(Wide)
     weights = sum(p.nbytes for p in head.parameters())

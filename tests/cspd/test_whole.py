@@ -335,7 +335,7 @@ def test_a_copy_of_the_head_carries_no_model():
     assert gone() is None
 
 
-@pytest.mark.parametrize("graphs", [False, True], ids=["plain", "graphs"])
+@pytest.mark.parametrize("graphs", [slow(False), True], ids=["plain", "graphs"])
 def test_runs_of_one_runner_with_other_numbers_of_steps(monkeypatch, graphs):
     if graphs:
         fake_graphs.use(monkeypatch)

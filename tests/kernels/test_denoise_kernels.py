@@ -20,6 +20,7 @@ from cspd_kernels.ops.denoise.chain import Tables
 from cspd_kernels.testing import random_inputs
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+SIZES = [(3, 64, 144, False), (5, 33, 48, True), (17, 5, 16, True), (33, 5, 80, False), (257, 4, 16, False)]
 # Of those with kernels, CUDA alone has a persistent one.
 cuda_alone = pytest.mark.parametrize("backend", ["cuda"], indirect=True)
 
@@ -40,7 +41,13 @@ def test_agrees_with_float64(backend, make_head, dtype, rows, channels, width, d
 
 @pytest.mark.parametrize(
     ("rows", "channels", "width", "guided"),
-    [slow(3, 64, 144, False), (5, 33, 48, True), (17, 5, 16, True), slow(33, 5, 80, False), slow(257, 4, 16, False)],
+    [
+        slow(3, 64, 144, False),
+        slow(5, 33, 48, True),
+        (17, 5, 16, True),
+        slow(33, 5, 80, False),
+        slow(257, 4, 16, False),
+    ],
 )
 def test_sizes(backend, make_head, rows, channels, width, guided):
     head = make_head(channels=channels, width=width)

@@ -134,7 +134,7 @@ def test_traced_symbolically_it_is_one_node_for_any_number_of_rows(head, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("backend", [slow("eager"), "aot_eager"])
 def test_compiled_in_the_middle_of_a_function(head, kind, backend):
     function = middle(head)
     compiled = torch.compile(function, backend=backend, fullgraph=True)

@@ -68,8 +68,9 @@ def test_tokens_without_channels(backend, kernel_device):
     assert torch.equal(verdict.accepted.cpu(), accept_reject(*on("cpu", *chains), seed=0).accepted)
 
 
+@slowly_interpreted
 @pytest.mark.parametrize("residual", RESIDUALS)
-@pytest.mark.parametrize("sigma", ["paper", slow("released")])
+@pytest.mark.parametrize("sigma", ["paper", "released"])
 def test_relaxation_per_token_is_for_the_accept_test_alone(backend, kernel_device, residual, sigma):
     x, draft, target = on(kernel_device, *judged_chains(12, 4, 1, residual == "closed_form"))
     against = -1.5 if sigma == "paper" else 1.5  # so that some are rejected at any relaxation
@@ -84,7 +85,8 @@ def test_relaxation_per_token_is_for_the_accept_test_alone(backend, kernel_devic
     assert torch.equal(number.tries[redrawn], verdict.tries[redrawn])
 
 
-@pytest.mark.parametrize(("channels", "at_once"), [slow(3, 32), (16, 8), slow(64, 4)])
+@slowly_interpreted
+@pytest.mark.parametrize(("channels", "at_once"), [(3, 32), (16, 8), (64, 4)])
 def test_fewer_tries_are_a_prefix(backend, kernel_device, channels, at_once):
     """The kernel looks at ``at_once`` tries together; none beyond the last is kept, and none is left out."""
     tries = [0, 1, 3, 4, 5, at_once, at_once + 1, 2 * at_once]
@@ -207,7 +209,7 @@ def test_strides_of_every_operand_are_its_own(backend, kernel_device, residual):
             check_verdict(backend, *chains, unsure=0, **options)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", mostly_slow(DTYPES, fast=DTYPES[1:3]))
 @pytest.mark.parametrize("residual", RESIDUALS)
 def test_any_floating_type_is_judged_in_float32(backend, kernel_device, dtype, residual):
     x, draft, target = on(kernel_device, *judged_chains(9, 7, 14, residual == "closed_form"))
