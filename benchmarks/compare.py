@@ -1,6 +1,6 @@
 """Compares two result files: ``python benchmarks/compare.py OLD NEW [--least PERCENT] [--anyway] [--json [FILE]]``.
 
-It marks what moved beyond both spreads, that is where p20 to p80 of one run lies outside p20 to p80 of the other:
+It marks what moved beyond both spreads: p20 to p80 of one run lies outside p20 to p80 of the other. Its marks::
 
     slower, faster   the new median moved, and by more than --least percent (default 2)
     wrong            the new result exceeds its bound, is not a number, or the case failed
@@ -32,7 +32,7 @@ LEAST = 2.0
 
 
 class NotComparableError(ValueError):
-    """Two files that say nothing about each other."""
+    """Two files that cannot be compared; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def made_on(result: dict) -> dict[str, str]:
 
 
 def differences(old: dict, new: dict) -> dict[str, str]:
-    """By name (device, threads, torch), a sentence on what differs or is not known."""
+    """What differs between two files: name (device, threads, torch) and a sentence."""
     before, after = made_on(old), made_on(new)
     found = {}
     for name in ("device", "threads", "torch"):
@@ -105,7 +105,7 @@ def differences(old: dict, new: dict) -> dict[str, str]:
 
 
 def timings(result: dict) -> dict[str, Timed]:
-    """Every median that a file holds, by what it is of. Rows without a spread are left out."""
+    """Every median of a file by the name of its case. Rows without a spread are left out."""
     found: dict[str, Timed] = {}
     for row in (row for row in result["rows"] if isinstance(row, dict)):
         case, wrong = case_of(row), why_wrong(row)
@@ -168,13 +168,13 @@ def _number(value) -> bool:
 
 
 def failures_of(result: dict) -> dict[str, str]:
-    """Reason by case, of what raised."""
+    """Cases that raised, and why."""
     failed = [one for one in result.get("failures") or () if isinstance(one, dict)]
     return {" | ".join(str(one.get(k, "")) for k in ("op", "size", "name")): str(one.get("reason")) for one in failed}
 
 
 def compare(old: dict, new: dict, least: float = LEAST) -> list[Moved]:
-    """What moved, what failed first. Nothing is said of cases that stayed where they were."""
+    """What moved; what is wrong comes first. Cases that stayed where they were are left out."""
     before, after, failed = timings(old), timings(new), failures_of(new)
     moved = [Moved(case, "wrong", None, None, f"it failed: {reason}") for case, reason in failed.items()]
     for case in dict.fromkeys([*before, *after]):

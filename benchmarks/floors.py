@@ -37,7 +37,7 @@ from common import captured
 MIB = 1 << 20
 SMALLEST, LARGEST = {"cpu": 1 * MIB, "cuda": 32 * MIB}, 256 * MIB  # sizes that rates are measured at, in powers of two
 SQUARE = {"cpu": 1024, "cuda": 8192}  # rows and columns of the product
-TIMES, REPEATS = 5, {"cpu": 3, "cuda": 10}  # the best of so many times, of so many calls each
+TIMES, REPEATS = 9, {"cpu": 3, "cuda": 10}  # the best of so many times, of so many calls each
 
 
 @dataclass(frozen=True)

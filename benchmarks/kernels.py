@@ -1,5 +1,7 @@
 """Microbenchmarks of the kernels: ``python benchmarks/kernels.py``.
 
+How to call it::
+
     python benchmarks/kernels.py                             all cases of this device
     python benchmarks/kernels.py --list                      the cases, and which of them run here
     python benchmarks/kernels.py --only denoise --only 'evaluate/*/2/*'

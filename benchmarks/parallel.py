@@ -1,15 +1,13 @@
-"""Sweeps of trained heads: ``python benchmarks/parallel.py [--quick] [--json FILE] [--docs DIR]``.
+"""Sweeps of trained heads: ``python benchmarks/parallel.py [--quick] [--json FILE]``.
 
 A chain in parallel over its steps (docs/parallel.md) beside the same chain step by step, after every sweep. Nothing is
-timed, and the sweeps are the definition's, in float32 on the CPU. ``--docs`` draws parallel.png and writes
-parallel.md's tables; with ``--rows FILE`` from an earlier run's file.
+timed, and the sweeps are the definition's, in float32 on the CPU. ``report.py`` writes the tables of docs/parallel.md
+and draws its chart from the results.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +27,6 @@ DISTANCES = (1e-2, 1e-3, 1e-4, 1e-5)
 TOLERANCES = (1e-3, 1e-6)
 ROUNDING = 1e-3  # of bfloat16
 NEAR = 1e-6  # where nothing more is to be seen
-START, END = "<!-- {} -->\n", "<!-- /{} -->\n"
 
 
 @dataclass
@@ -40,7 +37,6 @@ class Case:
     head: DiffusionHead
     inputs: tuple  # cond, x_T, noise, temperature, cfg_scale
     guess: torch.Tensor | None = None  # (T, N, C)
-    drawn: bool = True  # in the picture
 
 
 def cases(images: int) -> Iterator[Case]:
@@ -53,8 +49,8 @@ def cases(images: int) -> Iterator[Case]:
     noise = torch.randn(head.num_steps, *x_T.shape, generator=generator)
     foreign = torch.cat([cond, cond.roll(1, 0)])  # another digit's in the place of "no class"
     yield Case("100 steps", head, (cond, x_T, noise, 1.0, None))
-    yield Case("100 steps, temperature 0", head, (cond, x_T, noise, 0.0, None), drawn=False)
-    yield Case("100 steps, temperature 1.5", head, (cond, x_T, noise, 1.5, None), drawn=False)
+    yield Case("100 steps, temperature 0", head, (cond, x_T, noise, 0.0, None))
+    yield Case("100 steps, temperature 1.5", head, (cond, x_T, noise, 1.5, None))
     yield Case("100 steps, guidance 1.5", head, (foreign, x_T, noise, 1.0, 1.5))
     yield Case("100 steps, guidance 3", head, (foreign, x_T, noise, 1.0, 3.0))
     pair = DiffusionHead.from_module(target.diffloss)
@@ -64,7 +60,7 @@ def cases(images: int) -> Iterator[Case]:
         DiffusionHead.from_module(draft.diffloss), held_out(draft, tokens, labels), *inputs[1:3], parallel_tol=NEAR
     )
     guess = similar.trajectory.movedim(1, 0)
-    yield Case("digits pair, first guess from the draft", pair, inputs, guess, drawn=False)
+    yield Case("digits pair, first guess from the draft", pair, inputs, guess)
     yield Case("digits pair, guidance 3", pair, (foreign, *inputs[1:4], 3.0))
     yield Case(
         "another schedule than trained for", DiffusionHead.from_module(_cosine(module)), (cond, x_T, noise, 1.0, None)
@@ -129,7 +125,7 @@ def measure(case: Case) -> Iterator[dict]:
                 break
         reached, median_reached = ({f"{d:.0e}": _first(errors, which, d) for d in DISTANCES} for which in (0, 1))
         yield {
-            "case": case.name, "kind": "secant" if slopes else "plain", "drawn": case.drawn, "tokens": len(exact),
+            "case": case.name, "kind": "secant" if slopes else "plain", "tokens": len(exact),
             "steps": case.head.num_steps, "size": float(exact.abs().max()), "reached": reached,
             "median reached": median_reached,
             "settled": [state.figures(exact) for state in states],
@@ -190,108 +186,21 @@ def _sweeps(settled: dict) -> str:
     return f"{settled['sweeps']}" + (f", {settled['open']} do not" if settled["open"] else "")
 
 
-def tables(rows: list[dict]) -> dict[str, str]:
-    """The tables of docs/parallel.md, by the name of their marks."""
-    chains = [row for row in rows if "reached" in row]
-    secant, plain = ({row["case"]: row for row in chains if row["kind"] == kind} for kind in ("secant", "plain"))
-    reached = ["| | largest value | secant | its median token | plain |", "|---" * 5 + "|"]
-    settled = ["| | tolerance 1e-3: sweeps | distance | tolerance 1e-6: sweeps | distance | float64: steps | sweeps |"]
-    settled.append("|---" * 7 + "|")
-    for name, row in secant.items():
-        cells = [_join(row["reached"]), _join(row["median reached"]), _join(plain[name]["reached"])]
-        reached.append(f"| {name} | {row['size']:.3g} | " + " | ".join(cells) + " |")
-        cells = [text for s in row["settled"] for text in (_sweeps(s), f"{s['largest']:.0e}")]
-        cells += [f"{row['float64'][way]:.0e}" for way in ("sequential", "parallel")]
-        settled.append(f"| {name} | " + " | ".join(cells) + " |")
-    rounded = ["| | sweeps (median) | from the steps' tokens | steps, from float64 | sweeps, from float64 |"]
-    rounded.append("|---" * 5 + "|")
-    for row in rows:
-        if "apart" in row:
-            cells = [f"{_sweeps(row)} ({row['median sweeps']})"]
-            cells += ["{:.0e} ({:.0e})".format(*row[k]) for k in ("apart", "sequential, float64", "parallel, float64")]
-            rounded.append(f"| {row['case']} | " + " | ".join(cells) + " |")
-    return {"REACHED": _text(reached), "SETTLED": _text(settled), "BFLOAT16": _text(rounded)}
-
-
-def _text(lines: list[str]) -> str:
-    return "\n".join(lines) + "\n"
-
-
-def plot(rows: list[dict], path: Path) -> None:
-    """Distance from the sequential chain's tokens after every sweep: secants on the left, Picard's on the right."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    names = list(dict.fromkeys(row["case"] for row in rows if row.get("drawn")))
-    figure, panels = plt.subplots(1, 2, figsize=(10, 4.6), dpi=110, sharey=True, sharex=True)
-    for axes, kind in zip(panels, ("secant", "plain")):
-        for row in rows:
-            if row.get("drawn") and row["kind"] == kind:
-                style = dict(color=plt.cm.tab10(names.index(row["case"])), linewidth=1.4, marker=".", markersize=5)
-                axes.plot(range(1, len(row["largest"]) + 1), row["largest"], label=row["case"], **style)
-        axes.set_yscale("log")
-        axes.set_ylim(1e-7, 50)
-        axes.set_xlim(0, 42)
-        axes.set_xlabel("sweeps")
-        axes.set_title("secant slopes" if kind == "secant" else "slopes 0 (Picard iteration)", fontsize=10)
-        axes.grid(alpha=0.3)
-    panels[0].set_ylabel("largest distance of a token from the\nsequential chain's, of the largest value")
-    panels[1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    figure.savefig(path, bbox_inches="tight")
-    plt.close(figure)
-    print(f"wrote {path}")
-
-
-def check_docs(folder: Path) -> None:
-    """Raise, before the long measuring, where the results could not be written."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise SystemExit("--docs draws with matplotlib: pip install matplotlib, or the extra `dev`")
-    page = folder / "parallel.md"
-    marks = [mark.format(name) for name in tables([]) for mark in (START, END)]
-    if not page.is_file() or any(page.read_text().count(mark) != 1 for mark in marks):
-        raise SystemExit(f"expected {page} to exist and to hold each of these lines once: {''.join(marks)}")
-
-
-def write_docs(folder: Path, rows: list[dict]) -> None:
-    """The picture, and the tables in their places in parallel.md."""
-    plot(rows, folder / "parallel.png")
-    page = folder / "parallel.md"
-    text = page.read_text()
-    for name, table in tables(rows).items():
-        before, _, rest = text.partition(START.format(name))
-        text = before + START.format(name) + table + END.format(name) + rest.partition(END.format(name))[2]
-    page.write_text(text)
-    print(f"wrote {page}")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=["cpu"], default="cpu", help="where it counts: on a CPU")
     parser.add_argument("--images", type=int, default=16, help="three tokens each (default 16)")
     parser.add_argument("--quick", action="store_true", help="two cases of six tokens: a check, not a measurement")
     parser.add_argument("--json", type=Path, metavar="FILE")
-    parser.add_argument("--rows", type=Path, metavar="FILE", help="take an earlier run's rows, measure nothing")
-    parser.add_argument("--docs", type=Path, metavar="DIR", help="where parallel.png and parallel.md's tables go")
     args = parser.parse_args()
     if args.images < 1:
         parser.error(f"expected --images >= 1, got {args.images}")
-    if args.docs:
-        check_docs(args.docs)
     if args.json and not args.json.resolve().parent.is_dir():
         parser.error(f"expected a folder for {args.json} to exist, found none")
-    if args.rows:
-        rows = json.loads(args.rows.read_text())["rows"]
-    elif args.quick:
-        rows = run(2, ["100 steps", "digits pair, guidance 3"])
-    else:
-        rows = run(args.images)
-    if args.json and not args.rows:
+    rows = run(2, ["100 steps", "digits pair, guidance 3"]) if args.quick else run(args.images)
+    if args.json:
         write_results(args.json, rows, threads=torch.get_num_threads())
         print(f"wrote {args.json}")
-    if args.docs:
-        write_docs(args.docs, rows)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Quality against cost: ``python benchmarks/quality.py [--pair digits] [--images 2048] [--seeds 0 1] [--json FILE]``.
 
-Every way to speculate on a trained pair, beside the honest alternative, the target alone with fewer steps. ``--docs DIR
-FILE ...`` draws quality.png and writes quality.md's tables from results that were measured before.
+Every way to speculate on a trained pair, beside the honest alternative, the target alone with fewer steps.
+``report.py`` writes the tables of docs/quality.md and draws its charts from the results.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import torch
 from cspd import SpecDecodeRunner
 from cspd.stats import RunStats
 
-from quality_docs import check_docs, write_docs
 from quality_equal import with_ratios
 from quality_pairs import PAIRS, Pair, load
 from quality_settings import Setting, settings
@@ -147,12 +146,7 @@ def main() -> None:
     )
     parser.add_argument("--quick", action="store_true", help="a few settings: a check, not a measurement")
     parser.add_argument("--json", type=Path, metavar="FILE")
-    parser.add_argument("--docs", nargs="+", metavar=("DIR", "FILE"), help="write DIR/quality.md and .png from results")
     args = parser.parse_args()
-    if args.docs:
-        folder, *files = map(Path, args.docs)
-        check_docs(folder, files)
-        return write_docs(folder, [json.loads(file.read_text()) for file in files])
     if args.images < 2:
         parser.error(f"expected --images >= 2 (a distance needs a covariance), got {args.images}")
     if args.json and not args.json.resolve().parent.is_dir():

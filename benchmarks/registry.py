@@ -118,7 +118,7 @@ EVERYWHERE = tuple(BACKENDS)
 VERDICTS = tuple(f"{name}{how}" for name in BACKENDS for how in ("", REPLAYED))
 
 TABLE = (
-    Plan(DENOISE, "cpu", at("MAR-B", 2, 8), ON_CPU, ("torch",), 9),
+    Plan(DENOISE, "cpu", at("MAR-B", 2, 8), ON_CPU, ("torch",), 7),
     Plan(DENOISE, "cpu", at("MAR-B", 64), ON_CPU, ("torch",), 5),
     Plan(DENOISE, "cuda", FIRST, ON_GPU, (*EVERYWHERE, PERSISTENT), 15),
     Plan(DENOISE, "cuda", MORE, SIMPLE, (*KERNELS, PERSISTENT), 7),

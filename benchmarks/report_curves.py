@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 
-from report_plots import AMBER, BLUE, CHAINS, GREEN, GREY, ORANGE, PURPLE, footer, source
+from report_plots import AMBER, BLUE, CHAINS, GREEN, GREY, ORANGE, PURPLE, device, footer, source
 from report_svg import Canvas, panel
 from report_tables import load
 
 HEADS = {"MAR-B": (6, 1024), "MAR-L": (8, 1280), "MAR-H": (12, 1536)}  # blocks, width
+GAMMA = "\N{GREEK SMALL LETTER GAMMA}"
 CHANNELS, CONDITION = 16, {"MAR-B": 768, "MAR-L": 1024, "MAR-H": 1280}
 
 
@@ -70,20 +71,21 @@ def latency_h100() -> str:
         drawn.series(told, GREY, points_too=False, dash=True)
     entries = [(slot, name, "line") for name, slot in CHAINS.values()]
     y = canvas.legend(24, 446, [*entries, (GREY, "weights or operations at measured rates", "dash")], 840)
-    footer(
-        canvas, y + 2, f"Weights or operations: the blocks' matrices read once a step at {ceilings['copy TB/s']:.0f} TB/s (a copy), or all "
-        f"operations at {ceilings['dense bf16 TFLOP/s']} TFLOP/s,",
-        "whichever takes longer (profile-h100.json). MAR-B's blocks fit the 50 MB of cache, so that line is no strict bound.",
-        f"Library products alone: the matrix products, in one CUDA graph. {'; '.join(map(source, names))}.",
-    )  # fmt: skip
-    canvas.height = y + 50
+    copy, work = ceilings["copy TB/s"], ceilings["dense bf16 TFLOP/s"]
+    notes = [
+        f"Weights or operations: the blocks' matrices read once a step at {copy:.0f} TB/s (a copy), or all operations",
+        f"at {work} TFLOP/s, whichever takes longer (profile-h100.json). MAR-B's blocks fit the 50 MB of cache, so",
+        "that line is no strict bound. Library products alone: the matrix products, in one CUDA graph.",
+        f"{source(names[0])}; {source(names[1])}.",
+    ]
+    footer(canvas, y + 2, *notes)
+    canvas.height = y + 66
     return canvas.svg()
 
 
 def latency_cpu() -> str:
     found, result = chains(["kernels-cpu.json"])["MAR-B"], load("kernels-cpu.json")
-    threads = result["environment"]["cpu threads"]
-    canvas = Canvas(640, 460, f"Milliseconds for 100 denoising steps of N tokens. CPU, {threads} threads", (
+    canvas = Canvas(640, 460, f"Milliseconds for 100 denoising steps of N tokens. {device(result)}", (
         "A log-log chart for MAR-B's head: milliseconds of a call against the number of tokens, for eager code and "
         "for this package, in float32 and with bfloat16 operands."
     ))  # fmt: skip
@@ -109,8 +111,8 @@ def latency_cpu() -> str:
     note = "No floor was measured on this machine."
     if result.get("rates"):
         note = "Floor: bytes or operations at rates measured in the same run, whichever takes longer."
-    footer(canvas, y + 2, f"{note} {source('kernels-cpu.json')}.")
-    canvas.height = y + 18
+    footer(canvas, y + 2, note, f"{source('kernels-cpu.json')}.")
+    canvas.height = y + 34
     return canvas.svg()
 
 
@@ -150,7 +152,7 @@ def quality_calls() -> str:
             for gamma in (2, 4, 8):
                 if row := rows.get(f"{start}, gamma {gamma}"):
                     drawn.series([(row["target_calls"], row["figure"])], slot)
-                    marked.append(((row["target_calls"], row["figure"]), f"{start.split(',')[0]}, gamma {gamma}"))
+                    marked.append(((row["target_calls"], row["figure"]), f"{start.split(',')[0]}, {GAMMA}={gamma}"))
         for point, row in zip(points, within):
             marked.append((point, f"{row['steps']} steps"))
         for point, text in marked:
@@ -159,10 +161,9 @@ def quality_calls() -> str:
     entries += [(slot, name, "point") for name, slot in SHOWN.values()]
     y = canvas.legend(24, 448, [*entries, (AMBER, "draft alone, no target calls", "dash")], 840)
     names = "; ".join(source(f"quality-{pair}-cpu.json") for pair in ("digits", "cloth"))
-    footer(
-        canvas, y + 2, "Calls of the draft are not counted. A strict pass has a row for every drafted step.",
-        f"Above the frame: {'; '.join(above)}. {names}.",
-    )  # fmt: skip
+    note = f"{GAMMA}: gamma, the steps of a window. Calls of the draft are not counted."
+    notes = f"{note} A strict pass has a row for every drafted step.", f"Above the frame: {'; '.join(above)}. {names}."
+    footer(canvas, y + 2, *notes)
     canvas.height = y + 34
     return canvas.svg()
 
@@ -200,11 +201,14 @@ def quality_seconds() -> str:
     entries = [(slot, name, "line" if slot == GREY else "point") for name, slot in kinds]
     y = canvas.legend(24, 478, entries, 740)
     own = next(row for row in result["rows"] if row["options"] == {"sampler": "ddim"})["plain_seconds"]
-    footer(
-        canvas, y + 2, "Ancestral rows with 10 denoising steps lie above the frame. The samplers were measured in a run of their own, in which",
-        f"the target alone took {own:.2f} s with all of its steps, here {plain[0]['seconds']:.2f} s. {source('quality-digits-cpu.json')}.",
-    )  # fmt: skip
-    canvas.height = y + 34
+    notes = [
+        f"{GAMMA}: gamma, the steps of a window. Ancestral rows with 10 denoising steps lie above the frame.",
+        "The samplers were measured in a run of their own.",
+        f"There the target alone took {own:.2f} s with all of its steps, here {plain[0]['seconds']:.2f} s. "
+        f"{source('quality-digits-cpu.json')}.",
+    ]
+    footer(canvas, y + 2, *notes)
+    canvas.height = y + 50
     return canvas.svg()
 
 
@@ -222,7 +226,7 @@ def sampler_kind(row: dict) -> tuple[str, int] | None:
 def short(row: dict) -> str:
     if row["kind"] == "sampler":
         return str(row["options"].get("sampling_steps", "40")).strip("()").replace(", ", " to ") + " denoising steps"
-    return f"gamma {row['gamma']}" if row["gamma"] else f"{row['steps']} steps"
+    return f"{GAMMA}={row['gamma']}" if row["gamma"] else f"{row['steps']} steps"
 
 
 DRAWN = {  # cases of ``parallel.py``: the others are in the tables

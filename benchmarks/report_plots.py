@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from report_svg import Canvas, bars, stacks
-from report_tables import BASELINES, KERNELS, batch_of, load
+from report_tables import BASELINES, KERNELS, batch_of, cpu, load, milliseconds, time
 
 GREY, AMBER, BLUE, GREEN, ORANGE, PURPLE = 5, 4, 0, 2, 1, 3
 WAYS = {  # a contender of ``generate.py``: its name in a chart, and its colour
@@ -31,7 +31,7 @@ WIDTH, LEFT, RIGHT = 760, 232, 590
 def device(result: dict) -> str:
     environment = result["environment"]
     gpus = environment["gpus"]
-    return " ".join(gpus[0]["name"].split()[:2]) if gpus else f"CPU, {environment['cpu threads']} threads"
+    return " ".join(gpus[0]["name"].split()[:2]) if gpus else cpu(environment["cpu threads"])
 
 
 def source(name: str) -> str:
@@ -69,7 +69,7 @@ def image_bar(row: dict | None, name: str, slot: int) -> tuple:
         return name, None, "wrong: no speed is shown", slot
     seconds, star = row["seconds"] / batch_of(row), "*" if "measured" in row["details"] else ""
     ratio = "" if row["backend"] == row["baseline"] else f"  ({row['ratio']:.3g}x)"
-    return name, seconds, f"{seconds:.3g} s{star}{ratio}", slot
+    return name, seconds, f"{time(seconds)}{star}{ratio}", slot
 
 
 def image_bars(canvas: Canvas, y: float, rows: dict[str, dict], all_ways: bool = False) -> float:
@@ -92,22 +92,21 @@ def head_bars(canvas: Canvas, y: float, size: str) -> float:
         ratio = "" if median[name] == base else f"  ({base / median[name]:.3g}x)"
         if name.startswith("library"):
             ratio = ", matrix products and nothing else"
-        lines.append((CHAINS[name][0], median[name], f"{1e3 * median[name]:.3g} ms{ratio}", CHAINS[name][1]))
-    shown = f"{1e3 * own[fastest]:.3g} ms  ({base / own[fastest]:.3g}x)"
+        lines.append((CHAINS[name][0], median[name], f"{milliseconds(median[name])} ms{ratio}", CHAINS[name][1]))
+    shown = f"{milliseconds(own[fastest])} ms  ({base / own[fastest]:.3g}x)"
     lines.append((f"this package ({KERNELS[fastest]})", own[fastest], shown, GREEN))
     return bars(canvas, y, lines, LEFT, RIGHT)
 
 
 def seconds() -> str:
     """For the README: a whole image on a GPU and on a CPU, and the head alone."""
-    gpu, cpu = load("generate-h100.json"), load("generate-cpu.json")
     canvas = Canvas(WIDTH, 470, "Seconds an image, and the head alone. Shorter is better", (
         "Bars from zero, shorter is better. The eager loop, torch.compile, cspd.patch and cspd.patch with whole=True "
         "for one image of MAR-B on an NVIDIA H100 and on a CPU; and 100 denoising steps of the head alone. Ratios are "
         "to the eager code, the first bar."
     ))  # fmt: skip
     y = 54
-    for result in (gpu, cpu):
+    for result in map(load, ("generate-h100.json", "generate-cpu.json")):
         (size, dtype), rows = next(iter(images(result).items()))
         canvas.text(16, y, case(size, dtype, result) + " (seconds)", bold=True)
         y = image_bars(canvas, y + 6, rows) + 26
@@ -117,10 +116,10 @@ def seconds() -> str:
     y = head_bars(canvas, y + 6, "MAR-B N=2 T=100") + 22
     footer(
         canvas, y, f"{SCALED} Ratios are to the first bar of each group.",
-        f"Random weights. {source('generate-h100.json')}; {source('generate-cpu.json')};",
-        f"{source('kernels-h100.json')}.",
+        "Eager code on the H100 waits for its launches, so compare with torch.compile, too. Random weights.",
+        f"{source('generate-h100.json')}; {source('generate-cpu.json')};", f"{source('kernels-h100.json')}.",
     )  # fmt: skip
-    canvas.height = y + 44
+    canvas.height = y + 60
     return canvas.svg()
 
 
@@ -190,18 +189,19 @@ def time_split() -> str:
             for way in (way for way in WAYS if "seconds" in rows.get(way, {"details": ()})["details"]):
                 spent = rows[way]["details"]["seconds"]
                 parts = [(spent[part], slot) for part, slot in PARTS.items() if part in spent]
-                lines.append((WAYS[way][0].removesuffix(" (baseline)"), parts, f"{spent['total']:.3g} s"))
+                lines.append((WAYS[way][0].removesuffix(" (baseline)"), parts, time(spent["total"])))
             y = stacks(canvas, y + 8, lines, LEFT, RIGHT) + 20
     y = canvas.legend(16, y - 2, [(slot, name, "box") for name, slot in PARTS.items()], WIDTH - 16) + 18
     canvas.text(16, y, "One call of the head: MAR-H, 512 tokens, 100 denoising steps. NVIDIA H100, bfloat16", bold=True)
     y = stacks(canvas, y + 8, head_stacks(), LEFT, RIGHT) + 16
     y = canvas.legend(16, y, [(slot, name, "box") for name, slot in HEAD_PARTS.items()], WIDTH - 16) + 8
-    footer(
-        canvas, y, "Seconds are of the run that was split, which is not the timed one. With whole=True the transformer cannot be",
+    notes = [
+        "Seconds are of the run that was split, which is not the timed one. With whole=True the transformer cannot be",
         "told from the rest: the head's part is what a longer chain of denoising steps adds, times its length.",
         "At commit 3093537 the activation counts as other.",
         f"{source('generate-h100.json')}; {source('generate-cpu.json')}; profile-h100.json.",
-    )  # fmt: skip
+    ]
+    footer(canvas, y, *notes)
     canvas.height = y + 60
     return canvas.svg()
 
@@ -213,7 +213,7 @@ def head_stacks() -> list[tuple]:
         for chain in made["chains"]:
             if (chain["model"], chain["rows"], chain["dtype"]) == ("MAR-H", 512, "bfloat16"):
                 name = f"{chain['backend']} layered, commit {made['commit']}"
-                lines.append((name, head_parts(chain), f"{chain['device_ms']:.3g} ms"))
+                lines.append((name, head_parts(chain), time(chain["device_ms"] / 1e3)))
     return lines
 
 

@@ -6,6 +6,7 @@ the chart: a page may be light where the reader's system is dark, and the media 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from html import escape
@@ -71,7 +72,7 @@ class Axis:
     def label(self, tick: float) -> str:
         if self.log and self.ticks[0] < 1e-2:
             return "10" + str(round(math.log10(tick))).translate(RAISED)
-        return f"{tick:.6g}"
+        return f"{tick:,.6g}"
 
 
 class Canvas:
@@ -118,7 +119,7 @@ class Canvas:
 
     def keep_clear(self, points: Sequence[tuple[float, float]]) -> None:
         """No label stands on this line."""
-        for (x0, y0), (x1, y1) in zip(points, points[1:]):
+        for (x0, y0), (x1, y1) in itertools.pairwise(points):
             count = max(1, math.ceil(math.hypot(x1 - x0, y1 - y0) / 4))
             for n in range(count + 1):
                 x, y = x0 + (x1 - x0) * n / count, y0 + (y1 - y0) * n / count
@@ -150,7 +151,7 @@ class Canvas:
             "plus": (0, -4.5),
         }
         style += " line" if shape in ("cross", "plus") else ""
-        at = (number(value + by) for value, by in zip((x, y), starts[shape]))
+        at = (number(value + by) for value, by in zip((x, y), starts.get(shape, (0, -4.5))))
         self.parts.append(f'<path class="{style}" d="M{" ".join(at)}{paths[shape]}"/>')
 
     def label(self, x: float, y: float, text: str, frame: tuple[float, float, float, float], size=11) -> None:
@@ -164,9 +165,12 @@ class Canvas:
                 left = x + dx - {"start": 0, "middle": width / 2, "end": width}[anchor]
                 box = (left - 1, y + dy - 0.8 * height, left + width + 1, y + dy + 0.25 * height)
                 inside = frame[0] <= box[0] and frame[1] <= box[1] and box[2] <= frame[2] and box[3] <= frame[3]
-                if inside and not any(overlap(box, other) for other in self.taken):
-                    if far > 14:
-                        self.line([(x, y), (x + 0.8 * dx, y + 0.8 * (dy - 0.35 * height))], "axis thin")
+                tip = x + 0.8 * dx, y + 0.8 * (dy - 0.35 * height)
+                way = [(x + n / 8 * (tip[0] - x), y + n / 8 * (tip[1] - y)) for n in range(9)] if far > 14 else []
+                clear = [(a - 1, b - 1, a + 1, b + 1) for a, b in way if math.hypot(a - x, b - y) > 8]
+                if inside and not any(overlap(one, other) for one in (box, *clear) for other in self.taken):
+                    if way:
+                        self.line([(x, y), tip], "axis thin")
                     return self.text(x + dx, y + dy, text, size=size, anchor=anchor)
         raise ValueError(f"found no room for the label {text!r}")
 
@@ -237,7 +241,7 @@ def bars(
     canvas: Canvas, y: float, rows: Sequence[tuple], left: float, right: float, high: float | None = None
 ) -> float:
     """Horizontal bars from zero: (name, value or None, what is written behind it, slot); returns the y below them."""
-    scale = (right - left) / (high or max(value for _, value, _, _ in rows if value is not None))
+    scale = (right - left) / max(value for _, value, _, _ in rows if value is not None)
     top = y
     for name, value, text, slot in rows:
         canvas.text(left - 8, y + 14, name, anchor="end")

@@ -1,11 +1,11 @@
-"""The README's tables of figures from the files in ``results``: ``python benchmarks/tables.py`` writes them again."""
+"""Tables of the kernels' and the images' seconds, from the files in ``results``."""
 
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
-README = Path(__file__).parent.parent / "README.md"
 RESULTS = Path(__file__).parent / "results"
 BASELINES = {  # as the rows name them, and as the head of a column does
     "eager autocast bfloat16": "eager autocast",
@@ -34,7 +34,7 @@ def table(head: list[str], lines: list[list[str]]) -> str:
 
 
 def duration(seconds: float) -> tuple[float, str, int]:
-    """(factor, unit, digits) to show so much by."""
+    """(factor, unit, digits) to show a time of this size by."""
     if seconds >= 0.1:
         return 1, "s", 2 if seconds < 10 else 0
     if seconds >= 1e-3:
@@ -48,6 +48,12 @@ def milliseconds(seconds: float) -> str:
     return f"{value:.{3 if value < 0.1 else 2 if value < 10 else 1 if value < 100 else 0}f}"
 
 
+def time(seconds: float) -> str:
+    """Three digits."""
+    value, unit = (seconds, "s") if seconds >= 0.1 else (1e3 * seconds, "ms")
+    return f"{value:.{max(0, 2 - math.floor(math.log10(value)))}f} {unit}"
+
+
 def timed(row: dict, which: str = "") -> str:
     """A median with its spread; ``which`` is "" or "baseline_"."""
     median = row[f"{which}seconds"]
@@ -58,15 +64,17 @@ def timed(row: dict, which: str = "") -> str:
 
 def on_the_cpu(rows: list[dict], first: str, last: str) -> str:
     """Row by row; ``last`` names what the error is."""
+    rows = [row for row in rows if row["op"] != "denoise in parallel" and not row["baseline"].startswith("sum")]
+    shares = any(row.get("share") for row in rows)
     lines = []
     for row in rows:
-        if row["op"] == "denoise in parallel" or row["baseline"].startswith("sum"):  # for other pages
-            continue
         name = row["backend"].removeprefix("torch").strip().replace("closed_form", "closed form")
         name = f"`{row['op']}` {row['size']}{', ' if name else ''}{name}"
         compared = f"{row['baseline']} {timed(row, 'baseline_')}"
-        lines.append([name, timed(row), compared, f"{row['ratio']:.2f}x", f"{row['error']:.0e}"])
-    return table([first, "this package", "baseline", "ratio", last], lines)
+        ratio = NONE if row["ratio"] is None else f"{row['ratio']:.2f}x"
+        share = [NONE if row.get("share") is None else f"{100 * row['share']:.0f} %"] if shares else []
+        lines.append([name, timed(row) if row["ratio"] else "wrong", compared, ratio, *share, f"{row['error']:.0e}"])
+    return table([first, "this package", "baseline", "ratio", *["share of the floor's speed"] * shares, last], lines)
 
 
 def chains(rows: list[dict]) -> str:
@@ -102,8 +110,9 @@ def spreads(rows: list[dict]) -> str:
                 group = BASELINES.get(name, "this package")
                 widest[group] = max(widest.get(group, 0.0), (high - low) / row[f"{kind}seconds"])
     runs = sorted({row["runs"] for row in rows if row["op"] == "denoise"})
-    each = ", ".join(f"{100 * widest[name]:.0f} % ({name})" for name in sorted(widest, key=widest.get))
-    return f"Medians of {' or '.join(map(str, runs))} runs; from p20 to p80 a median's spread is at most {each}.\n"
+    names = sorted(widest, key=widest.get)
+    head = [f"largest spread, p20 to p80, of {' or '.join(map(str, runs))} runs", *names]
+    return table(head, [["of the median", *(f"{100 * widest[name]:.0f} %" for name in names)]])
 
 
 def ratios(rows: list[dict]) -> str:
@@ -154,7 +163,7 @@ def sweeps(rows: list[dict]) -> str:
     return table(["ms", *map(", ".join, columns)], lines)
 
 
-WAYS = ("torch.compile", "patched", "whole")  # columns of the images, beside the eager loop
+WAYS = ("torch.compile", "patched", "whole", "whole, step by step")  # columns of the images, beside the eager loop
 
 
 def generated(rows: list[dict]) -> str:
@@ -200,11 +209,15 @@ def percent(details: dict) -> str:
     return f"{100 * details['acceptance']:.0f} %"
 
 
+def cpu(threads: int) -> str:
+    return f"CPU, {threads} thread{'s' * (threads != 1)}"
+
+
 def origin(result: dict) -> str:
     """On what, with what and at which commit."""
     environment = result["environment"]
     gpus = environment["gpus"]
-    parts = [gpus[0]["name"] if gpus else f"CPU, {environment['cpu threads']} threads"]
+    parts = [gpus[0]["name"] if gpus else cpu(environment["cpu threads"])]
     for name, key in (("driver", "nvidia driver"), ("PyTorch", "torch"), ("Triton", "triton"), ("Python", "python")):
         parts += [f"{name} {environment[key]}"] if environment.get(key, "none") != "none" else []
     if nvcc := environment.get("cuda extension", {}).get("nvcc"):
@@ -218,33 +231,14 @@ def whole_images(device: str) -> str:
     return f"{origin(result)}\n\n{generated(result['rows'])}"
 
 
-def tables() -> dict[str, str]:
-    """What stands between ``<!-- NAME -->`` and ``<!-- /NAME -->``."""
-    parts = (chains, spreads, ratios, verdicts)
-    gpu, swept = load("kernels-h100.json"), load("in-parallel-h100.json")
-    return {
-        "KERNELS": on_the_cpu(load("kernels-cpu.json")["rows"], "op, size", "error"),
-        "KERNELS-H100": f"{origin(gpu)}\n\n" + "\n".join(part(gpu["rows"]) for part in parts),
-        "SWEEPS-H100": f"{origin(swept)}\n\n" + sweeps(swept["rows"]),
-        "END": whole_images("cpu"),
-        "END-H100": whole_images("h100"),
-    }
+def kernels(device: str) -> str:
+    """By ``kernels.py``."""
+    result = load(f"kernels-{device}.json")
+    if device == "cpu":
+        return f"{origin(result)}\n\n" + on_the_cpu(result["rows"], "op, size", "error")
+    return f"{origin(result)}\n\n" + "\n".join(part(result["rows"]) for part in (chains, spreads, ratios, verdicts))
 
 
-def filled(text: str) -> str:
-    """A page with all of its tables written again.
-
-    Raises:
-        ValueError: it does not hold the marks of a table once each.
-    """
-    for name, content in tables().items():
-        start, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
-        if text.count(start) != 1 or text.count(end) != 1:
-            raise ValueError(f"expected the page to hold the marks {start.strip()} and {end} once each")
-        before, _, rest = text.partition(start)
-        text = before + start + content + end + rest.partition(end)[2]
-    return text
-
-
-if __name__ == "__main__":
-    README.write_text(filled(README.read_text()))
+def swept() -> str:
+    result = load("in-parallel-h100.json")
+    return f"{origin(result)}\n\n" + sweeps(result["rows"])

@@ -17,7 +17,7 @@ from cspd_kernels.info import collect
 
 # Column and width: fixed, as a row is printed before the next one is known.
 COLUMNS = (
-    ("op", 17), ("size", 33), ("backend", 28), ("baseline", 38), ("median s", 9), ("p20..p80", 20),
+    ("op", 19), ("size", 33), ("backend", 28), ("baseline", 38), ("median s", 9), ("p20..p80", 20),
     ("baseline s", 10), ("p20..p80", 20), ("ratio", 7), ("of floor", 8), ("error", 0),
 )  # fmt: skip
 

@@ -31,6 +31,12 @@ def available_backends() -> dict[str, str]:
     """``{"torch": "ok", "triton": "ok" or why not, "cuda": "ok" or why not}``.
 
     "ok" means that ``denoise`` can be served on some device of this machine; the other ops may have fewer backends.
+
+    Example:
+        >>> import cspd_kernels
+        >>> backends = cspd_kernels.available_backends()
+        >>> sorted(backends), backends["torch"]
+        (['cuda', 'torch', 'triton'], 'ok')
     """
     return {name: why_unavailable(name) or "ok" for name in BACKENDS}
 
@@ -97,7 +103,7 @@ def implementation(
         parallel: whether it makes all of its steps at once.
 
     Raises:
-        ValueError: no such backend. RuntimeError: the backend cannot serve; the message says why.
+        InvalidInput: no such backend. BackendUnavailable: the backend cannot serve. The message says why.
     """
     source = "backend"
     if backend is None and os.environ.get(ENVIRONMENT_VARIABLE):

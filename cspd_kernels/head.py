@@ -69,6 +69,15 @@ class DiffusionHead:
         copies: (packed, weight of the module) of everything that had to be converted or copied.
         shared: what backends make of the weights; one dict for heads that differ in the schedule alone.
         watched: whether what they made follows the weights' values.
+
+    Example:
+        >>> from cspd_kernels import DiffusionHead
+        >>> from cspd.models import DiffLoss
+        >>> head = DiffusionHead.from_module(DiffLoss(4, 6, 2, 8, num_sampling_steps=5))
+        >>> head
+        DiffusionHead(channels=4, width=8, depth=2, num_steps=5, dtype=torch.float32, device=cpu)
+        >>> head.cond_channels, head.outputs, head.learned_variance
+        (6, 8, True)
     """
 
     schedule: Schedule | None
@@ -110,7 +119,15 @@ class DiffusionHead:
 
     @staticmethod
     def of_handle(handle: int) -> DiffusionHead:
-        """The head with this handle; a handle does not keep its head alive."""
+        """The head with this handle; a handle does not keep its head alive.
+
+        Example:
+            >>> from cspd_kernels import DiffusionHead
+            >>> from cspd.models import DiffLoss
+            >>> head = DiffusionHead.from_module(DiffLoss(4, 6, 2, 8, num_sampling_steps=5))
+            >>> DiffusionHead.of_handle(head.handle) is head
+            True
+        """
         head = _heads.get(handle)
         if head is None:
             raise CallError(
@@ -181,7 +198,15 @@ class DiffusionHead:
         )
 
     def to(self, dtype: torch.dtype | str) -> DiffusionHead:
-        """The same head with GEMM operands of another type (float64: everything in float64)."""
+        """The same head with GEMM operands of another type (float64: everything in float64).
+
+        Example:
+            >>> from cspd_kernels import DiffusionHead
+            >>> from cspd.models import DiffLoss
+            >>> head = DiffusionHead.from_module(DiffLoss(4, 6, 2, 8, num_sampling_steps=5))
+            >>> head.to("bfloat16").dtype
+            torch.bfloat16
+        """
         dtype = as_dtype(dtype, "DiffusionHead.to")
         stream = stream_dtype(dtype)
 
@@ -221,8 +246,15 @@ class DiffusionHead:
             device: where the head lives; None leaves the weights where they are.
 
         Raises:
-            TypeError: the module is no such head; the message lists what is missing.
-            ValueError: it is one, of a kind that is not covered (the message says which).
+            NotAModel: the module is no such head. The message lists what is missing.
+            UnsupportedModel: it is one, of a kind that is not covered. The message says which.
+            WrongDtype: a dtype that heads do not have.
+
+        Example:
+            >>> from cspd.models import DiffLoss
+            >>> from cspd_kernels import DiffusionHead
+            >>> DiffusionHead.from_module(DiffLoss(4, 6, 2, 8, num_sampling_steps=5), dtype="bfloat16")
+            DiffusionHead(channels=4, width=8, depth=2, num_steps=5, dtype=torch.bfloat16, device=cpu)
         """
         problem = why_not_a_head(diffloss)
         if problem:
@@ -250,7 +282,14 @@ class DiffusionHead:
             spec: what the network computes; None is the likeliest, by its structure (:func:`spec_of`).
 
         Raises:
-            TypeError: it has no such structure.
+            NotAModel: it has no such structure. WrongDtype: a dtype that heads do not have.
+
+        Example:
+            >>> from cspd.models import DiffLoss
+            >>> from cspd_kernels import DiffusionHead, Schedule
+            >>> net = DiffLoss(4, 6, 2, 8, num_sampling_steps=5).net
+            >>> DiffusionHead.from_network(net, Schedule.linear(50)).num_steps
+            50
         """
         found = spec_of(net) if spec is None else spec
         if isinstance(found, str):
@@ -290,7 +329,16 @@ class DiffusionHead:
 
     @torch.no_grad()
     def with_schedule(self, schedule: Schedule | None) -> DiffusionHead:
-        """The same weights under another schedule; None: to be evaluated."""
+        """The same weights under another schedule; None: to be evaluated.
+
+        Example:
+            >>> from cspd.models import DiffLoss
+            >>> from cspd_kernels import DiffusionHead, Schedule
+            >>> head = DiffusionHead.from_module(DiffLoss(4, 6, 2, 8, num_sampling_steps=5))
+            >>> faster = head.with_schedule(Schedule.cosine(3))
+            >>> faster.num_steps, faster.input_weight is head.input_weight
+            (3, True)
+        """
         embedding = None if schedule is None else embed_schedule(self.time, schedule)
         head = replace(self, schedule=schedule, time_embedding=embedding)
         object.__setattr__(head, "shared", self.shared)

@@ -134,6 +134,18 @@ class PhiloxNoise:
             copied, and the host never reads it: a CUDA graph is replayed with what it holds then.
         rows: (N,) int64, the address of each chain; equal addresses give equal noise.
         channels: C; may be left to :meth:`x_T` or to :func:`cspd_kernels.denoise`, which know it.
+
+    Example:
+        >>> import torch
+        >>> from cspd_kernels import PhiloxNoise
+        >>> noise = PhiloxNoise(seed=7, rows=torch.tensor([0, 1, 0]), channels=4)
+        >>> noise
+        PhiloxNoise(seed=7, rows=<3 on cpu>, channels=4)
+        >>> x_T = noise.x_T()
+        >>> x_T.shape, torch.equal(x_T[0], x_T[2])
+        (torch.Size([3, 4]), True)
+        >>> torch.equal(noise[1:2].x_T(), x_T[1:2])  # a row's noise does not depend on its batch
+        True
     """
 
     def __init__(self, seed: int | torch.Tensor, rows: torch.Tensor, channels: int | None = None):
@@ -154,15 +166,37 @@ class PhiloxNoise:
         return PhiloxNoise(self.seed, self.rows[index], self.channels)
 
     def x_T(self, channels: int | None = None) -> torch.Tensor:  # noqa: N802  (the mathematics' name)
-        """(N, C) float32 standard normals: the starting point of every chain."""
+        """(N, C) float32 standard normals: the starting point of every chain.
+
+        Example:
+            >>> import torch
+            >>> from cspd_kernels import PhiloxNoise
+            >>> PhiloxNoise(7, torch.arange(3)).x_T(channels=4).shape
+            torch.Size([3, 4])
+        """
         return normals(self.seed, self.rows, 0, self._channels(channels), STREAM_X_T)
 
     def step(self, i: int, channels: int | None = None) -> torch.Tensor:
-        """(N, C) float32 standard normals of reverse step i."""
+        """(N, C) float32 standard normals of reverse step i.
+
+        Example:
+            >>> import torch
+            >>> from cspd_kernels import PhiloxNoise
+            >>> noise = PhiloxNoise(7, torch.arange(3), channels=4)
+            >>> torch.equal(noise.step(2), noise.steps(0, 5)[2])
+            True
+        """
         return normals(self.seed, self.rows, i, self._channels(channels), STREAM_STEP)
 
     def steps(self, start: int, stop: int, channels: int | None = None) -> torch.Tensor:
-        """(stop - start, N, C): the noise of the steps start..stop-1 at once."""
+        """(stop - start, N, C): the noise of the steps start..stop-1 at once.
+
+        Example:
+            >>> import torch
+            >>> from cspd_kernels import PhiloxNoise
+            >>> PhiloxNoise(7, torch.arange(3), channels=4).steps(0, 5).shape
+            torch.Size([5, 3, 4])
+        """
         index = torch.arange(start, stop, device=self.rows.device)[:, None]
         return normals(self.seed, self.rows, index, self._channels(channels), STREAM_STEP)
 

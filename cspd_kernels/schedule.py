@@ -46,6 +46,14 @@ class Schedule:
         variance: of a :meth:`diffusion`: ``"learned"``, ``"fixed_small"`` or ``"fixed_large"``; else None.
         betas, alphas_cumprod: (T,) of a diffusion, after respacing; else None.
         width: of a :meth:`one_step` schedule, else None.
+
+    Example:
+        >>> from cspd_kernels import Schedule
+        >>> schedule = Schedule.cosine(100)  # as MAR samples
+        >>> schedule
+        Schedule(ddpm, num_steps=100, prediction='epsilon', variance='learned')
+        >>> schedule.timesteps[:3], schedule.x0_x.shape
+        (array([ 0., 10., 20.]), (100,))
     """
 
     timesteps: Array
@@ -157,6 +165,11 @@ class Schedule:
                 step's.
             prediction: what the network puts out. clip: limits of x0, as :meth:`clipped` takes them, in a tuple.
 
+        Example:
+            >>> from cspd_kernels import Schedule
+            >>> Schedule.diffusion([0.01, 0.02, 0.03], variance="fixed_small", prediction="v", clip=(-1, 1))
+            Schedule(ddpm, num_steps=3, prediction='v', variance='fixed_small', clip=[-1.0, 1.0])
+
         Source: Ho et al. 2020 (arXiv 2006.11239, eq. 6-7 and 15), Nichol & Dhariwal 2021 (arXiv 2102.09672, eq. 15),
         Salimans & Ho 2022 (arXiv 2202.00512, v).
         """
@@ -181,6 +194,11 @@ class Schedule:
         Its last betas are near 1, so the first reverse step multiplies the network's error by
         thousands: small networks diverge under it. ``linear`` is the well-conditioned choice.
 
+        Example:
+            >>> from cspd_kernels import Schedule
+            >>> Schedule.cosine(25).timesteps[-3:]
+            array([916., 957., 999.])
+
         Source: arXiv 2102.09672, eq. 17.
         """
         _check_steps(num_steps, train_steps)
@@ -193,7 +211,14 @@ class Schedule:
     def linear(
         cls, num_steps: int, *, train_steps: int = 1000, variance: str = "learned", prediction: str = "epsilon"
     ) -> Schedule:
-        """Betas from 1e-4 to 0.02 (times 1000 / train_steps), respaced to ``num_steps`` of them."""
+        """Betas from 1e-4 to 0.02 (times 1000 / train_steps), respaced to ``num_steps`` of them.
+
+        Example:
+            >>> from cspd_kernels import Schedule
+            >>> schedule = Schedule.linear(1000)
+            >>> f"{schedule.betas[0]:.4f} to {schedule.betas[-1]:.4f}"
+            '0.0001 to 0.0200'
+        """
         _check_steps(num_steps, train_steps)
         scale = 1000 / train_steps
         betas = np.minimum(np.linspace(scale * 1e-4, scale * 0.02, train_steps), 0.999)
@@ -220,6 +245,14 @@ class Schedule:
             times: (T+1,) from noise to data, the last where the token is read off.
             timesteps: (T,) what the network receives at the steps, from the first taken, where not ``times[:-1]``.
             clip: limits of x0.
+
+        Example:
+            >>> import numpy as np
+            >>> from cspd_kernels import Schedule
+            >>> Schedule.euler(np.linspace(0, 1, 26))
+            Schedule(euler, num_steps=25, prediction='velocity')
+            >>> Schedule.euler([1.0, 0.5, 0.0], data_at=0.0).timesteps  # the last step first
+            array([0.5, 1. ])
 
         Source: Lipman et al. 2022 (arXiv 2210.02747), Liu et al. 2022 (arXiv 2209.03003).
         """
@@ -254,6 +287,12 @@ class Schedule:
             sizes: (T,) of the steps, from the first taken, where not the differences of ``times``, which may then be
                 (T,).
 
+        Example:
+            >>> import numpy as np
+            >>> from cspd_kernels import Schedule
+            >>> Schedule.euler_maruyama(np.linspace(0, 1, 26))
+            Schedule(euler_maruyama, num_steps=25, prediction='velocity')
+
         Source: Ma et al. 2024 (arXiv 2401.08740, SiT), NextStep-1 (arXiv 2508.10711, stepfun-ai/NextStep-1).
         """
         table = samplers.euler_maruyama(times, data_at, sizes, prediction, timesteps)
@@ -266,6 +305,12 @@ class Schedule:
 
         ``width`` > 0 is the standard deviation of the token about that output that :class:`Denoised` is to state; the
         output itself has no density. The network is called with timestep 0.
+
+        Example:
+            >>> from cspd_kernels import Schedule
+            >>> schedule = Schedule.one_step(0.5)
+            >>> schedule, schedule.num_steps
+            (Schedule.one_step(0.5), 1)
         """
         if not isinstance(width, Real) or not 0 < width < math.inf:
             raise InvalidInput(f"Schedule expected a finite width > 0 of one step, got {width!r}")
@@ -283,9 +328,16 @@ class Schedule:
             clip: limits of x0, as :meth:`clipped` takes them, in a tuple.
 
         Raises:
-            TypeError: the object has no betas, or is a list of objects.
-            ValueError: the network predicts something that is neither noise, data nor v, or a table of the object
+            NotAModel: the object has no betas, or is a list of objects.
+            UnsupportedModel: the network predicts something that is neither noise, data nor v, or a table of the object
                 does not follow from its betas.
+
+        Example:
+            >>> from cspd.models import DiffLoss
+            >>> from cspd_kernels import Schedule
+            >>> head = DiffLoss(4, 6, 2, 8, num_sampling_steps=5)
+            >>> Schedule.from_diffusion(head.gen_diffusion)
+            Schedule(ddpm, num_steps=5, prediction='epsilon', variance='learned')
         """
         obj = getattr(obj, "schedule", obj)
         if isinstance(obj, cls):
@@ -294,7 +346,13 @@ class Schedule:
         return cls.diffusion(betas, timesteps, variance, prediction=prediction, clip=clip)
 
     def last(self, steps: int) -> Schedule:
-        """The last ``steps`` of the steps taken, or all where there are no more."""
+        """The last ``steps`` of the steps taken, or all where there are no more.
+
+        Example:
+            >>> from cspd_kernels import Schedule
+            >>> Schedule.cosine(100).last(10)
+            Schedule(ddpm, num_steps=10, prediction='epsilon', variance='learned')
+        """
         if not isinstance(steps, Integral) or steps < 1:
             raise InvalidInput(f"Schedule.last expected steps as an int >= 1, got {steps!r}")
         tables = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -302,6 +360,11 @@ class Schedule:
 
     def respaced(self, steps: int) -> Schedule:
         """``steps`` evenly strided ones of these; new betas preserve the kept cumulative products.
+
+        Example:
+            >>> from cspd_kernels import Schedule
+            >>> Schedule.linear(1000).respaced(5).timesteps
+            array([  0., 250., 500., 749., 999.])
 
         Source: arXiv 2102.09672, section 4.
         """
@@ -327,6 +390,12 @@ class Schedule:
 
         A variance that the network puts out is not used. The deviation stated of the last step is its neighbour's.
 
+        Example:
+            >>> from cspd_kernels import Schedule
+            >>> schedule = Schedule.cosine(100).ddim()
+            >>> schedule, schedule.deterministic
+            (Schedule(ddim, num_steps=100, prediction='epsilon'), True)
+
         Source: Song et al. 2020 (arXiv 2010.02502, eq. 12 and 16).
         """
         betas, cumulative, _ = self._ancestral("ddim")
@@ -339,6 +408,13 @@ class Schedule:
         """The same steps with x0 limited to [low, high]: numbers, or one a channel (C,); infinite where there is none.
 
         It is limited after guidance and before the mean.
+
+        Example:
+            >>> from cspd_kernels import Schedule
+            >>> Schedule.cosine(100).clipped(-1, 1)
+            Schedule(ddpm, num_steps=100, prediction='epsilon', variance='learned', clip=[-1.0, 1.0])
+            >>> Schedule.cosine(100).clipped([-1, -2], [1, 2]).clip.shape  # by channel
+            (2, 2)
         """
         lower, upper = np.array(low, np.float64), np.array(high, np.float64)
         if lower.shape != upper.shape and lower.size != 1 and upper.size != 1:

@@ -1,9 +1,9 @@
 """Fixtures that every test directory shares."""
 
+import importlib
 import os
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -150,75 +150,21 @@ def make_head(make_diffloss, kernel_device):
     return make
 
 
+class _Modules:
+    """The modules of a folder as attributes, imported when they are asked for."""
+
+    def __getattr__(self, name: str):
+        return importlib.import_module(name)
+
+
 @pytest.fixture
 def benchmarks(monkeypatch):
     """The modules of the folder of benchmarks, by name."""
-    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
-
-    import baselines
-    import blocks
-    import common
-    import compare
-    import denoising
-    import evaluating
-    import floors
-    import generate
-    import groups
-    import host
-    import host_denoise
-    import host_judging
-    import images
-    import in_parallel
-    import judging
-    import kernels
-    import network
-    import network_heads
-    import parallel
-    import quality
-    import quality_docs
-    import quality_equal
-    import quality_pairs
-    import quality_settings
-    import registry
-    import rows
-    import spent
-    import tables
-    import tiles
-
-    modules = (
-        kernels,
-        blocks,
-        common,
-        compare,
-        baselines,
-        denoising,
-        evaluating,
-        floors,
-        generate,
-        groups,
-        host,
-        host_denoise,
-        host_judging,
-        images,
-        in_parallel,
-        judging,
-        network,
-        network_heads,
-        parallel,
-        quality,
-        quality_docs,
-        quality_equal,
-        quality_pairs,
-        quality_settings,
-        registry,
-        rows,
-        spent,
-        tables,
-        tiles,
-    )
-    yield SimpleNamespace(**{module.__name__: module for module in modules})
-    for name in (module.__name__ for module in modules):
-        sys.modules.pop(name, None)
+    folder = Path(__file__).parent.parent / "benchmarks"
+    monkeypatch.syspath_prepend(str(folder))
+    yield _Modules()
+    for path in folder.glob("*.py"):
+        sys.modules.pop(path.stem, None)
 
 
 @pytest.fixture

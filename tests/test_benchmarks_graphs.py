@@ -149,11 +149,32 @@ def test_the_baselines_of_a_gpu(benchmarks, fake_capture):
     makers = denoising.baselines(module, head, 2, [inputs], gpu, benchmarks.baselines.Compilations(gpu))
     names = benchmarks.registry.ON_GPU["bfloat16"]
     assert set(names) <= set(makers)
-    assert set(names[1:]) == set(benchmarks.tables.BASELINES)  # which the README's table knows by name
+    assert set(names[1:]) == set(benchmarks.report_tables.BASELINES)  # which the pages' tables know by name
     expected = denoising.reference.denoise(head, *inputs, 1.0, None, dtype=torch.float64)[0]
     for name in names[:3]:
         assert relative_error(makers[name]()(*inputs), expected) <= denoising.BASELINE_BOUND
     assert makers[names[4]]()(*inputs) is None
+
+
+# --- single calls ---
+
+
+def test_the_baselines_of_a_single_call(benchmarks, fake_capture, monkeypatch):
+    evaluating, registry = benchmarks.evaluating, benchmarks.registry
+    monkeypatch.setitem(registry.HEADS, "small", (2, 32, 16))
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    names = ("eager bfloat16", "eager in a CUDA graph bfloat16", "torch.compile reduce-overhead bfloat16")
+    case = registry.Case("evaluate", "small", 3, "bfloat16", "torch", names, 2, "cpu")
+    group = evaluating.group([case], CPU, benchmarks.baselines.Compilations(CPU))
+    monkeypatch.setattr(benchmarks.baselines.Compilations, "why_not", lambda self: None)
+    for name in names:
+        result = group.baselines[name]()(*group.inputs[0])
+        group.check(result)
+        with pytest.raises(ValueError, match="expected what the network computes within"):
+            group.check(result.flip(0))
+    ((contender),) = group.contenders
+    error, _ = contender.error(contender.make())
+    assert 0 < error <= contender.bound
 
 
 # --- one block ---

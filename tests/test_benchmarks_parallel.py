@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
-import pytest
 import torch
 from scripts import run_main, shrink
 
@@ -57,10 +55,6 @@ def test_only_sweeps_are_made_where_they_are_timed(benchmarks, monkeypatch):
     assert torch.equal(denoise(head, *inputs).mean, denoise(head, *inputs, parallel_tol=None).mean)  # as before
 
 
-ROOT = Path(__file__).parent.parent
-
-
-@pytest.mark.slow
 def test_sweeps_of_trained_heads_are_counted(benchmarks, monkeypatch, tmp_path):
     run_main(benchmarks.parallel, monkeypatch, "--quick", "--json", tmp_path / "r.json")
     rows = json.loads((tmp_path / "r.json").read_text())["rows"]
@@ -92,19 +86,3 @@ def test_tokens_that_settle_stay_as_they_were(benchmarks):
     assert settled.all
     assert settled.sweeps.tolist() == [2, 3]
     assert settled.mean.tolist() == [[2.0], [3.0]]
-
-
-def test_the_page_and_the_results_are_one(benchmarks):
-    rows = json.loads((ROOT / "benchmarks" / "results" / "parallel-cpu.json").read_text())["rows"]
-    page, module = (ROOT / "docs" / "parallel.md").read_text(), benchmarks.parallel
-    for name, table in module.tables(rows).items():
-        assert module.START.format(name) + table + module.END.format(name) in page
-
-
-@pytest.mark.parametrize("page", [None, "no marks"])
-def test_a_page_without_marks_stops_before_counting(benchmarks, tmp_path, page):
-    pytest.importorskip("matplotlib")
-    if page is not None:
-        (tmp_path / "parallel.md").write_text(page)
-    with pytest.raises(SystemExit, match="to hold each of these lines once"):
-        benchmarks.parallel.check_docs(tmp_path)

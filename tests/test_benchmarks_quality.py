@@ -1,9 +1,6 @@
-"""``benchmarks/quality.py``: its settings run, its ratios are those of equal quality, and its page is written."""
+"""``benchmarks/quality.py``: its settings run, and its ratios are those of equal quality."""
 
 import json
-from importlib.machinery import ModuleSpec
-from sys import modules
-from types import ModuleType
 
 import pytest
 
@@ -74,50 +71,3 @@ def test_ratios(benchmarks):
 def test_rows_of_an_earlier_run_stay(benchmarks):
     before, now = [{"name": "a", "x": 1}], [{"name": "a", "x": 2}, {"name": "b", "x": 3}]
     assert benchmarks.quality.added(before, now) == [{"name": "a", "x": 1}, {"name": "b", "x": 3}]
-
-
-def _result(name):
-    row = dict.fromkeys(("raw_acceptance", "acceptance", "steps_per_round", "seconds_ratio", "calls_ratio"), None)
-    row |= {"name": f"of {name}", "kind": "target", "seconds": 1.0, "seconds_p20": 0.9, "seconds_p80": 1.1}
-    row |= {"target_calls": 4.0, "figure": 0.5, "figures": [0.4, 0.6], "plain_seconds": 1.0, "gamma": None}
-    return {"pair": name, "rows": [row], "figure": "distance"}
-
-
-def test_the_page(benchmarks, monkeypatch, tmp_path):
-    docs = benchmarks.quality_docs
-    monkeypatch.setattr(docs, "plot", lambda results, path: path.touch())
-    page = tmp_path / "quality.md"
-    page.write_text("".join(f"{docs.START.format(name)}old\n{docs.END}\n" for name in ("digits", "cloth")) + "after\n")
-    for _ in range(2):  # writing again replaces what was written
-        docs.write_docs(tmp_path, [_result("cloth"), _result("digits")])
-    text = page.read_text()
-    assert "old" not in text
-    assert text.endswith("after\n")
-    assert text.index("| of digits |") < text.index("| of cloth |")
-    assert text.count("| 1.00 (0.90") == 2
-    header, rule, row = docs.markdown(_result("cloth")).splitlines()
-    assert header.count("|") == rule.count("|") == row.count("|")
-
-
-def test_a_plot_of_two_pairs(benchmarks, tmp_path):
-    pytest.importorskip("matplotlib")
-    rows = [
-        {**_result("x")["rows"][0], "figure": f, "target_calls": c} for f, c in ((0.5, 4.0), (0.7, 2.0), (0.9, 1.0))
-    ]
-    results = [{**_result(name), "rows": rows} for name in ("digits", "cloth")]
-    benchmarks.quality_docs.plot(results, tmp_path / "q.png")
-    assert (tmp_path / "q.png").stat().st_size > 10_000
-
-
-@pytest.mark.parametrize("page", [None, "no marks\n", "<!-- TABLE digits -->\nno end\n"])
-def test_a_page_without_marks_stops_before_writing(benchmarks, tmp_path, monkeypatch, page):
-    monkeypatch.setitem(modules, "matplotlib", ModuleType("matplotlib"))
-    modules["matplotlib"].__spec__ = ModuleSpec("matplotlib", None)
-    file = tmp_path / "result.json"
-    file.write_text("{}")
-    if page is not None:
-        (tmp_path / "quality.md").write_text(page)
-    with pytest.raises(SystemExit, match="a mark <!-- TABLE PAIR --> and <!-- /TABLE --> for every file"):
-        benchmarks.quality_docs.check_docs(tmp_path, [file])
-    with pytest.raises(SystemExit, match="measure with --json first"):
-        benchmarks.quality_docs.check_docs(tmp_path, [tmp_path / "none.json"])

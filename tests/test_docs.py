@@ -1,17 +1,22 @@
-"""The pages hold together: every page is in the site, every link leads somewhere, every public name has its place in the
-reference, and every message that the troubleshooting page quotes is one that the code has.
+"""The pages hold together. Every page is in the site, and every link leads somewhere. Every public name is in the
+reference. Every message that the troubleshooting page quotes is one that the code has.
 """
 
 from __future__ import annotations
 
 import ast
+import functools
+import inspect
 import re
+import shlex
+import textwrap
 from pathlib import Path
 
 import pytest
 
 import cspd
 import cspd_kernels
+from cspd import cli
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -27,10 +32,8 @@ def prose(text: str) -> str:
 
 
 def links(text: str) -> list[str]:
-    """Where a page's links and pictures lead."""
-    found = re.findall(
-        r"\[(?:[^\[\]]|\[[^\]]*\])*\]\(([^)\s]+)[^)]*\)", prose(text)
-    )  # a picture may be the text of a link
+    """Where a page's links and pictures lead. A picture may be the text of a link."""
+    found = re.findall(r"\[(?:[^\[\]]|\[[^\]]*\])*\]\(([^)\s]+)[^)]*\)", prose(text))
     found += re.findall(r"!\[[^\]]*\]\(([^)\s]+)\)", prose(text))
     return found + re.findall(r"<(?:img|a|source)\b[^>]*?\b(?:src|href|srcset)=\"([^\"]+)\"", text)
 
@@ -74,6 +77,18 @@ def test_links_lead_somewhere(page):
         if anchor:
             assert target.suffix == ".md", f"{link}: an anchor of no page"
             assert anchor in anchors(target.read_text()), f"{link}: no such heading"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(DOCS).as_posix())
+def test_lists_are_lists_on_the_site_too(page):
+    """Its Markdown wants a blank line before a list, and four spaces before an item within an item."""
+    before = ""
+    for line in re.sub(r"^( *)```.*?^\1```", "", page.read_text(), flags=re.M | re.S).splitlines():
+        item = re.match(r"( *)(?:[-*]|\d+\.) \S", line)
+        assert not item or len(item[1]) % 4 == 0, f"an item of {len(item[1])} spaces: {line}"
+        follows = not before.strip() or re.match(r" *(?:[-*]|\d+\.) |  ", before)
+        assert not item or follows, f"no blank line before the list: {line}"
+        before = line
 
 
 def test_links_are_found():
@@ -122,3 +137,50 @@ def test_quoted_messages_are_the_codes():
         parts = [part.strip(" :") for part in quote.split("...")]
         missing = [part for part in parts if part and part not in known]
         assert not missing or quote in foreign, f"{quote!r}: no message has {missing}"
+
+
+def blocks(text: str, language: str) -> list[str]:
+    """A page's blocks of code in a language, "" for those that name none."""
+    found = re.findall(r"^( *)```(\w*)\n(.*?)^\1```", text, flags=re.M | re.S)
+    return [textwrap.dedent(code) for _, name, code in found if name == language]
+
+
+def refused(code: str) -> list[str]:
+    """Calls of this package's functions in a block whose keywords these do not have."""
+    methods = {"run": cspd.SpecDecodeRunner.run, "sample_tokens": cspd.models.MAR.sample_tokens}
+    found = []
+    for call in (node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call)):
+        name = ast.unparse(call.func)
+        function = methods.get(name.rpartition(".")[2])
+        if re.fullmatch(r"(cspd|cspd_kernels)(\.\w+)+", name):
+            function = getattr({"cspd": cspd, "cspd_kernels": cspd_kernels}[name.split(".")[0]], name.split(".")[1])
+            function = functools.reduce(getattr, name.split(".")[2:], function)
+        if function is not None:
+            try:
+                given = {keyword.arg: None for keyword in call.keywords if keyword.arg is not None}
+                inspect.signature(function).bind_partial(**given)
+            except TypeError as error:
+                found.append(f"{name}: {error}")
+    return found
+
+
+@pytest.mark.parametrize("page", TEXTS, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_calls_have_arguments_that_there_are(page):
+    for code in blocks(page.read_text(), "python"):
+        assert not refused(code)
+
+
+def test_a_call_with_another_keyword_is_found():
+    assert refused("cspd.patch(model, whole=True)\nrunner.run(2, gamma=4)") == []
+    assert len(refused("cspd.patch(model, hole=True)\nrunner.run(2, gama=4)")) == 2
+
+
+@pytest.mark.parametrize("page", TEXTS, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_commands_have_options_that_there_are(page, capsys):
+    text = "\n".join(blocks(page.read_text(), "")).replace("\\\n", " ")
+    for line in re.findall(r"^(?:.*(?:&& |-m ))?cspd ([a-z]+(?: .*)?)$", text, flags=re.M):
+        command = shlex.split(line, comments=True)
+        try:
+            cli._parser().parse_args(command)
+        except SystemExit:
+            pytest.fail(f"cspd {line}: {capsys.readouterr().err}")

@@ -58,7 +58,7 @@ def test_wheel_holds_both_packages_whole(wheel):
         modules = {f"{package}/{path.relative_to(folder).as_posix()}" for path in folder.rglob("*.py")}
         assert modules | {f"{package}/py.typed"} <= names
     weights = {name for name in names if name.endswith(".safetensors")}
-    shipped = ("target", "draft", "reference", "head100", "drift")
+    shipped = ("target", "draft", "reference", "digits", "head100", "drift")
     assert weights == {f"cspd/demo/data/{name}.safetensors" for name in shipped}
     size = {name: wheel.getinfo(name).file_size for name in weights}
     assert size.pop("cspd/demo/data/head100.safetensors") < 2e6

@@ -62,11 +62,11 @@ def _keep_loop(patch: HeadPatch, why: str) -> None:
         patch.network.check()
     except CannotRunError as error:
         _logger.info(
-            "cspd.patch: %s: its network's first call compares, as it does not run here: %s", patch.name, error
+            "cspd.patch: %s: its network does not run here, so it is compared at its first call: %s", patch.name, error
         )
     except DiffersError as error:
         raise UnsupportedModel(
-            f"{patch.name} samples differently and is left unpatched: {why}; and its network: {error}"
+            f"{patch.name} samples differently and is left unpatched: {why}; its network differs, too: {error}"
         ) from None
     if patch.options.loop is None:
         _logger.warning("cspd.patch: %s %s: %s", patch.name, patch.network.outcome, why)
@@ -95,7 +95,7 @@ def _compare_sampler(patch: HeadPatch) -> None:
         patch.own_sampler.check(patch.cache.choice, patch.written)
     except CannotRunError as error:
         _logger.info(
-            "cspd.patch: %s: its own code does not run here, so its first call compares: %s", patch.name, error
+            "cspd.patch: %s: its own code does not run here, so it is compared at its first call: %s", patch.name, error
         )
 
 
@@ -117,11 +117,15 @@ def _without_sample(patch: HeadPatch, why: str) -> None:
     results = [_compare_loops(patch, loop) for loop in LOOPS if loop != DDIM]  # which waits for a first call
     _add_network(patch)  # it may come to a loop of its own
     if any(agree for agree, _ in results):
-        _logger.info("cspd.patch: %s: its sample did not run on a copy (%s); its loop was compared", patch.name, why)
+        _logger.info(
+            "cspd.patch: %s: its sample did not run on a copy (%s), so only its loop was compared", patch.name, why
+        )
     else:
         reasons = "; ".join(dict.fromkeys([why, *(failure for _, failure in results if failure)]))
         _logger.info(
-            "cspd.patch: %s: its own code does not run here, so its first call compares: %s", patch.name, reasons
+            "cspd.patch: %s: its own code does not run here, so it is compared at its first call: %s",
+            patch.name,
+            reasons,
         )
 
 
@@ -157,10 +161,8 @@ def check_sampling(patch: HeadPatch) -> None:
     if not sampling.changes:
         return
     if patch.own_loop is not None or patch.own_sampler is not None:
-        why = "" if patch.own_loop is None else f", and its loop stays its own: {patch.own_loop}"
-        raise UnsupportedModel(
-            f"{patch.name} is left unpatched: expected a diffusion object to sample by {sampling}{why}"
-        )
+        why = "" if patch.own_loop is None else f"; it keeps its own loop: {patch.own_loop}"
+        raise UnsupportedModel(f"{patch.name} is left unpatched: {sampling} needs a head with a diffusion object{why}")
     unread = []
     for path, diffusion in patch.found.diffusions.items():
         try:
@@ -175,7 +177,11 @@ def check_sampling(patch: HeadPatch) -> None:
             raise UnsupportedModel(f"{patch.name} is left unpatched: its {path}: {error}") from None
     if len(unread) == len(patch.found.diffusions):
         raise UnsupportedModel(f"{patch.name} is left unpatched: {'; '.join(unread)}")
-    _logger.warning("cspd.patch: %s samples by %s, as asked for: other tokens than its own", patch.name, sampling)
+    _logger.warning(
+        "cspd.patch: %s samples by %s, as you asked: its tokens differ from those of its own sampler",
+        patch.name,
+        sampling,
+    )
 
 
 def _check_values(found: FoundHead, dtype: torch.dtype | None) -> None:
@@ -185,8 +191,8 @@ def _check_values(found: FoundHead, dtype: torch.dtype | None) -> None:
         weight = weight.detach()
         if not bool(torch.isfinite(weight).all()):
             raise InvalidInput(
-                f"{found.name} is left unpatched: expected finite weights, got NaN or infinity in {name}: load weights "
-                "that did not diverge"
+                f"{found.name} is left unpatched: expected finite weights, got NaN or infinity in {name}: load "
+                "another checkpoint"
             )
         if dtype == torch.float16 and weight.numel() and float(weight.abs().max()) > torch.finfo(dtype).max:
             raise InvalidInput(

@@ -1,10 +1,10 @@
 """What the draft proposes for a token, and what is kept of it until the target has looked.
 
-A token has K candidates. By the criterion ``"trajectory"`` each is the end of a chain of its own, whose last step
-adds no noise. By ``"last_step"`` a token has one chain, whose last step adds its noise, too: candidate i is ``mu +
-sigma n_i`` with n_i the noise of step 0, which a chain does not use by itself. The target's own sample is made from
-the same n_i. Given all other noise, a token of the draft's and one of the target's are then two Gaussians, whose
-densities the test compares, without a term of the path.
+A token has K candidates. With the criterion ``"trajectory"`` each is the end of a chain of its own, whose last step
+adds no noise. With ``"last_step"`` a token has one chain, whose last step adds noise, too. Candidate i is then ``mu +
+sigma n_i``, where n_i is the noise of step 0, which a chain alone does not use. The target's own sample is made from
+the same n_i. Given all other noise, the draft's token and the target's are then two Gaussians. The test compares their
+densities, without a term of the path.
 """
 
 from __future__ import annotations

@@ -41,19 +41,19 @@ def check_sampling(role: str, diffloss) -> None:
     name = f"the {role}'s diffloss ({type(diffloss).__name__})"
     net, reason = unwrapped(diffloss.net)
     if (reason := reason or why_not_plain(net)) is not None:
-        raise UnsupportedModel(f"expected {name} as its weights say: {reason}")
+        raise UnsupportedModel(f"expected {name} to compute what its layers say: {reason}")
     try:
         outcome = check_sample(FoundHead(name, diffloss, net, {"gen_diffusion": diffloss.gen_diffusion}))
     except DiffersError as error:
         raise UnsupportedModel(f"expected {name} to sample as MAR does: {error}") from None
     except CannotRunError as error:
-        _logger.info("%s could not be compared with its own sample, which does not run here: %s", name, error)
+        _logger.info("%s could not be compared with its own sample method, which does not run here: %s", name, error)
         return
     if not outcome.plain or not all(outcome.plain.values()):
-        more = "its sample does more than ancestral steps (limits of x0, other guidance, something beside its loop)"
+        more = "its sample does more than ancestral steps (limits of x0, other guidance, work outside its loop)"
         reason = "; ".join(dict.fromkeys(outcome.own)) or more
         raise UnsupportedModel(
-            f"expected {name} to sample as MAR does, with nothing before or after the loop: {reason}"
+            f"expected {name} to sample as MAR does, without further work before or after the loop: {reason}"
         )
 
 
@@ -68,13 +68,13 @@ def check_sampler(draft, target, sampling: Sampling, verify: str, drafts: bool) 
             made = sampled(sampling, schedule_of(model.diffloss), step, 2)
             if drafts and made.deterministic:
                 raise UnsupportedModel(
-                    f"expected a {role} whose steps add noise, which gives its tokens a density, got {made!r}: pass "
-                    "eta > 0 with sampler='ddim'; a flow needs Euler-Maruyama"
+                    f"expected a {role} whose steps add noise, got {made!r}: without noise its tokens have no density. "
+                    "Pass eta > 0 with sampler='ddim'; a flow needs Euler-Maruyama"
                 )
     if sampling.anneals and verify == "strict":
         raise InvalidInput(
-            f"expected sampling_steps as one number with verify='strict', whose images are at different steps, got "
-            f"{sampling.steps}"
+            f"expected one number as sampling_steps with verify='strict', got {sampling.steps}: its images are at "
+            "different steps"
         )
 
 

@@ -10,7 +10,6 @@ from numbers import Integral, Real
 import numpy as np
 import torch
 
-from cspd_kernels.dtypes import as_dtype_or_none
 from cspd_kernels.noise import CANDIDATE_STRIDE, check_seed
 from cspd_kernels.ops.accept_reject import MOST_CANDIDATES
 from cspd_kernels.ops.density_ratio import SIGMAS
@@ -37,7 +36,7 @@ def check_models(draft, target, criterion: str = "trajectory") -> None:
         missing = [name for name in _MODEL_INTERFACE if not hasattr(model, name)]
         if missing:
             raise NotAModel(
-                f"expected {role}_model as a MAR object, got {type(model).__name__} without " + ", ".join(missing)
+                f"expected the {role} to be a MAR model, got {type(model).__name__} without " + ", ".join(missing)
             )
         for name, parameters in _METHODS.items():
             _check_method(role, model, name, parameters)
@@ -47,7 +46,7 @@ def check_models(draft, target, criterion: str = "trajectory") -> None:
             raise InvalidInput(f"expected draft and target with the same {name}, got {ours} and {theirs}")
     for role, model in (("draft", draft), ("target", target)):
         if (problem := why_not_a_head(model.diffloss)) is not None:
-            raise UnsupportedModel(f"expected the {role}'s diffloss as a diffusion head: {problem}")
+            raise UnsupportedModel(f"expected the {role}'s diffloss to be a diffusion head: {problem}")
         check_sampling(role, model.diffloss)
     ours, theirs = (schedule_of(model.diffloss) for model in (draft, target))
     if ours.num_steps == 1 and criterion == "last_step":  # no trajectory, and none is compared
@@ -55,8 +54,8 @@ def check_models(draft, target, criterion: str = "trajectory") -> None:
     if ours.num_steps != theirs.num_steps:
         if ours.num_steps == 1:
             raise InvalidInput(
-                f"expected criterion='last_step' for a draft of one denoising step and a target of {theirs.num_steps}, "
-                f"which have no trajectories to compare, got criterion={criterion!r}"
+                f"expected criterion='last_step', got {criterion!r}: the draft has one denoising step and the target "
+                f"{theirs.num_steps}, so their trajectories cannot be compared"
             )
         raise InvalidInput(
             "expected draft and target with the same number of denoising steps (their trajectories are aligned "
@@ -66,7 +65,7 @@ def check_models(draft, target, criterion: str = "trajectory") -> None:
     if not all(np.allclose(getattr(ours, name), getattr(theirs, name), rtol=1e-6) for name in ("mean_x0", "mean_x")):
         raise InvalidInput(
             "expected draft and target with the same noise schedule (their trajectories are compared step by "
-            "step), got different steps"
+            "step), got two different ones"
         )
 
 
@@ -81,7 +80,7 @@ def _check_method(role: str, model, name: str, parameters: tuple[str, ...]) -> N
         signature.bind(*parameters)
     except TypeError as error:
         raise UnsupportedModel(
-            f"expected {role}_model ({type(model).__name__}) with {name}({', '.join(parameters)}), got "
+            f"expected the {role} ({type(model).__name__}) with {name}({', '.join(parameters)}), got "
             f"{name}{signature}: {error}"
         ) from None
 
@@ -109,11 +108,6 @@ def check_options(seq_len: int, relaxation, prefill, sigma, max_tries) -> None:
         raise InvalidInput(f"expected max_tries as an int >= 0, got {max_tries!r}")
 
 
-def check_dtype(dtype) -> None:
-    """Raise where products cannot be in a type."""
-    as_dtype_or_none(dtype, "SpecDecodeRunner")
-
-
 def check_verify(
     draft, target, relaxation, verify, num_candidates, branches, criterion, sampling: Sampling = OWN
 ) -> None:
@@ -127,15 +121,15 @@ def check_verify(
             raise InvalidInput(f"expected {name} as an int in 1..{MOST_CANDIDATES}, got {value!r}")
     if branches > num_candidates:
         raise InvalidInput(
-            f"expected no more branches than candidates, each of which one continues, got branches={branches} with "
-            f"num_candidates={num_candidates}"
+            f"expected at most as many branches as candidates, got branches={branches} with "
+            f"num_candidates={num_candidates}: each branch goes on from one candidate"
         )
     if branches > 1 and verify != "strict":
-        raise InvalidInput(f"expected branches={branches} with verify='strict' only, got verify={verify!r}")
+        raise InvalidInput(f"expected verify='strict' for branches={branches}, got verify={verify!r}")
     if verify != "strict" and getattr(relaxation, "looks_ahead", False):
         raise InvalidInput(
-            f"expected {type(relaxation).__name__} with verify='strict' only, which computes what the target makes of "
-            f"the tokens that follow, got verify={verify!r}"
+            f"expected verify='strict' for {type(relaxation).__name__}, got verify={verify!r}: only strict "
+            "verification computes the target's hidden states of later tokens"
         )
     if num_candidates > 1 and criterion == "trajectory":
         _warn_of_candidates(draft, target, num_candidates, sampling)
@@ -147,9 +141,8 @@ def _warn_of_candidates(draft, target, num_candidates, sampling: Sampling) -> No
     ours, theirs = (sampled(sampling, schedule_of(m.diffloss)).log_std_lower for m in (draft, target))
     if not learned and len(ours) == len(theirs) and np.allclose(ours, theirs):
         _logger.warning(
-            "num_candidates=%d is of no use with criterion='trajectory' and heads of one fixed variance: at the end of "
-            "a chain, its own mean, the density ratio is never above 1, which a later candidate needs; pass "
-            "criterion='last_step'",
+            "num_candidates=%d is of no use with criterion='trajectory' and heads of one fixed variance. A later "
+            "candidate needs a density ratio above 1, which no trajectory has at its end; pass criterion='last_step'",
             num_candidates,
         )
 
@@ -160,7 +153,7 @@ def check_gamma(gamma) -> None:
     policy = (callable(gamma) or wants_entropy(gamma)) and not isinstance(gamma, type)
     if not policy and not (number and gamma >= 1):
         raise InvalidInput(
-            "expected gamma >= 1, an int or a function of the windows so far, got "
+            "expected gamma as an int >= 1 or a policy (a function of the windows so far), got "
             + (_kind(gamma) if isinstance(gamma, type) else repr(gamma))
         )
 
@@ -174,8 +167,8 @@ def check_attention(draft) -> None:
     """Raise where the draft of a run does not show its attention."""
     if not draft.transformer.shows_attention:
         raise UnsupportedModel(
-            "expected a draft whose transformer runs over packed weights for a gamma that looks at its attention, got "
-            f"{draft.name}, which runs its own blocks or methods: the log says why"
+            "expected a draft that shows its attention, for a gamma that looks at it: the transformer of "
+            f"{draft.name} runs its own blocks or methods; the log says why"
         )
 
 
@@ -184,8 +177,8 @@ def check_initial_scale(models: dict) -> None:
     for role, model in models.items():
         if model.initial_scale is not None and not model.transformer.shows_attention:
             raise UnsupportedModel(
-                f"expected a {role} whose transformer runs over packed weights for a head that scales its first noise "
-                f"by the attention's entropy, got {model.name}, which runs its own blocks or methods: the log says why"
+                f"expected a {role} that shows its attention, because its head scales its first noise by the "
+                f"attention's entropy. The transformer of {model.name} runs its own blocks or methods; the log says why"
             )
 
 

@@ -108,7 +108,7 @@ def add_parser(commands) -> None:
     drafting.add_argument(
         "--target-sigma",
         action="store_true",
-        help="use the target's sigma for both models; with learned variances, closed_form and several candidates need it",
+        help="use the target's sigma for both models: closed_form and several candidates need it with learned variance",
     )
     drafting.add_argument(
         "--verify",

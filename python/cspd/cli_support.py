@@ -13,10 +13,10 @@ from cspd_kernels.dtype_names import full_name
 
 def positive(text: str) -> int:
     """An int >= 1."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected a number >= 1, got {text}")
-    return value
+    with contextlib.suppress(ValueError):
+        if (value := int(text)) >= 1:
+            return value
+    raise argparse.ArgumentTypeError(f"expected a whole number >= 1, got {text}")
 
 
 def tolerance(text: str) -> float | str | None:

@@ -14,52 +14,60 @@ from .policies import Window
 class ContextRelaxation:
     """Relaxation that grows where the target's next hidden states hardly depend on what is drawn now.
 
-    A token that is kept under a relaxed test may lie ``relaxation`` times as far from the target's as at 1. What that
-    costs is what it changes of the conditions of the tokens that follow: about its distance squared, times how strongly
-    they depend on it. This rule holds the product constant, so a token of step d gets ::
+    A token that a relaxed test keeps may lie ``relaxation`` times as far from the target's as at 1. This changes the
+    conditions of later tokens, by about its distance squared times how strongly they depend on it. The rule holds the
+    product constant, so a token of step d gets ::
 
         relaxation = least sqrt(scale / change_d),        limited to [least, most]
         change_d   = (settled + (w - 1) interchanged) / w
 
-    in which both terms are means over the tokens u of step d + 1, and z are the target's hidden states::
+    Both terms are means over the tokens u of step d + 1, and z are the target's hidden states::
 
         settled      = |z_u - z_u without the tokens of step d|^2 / V
         interchanged = sum over the branches b of |z_ub - mean z_u|^2 / (w - 1) / V        w branches
         V            = variance of z over the tokens of the window of this image and branch, summed over channels
 
-    Depth: where step d has been drawn and z_u stays as it was, the context is settled. Breadth: where other candidates
-    lead to the same z_u, they are interchangeable. Each estimates how far z_u is spread by what step d may draw, in the
-    spread of the tokens: with one degree of freedom, and with w - 1. Without branches it is the first alone.
+    Depth: the context is settled if step d was drawn and z_u stays as it was. Breadth: candidates are interchangeable
+    if they lead to the same z_u. Each term estimates how far step d may spread z_u, relative to the spread of the
+    tokens. The first has one degree of freedom, the second w - 1. Without branches there is the first alone.
 
-    Nothing is known of what follows the last step of a window; its tokens get ``least``. It costs no round: no
-    later step is undone where they are rejected. So does a window of one token, whose V is not known. A step counts
-    as one: where it draws several tokens, they have the change that they make together.
+    The tokens of a window's last step get ``least``, because nothing is known of what follows them. That costs no
+    round: no later step is undone if they are rejected. A window of one token gets ``least`` too, because its V is not
+    known. A step that draws several tokens counts as one: its tokens have the change that they make together.
 
-    Moving all hidden states by the same vector, or scaling them by the same number, changes nothing, and what a
-    position adds to its own (MAR adds a learned embedding) is in no difference, though it is in V. That is why this
-    is no cosine: on the digits of ``cspd.demo`` the median cosine of z with and without a step is 0.997 to 0.999.
-    The change there is 0.0006 to 0.11 (5 % to 95 %, at one and two tokens a step), so the defaults relax by 3 to
-    40. It orders those tokens by what an error does behind them (rank correlation 0.46 with the change of all later
-    hidden states per squared error), but for the same acceptance it does only 2 to 13 % less damage than one
-    number: see docs/method.md, also for the derivation.
+    The rule does not change if all hidden states are moved by the same vector or scaled by the same number. MAR adds a
+    learned embedding to each position. It cancels in the differences, though not in V. A cosine would not cancel it: on
+    the digits of ``cspd.demo`` the median cosine of z with and without a step is 0.997 to 0.999. The change there is
+    0.0006 to 0.11 (5 % to 95 %, at one and two tokens a step), so the defaults relax by 3 to 40. It orders the tokens
+    by what an error does to later ones: the rank correlation with the change of all later hidden states per squared
+    error is 0.46. At the same acceptance it does only 2 to 13 % less damage than one number. docs/method.md has the
+    derivation.
 
-    Ours: inspired by CASCADE (Yildirim et al. 2026, arXiv 2605.07230), which relaxes for discrete tokens where hidden
-    states are redundant along depth and breadth of a tree of drafts. It is not that paper's rule.
+    The rule is ours. It is inspired by CASCADE (Yildirim et al. 2026, arXiv 2605.07230), which relaxes for discrete
+    tokens where hidden states are redundant along depth and breadth of a tree of drafts.
 
-    For ``SpecDecodeRunner(..., verify="strict")``, with ``branches`` > 1 for the breadth.
+    It is for ``SpecDecodeRunner(..., verify="strict")``; the breadth needs ``branches`` > 1.
 
     Args:
         least, most: bounds of the relaxation, 0 < least <= most.
-        scale: > 0, the change from which on nothing is relaxed beyond ``least``; 1 is that of a token whose hidden
-            state becomes another token's.
+        scale: > 0, the change from which on nothing is relaxed beyond ``least``. 1 is the change of a token whose
+            hidden state becomes another token's.
 
     Raises:
-        ValueError: an argument out of range; or a window that does not look ahead.
+        InvalidInput: an argument is out of range, or a window does not look ahead.
+
+    Example:
+        >>> import cspd
+        >>> from cspd.demo.pair import load_pair
+        >>> target, draft = load_pair()
+        >>> runner = cspd.SpecDecodeRunner(draft, target, cspd.ContextRelaxation(most=20.0), verify="strict")
+        >>> runner.relaxation, runner.run(1, steps=4, gamma=2, seed=0).stats.verify
+        (ContextRelaxation(1.0, 20.0, scale=1.0), 'strict')
     """
 
     looks_ahead = True
 
-    def __init__(self, least: float = 1.0, most: float = 42.0, *, scale: float = 1.0):
+    def __init__(self, least: float = 1.0, most: float = 42.0, *, scale: float = 1.0) -> None:
         if not 0 < least <= most < math.inf:
             raise InvalidInput(f"expected 0 < least <= most, both finite, got {least!r} and {most!r}")
         if not 0 < scale < math.inf:
@@ -77,7 +85,7 @@ class ContextRelaxation:
 
 
 def change_behind(window: Window) -> torch.Tensor:
-    """(B, n) float32, the change of :class:`ContextRelaxation`; not finite where it is not known."""
+    """(B, n) float32, the change of :class:`ContextRelaxation`. It is not finite where it is not known."""
     if window.target_before is None or window.known is None:
         raise InvalidInput(
             'expected a window that shows what the target makes of the tokens that follow, as verify="strict" '

@@ -115,7 +115,16 @@ def describe(model: nn.Module) -> Description:
     Changes nothing and runs none of the model's code.
 
     Raises:
-        TypeError: not a module.
+        NotAModel: it is no module.
+
+    Example:
+        >>> import cspd
+        >>> from cspd.demo.pair import load_pair
+        >>> model, _ = load_pair()
+        >>> found = cspd.describe(model)
+        >>> head = found.heads[0]
+        >>> head.name, head.samplers, head.patched
+        ('diffloss (DiffLoss)', {'train_diffusion': '100 steps', 'gen_diffusion': '40 steps'}, False)
     """
     found = look_for_heads(model)
     return Description([describe_head(head, patch_of(head.net)) for head in found.heads], found.near)

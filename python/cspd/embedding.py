@@ -1,8 +1,8 @@
 """Conditions that a network embeds by more than a linear layer: its own modules make what is added to the time's part.
 
-The kernels go on from there. Known ways: the network's ``cond_embed``, whatever module that is (attention pooling in
-OpenMotionLab/MotionGPT3); beside it a further input through a module of its own, added (yuhuUSTC/FAR) or in further
-channels (4DVLab/Freqpolicy).
+The kernels go on from there. Two ways are known. One is the network's ``cond_embed``, whatever module that is, such
+as attention pooling in OpenMotionLab/MotionGPT3. The other adds a further input beside it, through a module of its own:
+as a sum (yuhuUSTC/FAR) or in further channels (4DVLab/Freqpolicy).
 """
 
 from __future__ import annotations

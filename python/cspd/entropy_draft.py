@@ -12,27 +12,27 @@ from .errors import InvalidInput
 class EntropyDraft:
     """Windows that end before a step at which the draft's attention is unusually narrow, or wide.
 
-    Let a be the entropy of the draft's attention over the tokens that are known, divided by its largest value, so that
-    steps early and late in the order compare; the mean over a step's tokens. With e the running mean of its image the
-    window ends before the step where ::
+    Take the entropy of the draft's attention to the known tokens, divided by its largest possible value, so that early
+    and late steps compare. Let a be its mean over a step's tokens, and e the running mean of a over the image's steps.
+    The window ends before the step where ::
 
         a < factor e          ends="below"
         a > factor e          ends="above"
-        e <- memory e + (1 - memory) a          after it; the image's first a sets it
+        e <- memory e + (1 - memory) a          after each step; the image's first a sets it
 
-    The first step of a window is drafted in any case, and no window is longer than ``most``. Nothing is kept between
-    runs, and a seed gives the same images again.
+    The first step of a window is always drafted, and no window is longer than ``most``. Nothing is kept between runs,
+    and a seed gives the same images again.
 
-    After the idea of Drift-AR's entropy-informed speculation (Zou et al. 2026, arXiv 2603.28049), by summaries of it;
-    its own rule may differ. On the digits of ``cspd.demo`` drafts of low entropy are the ones that the target rejects:
-    the entropy is 0.82 in the mean, its rank correlation with the log ratio of the draft's own tokens +0.43, and at
-    the defaults the 30 % of the steps that lie below the threshold have an expected acceptance of 0.29 at
-    relaxation 1, the others of 0.48 (a token a step; 0.24 and 0.31 at two). ``ends="above"`` with a factor > 1 is
-    for drafts that fail where they do not know where to look.
+    The idea is Drift-AR's entropy-informed speculation (Zou et al. 2026, arXiv 2603.28049), known to us by summaries of
+    it. Its own rule may differ. On the digits of ``cspd.demo`` the target rejects drafts of low entropy. The mean
+    entropy is 0.82, and its rank correlation with the log ratio of the draft's own tokens is +0.43. At the defaults 30
+    % of the steps lie below the threshold. Their expected acceptance at relaxation 1 is 0.29, that of the others 0.48,
+    with one token a step (0.24 and 0.31 with two). ``ends="above"`` with a factor > 1 is for drafts that fail where
+    they do not know where to look.
 
-    For ``SpecDecodeRunner.run(gamma=...)``. In strict verification every image ends its own window, on the device:
-    steps beyond are not judged. With windows the mean entropy of the batch decides for all of its images, the host
-    waits once a step, and an image depends on its batch.
+    It is for ``SpecDecodeRunner.run(gamma=...)``. In strict verification every image ends its own window, on the
+    device: later steps are not judged. With ``verify="window"`` the mean entropy of the batch decides for all images.
+    The run then synchronises once a step, and an image depends on its batch.
 
     Args:
         most: the longest window, >= 1, in steps.
@@ -41,7 +41,16 @@ class EntropyDraft:
         ends: "below" or "above".
 
     Raises:
-        ValueError: an argument out of range.
+        InvalidInput: an argument is out of range.
+
+    Example:
+        >>> import cspd
+        >>> from cspd.demo.pair import load_pair
+        >>> target, draft = load_pair()
+        >>> runner = cspd.SpecDecodeRunner(draft, target, verify="strict")
+        >>> images = runner.run(1, steps=8, gamma=cspd.EntropyDraft(most=4), seed=0)
+        >>> max(images.stats.gammas) <= 4
+        True
     """
 
     wants_entropy = True
@@ -50,7 +59,7 @@ class EntropyDraft:
     memory: float
     ends: str
 
-    def __init__(self, most: int = 16, factor: float = 0.9, memory: float = 0.8, *, ends: str = "below"):
+    def __init__(self, most: int = 16, factor: float = 0.9, memory: float = 0.8, *, ends: str = "below") -> None:
         if isinstance(most, bool) or not isinstance(most, int) or most < 1:
             raise InvalidInput(f"expected most as an int >= 1, got {most!r}")
         if isinstance(factor, bool) or not isinstance(factor, Real) or not 0 < factor < float("inf"):
@@ -71,20 +80,34 @@ class EntropyDraft:
         return hash((type(self), self.most, self.factor, self.memory, self.ends))
 
     def start(self, batch: int, device: torch.device | str = "cpu") -> torch.Tensor:
-        """The state before an image's first step: (B,) float32 running means, NaN for none."""
+        """The state before an image's first step: (B,) float32 running means, NaN for none.
+
+        Example:
+            >>> import cspd
+            >>> cspd.EntropyDraft().start(2)
+            tensor([nan, nan])
+        """
         return torch.full((batch,), torch.nan, dtype=torch.float32, device=device)
 
     def step(self, state: torch.Tensor, entropy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The state behind a step, and whether the window goes on with it, (B,) bool.
+        """The state after a step, and whether the window goes on with it, (B,) bool.
 
-        A function of its arguments alone, on any device, that waits for nothing. Where a step was undone, go on
-        from the state before it. An entropy of NaN is that of no step: it ends nothing and leaves the state.
+        The result depends on the arguments only. It is computed on their device and does not synchronise. After a step
+        that was undone, go on from the state before it. An entropy of NaN stands for no step: it ends nothing and
+        leaves the state as it is.
 
         Args:
             state: (B,), of :meth:`start` or of a step before. entropy: (B,), the mean over the step's tokens.
 
         Raises:
-            ValueError: shapes or devices that differ, or no floating tensor.
+            InvalidInput: shapes or devices differ, or it is no floating tensor.
+
+        Example:
+            >>> import cspd, torch
+            >>> policy = cspd.EntropyDraft(factor=0.9, memory=0.5)
+            >>> state, goes_on = policy.step(policy.start(1), torch.tensor([0.8]))  # the first step sets the mean
+            >>> policy.step(state, torch.tensor([0.6]))  # below 0.9 times 0.8: the window ends
+            (tensor([0.7000]), tensor([False]))
         """
         if entropy.shape != state.shape or entropy.device != state.device or not entropy.is_floating_point():
             raise InvalidInput(

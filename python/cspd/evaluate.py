@@ -32,7 +32,7 @@ def load_statistics(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """
     with _open_npz(path, "--fid") as file:
         if missing := {"mu", "sigma"} - set(file.files):
-            raise InvalidInput(f"expected {path} with the arrays mu and sigma, got one without {min(missing)}")
+            raise InvalidInput(f"expected the arrays mu and sigma in {path}, found no {min(missing)}")
         mu, sigma = (np.asarray(_array(file, name, path)) for name in ("mu", "sigma"))
     for name, array, shape in (("mu", mu, (FEATURES,)), ("sigma", sigma, (FEATURES, FEATURES))):
         if array.shape != shape or array.dtype.kind != "f" or not np.isfinite(array).all():
@@ -58,13 +58,13 @@ class Images:
         else:
             with _open_npz(path, "the images") as file:
                 if "arr_0" not in file.files:
-                    raise InvalidInput(f"expected {path} with the images as arr_0, got {', '.join(file.files)}")
+                    raise InvalidInput(f"expected the images in {path} as arr_0, got {', '.join(file.files)}")
                 self.array = _array(file, "arr_0", path)
             if self.array.dtype != np.uint8 or self.array.ndim != 4 or self.array.shape[3] != 3:
                 got = f"{self.array.dtype} of {self.array.shape}"
                 raise InvalidInput(f"expected arr_0 of {path} as uint8 of shape (n, H, W, 3), got {got}")
         if len(self) < 2:
-            raise InvalidInput(f"expected at least 2 images to take a covariance of, got {len(self)} in {path}")
+            raise InvalidInput(f"expected at least 2 images for a covariance, got {len(self)} in {path}")
 
     def __len__(self) -> int:
         return len(self.files) if self.array is None else len(self.array)
@@ -149,27 +149,25 @@ def _inception(weights: Path | None):
     path = weights or Path(torch.hub.get_dir()) / "checkpoints" / name
     if not path.is_file():
         raise FileNotFoundError(
-            f"expected torch-fidelity's Inception weights, found no file {path}: download {url} to there, or give a "
-            "copy of it with --weights"
+            f"expected torch-fidelity's Inception weights, found no file {path}: download {url} to it, or name "
+            "your copy with --weights"
         )
     # torch-fidelity would unpickle whatever is in the file.
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # noqa: BLE001  (pickle, zip and torch each have their own)
-        raise CheckpointError(
-            f"expected {path} as a file of weights alone, it cannot be read as one: {_first(error)}"
-        ) from None
+        raise CheckpointError(f"expected {path} to hold weights alone, it cannot be read: {_first(error)}") from None
     if not isinstance(state, dict) or getattr(state.get("fc.weight"), "shape", None) != (1008, FEATURES):
         raise CheckpointError(
-            f"expected {path} as torch-fidelity's Inception ({name}), whose fc.weight is of shape (1008, {FEATURES}); "
-            "torchvision's is another network, with other numbers"
+            f"expected {path} to be torch-fidelity's Inception ({name}), whose fc.weight has the shape (1008, "
+            f"{FEATURES}). torchvision's Inception is another network and gives other figures"
         )
     try:
         extractor = module.FeatureExtractorInceptionV3(
             "inception-v3-compat", [str(FEATURES), "logits_unbiased"], feature_extractor_weights_path=str(path)
         )
     except RuntimeError as error:
-        raise CheckpointError(f"expected {path} as torch-fidelity's Inception ({name}): {_first(error)}") from None
+        raise CheckpointError(f"expected {path} to be torch-fidelity's Inception ({name}): {_first(error)}") from None
     return extractor, path
 
 
@@ -185,13 +183,13 @@ def _first(error: Exception) -> str:
 
 def _open_npz(path: Path, what: str):
     if not path.exists():
-        raise FileNotFoundError(f"expected {what} as a file, found none at {path}")
+        raise FileNotFoundError(f"expected a file for {what}, found none at {path}")
     try:
         file = np.load(path, allow_pickle=False)
     except (ValueError, EOFError, zipfile.BadZipFile):
         file = None
     if not isinstance(file, np.lib.npyio.NpzFile):
-        raise InvalidInput(f"expected {what} as a .npz file, {path} is none")
+        raise InvalidInput(f"expected a .npz file for {what}, got {path}")
     return file
 
 

@@ -26,13 +26,13 @@ def check_output(path: Path, option: str) -> None:
     target = _target(path)
     folder = target.parent
     if target.is_dir():
-        raise IsADirectoryError(f"expected {option} as a file, found a folder at {path}")
+        raise IsADirectoryError(f"expected {option} to name a file, found a folder at {path}")
     if not folder.is_dir():
         raise FileNotFoundError(f"expected a folder for {path.name} to exist, found none at {folder}")
     if target.exists() and not os.access(target, os.W_OK):
-        raise PermissionError(f"expected {option} as a file that may be written, found one that may not at {path}")
+        raise PermissionError(f"expected a writable file for {option}, found one that is not writable at {path}")
     if _replaceable(target) and not os.access(folder, os.W_OK | os.X_OK):
-        raise PermissionError(f"expected {option} in a folder that may be written, found one that may not at {folder}")
+        raise PermissionError(f"expected a writable folder for {option}, found one that is not writable at {folder}")
 
 
 def write_file(path: Path, data: bytes) -> None:

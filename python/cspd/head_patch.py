@@ -34,10 +34,10 @@ _logger = logging.getLogger("cspd")
 
 
 class HeadPatch:
-    """The patch of one head: what it was asked for, its packed weights, and which kinds of calls were compared.
+    """The patch of one head: its options, its packed weights, and which kinds of calls were compared.
 
-    It stands on the head's network, where the hooks of the diffusion objects find it, so that a deep
-    copy or a pickle of the model carries a patch of its own.
+    It is an attribute of the head's network, where the hooks of the diffusion objects find it. So a deep copy or a
+    pickle of the model carries a patch of its own.
     """
 
     def __init__(self, found: FoundHead, options: Options, model: nn.Module | None = None):
@@ -207,7 +207,7 @@ class HeadPatch:
         if sampling.sampler is None and sampling.steps is None:
             return hook.tables.schedule(Steps(call.eta, meaning.clip))
         if call.inter_noise is not None:
-            raise NotServedError(f"the noise of its steps is given, which {sampling} does not make")
+            raise NotServedError(f"the noise of its steps is passed in, but {sampling} has other steps")
         if call.eta is not None and sampling.sampler is None:
             sampling = replace(sampling, sampler="ddim", eta=call.eta)
         step, of = autoregressive_step() if sampling.anneals else (0, 1)
@@ -215,8 +215,8 @@ class HeadPatch:
 
     def refuse_capture(self) -> None:
         raise CallError(
-            f"{self.name} expected a first call like this one before a CUDA graph of the caller's is captured, "
-            "which cannot hold what is made once: call it once, then capture"
+            f"{self.name} expected a first call like this one before you capture a CUDA graph: it makes things that a "
+            "graph cannot hold. Call it once, then capture"
         )
 
     def _compare_now(self, kind: tuple, call: Call, hook: LoopHook, verdicts: dict) -> None:
@@ -226,12 +226,14 @@ class HeadPatch:
             NotServedError: it tells nothing of its kind.
         """
         if (name := hidden(call)) is not None:
-            raise NotServedError(f"{name} is 0 in all rows, which hides what the network does with it")
+            raise NotServedError(
+                f"{name} is 0 in all rows, so the comparison cannot show what the network does with it"
+            )
         with LOCK:
             try:
                 verdicts[kind] = check_loop(call, hook.diffusion)
             except CannotRunError as error:
-                verdicts[kind] = f"its own loop does not run on a copy to be compared with: {error}"
+                verdicts[kind] = f"its own loop does not run on a copy, so it cannot be compared: {error}"
             except (DiffersError, NotServedError) as error:
                 verdicts[kind] = f"{error}"
 
@@ -239,7 +241,7 @@ class HeadPatch:
         """Why the head does not come to this patch any more, None where it does."""
         net = self.found.module._modules.get("net")
         inner = None if net is None else unwrapped(net)[0]
-        return None if inner is self.net else "its network is another one now, or wrapped by another kind: patch again"
+        return None if inner is self.net else "its network was replaced or wrapped since it was patched: patch again"
 
     def tell_of_model(self, model: nn.Module, reason: str) -> None:
         """Log once why the model's own ``sample_tokens`` runs, with the patched head."""

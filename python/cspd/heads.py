@@ -50,7 +50,7 @@ class Found:
 def look_for_heads(model: nn.Module) -> Found:
     """Every diffusion head in the module tree, found by structure."""
     if not isinstance(model, nn.Module):
-        raise NotAModel(f"expected a torch.nn.Module that holds a diffusion head, got {type(model).__name__}")
+        raise NotAModel(f"expected a torch.nn.Module with a diffusion head, got {type(model).__name__}")
     heads, near, seen = [], {}, set()
     everywhere = diffusions_of(model)
     for path, module in model.named_modules():
@@ -96,9 +96,9 @@ def find_heads(model: nn.Module) -> Found:
         near = "".join(f"\n  {name}: {reason}" for name, reason in found.near.items())
         raise UnsupportedModel(
             f"no diffusion head found in {type(model).__name__} that can be served; it is left unpatched. Looked for "
-            "networks of input_proj, time_embed, cond_embed, res_blocks and final_layer (LTH14/mar's, or one by other "
-            "names that are known), best of all as net of a module that holds a diffusion object with p_sample_loop."
-            + (" These came near:" + near if near else " No module came near.")
+            "networks with input_proj, time_embed, cond_embed, res_blocks and final_layer, as in LTH14/mar, or the "
+            "names of other known code bases. The network is usually the attribute net of a module with a diffusion "
+            "object that has p_sample_loop." + (" These came near:" + near if near else " No module came near.")
         )
     return found
 

@@ -23,7 +23,9 @@ from .errors import NotAModel
 from .heads import bound_network
 
 PATCHES = "_cspd_patches"  # attribute of a network: its patches, the last one in charge
-NO_LOOP = "its sample runs without p_sample_loop: by a sampler of its own, or a diffusion object that it has just made"
+NO_LOOP = (
+    "its sample does not call p_sample_loop: it has a sampler of its own, or makes a diffusion object at each call"
+)
 LOCK = threading.RLock()  # of patching and unpatching, of any model
 _thread = threading.local()
 
@@ -92,8 +94,8 @@ class LoopHook:
                 setattr(self.diffusion, name, getattr(self, name))
             except Exception as error:
                 raise NotAModel(
-                    f"expected a diffusion object whose {name} can be replaced, got {kind_of(self.diffusion)}, which "
-                    f"refuses: {type(error).__name__}: {error}"
+                    f"expected a diffusion object whose {name} can be replaced, but {kind_of(self.diffusion)} does not "
+                    f"let it: {type(error).__name__}: {error}"
                 ) from error
 
     def remove(self) -> None:
@@ -149,10 +151,10 @@ class LoopHook:
                 self.signatures[function] = inspect.signature(original)
             bound = self.signatures[function].bind(*args, **kwargs)
         except (TypeError, ValueError) as error:  # its own error, if it is one
-            raise NotServedError(f"its loop is not called as it says: {error}") from None
+            raise NotServedError(f"its loop is called with arguments that do not fit its signature: {error}") from None
         bound.apply_defaults()
         if "model" not in bound.arguments or "shape" not in bound.arguments:
-            raise NotServedError("its loop does not say by name what model and shape it is given")
+            raise NotServedError("its loop has no arguments named model and shape")
         return bound.arguments, self.signatures[function].parameters
 
     def _patch(self, found: tuple[nn.Module, str] | None):

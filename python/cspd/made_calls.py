@@ -36,7 +36,7 @@ def run_call(
     """
     device, stream, rows = head.device, stream_dtype(head.dtype), call.rows
     if call.inter_noise is not None and len(call.inter_noise) != head.num_steps:
-        raise NotServedError(f"the noise of the steps is of {len(call.inter_noise)}, not {head.num_steps} steps")
+        raise NotServedError(f"the noise is of {len(call.inter_noise)} steps, the head has {head.num_steps}")
     cond = embedded(call, meaning, head)  # it may raise, so before anything is drawn
     x_T = call.noise  # noqa: N806
     if x_T is None:

@@ -101,7 +101,7 @@ def guidances(scales: int) -> list[tuple[tuple[float, ...], ...]]:
         more, less = (1.0, 1.0), (0.0, -1.0)
         return [(c, u), (more, less), (u, c), (less, more)]
     if scales > 2:
-        raise NotServedError(f"the network is given {scales} numbers, not one or two scales of guidance")
+        raise NotServedError(f"the network gets {scales} guidance scales, not one or two")
     forms = [((0, 0, 1), (0, 1, -1), (1, -1, 0)), ((0, 1, 0), (0, 0, 1), (1, -1, -1))]
     found = []
     for form, turned in itertools.product(forms, (False, True)):

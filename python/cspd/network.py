@@ -115,7 +115,7 @@ class FastNetwork:
             NotServedError: its own forward must run.
         """
         if forward_ad._current_level >= 0 or _transformed():
-            raise NotServedError("it is called under a transform of its function (vmap, grad, jvp)")
+            raise NotServedError("it is called under a torch.func transform (vmap, grad, jvp)")
         source = self._look()
         x, times, c = self.roles.read(args, kwargs)
         kind = Kind.of(x, times, c)
@@ -155,8 +155,8 @@ class FastNetwork:
     def _check_capture(self, ready: bool) -> None:
         if not ready:
             raise CallError(
-                f"a patched {type(self.net).__name__} expected a first call like this one before a CUDA graph of the "
-                "caller's is captured, which cannot hold what is made once: call it once, then capture"
+                f"a patched {type(self.net).__name__} expected a first call like this one before you capture a "
+                "CUDA graph: it makes things that a graph cannot hold. Call it once, then capture"
             )
 
     def _compare_now(self, kind: Kind) -> Answer | str:

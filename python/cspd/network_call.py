@@ -44,7 +44,7 @@ class Roles:
             by_role = {"x": first[:1], "t": first[1:-1], "c": first[-1:]}
         self.x, self.times, self.c = by_role["x"][0], tuple(by_role["t"]), by_role["c"][0]
         if len(self.times) != times:
-            raise DiffersError(f"its forward takes {', '.join(self.names)}, in which x, {times} times and c are sought")
+            raise DiffersError(f"its forward takes {', '.join(self.names)}, but x, {times} times and c were expected")
         self.needed = (self.x, *self.times, self.c)
 
     def read(self, args: tuple, kwargs: dict) -> tuple:

@@ -40,11 +40,14 @@ class Options:
         if self.weights not in _WEIGHTS:
             raise InvalidInput(f"patch expected weights one of {_WEIGHTS}, got {self.weights!r}")
         if self.compile and not self.whole:
-            raise InvalidInput("patch expected compile=True together with whole=True: heads have kernels of their own")
+            raise InvalidInput(
+                "patch expected whole=True together with compile=True: it compiles the transformer, and heads have "
+                "kernels"
+            )
         if self.loop not in _LOOPS:
             raise InvalidInput(f"patch expected loop one of {_LOOPS}, got {self.loop!r}")
         if self.loop == "own" and self.whole:
-            raise InvalidInput("patch expected loop='own' without whole=True, which takes the loop over, too")
+            raise InvalidInput("patch expected loop='own' or whole=True, not both: whole=True replaces the loop")
         check_tolerance("patch", self.parallel_tol)
         self.sampling.check("patch")
         implementation("denoise", self.backend)

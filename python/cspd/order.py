@@ -30,12 +30,12 @@ def is_count(value, least: int) -> bool:
 def mask_lengths(seq_len: int, steps: int) -> list[int]:
     """How many tokens are still masked before step 0, after step 0, ..., after the last step.
 
-    After step k of K, ``floor(L cos(pi/2 (k+1)/K))`` tokens stay masked, at least one fewer than
-    before and at least one, until the last step draws all that remain (MaskGIT, arXiv 2202.04200;
-    MAR). Length K + 1, from L down to 0; equal neighbours mean a step with nothing to draw.
+    After step k of K, ``floor(L cos(pi/2 (k+1)/K))`` tokens stay masked (MaskGIT, arXiv 2202.04200; MAR). It is at
+    least one fewer than before, and at least one. The last step draws all that remain. The list has K + 1 entries, from
+    L down to 0. Equal neighbours mean a step with nothing to draw.
     """
     if not is_count(steps, 1):
-        raise InvalidInput(f"expected steps >= 1, an int (num_iter of MAR's sample_tokens), got {steps!r}")
+        raise InvalidInput(f"expected steps as an int >= 1 (num_iter in MAR's sample_tokens), got {steps!r}")
     lengths = [seq_len]
     for step in range(steps - 1):
         cosine = math.floor(seq_len * math.cos(math.pi / 2.0 * (step + 1) / steps))
@@ -99,9 +99,9 @@ def to_device(value: torch.Tensor, device: torch.device) -> torch.Tensor:
 def by_token(steps: list[Step], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """(2 L + 1,) int64 and (L,) float32, the tables of a :class:`Plan`.
 
-    The first has the step index of an image's tokens, in the order of drawing, and behind it how many tokens are known
-    before each step: L from the end of the steps on, so that it is as long for any number of them. The second has the
-    tokens' guidance.
+    The first has the step index of an image's tokens, in the order of drawing. Then it has how many tokens are known
+    before each step, and L after the last step: so its length does not depend on the number of steps. The second has
+    the tokens' guidance.
     """
     tokens = [step for step in steps for _ in range(step.before - step.after)]
     starts = [len(tokens) - step.before for step in steps] + [len(tokens)] * (len(tokens) + 1 - len(steps))
@@ -117,8 +117,8 @@ class Pass:
     Tokens are counted in the order of drawing: step by step, ascending within a step. Under guidance the batch is
     doubled, conditional images first; R is B or 2 B. n tokens are drawn in each image.
 
-    In a ragged pass (:meth:`Plan.ragged`) the rows stand each at a place of their own, and for any image: then B is the
-    number of rows, ``columns`` and ``steps`` are (B, n), and the last three fields say what is theirs.
+    In a ragged pass (:meth:`Plan.ragged`) each row stands at a place of its own, and belongs to any image. B is then
+    the number of rows, and ``columns`` and ``steps`` are (B, n). The last three fields say what belongs to each row.
     """
 
     known: torch.Tensor  # (B, K) int64: the positions drawn before the first of its steps
@@ -295,7 +295,7 @@ class Plan:
 def check_room(count: torch.Tensor, room: int) -> None:
     """Raise where a row of a ragged pass knows more tokens than there is room for: looked at on the CPU alone."""
     if count.device.type == "cpu" and count.numel() and count.max() > room:
-        raise InvalidInput(f"expected room for the {int(count.max())} tokens that are known before a row, got {room}")
+        raise InvalidInput(f"expected room for the {int(count.max())} known tokens, got {room}")
 
 
 def random_orders(seed: int, images: torch.Tensor, seq_len: int) -> torch.Tensor:

@@ -40,11 +40,17 @@ class SampleOutput(torch.Tensor):
     _stats: RunStats | Recorder | None
 
     # Operations take the same way as those of a plain tensor: no Python runs for them.
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__: Any = torch._C._disabled_torch_function_impl
 
     @staticmethod
     def of(images: torch.Tensor, stats: RunStats | Recorder | None = None) -> SampleOutput:
-        """Images with their statistics, which may still have to be read from the device."""
+        """Images with their statistics. Those may still have to be read from the device.
+
+        Example:
+            >>> import cspd, torch
+            >>> cspd.SampleOutput.of(torch.zeros(1, 3, 8, 8))
+            SampleOutput((1, 3, 8, 8), float32, cpu)
+        """
         made = images.as_subclass(SampleOutput)
         made._stats = stats
         return made
@@ -62,7 +68,7 @@ class SampleOutput(torch.Tensor):
             found = self._stats = found.finish()
         return cast("RunStats | None", found)
 
-    def __repr__(self, *, tensor_contents: object = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         """One line; it never waits for the device."""
         dtype = str(self.dtype).removeprefix("torch.")
         stats = getattr(self, "_stats", None)
@@ -70,7 +76,8 @@ class SampleOutput(torch.Tensor):
         return f"SampleOutput({tuple(self.shape)}, {dtype}, {self.device}{line})"
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return self.images.__reduce_ex__(protocol)
+        plain: Any = self.images
+        return plain.__reduce_ex__(protocol)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
         made = memo[id(self)] = copy.deepcopy(self.images, memo)

@@ -71,8 +71,8 @@ def build_page(studio: Studio):
                     [("Window", "window"), ("Strict", "strict")],
                     value="window",
                     label="Verification",
-                    info="Strict draws as the target itself does"
-                    + ("." if studio.one_sigma else ", with one candidate and but for fallbacks."),
+                    info="Strict draws from the target's own distribution"
+                    + ("." if studio.one_sigma else ", with one candidate and apart from fallbacks."),
                 )
                 candidates = gr.Slider(1, MOST_CANDIDATES, 1, step=1, label="Candidates of a token")
                 branches = gr.Slider(1, MAX_BRANCHES, 1, step=1, label="Branches: strict only")

@@ -43,65 +43,76 @@ def patch(
 ) -> nn.Module:
     """Make every diffusion head of a model sample through :func:`cspd_kernels.denoise`.
 
-    Exact: the same seed gives the same tokens, up to rounding. In place and per instance: classes,
-    other models, ``state_dict``, ``isinstance``, device moves and copies are as before. Patching again
+    It is exact: the same seed gives the same tokens, up to rounding. It works in place and on this instance only:
+    classes, other models, ``state_dict``, ``isinstance``, device moves and copies are as before. Patching again
     replaces the options.
 
-    Taken over are ``p_sample_loop`` and ``ddim_sample_loop`` of the diffusion objects that the model holds,
-    and ``p_sample_loop_with_noise`` of MarkXCloud/CSpD (its distribution manager is filled as before). The
-    head's own ``sample`` runs as it is; where that is a loop of its own which is known
-    (:mod:`cspd.samplers`), it is taken over itself. Served are learned and fixed variances, networks that predict the
-    noise, x0 or v, limits of x0, guidance of two or three groups of rows, tokens of any rank, and further
-    inputs that modules of the network's own embed. What of it is code and not data is found by comparison:
-    of a few meanings the one that agrees is taken. A loop that does anything else runs its own code, and so
-    does a network that computes more than its weights say (hooks, replaced or computed layers); the log
-    tells why, once.
+    **What is taken over.** These loops of the diffusion objects that the model holds: ``p_sample_loop``,
+    ``ddim_sample_loop``, and ``p_sample_loop_with_noise`` of MarkXCloud/CSpD (its distribution manager is filled as
+    before). The head's own ``sample`` runs as it is. If it is a loop of its own that is known (:mod:`cspd.samplers`),
+    it is taken over itself. The kernels compute learned and fixed variances, networks that predict the noise, x0 or v,
+    limits of x0, and guidance of two or three groups of rows. Tokens may have any rank, and the network's own modules
+    may embed further inputs.
 
-    Before anything is changed, a small copy of each head with random weights samples with and without
-    the kernels. Where its own code does not run here, the first call that can compares.
+    **What is compared.** Before anything is changed, a small copy of each head with random weights samples with and
+    without the kernels. Where a head may be read in several ways, the way that agrees is taken. If the head's own code
+    does not run here, the comparison happens at the first call that can run it.
 
-    A head whose loop is none of these (a solver or a scheduler of its own), or whose tokens differ, keeps its loop, and
-    its network's ``forward`` is taken over: the kernels make each of the loop's calls (docs/loops.md). The log tells
-    so, and :func:`describe`. A network that differs, too, refuses.
+    **What runs its own code.** A loop that does anything else, and a network that computes more than its weights say
+    (hooks, replaced or computed layers). The log says why, once. A head keeps its loop if that is none of the above (a
+    solver or a scheduler of its own), or if its tokens differ. Then the network's ``forward`` is taken over: the
+    kernels make each of the loop's calls (docs/loops.md). The log and :func:`describe` say so. A network that differs,
+    too, is refused.
 
-    Under guidance 2N rows come back as before; the last N, which callers drop, repeat the first. On a
-    GPU the host waits nowhere that the replaced code does not. Weights are looked at at every call, so that
-    they are never stale. ``torch.compile`` of a model around it breaks its graph at the loop. A CUDA graph
-    of the caller's needs one call before it, and the patch as long as it is replayed. Shallow copies
-    (``copy.copy``) of a patched head, diffusion object or model go on calling the original one: unpatch
-    first.
+    Under guidance 2N rows come back as before. The last N, which callers drop, repeat the first. On a GPU this adds no
+    synchronisation. Weights are checked at every call, so they are never stale.
+
+    ``torch.compile`` of a model around it breaks its graph at the loop. A CUDA graph of your own needs one call before
+    the capture, and the patch as long as it is replayed. Shallow copies (``copy.copy``) of a patched head, diffusion
+    object or model go on calling the original one: unpatch first.
 
     Args:
-        model: any module tree that holds one or more heads.
+        model: any module tree with one or more heads.
         backend: as in :func:`cspd_kernels.denoise`.
-        dtype: type of the matrix products' operands (float32, bfloat16, float16); None follows
-            autocast at the call, else the weights' type. The residual stream stays float32.
-        noise: ``"upstream"`` draws the numbers of the replaced code in its order; ``"philox"`` draws
-            one seed per call and stores no noise of the steps (in a captured graph the same at every replay).
-        weights: ``"live"`` sees every change at the next call; ``"frozen"`` looks at nothing after the
-            first one, for serving: patch again after a change.
-        parallel_tol: as in :func:`cspd_kernels.denoise`. None makes the steps one after the other. A number
-            makes all at once and gives the tokens to about as much, relative to the largest value: looser
-            than rounding, it is not exact any more. The comparison above is always of the steps.
-        whole: also take over ``sample_tokens`` of the MAR model around the head, by :func:`cspd.sample_tokens`: the
-            same images from the same seeds, and on a GPU one launch a step. Its loop and its transformer are compared
-            with the model's own first; where they differ, in training mode and with hooks, its own method runs with
-            the patched head, and the log tells why. ``dtype`` is then also that of the transformer's products.
-        compile: with ``whole``, the transformer's blocks under ``torch.compile``, on a GPU.
-        sampler: None for the loop's own steps, or ``"ddim"`` (arXiv 2010.02502) in place of them. This and the next two
-            change the tokens, which the log says once; all that is exact above is so of the head's other code.
+        dtype: dtype of the matrix products' operands: float32, bfloat16 or float16, also by name. By default it is the
+            autocast dtype, or the dtype of the weights. The residual stream stays float32.
+        noise: ``"upstream"`` draws the numbers of the replaced code in its order. ``"philox"`` draws one seed per call
+            and stores no noise of the steps; in a captured graph it is the same at every replay.
+        weights: ``"live"`` sees every change at the next call. ``"frozen"`` checks nothing after the first call, for
+            serving: patch again after a change.
+        parallel_tol: as in :func:`cspd_kernels.denoise`. None makes the denoising steps one after the other. A number
+            makes all at once, to about that accuracy, relative to the largest value. Looser than rounding, it is not
+            exact any more. The comparison above is always of single steps.
+        whole: also take over ``sample_tokens`` of the MAR model around the head, by :func:`cspd.sample_tokens`. The
+            same seeds give the same images, and on a GPU a step is one launch. The loop and the transformer are first
+            compared with the model's own. The model's own method runs, with the patched head, where they differ, in
+            training mode and with hooks; the log says why. ``dtype`` also holds for the transformer's products.
+        compile: with ``whole``, run the transformer's blocks under ``torch.compile``, on a GPU.
+        sampler: ``"ddim"`` (arXiv 2010.02502) in place of the loop's own steps. None keeps those. This and the next two
+            options change the tokens, and the log says so once. The head's other code stays exact as above.
         eta: of DDIM, in [0, 1]: 0 adds no noise.
-        sampling_steps: so many of the loop's steps, evenly strided; or a pair (first, last), linearly from the first to
-            the last autoregressive step of the model's ``sample_tokens`` (DiSA, arXiv 2505.20297). None: all.
-        loop: ``"own"`` leaves every loop as it is and takes over the networks alone. None: where that is all there is.
+        sampling_steps: how many of the loop's steps to make, evenly strided. A pair (first, last) goes linearly from
+            the first to the last autoregressive step of the model's ``sample_tokens`` (DiSA, arXiv 2505.20297). None
+            makes all.
+        loop: ``"own"`` leaves every loop as it is and takes over the networks alone. None does so only for heads whose
+            loop cannot be taken over.
 
     Returns:
         The same model.
 
     Raises:
-        TypeError, ValueError: nothing to patch, a network that computes something else, or an option that cannot be;
-            nothing was changed.
-        RuntimeError: the backend cannot serve.
+        UnsupportedModel: there is nothing to patch, or a network computes something else. InvalidInput: an option that
+            does not exist, or weights that are not finite. BackendUnavailable: the backend cannot serve. Nothing was
+            changed.
+
+    Example:
+        >>> import cspd, torch
+        >>> from cspd.demo.pair import load_pair
+        >>> model, _ = load_pair()
+        >>> model = cspd.patch(model)
+        >>> labels = torch.tensor([3, 7])
+        >>> model.sample_tokens(2, num_iter=4, labels=labels).shape
+        torch.Size([2, 1, 8, 8])
     """
     options = _options(backend, dtype, noise, weights, parallel_tol, whole, compile, sampler, eta, sampling_steps, loop)
     with LOCK:
@@ -114,7 +125,17 @@ def patch(
 
 
 def unpatch(model: nn.Module) -> nn.Module:
-    """Undo :func:`patch`; a model that is not patched is left as it is. Returns the model."""
+    """Undo :func:`patch`; a model that is not patched is left as it is. Returns the model.
+
+    Example:
+        >>> import cspd, torch
+        >>> from cspd.demo.pair import load_pair
+        >>> model, _ = load_pair()
+        >>> cspd.patch(model) is cspd.unpatch(model)
+        True
+        >>> cspd.is_patched(model)
+        False
+    """
     with LOCK:
         _remove(_patches_in(model))
         for module in model.modules():  # copies of patches do not know the models that they are copied with
@@ -123,7 +144,15 @@ def unpatch(model: nn.Module) -> nn.Module:
 
 
 def is_patched(model: nn.Module) -> bool:
-    """Whether any diffusion head of the model is patched."""
+    """Whether any diffusion head of the model is patched.
+
+    Example:
+        >>> import cspd
+        >>> from cspd.demo.pair import load_pair
+        >>> model, _ = load_pair()
+        >>> cspd.is_patched(model), cspd.is_patched(cspd.patch(model))
+        (False, True)
+    """
     return any(module.__dict__.get(PATCHES) for module in model.modules())
 
 
@@ -147,6 +176,15 @@ def patched(
 
     Blocks may overlap, in several threads too: the last one to begin decides the options, and the model
     is patched until the last one ends.
+
+    Example:
+        >>> import cspd, torch
+        >>> from cspd.demo.pair import load_pair
+        >>> model, _ = load_pair()
+        >>> with cspd.patched(model, dtype="bfloat16"):
+        ...     images = model.sample_tokens(2, num_iter=4, labels=torch.tensor([3, 7]))
+        >>> cspd.is_patched(model)
+        False
     """
     options = _options(backend, dtype, noise, weights, parallel_tol, whole, compile, sampler, eta, sampling_steps, loop)
     with LOCK:
@@ -209,11 +247,11 @@ def _model_of(model: nn.Module, head: FoundHead, options: Options) -> nn.Module:
     if not options.whole:
         raise UnsupportedModel(
             f"patch(sampling_steps={options.sampling.steps}) expected a model with sample_tokens and diffloss around "
-            f"{head.name}, whose autoregressive steps it follows, found none in {type(model).__name__}: give one number"
+            f"{head.name}, found none in {type(model).__name__}: pass one number, which needs no autoregressive steps"
         )
     raise UnsupportedModel(
         f"patch(whole=True) expected a MAR model with sample_tokens and diffloss around {head.name}, found none in "
-        f"{type(model).__name__}: leave whole out to patch the head alone"
+        f"{type(model).__name__}: omit whole=True to patch the head alone"
     )
 
 

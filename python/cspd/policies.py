@@ -1,9 +1,9 @@
 """Acceptance as a policy: how far the accept test is relaxed for each token, and how long a window is.
 
-A relaxation policy is a function of a :class:`Window` that gives one number > 0 per token; it works on the device
-and makes the host wait for nothing. One with the attribute ``looks_ahead = True`` is also shown what the target makes
-of the tokens that follow (:class:`cspd.ContextRelaxation`). A rule that relaxes the test where the target itself is
-undecided, in the manner of entropy-informed speculation (Drift-AR, arXiv 2603.28049), takes three lines::
+A relaxation policy is a function of a :class:`Window` that gives one number > 0 per token. It works on the device and
+does not synchronise. A policy with the attribute ``looks_ahead = True`` also sees what the target makes of the tokens
+that follow (:class:`cspd.ContextRelaxation`). A rule that relaxes the test where the target itself is undecided takes
+three lines, in the manner of entropy-informed speculation (Drift-AR, arXiv 2603.28049)::
 
     def by_entropy(window):
         entropy = window.target_log_std.mean(dim=-1)  # of a Gaussian, but for a constant; (B, n)
@@ -11,8 +11,8 @@ undecided, in the manner of entropy-informed speculation (Drift-AR, arXiv 2603.2
 
     cspd.SpecDecodeRunner(draft, target, by_entropy)
 
-A gamma policy is a function of the acceptance of the windows so far that gives the number of steps of the
-next one; see :class:`AdaptiveDraft`.
+A gamma policy is a function of the acceptance rates of the windows so far. It gives the number of steps of the next
+window; see :class:`AdaptiveDraft`.
 """
 
 from __future__ import annotations
@@ -31,36 +31,46 @@ from .errors import InvalidInput
 
 @dataclass(frozen=True)
 class Window:
-    """What a relaxation policy may look at: n drafted tokens in each of B images, all tensors on the models' device.
+    """What a relaxation policy may look at: n drafted tokens in each of B images.
 
-    Tokens stand step by step, and by ascending position within a step. Under guidance the hidden states are those
-    of the conditional rows. A policy must not write into any of them.
+    All tensors are on the models' device. Tokens are in the order of their steps, and by ascending position within a
+    step. Under guidance the hidden states are those of the conditional rows. A policy must not write into any of them.
 
-    In strict verification B is images times branches, an image's branches one after the other, and it changes from
-    round to round: on a CPU images that are done are left out. There every step takes up the same room: what only
-    fills up has ``valid`` False and anything finite in the other fields.
+    In strict verification B is images times branches; the branches of an image are neighbours. B changes from round to
+    round, since images that are done are left out on a CPU. Every step takes up the same room there. Places that only
+    fill up the room have ``valid`` False and some finite value in the other fields.
 
     Attributes:
         positions: (B, n) int64, where in the sequence each token is.
-        steps: (n,) int64, index of the autoregressive step that draws it; (B, n) in strict verification.
+        steps: (n,) int64, index of the autoregressive step that draws the token; (B, n) in strict verification.
         target_z: (B, n, Z_target), the target's hidden states: the conditions of its head.
-        draft_z: (B, n, Z_draft), the draft's, each the one its token was drawn from.
-        previous_target_z: (B, Z_target), that of the last token that the target looked at before this window, in
-            pre-filling or in the window before; None if there was none.
+        draft_z: (B, n, Z_draft), the draft's hidden states, from which the tokens were drawn.
+        previous_target_z: (B, Z_target), the target's hidden state of the last token that it looked at before this
+            window, in pre-filling or in the window before. None if there was none.
         log_ratio: (B, n) float32, log r at relaxation 1 (:func:`cspd_kernels.log_density_ratio`).
         draft_log_std, target_log_std: (B, n, C), log standard deviations of the last denoising step,
             log(temperature) included.
-        valid: (B, n) bool, False for what only fills up a step's room; None: all are tokens.
-        known: (B, n) int64, how many tokens are known where the token is drawn: equal within a step, with what fills up
-            its room, and larger from step to step.
+        valid: (B, n) bool, False for places that only fill up a step's room. None: all are tokens.
+        known: (B, n) int64, how many tokens are known when the token is drawn. It is equal within a step and its room,
+            and grows from step to step.
         draft_entropy: (B, n), the entropy of the draft's attention there, in [0, 1].
         target_before: (B, n, Z_target), the target's hidden state of the same token a step earlier: without the tokens
-            of the step before its own. NaN where nobody has computed it, as in the first step of a window.
+            of the step before its own. NaN where it was not computed, as in the first step of a window.
         target_branches: (B, w, n, Z_target), the target's hidden states of the same token in each branch of its image.
 
-    What the last five hold is there in strict verification, ``target_before`` and ``target_branches`` for policies
-    that look ahead, ``draft_entropy`` where a gamma policy wants it, ``target_branches`` with more than one
-    branch; else they are None.
+    The last five are None outside strict verification. ``target_before`` and ``target_branches`` are for policies that
+    look ahead, and ``target_branches`` needs more than one branch. ``draft_entropy`` is there if a gamma policy needs
+    it.
+
+    Example:
+        >>> import cspd, torch
+        >>> from cspd.demo.pair import load_pair
+        >>> def by_position(window: cspd.Window) -> torch.Tensor:
+        ...     return 1.0 + window.positions.float()
+        >>> target, draft = load_pair()
+        >>> runner = cspd.SpecDecodeRunner(draft, target, by_position)
+        >>> runner.run(1, steps=4, gamma=2, seed=0).shape
+        torch.Size([1, 1, 8, 8])
     """
 
     positions: torch.Tensor
@@ -81,7 +91,7 @@ class Window:
 def relaxation_of(policy: Callable[[Window], torch.Tensor], window: Window) -> torch.Tensor:
     """What a policy gives for a window, (B n,), image by image.
 
-    Values are looked at by the op that uses them, on the CPU only.
+    The op that uses the values checks them, on the CPU only.
 
     Raises:
         ValueError: it is no floating tensor of one number per token on the window's device.
@@ -105,27 +115,38 @@ def relaxation_of(policy: Callable[[Window], torch.Tensor], window: Window) -> t
 class SimilarityRelaxation:
     """Relaxation that grows where the target's hidden states change little from token to token.
 
-    With s_t the cosine similarity of the target's hidden states of token t and of the one before it in the order
-    of drawing (for the first of a window, ``previous_target_z``)::
+    Let s_t be the cosine similarity of the target's hidden states of token t and of the token drawn before it. For the
+    first of a window that is ``previous_target_z``. Then ::
 
         a_t          = clamp((s_t - low) / (high - low), 0, 1)
         relaxation_t = least (most / least)^a_t
 
-    so it is ``least`` up to the similarity ``low``, ``most`` from ``high`` on, and log-linear between; a token with
-    none before it gets ``least``. In the manner of CASCADE's context-aware relaxation (Yildirim et al. 2026, arXiv
-    2605.07230), which relaxes where hidden states are redundant; the paper's own rule is for discrete tokens. MAR's
-    hidden states carry an embedding of their position, so look at the similarities of a model before trusting the
-    bounds on it.
+    So the relaxation is ``least`` up to the similarity ``low``, ``most`` from ``high`` on, and log-linear between. A
+    token with none before it gets ``least``.
+
+    This is in the manner of CASCADE's context-aware relaxation (Yildirim et al. 2026, arXiv 2605.07230), which relaxes
+    where hidden states are redundant. The paper's own rule is for discrete tokens. MAR's hidden states carry an
+    embedding of their position: look at the similarities of your model before you trust the bounds.
 
     Args:
         least, most: bounds of the relaxation, 0 < least <= most.
         low, high: similarities at which they are reached, -1 <= low < high <= 1.
 
     Raises:
-        ValueError: an argument out of range.
+        InvalidInput: an argument is out of range.
+
+    Example:
+        >>> import cspd
+        >>> from cspd.demo.pair import load_pair
+        >>> target, draft = load_pair()
+        >>> runner = cspd.SpecDecodeRunner(draft, target, cspd.SimilarityRelaxation(1.0, 42.0, low=0.5))
+        >>> runner.relaxation
+        SimilarityRelaxation(1.0, 42.0, low=0.5, high=1.0)
+        >>> runner.run(1, steps=4, gamma=2, seed=0).stats.gammas
+        [2, 1]
     """
 
-    def __init__(self, least: float = 1.0, most: float = 42.0, *, low: float = 0.0, high: float = 1.0):
+    def __init__(self, least: float = 1.0, most: float = 42.0, *, low: float = 0.0, high: float = 1.0) -> None:
         if not 0 < least <= most < math.inf:
             raise InvalidInput(f"expected 0 < least <= most, both finite, got {least!r} and {most!r}")
         if not -1 <= low < high <= 1:
@@ -149,23 +170,26 @@ class SimilarityRelaxation:
 class AdaptiveDraft:
     """Number of steps of the next window, from how well the windows before were accepted.
 
-    The expected acceptance e_k of the k-th step of a window is learned from the windows of the run so far: the
-    first window that has such a step sets it, and every later one moves it, ::
+    The policy learns the expected acceptance e_k of the k-th step of a window from the windows of the run so far. The
+    first window that has such a step sets it, and every later one moves it::
 
         e_k <- memory e_k + (1 - memory) a_k
 
-    with a_k the mean acceptance there; a window that ends before step k moves it towards 1 likewise, so that what
-    has failed is tried again. In strict verification an image's window ends, for this, with the first step that has a
-    rejected token: steps that were undone were never judged, and a_k is the mean over the images that were judged
-    there. The next window ends before the first step whose expectation is below ``bound``. Steps
-    that no window has reached count as accepted, but no window is longer than twice the longest so far, nor
-    than ``most``, nor shorter than 1. It is a function of the run's own windows alone: nothing is kept between
-    runs, and a seed gives the same images again. In windows an image then depends on its batch, whose mean it is; in
+    Here a_k is the mean acceptance of that step. A window that ends before step k moves e_k towards 1 likewise, so that
+    a step that has failed is tried again. The next window ends before the first step whose expectation is below
+    ``bound``. Steps that no window has reached count as accepted. But no window is longer than twice the longest so
+    far, or than ``most``, or shorter than 1.
+
+    Steps that strict verification has undone were never judged. So the window of an image counts up to its first step
+    with a rejected token, and a_k is the mean over the images that were judged there.
+
+    The policy depends on the windows of its own run only: nothing is kept between runs, and a seed gives the same
+    images again. With ``verify="window"`` an image depends on its batch, because a_k is a mean over the batch. In
     strict verification it does not, unless a relaxation policy looks at the window.
 
-    In the manner of acceptance- and entropy-informed draft lengths (Drift-AR, arXiv 2603.28049). For
-    ``SpecDecodeRunner.run(gamma=...)``, which then reads the acceptance of every window from the device: one
-    wait a window, which a fixed number does not have.
+    This is in the manner of acceptance- and entropy-informed draft lengths (Drift-AR, arXiv 2603.28049). It is for
+    ``SpecDecodeRunner.run(gamma=...)``. The run then synchronises once a window to read the acceptance, which a fixed
+    number of steps does not.
 
     Args:
         bound: in (0, 1], the least acceptance to go on for.
@@ -173,7 +197,17 @@ class AdaptiveDraft:
         memory: in [0, 1), the weight of the past; 0 looks at the last window only.
 
     Raises:
-        ValueError: an argument out of range.
+        InvalidInput: an argument is out of range.
+
+    Example:
+        >>> import cspd
+        >>> policy = cspd.AdaptiveDraft(bound=0.9, first=2)
+        >>> policy([])  # the first window
+        2
+        >>> policy([[1.0, 0.95]])  # both steps were accepted: at most twice as many
+        4
+        >>> policy([[1.0, 0.95], [1.0, 0.9, 0.4, 0.2]])  # the third step has failed
+        2
 
     See also :class:`cspd.EntropyDraft`, which ends a window while it is drafted.
     """
@@ -183,7 +217,7 @@ class AdaptiveDraft:
     memory: float
     first: int
 
-    def __init__(self, bound: float = 0.9, most: int = 16, memory: float = 0.5, *, first: int = 4):
+    def __init__(self, bound: float = 0.9, most: int = 16, memory: float = 0.5, *, first: int = 4) -> None:
         if not isinstance(bound, Real) or not 0 < bound <= 1:
             raise InvalidInput(f"expected bound in (0, 1], got {bound!r}")
         if not isinstance(memory, Real) or not 0 <= memory < 1:
@@ -197,7 +231,7 @@ class AdaptiveDraft:
         return f"AdaptiveDraft({self.bound}, {self.most}, {self.memory}, first={self.first})"
 
     def __call__(self, windows: list[list[float]]) -> int:
-        """Steps of the next window; ``windows`` holds the mean of min(1, r) by step for each so far."""
+        """Steps of the next window. ``windows`` holds, for each window so far, the mean of min(1, r) of each step."""
         if not windows:
             return min(self.first, self.most)
         expected: list[float] = []

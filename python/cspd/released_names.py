@@ -1,4 +1,4 @@
-"""What the released code calls otherwise: its names are accepted beside those of this package, and mean the same."""
+"""The released code's names of arguments. They are accepted beside those of this package, and mean the same."""
 
 from __future__ import annotations
 
@@ -6,12 +6,16 @@ import functools
 import inspect
 from collections.abc import Callable
 from operator import attrgetter
+from typing import Any, ParamSpec, TypeVar
 
 from .errors import WrongType
 
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
-def released_names(**names: str) -> Callable[[Callable], Callable]:
-    """Decorator: where a call gives the keyword ``released``, ``ours`` is meant, for every ``released="ours"``.
+
+def released_names(**names: str) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
+    """Decorator: for every ``released="ours"``, a call may give the keyword ``released`` in place of ``ours``.
 
     The signature stays the function's own.
 
@@ -19,11 +23,11 @@ def released_names(**names: str) -> Callable[[Callable], Callable]:
         TypeError: at a call that gives an argument by both of its names, or by its place and the released one.
     """
 
-    def decorate(function: Callable) -> Callable:
+    def decorate(function: Callable[_P, _R]) -> Callable[_P, _R]:
         order = list(inspect.signature(function).parameters)
 
         @functools.wraps(function)
-        def call(*args, **kwargs):
+        def call(*args: Any, **kwargs: Any) -> _R:
             for released, ours in names.items():
                 if released not in kwargs:
                     continue

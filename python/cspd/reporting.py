@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable
-from typing import TextIO
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -32,15 +31,17 @@ class Meter:
         self._recorder, self._seen, self._latest = recorder, 0, (0.0, 0.0)
         self._sums: torch.Tensor | None = None  # (2,) float64 on the device: accepted and judged tokens
         device = recorder.device
-        self._copy: tuple[torch.Tensor, torch.cuda.Event] | None = None
+        self._flying = False  # a copy to the host
         # Allocated here, before the run's first kernel: that may wait for a device.
-        self._room = (_pinned(2), torch.cuda.Event()) if device.type == "cuda" else None
+        self._room: tuple[torch.Tensor, Any] | None = None
+        if device.type == "cuda":
+            self._room = _pinned(2), _event()
 
     def read(self) -> float | None:
         """The acceptance now; the host waits for the device."""
-        self._add_up()
-        if self._sums is not None:
-            self._latest = tuple(self._sums.tolist())
+        sums = self._add_up()
+        if sums is not None:
+            self._latest = _read(sums)
         return self._acceptance()
 
     def latest(self) -> float | None:
@@ -48,21 +49,21 @@ class Meter:
         if self._room is None:
             return self.read()
         told, event = self._room
-        if self._copy is not None and event.query():
-            self._latest, self._copy = tuple(_read(told)), None
-        if self._copy is None and self._add_up():
-            told.copy_(self._sums, non_blocking=True)
+        if self._flying and event.query():
+            self._latest, self._flying = _read(told), False
+        if not self._flying and (sums := self._add_up()) is not None:
+            told.copy_(sums, non_blocking=True)
             event.record(torch.cuda.current_stream(self._recorder.device))
-            self._copy = self._room
+            self._flying = True
         return self._acceptance()
 
-    def _add_up(self) -> bool:
-        """Count what was judged since the last time; whether there was anything."""
+    def _add_up(self) -> torch.Tensor | None:
+        """The sums, where something was judged since the last time."""
         new, self._seen = self._recorder.judged(self._seen)
         if new is None:
-            return False
+            return None
         self._sums = new if self._sums is None else self._sums + new
-        return True
+        return self._sums
 
     def _acceptance(self) -> float | None:
         accepted, judged = self._latest
@@ -91,8 +92,7 @@ class Reporter:
         callback: Callback | None = None,
     ):
         self._steps, self._images, self._callback = steps, images, callback
-        self._title = f"{what}, {count(images, 'image')}"
-        self._bar: Bar | None = Bar(self._title, len(steps)) if progress else None
+        self._bar = Bar(f"{what}, {count(images, 'image')}", len(steps)) if progress else None
         self._meter = Meter(recorder) if recorder is not None and self.tells else None
 
     @property
@@ -101,8 +101,6 @@ class Reporter:
         return self._bar is not None or self._callback is not None
 
     def __enter__(self) -> Reporter:
-        if self._bar is not None:
-            self._bar.open()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -119,39 +117,48 @@ class Reporter:
             phase, step, len(self._steps), known * self._images, length * self._images, self._images, self._meter
         )
         if self._bar is not None:
-            self._bar.show(seen)
+            self._bar.show(seen, step)
         if self._callback is not None:
             self._callback(seen)
 
 
 class Bar:
-    """A tqdm bar with description, phase, tokens and acceptance, drawn anew at most every half second."""
+    """A tqdm bar with description, phase, tokens and acceptance, drawn anew at most every half second.
 
-    def __init__(self, title: str, total: int, unit: str = "step", file: TextIO | None = None):
-        self._options = {"desc": title, "total": total, "unit": unit, "file": file}
-        self._bar: tqdm | None = None
+    Args:
+        title: its first words. total: where it ends, counted in ``unit``; it begins at ``initial``.
+        shown: False draws nothing at all.
+    """
+
+    def __init__(self, title: str, total: int, unit: str = "step", initial: int = 0, shown: bool = True):
+        self._bar = tqdm(desc=title, total=total, unit=unit, initial=initial, disable=not shown)
         self._last: Progress | None = None
-        self._next = 0.0
-
-    def open(self) -> None:
-        """Draw it for the first time."""
-        self._bar = tqdm(**{**self._options, "file": self._options["file"] or sys.stderr})
         self._next = time.monotonic() + REFRESH
 
-    def show(self, seen: Progress) -> None:
-        """Move it, and draw it where that is due."""
-        self._bar.n, self._last = seen.step, seen
+    def show(self, seen: Progress, at: int | None = None) -> None:
+        """Take what it tells from here, move it to a place if one is given, and draw it if that is due."""
+        self._bar.n, self._last = self._bar.n if at is None else at, seen
         if time.monotonic() >= self._next:
             self._next = time.monotonic() + REFRESH
             self._bar.set_postfix_str(line(seen), refresh=True)
 
+    def move(self, at: int) -> None:
+        """Move it to a place, and draw it if it was elsewhere."""
+        if at != self._bar.n:
+            self._bar.n = at
+            self._bar.refresh()
+
     def close(self) -> None:
         """Draw it for the last time, and leave it there."""
-        if self._bar is None:
-            return
         if self._last is not None:
             self._bar.set_postfix_str(line(self._last), refresh=False)
         self._bar.close()
+
+    def __enter__(self) -> Bar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 def line(seen: Progress) -> str:
@@ -159,6 +166,11 @@ def line(seen: Progress) -> str:
     acceptance = seen.recent_acceptance
     told = "" if acceptance is None else f", acceptance {100 * acceptance:.1f} %"
     return f"{seen.phase}, {seen.tokens} of {count(seen.total, 'token')}{told}"
+
+
+def title_of(alone: bool, verify: str) -> str:
+    """A bar's first words. ``alone``: everything is pre-filled. ``verify``: the runner's."""
+    return "target alone" if alone else "strict" if verify == "strict" else "speculative"
 
 
 def count(number: int, name: str) -> str:
@@ -171,5 +183,11 @@ def _pinned(size: int) -> torch.Tensor:
     return torch.empty(size, dtype=torch.float64, device="cpu", pin_memory=True)
 
 
-def _read(told: torch.Tensor) -> list[float]:
-    return told.tolist()
+def _event() -> Any:
+    event: Any = torch.cuda.Event
+    return event()
+
+
+def _read(told: torch.Tensor) -> tuple[float, float]:
+    accepted, judged = told.tolist()
+    return accepted, judged

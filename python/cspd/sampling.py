@@ -84,8 +84,8 @@ class Sampling:
     def _made(self, schedule: Schedule, count: int | None) -> Schedule:
         if schedule.betas is None or schedule.width is not None:
             raise InvalidInput(
-                f"expected a head of a noise schedule for {self}, got {schedule!r}: its number of steps is set where "
-                "it is made"
+                f"expected a head with a noise schedule for {self}, got {schedule!r}: set its number of steps where "
+                "you build it"
             )
         if count is not None and count > schedule.num_steps:
             raise InvalidInput(f"expected sampling_steps up to the head's own {schedule.num_steps}, got {count}")

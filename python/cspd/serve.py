@@ -19,7 +19,7 @@ from cspd_kernels.ops.accept_reject import MOST_CANDIDATES
 
 from .check_heads import learned_variance
 from .checks import VERIFY
-from .demo.picture import COLOURS, to_pixels
+from .demo.picture import to_pixels
 from .errors import InvalidInput
 from .speculative import SpecDecodeRunner
 from .stats import OUTCOMES
@@ -27,6 +27,7 @@ from .stats import OUTCOMES
 MAX_SEED = 2**32 - 1
 MAX_GUIDANCE = 10.0
 MAX_BRANCHES = 4  # a round of gamma steps is nearly as many times gamma rows of the batch for the target
+COLOURS = ((120, 120, 120), (70, 160, 90), (235, 150, 40), (200, 50, 50))  # one for each of OUTCOMES
 NAMES = dict(zip(OUTCOMES, ("pre-filled", "accepted", "redrawn", "fell back to the target's")))
 
 
@@ -170,12 +171,9 @@ def verification(verify, candidates, branches) -> dict:
     candidates = whole("the candidates", candidates, 1, MOST_CANDIDATES)
     branches = whole("the branches", branches, 1, MAX_BRANCHES)
     if branches > 1 and verify != "strict":
-        raise InvalidInput(f"Expected strict verification with {branches} branches: in windows there is one.")
+        raise InvalidInput(f"Expected strict verification for {branches} branches: windows have one.")
     if branches > candidates:
-        raise InvalidInput(
-            f"Expected at most as many branches as candidates, each of which one continues, got {branches} and "
-            f"{candidates}."
-        )
+        raise InvalidInput(f"Expected at most as many branches as candidates, got {branches} and {candidates}.")
     plain = verify == "window" and candidates == 1
     return {
         "verify": verify,

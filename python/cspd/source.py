@@ -22,10 +22,10 @@ _PLAIN = {int, float, bool, str}
 class Source:
     """What a network looked like when it was packed, but for the values of its weights.
 
-    It is asked at every call, and walking the module tree would take longer than everything else the
-    host does there: the tables that the modules keep their children, weights and hooks in are
-    remembered and compared instead. It holds the parameters and not their memory, so that a model
-    that moves on leaves none behind; when that memory goes, ``released`` is called at once.
+    It is checked at every call. Walking the module tree would take longer than everything else that the host does
+    there. So it remembers the tables in which the modules keep their children, weights and hooks, and compares those.
+    It holds the parameters but not their memory, so a model that moves leaves none behind. When that memory is freed,
+    ``released`` is called at once.
 
     Attributes:
         spec: what the network computes.

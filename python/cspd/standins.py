@@ -53,8 +53,8 @@ def autoregressive_step() -> tuple[int, int]:
     first, of = getattr(_thread, "passes", None) or (0, None)
     if of is None:
         raise CallError(
-            "a head patched with a pair of sampling_steps expected to be called by its model's sample_tokens with "
-            "num_iter, whose autoregressive steps the pair is for: call that, or patch with one number"
+            "a head patched with a pair of sampling_steps expected a call from its model's sample_tokens with "
+            "num_iter: the pair follows its autoregressive steps. Call that, or patch with one number"
         )
     return min(loops_entered() - 1 - first, of - 1), of
 
@@ -193,10 +193,10 @@ class WatchedMoves(StandIn):
 
 
 class WholeSampling(StandIn):
-    """A model's ``sample_tokens``, by the whole sampler of the patch in charge of its head, or its own, whose calls of
-    the head are counted for a patch that makes other steps at each.
+    """A model's ``sample_tokens``: by the whole sampler of the patch in charge of its head, or the model's own.
 
-    It holds no patch, and no patch holds it: a copy of the head alone must not carry the model.
+    Calls of the head in the model's own are counted, for a patch with other denoising steps at each. This object holds
+    no patch, and no patch holds it: a copy of the head alone must not carry the model.
     """
 
     names = ("sample_tokens",)

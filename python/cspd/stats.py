@@ -112,7 +112,16 @@ class RunStats:
         return f"{kept}, {calls}, {self.seconds['total']:.3f} s"
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but the maps of tokens, as values that JSON has."""
+        """Everything but the maps of tokens, as values that JSON has.
+
+        Example:
+            >>> import cspd
+            >>> from cspd.demo.pair import load_pair
+            >>> target, draft = load_pair()
+            >>> stats = cspd.SpecDecodeRunner(draft, target).run(1, steps=4, gamma=2, seed=0).stats
+            >>> stats.to_dict()["gammas"]
+            [2, 1]
+        """
         return {name: value for name, value in vars(self).items() if not isinstance(value, torch.Tensor)}
 
 
@@ -151,14 +160,15 @@ class Recorder:
         self._gammas: list[int] = []
         self._rows: list[int] = []
         self._prefills = 0
-        self._spans: list[tuple[str, object, object]] = []
+        self._spans: list[tuple[str, Any, Any]] = []
         self._stats: RunStats | None = None
         self._cuda = outcome.device.type == "cuda"
         self._start = self._now()
 
-    def _now(self):
+    def _now(self) -> Any:
+        """A moment: an event of the device, or seconds."""
         if self._cuda:
-            event = torch.cuda.Event(enable_timing=True)
+            event: Any = _timing_event()
             event.record(torch.cuda.current_stream(self.outcome.device))
             return event
         return time.perf_counter()
@@ -226,22 +236,21 @@ class Recorder:
         for name, start, end in self._spans:
             taken = start.elapsed_time(end) / 1e3 if self._cuda else end - start
             seconds[name] = seconds.get(name, 0.0) + taken
-        ways = 3 + self._candidates
-        like = dict(dtype=torch.float32, device="cpu")
-        sums = [sums[: ways + 3] for sums in self._sums]
-        sums = torch.stack(sums).cpu() if sums else torch.zeros(0, ways + 3, **like)
-        gammas, per_round = torch.tensor(self._gammas, **like), None
+        ways, cpu = 3 + self._candidates, torch.device("cpu")  # whatever the caller's default device
+        rows = [sums[: ways + 3] for sums in self._sums]
+        sums = torch.stack(rows).cpu() if rows else torch.zeros(0, ways + 3, dtype=torch.float32, device=cpu)
+        gammas, per_round = torch.tensor(self._gammas, dtype=torch.float32, device=cpu), None
         if self._verify == "strict":
             counts, moved, images = sums[:, ways:].unbind(1)
             done = images == 0  # a round that was launched before the host knew that there was nothing left
             sums, counts, gammas = sums[~done], counts[~done], gammas[~done]
             per_round = float(moved.sum() / images.sum()) if len(sums) else None
         else:
-            counts = torch.tensor(self._tokens, **like)
+            counts = torch.tensor(self._tokens, dtype=torch.float32, device=cpu)
             per_round = float(gammas.mean()) if len(sums) else None
         drafted, sums = int(counts.sum()), sums[:, :ways]
         means = sums / counts[:, None].clamp(min=1)
-        total = (sums.sum(0) / drafted).tolist() if drafted else [None] * ways
+        total: list[float | None] = (sums.sum(0) / drafted).tolist() if drafted else [None] * ways
         return RunStats(
             acceptance=total[0],
             raw_acceptance=total[1],
@@ -264,12 +273,17 @@ class Recorder:
         )
 
 
+def _timing_event() -> Any:
+    event: Any = torch.cuda.Event
+    return event(enable_timing=True)
+
+
 class _Span:
     def __init__(self, recorder: Recorder, name: str):
         self.recorder, self.name = recorder, name
 
-    def __enter__(self):
+    def __enter__(self) -> None:
         self.start = self.recorder._now()
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         self.recorder._spans.append((self.name, self.start, self.recorder._now()))

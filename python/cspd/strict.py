@@ -1,19 +1,19 @@
 """Strict verification: a drafted step is judged given what was kept before it, and what follows a rejection is undone.
 
-One round: the draft draws gamma steps of every image from its own next step; one pass of the target looks at every
-prefix (:class:`cspd.tree.Tree`); one launch judges all tokens; :func:`cspd.tree.walk` says which steps are kept. Images
-go on at different places, each by one step a round at least.
+In one round the draft draws gamma steps of every image, from that image's own next step. One pass of the target looks
+at every prefix (:class:`cspd.tree.Tree`). One launch judges all tokens. :func:`cspd.tree.walk` says which steps are
+kept. Images go on at different places, each by at least one step a round.
 
-**What is exact.** By the criterion ``"last_step"``, at relaxation 1, the tokens have exactly the distribution of the
+**What is exact.** With the criterion ``"last_step"`` and relaxation 1, the tokens have exactly the distribution of the
 target whose last denoising step adds its noise, up to rounding. A token's context is the one that the target alone
-would have had; given it and the noise of the other steps the draft's token and the target's are two Gaussians, and
-the test and the redrawing keep the target's (:func:`cspd_kernels.accept_reject`). With several candidates that needs
-heads with one sigma.
+would have had. Given it and the noise of the other steps, the draft's token and the target's are two Gaussians. The
+test and the redrawing keep the target's (:func:`cspd_kernels.accept_reject`). Several candidates need heads with one
+sigma for that.
 
-A step that is undone is drafted again from the same noise. What is kept of a step is a function of the tokens before it
-and of its own noise, whenever it is drafted; and no token before it depends on its noise. So that noise is as good as
-new, and how many steps a round drafts, in how many branches, or what ends a window, has no part in the tokens. It is
-not so with a relaxation policy that looks at more than that, at the steps behind, say.
+A step that is undone is drafted again from the same noise. What is kept of a step depends on the tokens before it and
+on its own noise, whenever it is drafted. No token before it depends on its noise. So that noise is as good as new. The
+tokens do not depend on how many steps a round drafts, in how many branches, or on what ends a window. The exception is
+a relaxation policy that looks at more than that, for example at later steps.
 
 **What is not.** Tokens that fell back to the target's aligned sample (``RunStats.fallback``: out of tries, or a
 closed form beyond six sigma). ``target_sigma`` where the sigmas differ. Sweeps to a ``parallel_tol`` coarser than
@@ -198,8 +198,11 @@ def _draw(state: RunState, model: Model, plan: Pass, tokens: torch.Tensor) -> Dr
 
 
 def _look(state: RunState, plan: Pass, tokens, steps, room: int, guess) -> tuple[Drawn, torch.Tensor | None]:
-    """The target's pass over all rows; for a policy that looks ahead also its hidden states of the step behind each
-    row's own, from the same known tokens: more positions for the decoder's last layer."""
+    """The target's pass over all rows.
+
+    For a policy that looks ahead it also gives the hidden states of the step after each row's own, from the same known
+    tokens. Those are more positions for the decoder's last layer.
+    """
     model, most = state.target, plan.where.shape[1]
     ahead = getattr(state.relaxation, "looks_ahead", False)
     seen = state.plan.ragged(steps, plan.image, room, steps=2) if ahead else plan

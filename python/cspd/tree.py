@@ -1,9 +1,9 @@
 """The rows of a round of strict verification, and which of its steps are kept.
 
-A round drafts ``gamma`` steps of every image. The first is drawn once; each of its first ``branches`` candidates is
-taken for known by a branch of its own, which draws the later steps. So a round has ``B (1 + branches (gamma - 1))``
-rows, one for every set of known tokens that a step is drawn from: B of the first step, then, step by step, image by
-image and branch by branch. A step takes up the room of ``m`` tokens, of which some may only fill up.
+A round drafts ``gamma`` steps of every image. The first is drawn once. Each of its first ``branches`` candidates has a
+branch of its own, which takes it as known and draws the later steps. So a round has ``B (1 + branches (gamma - 1))``
+rows, one for every set of known tokens that a step is drawn from. The first B rows are the first step's. The others go
+step by step, image by image and branch by branch. A step has room for ``m`` tokens, of which some may be padding.
 """
 
 from __future__ import annotations
@@ -62,10 +62,11 @@ def walk(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(branch (B,), kept (B,)): the branch that an image goes on in, and how many of its steps are kept.
 
-    The tokens of a step do not see each other: all of them are kept, accepted or redrawn. Behind the first step the
-    walk goes on in the first branch whose candidates are just those that were accepted; behind a later one, where all
-    of its tokens were accepted as candidate 0, which the steps behind it were drafted from. Whatever comes after is
-    undone. Nothing of a step's own noise decides whether it is kept, so that it may be drafted again from the same.
+    The tokens of a step do not see each other: all of them are kept, accepted or redrawn. After the first step the walk
+    goes on in the first branch whose candidates are just those that were accepted. After a later step it goes on only
+    if all tokens were accepted as candidate 0, because the next steps were drafted from that one. Whatever comes after
+    is undone. A step's own noise does not decide whether the step is kept, so it may be drafted again from the same
+    noise.
 
     Args:
         candidate: (R, m) int32, which candidate of a token was accepted, -1 none. valid: (R, m) bool, False for a token

@@ -69,7 +69,7 @@ def why_unreadable(error: Exception) -> str:
         name = found[1] or found[2]
         kind = "a NumPy value that is no number, " if name.startswith("numpy.") else ""
         return (
-            f"it holds {kind}{name}, which weights_only loading does not take as it may run code: "
+            f"it holds {kind}{name}, which weights_only loading refuses because it may run code: "
             "save the model's state dict alone"
         )
     found = re.search(r"WeightsUnpickler error:\s*(.+)", text)

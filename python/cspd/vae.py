@@ -53,11 +53,12 @@ class Vae:
         """Pictures (B, 3, h stride, w stride), float32 about [-1, 1], of latents (B, c, h, w) on any device.
 
         Args:
-            latents: what ``sample_tokens`` returns: the VAE's own times 0.2325.
-            chunk: pictures of 256 x 256 at a time, larger ones fewer, at least one: it bounds the memory.
+            latents: what ``sample_tokens`` returns, which is the VAE's own latents times 0.2325.
+            chunk: how many pictures of 256 x 256 are decoded at a time, which bounds the memory. Larger pictures come
+                in smaller chunks, of at least one.
 
         Raises:
-            ValueError: another number of channels.
+            InvalidInput: the latents have another number of channels.
         """
         if latents.ndim != 4 or latents.shape[1] != self.channels:
             raise InvalidInput(f"expected latents (B, {self.channels}, h, w), got shape {tuple(latents.shape)}")
@@ -73,20 +74,20 @@ class Vae:
         return images
 
     def check(self, model: nn.Module) -> None:
-        """Raise where a MAR's latents are not this VAE's.
+        """Raise if a MAR's latents are not this VAE's.
 
         Raises:
-            ValueError: other channels, or a stride other than the one the model was trained for, if that is known.
+            InvalidInput: other channels, or another stride than the model was trained for, if that is known.
         """
         channels, stride = (getattr(model, name, None) for name in ("vae_embed_dim", "vae_stride"))
         if channels not in (None, self.channels):
             raise InvalidInput(
-                f"expected a VAE of {channels} channels, those of the model's latents (its patch size is "
+                f"expected a VAE of {channels} channels, as in the model's latents (its patch size is "
                 f"{getattr(model, 'patch_size', 1)}), got one of {self.channels}: {self.loaded}"
             )
         if stride not in (None, 1, self.stride):  # 1: of a model that was made in places of its latents
             raise InvalidInput(
-                f"expected a VAE of stride {stride}, the model's, got one of {self.stride}: {self.loaded}"
+                f"expected a VAE of stride {stride}, as in the model, got one of {self.stride}: {self.loaded}"
             )
 
 
@@ -95,8 +96,15 @@ def load_vae(path: str | Path, *, device: torch.device | str = "cpu", dtype: tor
 
     Its sizes are read from the weights. The encoder is not loaded. Nothing in the file is executed.
 
+    Args:
+        dtype: what it decodes in, float32 or bfloat16, also by name.
+
     Raises:
-        RuntimeError: diffusers is not installed. FileNotFoundError, ValueError: no such file, or no such VAE in it.
+        MissingPackage: diffusers is not installed. FileNotFoundError: no such file. CheckpointError: no such VAE in it.
+
+    Example:
+        >>> vae = cspd.load_vae("kl16.ckpt", device="cuda", dtype="bfloat16")  # doctest: +SKIP
+        >>> pictures = vae.decode(cspd.sample_tokens(model, 8, cfg=3.0))  # doctest: +SKIP
     """
     dtype = as_dtype(dtype, "load_vae", (torch.float32, torch.bfloat16))
     autoencoder_class = _autoencoder_class()
@@ -107,8 +115,10 @@ def load_vae(path: str | Path, *, device: torch.device | str = "cpu", dtype: tor
         with torch.device("meta"):
             autoencoder = autoencoder_class(**config)
         autoencoder.encoder = autoencoder.quant_conv = None
-        form: dict[str, Any] = dict(device=device, dtype=dtype, copy=True, memory_format=torch.contiguous_format)
-        renamed = {name: value.to(**form) for name, value in to_diffusers(state).items()}
+        form = torch.contiguous_format
+        renamed = {
+            name: value.to(device, dtype, copy=True, memory_format=form) for name, value in to_diffusers(state).items()
+        }
         if reason := why_not_its_weights(autoencoder.state_dict(), renamed, "a VAE of LTH14/mar (diffusers' names)"):
             raise CheckpointError(reason)
     except ValueError as error:
@@ -148,7 +158,7 @@ def vae_weights(path: Path, parts: tuple[str, ...] = ("decoder", "post_quant_con
     state = {own.sub("", name, count=1): value for name, value in state.items() if own.match(str(name))}
     if any(name.startswith("decoder.up_blocks.") for name in state):
         raise CheckpointError(
-            f"expected a VAE with the names of LTH14/mar's kl16.ckpt in {path}, got those of diffusers"
+            f"expected a VAE with the names of LTH14/mar's kl16.ckpt in {path}, got the names of diffusers"
         )
     check_weights(state, path)
     return replace(found, tensors=state, prefix=prefix)
@@ -200,8 +210,7 @@ def decoder_config(state: dict[str, torch.Tensor]) -> dict[str, Any]:
     channels = shape("post_quant_conv.weight")[1]
     if channels != shape(_MARKER)[1]:
         raise CheckpointError(
-            f"expected as many channels in the latents as in front of the decoder, got {channels} and "
-            f"{shape(_MARKER)[1]}"
+            f"expected as many channels in the latents as the decoder takes, got {channels} and {shape(_MARKER)[1]}"
         )
     if any(width % _GROUPS for width in widths):
         raise CheckpointError(f"expected widths that are multiples of {_GROUPS}, got {widths}")

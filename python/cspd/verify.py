@@ -145,15 +145,17 @@ def check_loop(call: Call, diffusion) -> Meaning:
                 failure = failure or error
                 continue
             if served is None:
-                raise CannotRunError("its loop on a copy is called otherwise")
+                raise CannotRunError("its loop is called with other arguments on a copy")
             (meaning,) = served.meanings.values()
             return meaning
     raise failure
 
 
 def _compare(make: Callable[..., Copies], run: Callable[[Copies], object], what: str):
-    """(trial of its own code, trial of the kernels, what that returned) over all steps, by the first meaning of its
-    calls that agrees; (trial, None, None) where its own code made no call that is served."""
+    """(trial of its own code, trial of the kernels, what the kernels returned), over all steps.
+
+    The first meaning of its calls that agrees is used. (trial, None, None) if its own code made no call that is served.
+    """
     owns: list[tuple[int | None, Run, Trial]] = []
     for steps in (None, _LAST):
         try:
@@ -188,7 +190,7 @@ def _serve(make, run, what: str, meanings: dict, steps: int | None, own: Run, tr
     try:
         served = seeded(lambda: run(copies), copies.diffusions)
     except Exception as error:
-        raise DiffersError(f"{what} runs, and through the kernels it raises {first_line(error)}") from error
+        raise DiffersError(f"{what} runs, but with the kernels it raises {first_line(error)}") from error
     if copies.trial.served != len(trial.calls):  # its own code ran twice, which compares nothing
         raise CannotRunError(f"the kernels did not serve it: {'; '.join(copies.trial.reasons)}")
     guided = next((call for call in trial.calls if call.groups > 1), None)
@@ -228,7 +230,7 @@ def plain_calls(net: nn.Module, loop: str, steps: int) -> list[Call]:
     """
     spec = spec_of(net)
     if spec.condition != "linear":
-        raise CannotRunError("what its condition is made of is not known before it is called")
+        raise CannotRunError("its conditions are only known when it is called")
     given = [None]
     if loop == LOOPS[1]:
         given.append(spec.parts.input.weight.new_empty(steps, 0, spec.channels))
@@ -282,14 +284,14 @@ def same(own: Run, served: Run, guided: Call | None, what: str, net: nn.Module) 
     for a, b in zip(expected, actual):
         if a.shape != b.shape or a.dtype != b.dtype:
             theirs, ours = (f"{v.dtype} {tuple(v.shape)}" for v in (a, b))
-            raise DiffersError(f"{what} returns {theirs}, through the kernels it returns {ours}")
+            raise DiffersError(f"{what} returns {theirs}, with the kernels it returns {ours}")
         if guided is not None and a.numel() == math.prod(guided.shape):
             a, b = (v.reshape(-1, guided.shape[-1])[: guided.rows] for v in (a, b))
         error = difference(a, b)
         if not error <= tolerance(net):
             raise DiffersError(f"{what} and the kernels' differ by {error:.2g} of the largest value")
     if len(own.states) != len(served.states) or not all(map(torch.equal, own.states, served.states)):
-        raise DiffersError(f"{what} leaves the random number generators in another state than the kernels do")
+        raise DiffersError(f"{what} leaves the random number generators in a different state than the kernels")
     if missing := own.kept - served.kept:
         names = ", ".join(sorted(name.split(".", 1)[1] for name in missing))
         raise DiffersError(f"{what} also sets {names} of its diffusion object, which the kernels do not")

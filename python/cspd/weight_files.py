@@ -78,12 +78,14 @@ def read_unchecked(path: Path, entry: str | None = None) -> Weights:
     if not path.is_file():
         raise FileNotFoundError(f"expected a checkpoint file, found none at {path}")
     if re.search(r"-\d{5}-of-\d{5}\.", path.name):
-        raise CheckpointError(f"expected all weights in one file, got a part of them, {path}: save them in one")
+        raise CheckpointError(
+            f"expected all weights in one file, got one part of several, {path}: save them in one file"
+        )
     if path.suffix == ".safetensors":
         tensors, header = _read_safetensors(path)
         source = header["weights"] if header.get("weights") in ENTRIES else _PLAIN
         if entry not in (None, source):
-            raise CheckpointError(f"expected {entry} in {path}, which does not say that it holds it")
+            raise CheckpointError(f"expected {entry} in {path}, but the file does not say that it has it")
         return _told(path, tensors, source, _facts(header), "its header")
     loaded = _read_pickled(path)
     entries = ENTRIES if entry is None else (entry,)
@@ -125,7 +127,7 @@ def _told(path: Path, tensors: object, source: str, facts: dict[str, int], told_
     try:
         content = json.loads(config.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise CheckpointError(f"expected JSON in {config}, which stands beside {path.name}: {error}") from error
+        raise CheckpointError(f"expected JSON in {config}, beside {path.name}: {error}") from error
     return Weights(path, tensors, source, _facts(content), "config.json")
 
 
@@ -160,7 +162,7 @@ def check_weights(state: object, path: Path) -> None:
                 f"of type {type(value).__name__}"
             )
         if re.search(r"(^|[._])flat_param", name):
-            raise CheckpointError(f"expected weights in shapes of their own in {path}, got {name}: {UNFLATTEN}")
+            raise CheckpointError(f"expected weights in their original shapes in {path}, got {name}: {UNFLATTEN}")
         if value.dtype not in _TYPES or value.layout is not torch.strided:
             kind = value.dtype if value.layout is torch.strided else value.layout
             raise CheckpointError(
@@ -169,7 +171,7 @@ def check_weights(state: object, path: Path) -> None:
             )
 
 
-UNFLATTEN = "save a full state dict, as FSDP's StateDictType.FULL_STATE_DICT gives it"
+UNFLATTEN = "save a full state dict, with FSDP's StateDictType.FULL_STATE_DICT"
 
 
 def _common_prefix(state: dict[str, torch.Tensor], path: Path) -> str:

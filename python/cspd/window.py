@@ -138,11 +138,11 @@ def run_window(state: RunState, window: WindowPlan, phase: Phase = untimed) -> J
     Where the heads run in sweeps over all of their steps, the target's start from the draft's trajectories: both chains
     go from the same x_T through the same noise.
 
-    It works on device tensors and on tables made before, reads nothing and writes the state's buffers in place, so a
-    caller may capture it in a CUDA graph, after one call with the same sizes. Replayed, the graph reads and writes the
-    same buffers for the same positions, images and seed: keep the state, the window and the result as long as it, which
-    holds no reference to their tensors. The call before the capture moves what a relaxation policy
-    sees of the window before: for a first window, set ``state.previous_target_z`` to None again.
+    It works on device tensors and on tables made before, reads nothing back, and writes the state's buffers in place.
+    So a caller may capture it in a CUDA graph, after one call with the same sizes. A replay reads and writes the same
+    buffers for the same positions, images and seed. Keep the state, the window and the result as long as the graph: it
+    holds no reference to their tensors. The call before the capture changes what a relaxation policy sees of the window
+    before. For a first window, set ``state.previous_target_z`` to None again.
 
     Args:
         state, window: of :meth:`SpecDecodeRunner.begin` and ``state.plan.window(first, stop)``.
@@ -155,8 +155,8 @@ def run_window(state: RunState, window: WindowPlan, phase: Phase = untimed) -> J
     waiting = [model for model in (state.draft, state.target) if model.transformer.waits]
     if waiting and state.tokens.is_cuda and torch.cuda.is_current_stream_capturing():
         raise CallError(
-            "expected models whose conditions are computed by tables of indices inside a CUDA graph, got "
-            f"{waiting[0].name}, whose own methods wait for the device: run the window without a graph"
+            "expected models that do not synchronise inside a CUDA graph, got "
+            f"{waiting[0].name}, whose own methods do: run the window without a graph"
         )
     for step in window.drafts:
         with phase("draft"):
@@ -196,8 +196,10 @@ def conditions(
 
 
 def chains_of(state: RunState, model: Model, plan: Pass, z, guess=None, chains: int = 1, entropy=None):
-    """The chains (N chains, ...) of the N tokens of a pass, token by token, from their conditions z (R, n, Z) and the
-    entropies (B, n) of the attention, which a head that scales its x_T needs."""
+    """The chains (N chains, ...) of the N tokens of a pass, token by token, from their conditions z (R, n, Z).
+
+    A head that scales its x_T also needs the entropies (B, n) of the attention.
+    """
     x_T, noise = state.noise.of(plan, model.head, chains)  # noqa: N806
     if model.initial_scale is not None:
         scale = model.initial_scale(entropy).flatten()[:, None]

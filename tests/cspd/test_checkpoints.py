@@ -77,12 +77,12 @@ def test_clear_errors(tmp_path, model):
         torch.save(content, tmp_path / "m.pth")
         with pytest.raises(ValueError, match="expected a state dict"):
             load_mar(tmp_path / "m.pth")
-    with pytest.raises(ValueError, match="width 32 is unknown: give num_heads"):
+    with pytest.raises(ValueError, match="width 32 is unknown: pass num_heads"):
         mar_config(model.state_dict(), patch_size=1)
     with pytest.raises(ValueError, match=r"got one without 'class_emb.weight'"):
         mar_config({"weight": torch.ones(1)})
     short = {**model.state_dict(), "diffusion_pos_embed_learned": torch.ones(1, 15, 32)}
-    with pytest.raises(ValueError, match="as many tokens as a square has, got 15"):
+    with pytest.raises(ValueError, match="a square number of tokens, got 15"):
         mar_config(short, 2, 1)
 
 
@@ -145,7 +145,7 @@ def test_weights_that_are_arrays_are_refused(tmp_path, model):
 
 def test_what_is_refused_is_named(tmp_path, model):
     torch.save(model, tmp_path / "m.pth")
-    assert "it holds cspd.models.mar.MAR, which weights_only loading does not take" in refusal(tmp_path / "m.pth")
+    assert "it holds cspd.models.mar.MAR, which weights_only loading refuses" in refusal(tmp_path / "m.pth")
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
@@ -304,7 +304,7 @@ def test_the_patch_size_is_asked_for_where_it_is_in_doubt(tmp_path):
     torch.save(model.state_dict(), tmp_path / "m.pth")
     text = refusal(tmp_path / "m.pth", patch_size=None)
     assert "patch_size= to load_mar, or --patch-size to cspd generate" in text
-    assert "as 1 (4-channel latents) or 2 (1-channel latents)" in text
+    assert "It is 1 (4-channel latents) or 2 (1-channel latents)" in text
     loaded = load_mar(tmp_path / "m.pth", num_heads=2, patch_size=2)
     image = torch.arange(64.0).reshape(1, 1, 8, 8)
     assert torch.equal(loaded.patchify(image), model.patchify(image))

@@ -81,9 +81,12 @@ def test_a_patch_size_is_asked_for_where_it_is_in_doubt(tmp_path, capsys, monkey
     [
         (["demo", "--out", "no/such/folder/x.png"], "expected a folder for x.png"),
         (["demo", "--out", "x.jpg"], "expected --out with the ending .png"),
-        (["demo", "--num-images", "1"], "expected --num-images >= 2"),
+        (["demo", "--num-images", "3"], "expected --num-images >= 4"),
         (["demo", "--out", "x.png", "--json", "no/such/x.json"], "expected a folder for x.json"),
         (["demo", "--out", "x.png", "--json", "./x.png"], "expected --json as another file than --out"),
+        (["demo", "--out", "x.png", "--html", "no/such/x.html"], "expected a folder for x.html"),
+        (["demo", "--json", "x", "--html", "./x"], "expected --html as another file than --json"),
+        (["demo", "--seed", "-1"], "expected --seed in [0, 2^64), got -1"),
     ],
 )
 def test_wrong_input_is_one_line_and_status_2(command, message, capsys, tmp_path, monkeypatch):
@@ -95,11 +98,21 @@ def test_wrong_input_is_one_line_and_status_2(command, message, capsys, tmp_path
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("command", [[], ["demo", "--gamma", "0"], ["demo", "--num-images", "x"], ["fly"]])
-def test_usage_errors(command):
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ([], "required: command"),
+        (["demo", "--gamma", "0"], "argument --gamma: expected a whole number >= 1, got 0"),
+        (["demo", "--gamma", "4", "four"], "argument --gamma: expected a whole number >= 1, got four"),
+        (["demo", "--num-images", "0"], "argument --num-images: expected a whole number >= 1, got 0"),
+        (["fly"], "invalid choice: 'fly'"),
+    ],
+)
+def test_usage_errors(command, message, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(command)
     assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["junk.pth", "junk.safetensors", "other.safetensors"])
@@ -130,7 +143,7 @@ def no_work(monkeypatch):
 
 
 GENERATE = ["generate", "--labels", "1", "--steps", "1", "--out"]
-OUTPUTS = [["demo", "--out"], ["demo", "--json"], [*GENERATE, "run", "--grid"]]
+OUTPUTS = [["demo", "--out"], ["demo", "--json"], ["demo", "--html"], [*GENERATE, "run", "--grid"]]
 
 
 @pytest.mark.parametrize("command", OUTPUTS)
@@ -138,7 +151,10 @@ def test_a_folder_in_the_place_of_an_output_is_noticed_before_the_work(command, 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "x.png").mkdir()
     assert main([*command, "x.png"]) == 2
-    assert capsys.readouterr().err == f"cspd {command[0]}: expected {command[-1]} as a file, found a folder at x.png\n"
+    assert (
+        capsys.readouterr().err
+        == f"cspd {command[0]}: expected {command[-1]} to name a file, found a folder at x.png\n"
+    )
 
 
 @pytest.mark.parametrize("command", OUTPUTS)
@@ -150,7 +166,7 @@ def test_what_may_not_be_written_is_noticed_before_the_work(command, there, tmp_
     monkeypatch.setattr("cspd.files.os.access", lambda path, mode: path == tmp_path if there else path.name == "x.png")
     assert main([*command, "x.png"]) == 2
     error = capsys.readouterr().err
-    assert "that may be written" in error
+    assert "that is not writable" in error
     assert error.count("\n") == 1
 
 
@@ -159,11 +175,11 @@ def test_the_checkpoint_is_no_output(tmp_path, capsys):
     path.write_bytes(b"weights")
     command = [*GENERATE, str(tmp_path / "run"), "--target", str(path), "--vae", str(path), "--grid", str(path)]
     assert main(command) == 2
-    assert "expected --grid as another file than --target" in capsys.readouterr().err
+    assert "expected different files for --grid and --target" in capsys.readouterr().err
     assert path.read_bytes() == b"weights"
 
 
-@pytest.mark.parametrize("command", OUTPUTS[:2])
+@pytest.mark.parametrize("command", OUTPUTS[:3])
 def test_a_full_disk_destroys_nothing(command, tmp_path, capsys, monkeypatch):
     def full(descriptor):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -171,7 +187,7 @@ def test_a_full_disk_destroys_nothing(command, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "x.png").write_bytes(b"before")
     monkeypatch.setattr("cspd.files.os.fsync", full)
-    assert main([*command, "x.png", "--num-images", "2", "--gamma", "8"]) == 2
+    assert main([*command, "x.png", "--num-images", "4", "--gamma", "8"]) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"cspd {command[0]}: ")
     assert "could not write the file (No space left on device)" in error

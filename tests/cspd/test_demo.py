@@ -7,15 +7,13 @@ import json
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 
 import cspd
 from cspd.demo import pair as pair_module
-from cspd.demo import train
+from cspd.demo import run, train
 from cspd.demo.pair import DATA, load_model, load_pair
-from cspd.demo.picture import COLOURS
-from cspd.demo.quality import frechet_distance, reference_statistics
+from cspd.demo.quality import frechet_distance, real_digits, reference_statistics
 from cspd.demo.run import STEPS, generate, run_demo
 
 IMAGES = 512  # the default of `cspd demo`
@@ -44,7 +42,7 @@ def generated():
     labels = torch.arange(IMAGES) % 10
     rows = {None: generate(draft, target, labels, STEPS, None, 0)}
     rows |= {(g, r): generate(draft, target, labels, STEPS, g, 0, residual=r) for g, r in SPECULATIVE}
-    return {key: (images, figures, frechet_distance(images)) for key, (images, figures, _) in rows.items()}
+    return {key: (drawn.images, drawn.figures, frechet_distance(drawn.images)) for key, drawn in rows.items()}
 
 
 def test_target_alone_is_close_to_the_real_digits(generated):
@@ -73,11 +71,15 @@ def test_speculation_accepts_and_saves_target_calls(generated, gamma, residual, 
 def test_images_and_figures_do_not_depend_on_the_batches(monkeypatch):
     target, draft = load_pair()
     labels = torch.arange(7)
-    whole, figures, outcome = generate(draft, target, labels, STEPS, 4, 0)
+    whole = generate(draft, target, labels, STEPS, 4, 0)
     monkeypatch.setattr("cspd.demo.run.BATCH", 3)
-    parts, of_parts, outcome_of_parts = generate(draft, target, labels, STEPS, 4, 0)
-    assert (parts - whole).abs().max() < 1e-4
-    assert torch.equal(outcome_of_parts, outcome)
+    parts = generate(draft, target, labels, STEPS, 4, 0)
+    assert (parts.images - whole.images).abs().max() < 1e-4
+    assert torch.equal(parts.outcome, whole.outcome)
+    figures, of_parts = whole.figures, parts.figures
+    later = generate(draft, target, labels[4:], STEPS, 4, 0, 4)
+    assert (later.images - whole.images[4:]).abs().max() < 1e-4
+    assert later.probability.shape == (3, 16)
     for name in ("target_calls", "draft_calls"):
         assert of_parts[name] == 3 * figures[name]
     for name in ("raw_acceptance", "acceptance"):
@@ -95,37 +97,72 @@ def test_the_draft_is_clearly_smaller():
 
 def test_demo_prints_its_table_and_writes_its_files(tmp_path):
     lines = []
-    result = run_demo(6, [3], 1, tmp_path / "d.png", tmp_path / "d.json", echo=lines.append)
+    files = [tmp_path / f"d.{kind}" for kind in ("png", "json", "html")]
+    result = run_demo(9, [3, 3], 1, *files, echo=lines.append)
     names = ["target, 16 steps", "target, 8 steps", "target, 4 steps", "draft, 16 steps", "speculative, gamma 3"]
     assert [row["name"] for row in result["rows"]] == names
     assert [row["target_calls"] for row in result["rows"]] == [16, 8, 4, 0, 8]
     assert [row["draft_calls"] for row in result["rows"]] == [0, 0, 0, 16, 13]
+    assert (result["num_images"], result["timed_images"], result["timed_runs"]) == (9, 2, 3)
     text = "\n".join(lines)
     assert all(name in text for name in names)
-    assert json.loads((tmp_path / "d.json").read_text()) == json.loads(json.dumps(result))
-    assert all(row["seconds"] > 0 and row["frechet_distance"] > 0 for row in result["rows"])
-    picture = np.asarray(Image.open(tmp_path / "d.png"))
-    assert picture.shape[1] >= 6 * 70
-    for colour in COLOURS[:3]:  # the acceptance map and its legend
-        assert (picture == colour).all(-1).sum() > 100
+    assert all(
+        f"\n{word}: " in text for word in ("target", "draft", "gamma", "acceptance", "raw acceptance", "distance")
+    )
+    assert json.loads(files[1].read_text()) == json.loads(json.dumps(result))
+    assert all(0 < row["seconds_min"] <= row["seconds"] <= row["seconds_max"] for row in result["rows"])
+    target, draft = load_pair()
+    labels = torch.arange(9) % 10
+    for row, model, gamma in ((result["rows"][0], target, None), (result["rows"][4], target, 3)):
+        whole = generate(draft, model, labels, STEPS, gamma, 1)  # in one run: the same digits
+        assert row["frechet_distance"] == pytest.approx(frechet_distance(whole.images), rel=1e-4)
+        assert row["acceptance"] == pytest.approx(whole.figures["acceptance"], rel=1e-4)
+
+
+def test_the_seconds_are_the_median_of_the_timed_runs(monkeypatch):
+    made = []
+
+    def draw(draft, target, labels, steps, gamma, seed, first_image, **options):
+        made.append((steps, first_image, len(labels)))
+        figures = {"seconds": float(first_image), "target_calls": first_image, "draft_calls": 0, "drafted": len(labels)}
+        figures |= dict.fromkeys(("acceptance", "raw_acceptance"), first_image / 100)
+        many = torch.zeros(len(labels), 16)
+        return run.Drawn(torch.randn(len(labels), 1, 8, 8), figures, many, many)
+
+    monkeypatch.setattr(run, "generate", draw)
+    plan = [run.Way("a", "target", 16), run.Way("b", "draft", 8)]
+    a, b = run.draw({"target": 1, "draft": 2}, plan, run.parts(11), 0)
+    # The rows take turns; the first run, which warms up, has what the timed ones leave.
+    assert made == [(steps, first, count) for first, count in ((0, 5), (5, 2), (7, 2), (9, 2)) for steps in (16, 8)]
+    assert (a.figures["seconds"], a.figures["seconds_min"], a.figures["seconds_max"]) == (7.0, 5.0, 9.0)
+    assert (a.figures["target_calls"], a.figures["draft_calls"]) == (7, 0)
+    assert (b.figures["target_calls"], b.figures["draft_calls"]) == (0, 7)
+    assert a.figures["acceptance"] == pytest.approx((2 * 5 + 2 * 7 + 2 * 9) / 11 / 100)
+    assert len(a.images) == 11
+
+
+@pytest.mark.parametrize("images", [4, 7, 64, 512])
+def test_every_image_is_drawn_once(images):
+    runs = run.parts(images)
+    assert [i for part in runs for i in part] == list(range(images))
+    assert len(runs) == 4 and len({len(part) for part in runs[1:]}) == 1 and len(runs[0]) >= len(runs[1]) > 0
 
 
 def test_strict_rows_of_the_demo(tmp_path):
     lines = []
-    result = run_demo(6, [3], 1, tmp_path / "d.png", None, echo=lines.append, strict=True)
+    result = run_demo(8, [3], 1, tmp_path / "d.png", echo=lines.append, strict=True)
     noisy, strict = result["rows"][-2:]
     assert [row["name"] for row in (noisy, strict)] == ["target, 16 steps, noise", "strict, gamma 4"]
     assert (noisy["target_calls"], noisy["draft_calls"], noisy["acceptance"]) == (16, 0, None)
     assert noisy["frechet_distance"] != result["rows"][0]["frechet_distance"]
     assert strict["acceptance"] < 1 and strict["draft_calls"] > 13  # some steps were drafted again
-    assert "exactly the distribution of the row above" in "\n".join(lines)
+    assert "exactly the distribution of 'target, 16 steps, noise'" in "\n".join(lines)
     target, draft = load_pair()
-    labels = torch.arange(6)
     rule = dict(verify="strict", criterion="last_step", relaxation=1.0, residual="closed_form")
     runner = cspd.SpecDecodeRunner(draft, target, **rule)
-    images = runner.run(6, STEPS, 4, labels=labels, seed=1)
-    assert strict["frechet_distance"] == pytest.approx(frechet_distance(images), rel=1e-6)
-    assert (strict["target_calls"], strict["draft_calls"]) == (runner.stats.target_calls, runner.stats.draft_calls)
+    images = runner.run(8, STEPS, 4, labels=torch.arange(8), seed=1)
+    assert strict["frechet_distance"] == pytest.approx(frechet_distance(images), rel=1e-4)
+    assert strict["acceptance"] == pytest.approx(runner.stats.acceptance, rel=1e-4)
 
 
 def test_same_seed_same_digits():
@@ -162,6 +199,15 @@ def test_distance_matches_the_textbook_formula():
     assert frechet_distance(images) == pytest.approx(expected, rel=1e-6)
 
 
+def test_the_real_digits_that_are_shipped_are_real(digits):
+    images, labels = real_digits()
+    assert labels.tolist() == [*range(10)] * 4
+    every, of_every = digits
+    for image, label in zip(images, labels):
+        same = (every == image).flatten(1).all(1)
+        assert same.any() and of_every[same].tolist() == [int(label)] * int(same.sum())
+
+
 @pytest.mark.parametrize(
     ("images", "match"),
     [
@@ -182,6 +228,7 @@ def test_training_writes_a_loadable_pair(tmp_path):
     assert torch.equal(
         load_file(tmp_path / "reference.safetensors")["mean"], load_file(DATA / "reference.safetensors")["mean"]
     )
+    assert (tmp_path / "digits.safetensors").read_bytes() == (DATA / "digits.safetensors").read_bytes()
     first = load_file(tmp_path / "target.safetensors")
     train.main(["--out", str(tmp_path), "--steps", "3", "--draft-steps", "2"])
     again = load_file(tmp_path / "target.safetensors")

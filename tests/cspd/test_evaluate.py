@@ -101,14 +101,14 @@ def test_wrong_files_are_refused(small):
         with pytest.raises((ValueError, OSError), match=message):
             evaluate.evaluate(images, statistics)
 
-    refused("expected the images as a file, found none", folder / "nothing.npz")
-    refused("expected --fid as a file, found none", statistics=folder / "nothing.npz")
+    refused("expected a file for the images, found none", folder / "nothing.npz")
+    refused("expected a file for --fid, found none", statistics=folder / "nothing.npz")
     (folder / "empty").mkdir()
     refused("expected a folder of PNG files", folder / "empty")
     (folder / "text.npz").write_text("hello")
-    refused("text.npz is none", folder / "text.npz")
-    refused("text.npz is none", statistics=folder / "text.npz")
-    refused("without mu", statistics=folder / "images.npz")
+    refused("a .npz file for the images", folder / "text.npz")
+    refused("a .npz file for --fid", statistics=folder / "text.npz")
+    refused("found no mu", statistics=folder / "images.npz")
     for name, array in (("floats", pixels / 255), ("flat", pixels[..., 0])):
         np.savez(folder / f"{name}.npz", array)
         refused("as uint8 of shape", folder / f"{name}.npz")
@@ -157,13 +157,13 @@ def test_weights_of_torch_fidelity(tmp_path, monkeypatch):
         evaluate._inception(None)
     file = tmp_path / "weights.pth"
     file.write_bytes(b"no weights")
-    with pytest.raises(ValueError, match="as a file of weights alone"):
+    with pytest.raises(ValueError, match="to hold weights alone"):
         evaluate._inception(file)
     torch.save({"fc.weight": torch.zeros(1000, 2048)}, file)
-    with pytest.raises(ValueError, match="torchvision's is another network"):
+    with pytest.raises(ValueError, match="torchvision's Inception is another network"):
         evaluate._inception(file)
     torch.save({"fc.weight": torch.zeros(1008, 2048)}, file)
-    with pytest.raises(ValueError, match=r"expected .* as torch-fidelity's Inception"):
+    with pytest.raises(ValueError, match=r"expected .* to be torch-fidelity's Inception"):
         evaluate._inception(file)
 
     monkeypatch.setattr(inception, "load_state_dict_from_url", lambda *_, **__: {})

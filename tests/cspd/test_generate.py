@@ -124,7 +124,7 @@ def test_padding_is_told(tmp_path, quick, caplog):
         assert not caplog.messages
         assert main(["generate", "--labels", "1,2", "--batch-size", "5", "--out", str(tmp_path / "padded")]) == 0
     assert caplog.messages == [
-        "--batch-size 5 is more than the images: that many are computed, padding included, and 2 kept"
+        "--batch-size 5 is larger than the number of images: all of the batch is computed, and 2 images are kept"
     ]
 
 
@@ -240,13 +240,13 @@ def test_a_link_to_an_image_is_that_image(tmp_path, quick, capsys):
     assert main([*TEN, str(tmp_path / "out")]) == 0
     (tmp_path / "link.png").symlink_to(tmp_path / "out" / "000003.png")
     assert main([*TEN, str(tmp_path / "out"), "--grid", str(tmp_path / "link.png")]) == 2
-    assert "expected --grid as another file than those of the run" in one_line(capsys)
+    assert "expected --grid to name a file that the run does not write itself" in one_line(capsys)
 
 
 def test_a_link_that_leads_nowhere_is_no_folder(tmp_path, quick, capsys):
     (tmp_path / "out").symlink_to(tmp_path / "nothing")
     assert main([*TEN, str(tmp_path / "out")]) == 2
-    assert one_line(capsys) == f"expected --out as a folder, found a link that leads nowhere at {tmp_path / 'out'}"
+    assert one_line(capsys) == f"expected --out to name a folder, found a broken link at {tmp_path / 'out'}"
 
 
 def test_what_has_no_part_without_a_draft(tmp_path, checkpoints, quick, caplog):
@@ -255,7 +255,7 @@ def test_what_has_no_part_without_a_draft(tmp_path, checkpoints, quick, caplog):
     assert not caplog.messages
     assert main([*command, "--gamma", "3", "--prefill", "0.5", "--relaxation", "1", "--verify", "strict"]) == 0
     assert caplog.messages == [
-        "without --draft nothing is drafted, and these play no part: --gamma, --prefill, --relaxation, --verify"
+        "without --draft nothing is drafted; these options have no effect: --gamma, --prefill, --relaxation, --verify"
     ]
 
 
@@ -266,14 +266,14 @@ def test_what_has_no_part_without_a_draft(tmp_path, checkpoints, quick, caplog):
     ("options", "message"),
     [
         (["--labels", "3,12"], "expected labels in 0..9, got 12"),
-        ([], "expected --labels or --num-images, one of them"),
-        (["--labels", "3", "--num-images", "4"], "expected --labels or --num-images, one of them"),
+        ([], "expected either --labels or --num-images"),
+        (["--labels", "3", "--num-images", "4"], "expected either --labels or --num-images"),
         (["--labels", "3", "--classes", "4"], "expected --num-images together with --classes"),
         (["--num-images", "4", "--classes", "11"], "expected --classes at most the model's 10, got 11"),
         (["--labels", "1", "--draft", "d.pth"], "expected --target together with --draft"),
         (["--labels", "1", "--vae", "v.pth"], "expected --target together with --vae"),
         (["--labels", "1", "--num-sampling-steps", "9"], "expected --target together with --num-sampling-steps"),
-        (["--labels", "1", "--target", "t.pth"], "expected --vae, which makes pictures of latents, or --latents"),
+        (["--labels", "1", "--target", "t.pth"], "expected --vae to decode pictures, or --latents"),
         (["--labels", "1", "--target", "t.pth", "--latents", "--npz", "x"], "expected --vae together with --npz"),
         (["--labels", "1", "--target", "t.pth", "--latents"], "expected a checkpoint, found none at t.pth"),
         (["--labels", "1", "--batch-size", "65537"], "expected --batch-size at most 65536, got 65537"),
@@ -282,7 +282,10 @@ def test_what_has_no_part_without_a_draft(tmp_path, checkpoints, quick, caplog):
         (["--labels", "1", "--prefill", "1.5"], "expected --prefill in [0, 1], got 1.5"),
         (["--labels", "1", "--relaxation", "0"], "expected a finite --relaxation > 0, got 0.0"),
         (["--labels", "1", "--candidates", "17"], "expected --candidates at most 16, got 17"),
-        (["--labels", "1", "--candidates", "2", "--branches", "3"], "at most as many --branches as --candidates, each"),
+        (
+            ["--labels", "1", "--candidates", "2", "--branches", "3"],
+            "at most as many --branches as --candidates, got 3 and 2",
+        ),
         (["--labels", "1", "--candidates", "2", "--branches", "2"], "expected --branches 2 together with --verify str"),
         (["--labels", "1", "--target-sigma"], "expected --target-sigma together with --residual closed_form or sev"),
         (["--labels", "1", "--device", "foo"], "that torch has on this machine, got foo: there is no such device"),
@@ -290,9 +293,12 @@ def test_what_has_no_part_without_a_draft(tmp_path, checkpoints, quick, caplog):
         (["--labels", "1", "--seed", "-1"], "seed"),
         (["--labels", "1", "--device", "cuda:77"], "expected a --device that torch has on this machine, got cuda:77: "),
         (["--labels", "1", "--grid", "no/such/x.png"], "expected a folder for x.png"),
-        (["--labels", "1", "--grid", "out/000000.png"], "expected --grid as another file than those of the run"),
-        (["--labels", "1", "--grid", "x", "--npz", "./x"], "expected --grid as another file than --npz"),
-        (["--labels", "1", "--out", "x.png"], "expected --out as a folder, got x.png"),
+        (
+            ["--labels", "1", "--grid", "out/000000.png"],
+            "expected --grid to name a file that the run does not write itself",
+        ),
+        (["--labels", "1", "--grid", "x", "--npz", "./x"], "expected different files for --grid and --npz"),
+        (["--labels", "1", "--out", "x.png"], "expected --out to name a folder, got x.png"),
     ],
 )
 def test_wrong_input_is_one_line_and_leaves_nothing(options, message, capsys, tmp_path, monkeypatch):
@@ -352,7 +358,7 @@ def test_too_little_space(tmp_path, quick, capsys, monkeypatch):
 def test_a_file_in_the_place_of_the_folder(below, tmp_path, quick, capsys):
     (tmp_path / "file").write_bytes(b"mine")
     assert main([*TEN, str(tmp_path / "file" / "out" if below else tmp_path / "file")]) == 2
-    assert one_line(capsys) == f"expected --out as a folder, found a file at {tmp_path / 'file'}"
+    assert one_line(capsys) == f"expected --out to name a folder, found a file at {tmp_path / 'file'}"
     assert not quick.runs
     assert (tmp_path / "file").read_bytes() == b"mine"
 
@@ -364,4 +370,4 @@ def test_a_folder_that_may_not_be_written(there, tmp_path, quick, capsys, monkey
     monkeypatch.setattr("cspd.generate.folder.os.access", lambda path, mode: False)
     assert main([*TEN, str(tmp_path / "out")]) == 2
     named = tmp_path / "out" if there else tmp_path
-    assert one_line(capsys) == f"expected --out as a folder that may be written, found one that may not at {named}"
+    assert one_line(capsys) == f"expected a writable folder for --out, found one that is not writable at {named}"

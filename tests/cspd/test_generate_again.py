@@ -102,7 +102,7 @@ def test_a_changed_setting_is_refused(options, difference, tmp_path, quick, caps
     quick.runs.clear()
     capsys.readouterr()
     assert main([*TEN, str(tmp_path), *options]) == 2
-    assert f"got others: {difference}. Give another --out, or these settings again" in one_line(capsys)
+    assert f"got others: {difference}. Choose another --out, or repeat the earlier settings" in one_line(capsys)
     assert not quick.runs
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
@@ -169,7 +169,9 @@ def test_what_a_file_beside_the_weights_tells_may_not_change(tmp_path, checkpoin
     monkeypatch.setattr("cspd.generate.settings._content", lambda value: None if isinstance(value, dict) else value)
     capsys.readouterr()
     assert main(command) == 2  # whoever tells it: it is seen when the models are loaded
-    assert "got others: --patch-size was 1, is 2; the latent size was [4, 4, 4], is [1, 8, 8]. Give" in one_line(capsys)
+    assert "got others: --patch-size was 1, is 2; the latent size was [4, 4, 4], is [1, 8, 8]. Choose" in one_line(
+        capsys
+    )
 
 
 def test_a_checkpoint_is_the_file_that_is_read(tmp_path, checkpoints, quick, capsys):
@@ -196,10 +198,12 @@ def test_a_checkpoint_is_the_file_that_is_read(tmp_path, checkpoints, quick, cap
 def test_a_folder_of_others_is_left_alone(tmp_path, quick, capsys):
     (tmp_path / "000000.png").write_bytes(b"somebody's")
     assert main([*TEN, str(tmp_path)]) == 2
-    assert one_line(capsys).endswith(f"found images in {tmp_path} without run.json")
+    assert one_line(capsys).endswith(f"{tmp_path} holds images but no run.json")
     (tmp_path / "run.json").write_text("{")
     assert main([*TEN, str(tmp_path)]) == 2
-    assert one_line(capsys) == f"expected what an earlier run wrote in {tmp_path / 'run.json'}, could not read it"
+    assert (
+        one_line(capsys) == f"expected the settings of an earlier run in {tmp_path / 'run.json'}, could not read them"
+    )
     assert len(list(tmp_path.iterdir())) == 2
 
 
@@ -216,7 +220,7 @@ def test_two_runs_in_one_folder(tmp_path, quick, capsys):
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(Runner, "run", meanwhile)
         assert main([*TEN, str(tmp_path)]) == 0
-    assert one_line(capsys) == f"expected one run at a time in {tmp_path}, another one is at work there"
+    assert one_line(capsys) == f"expected one run at a time in {tmp_path}, but another one is working there"
     assert main([*TEN, str(tmp_path)]) == 0
 
 
@@ -232,7 +236,7 @@ def test_another_run_begins_while_this_one_loads(tmp_path, quick, capsys, monkey
 
     monkeypatch.setattr(Models, "__init__", late)
     assert main([*TEN, str(out), "--seed", "1"]) == 2
-    assert one_line(capsys) == f"expected a new folder for --out, another run has begun in {out} meanwhile"
+    assert one_line(capsys) == f"expected a new folder for --out, but another run has just begun in {out}"
     monkeypatch.setattr(Models, "__init__", load)
     before = contents(out)
     shutil.rmtree(out)

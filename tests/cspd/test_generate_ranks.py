@@ -69,8 +69,8 @@ def test_a_killed_rank_is_made_up_for_by_a_second_run(ranks, size, died, alone, 
     lines = [line for _, error in ended for line in error.splitlines()]
     assert [code for code, _ in ended] == [-9 if rank in died else 2 for rank in range(ranks)]
     assert [line for line in lines if line.startswith("cspd")] == [  # torch's own words on connections aside
-        "cspd generate: a process of this run ended before its work was done; what was written stays, the same command "
-        "makes the rest"
+        "cspd generate: a process of this run ended before its work was done; what was written stays; run the same "
+        "command again to make the rest"
     ]
     there = contents(tmp_path)
     assert len(there) < COUNT  # and perhaps none: who is killed may have been the first to have one
@@ -90,7 +90,7 @@ def test_one_ranks_failure_ends_all_with_its_error(alone, tmp_path):
     (line,) = [line for _, error in ended for line in error.splitlines() if line.startswith("cspd")]
     assert line == (
         f"cspd generate: rank 1: {tmp_path}/out/batches-1.jsonl: could not write the file (File too large); what was "
-        "written stays, the same command makes the rest"
+        "written stays; run the same command again to make the rest"
     )
     assert 0 < len(contents(tmp_path / "out")) < COUNT
     assert main(command) == 0

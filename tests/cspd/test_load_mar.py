@@ -72,7 +72,7 @@ def test_what_a_training_checkpoint_tells_is_used(tmp_path, model, caplog):
 def test_sixteen_channels_alone_are_in_doubt(tmp_path, model):
     torch.save(model.state_dict(), tmp_path / "m.pth")
     with pytest.raises(
-        ValueError, match=r"got tokens of 16 channels: give patch_size= .*as 1 \(16-channel.* or 2 \(4-"
+        ValueError, match=r"got tokens of 16 channels: pass patch_size= .*It is 1 \(16-channel.* or 2 \(4-"
     ):
         load_mar(tmp_path / "m.pth")
     with pytest.raises(ValueError, match="got tokens of 16 channels"):
@@ -118,7 +118,7 @@ def test_an_assumed_patch_size_is_said(tmp_path, monkeypatch, caplog):
     assert assumed.patch_size == 1
     assert assumed.loaded == f"MAR-B, {millions(model)}, model_ema, 256 tokens, patch size 1 assumed"
     assert [record.levelname for record in caplog.records] == ["WARNING"]
-    assert "does not tell its patch size: read with 1, as the released MAR-B has" in caplog.text
+    assert "does not tell its patch size: read with 1, like the released MAR-B" in caplog.text
     caplog.clear()
     told = load_mar(tmp_path / "m.pth", patch_size=1)
     assert told.loaded == f"MAR-B, {millions(model)}, model_ema, 256 tokens"
@@ -139,10 +139,13 @@ def test_an_assumed_patch_size_is_said(tmp_path, monkeypatch, caplog):
     [
         (
             dict(patch_size=1),
-            r"tokens have 16 channels, but its args says vae_embed_dim=4, patch_size=1: give patch_size",
+            r"tokens have 16 channels, but according to its args vae_embed_dim=4, patch_size=1: pass patch_size",
         ),
-        (dict(vae_embed_dim=5), "tokens have 16 channels, but its args says vae_embed_dim=5, patch_size=2"),
-        (dict(img_size=256), "of img_size=64 with patch_size=2 and vae_stride=8, but its args says 256: give"),
+        (dict(vae_embed_dim=5), "tokens have 16 channels, but according to its args vae_embed_dim=5, patch_size=2"),
+        (
+            dict(img_size=256),
+            "of img_size=64 with patch_size=2 and vae_stride=8, but according to its args it is 256: pass",
+        ),
         (dict(vae_embed_dim=None, patch_size=3), "whose square divides the 16 channels, got 3"),
     ],
 )
@@ -152,7 +155,7 @@ def test_what_contradicts_the_weights_is_refused(tmp_path, model, changes, messa
         load_mar(tmp_path / "m.pth")
     loaded = load_mar(tmp_path / "m.pth", patch_size=2, vae_stride=16)
     assert (loaded.patch_size, loaded.img_size) == (2, 128)
-    assert f"vae_stride=16 as asked for, though {tmp_path / 'm.pth'} says 8 in its args" in caplog.text
+    assert f"using vae_stride=16 as passed, although {tmp_path / 'm.pth'} says 8 in its args" in caplog.text
 
 
 @pytest.mark.parametrize("args", [None, "text", [1], {"patch_size": 2}, {"vae_embed_dim": 4, "patch_size": True}])
@@ -216,7 +219,7 @@ def test_a_hub_snapshot(tmp_path, model):
         assert (loaded.patch_size, loaded.vae_stride) == (2, 8)
         assert same(model, loaded.state_dict())
     (snapshot / "config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"expected JSON in .*config.json, which stands beside model.safetensors"):
+    with pytest.raises(ValueError, match=r"expected JSON in .*config.json, beside model.safetensors"):
         load_mar(snapshot)
     (snapshot / "config.json").write_text("[1]")
     with pytest.raises(ValueError, match="got tokens of 16 channels"):
@@ -253,7 +256,7 @@ def test_folders_in_folders(tmp_path, model):
 
 def test_parts_of_a_checkpoint_are_refused(tmp_path, model):
     save_file(model.state_dict(), tmp_path / "model-00001-of-00002.safetensors")
-    with pytest.raises(ValueError, match="expected all weights in one file, got a part"):
+    with pytest.raises(ValueError, match="expected all weights in one file, got one part"):
         load_mar(tmp_path)
 
 
@@ -328,7 +331,7 @@ def test_what_convert_refuses(tmp_path, model):
     with pytest.raises(ValueError, match="expected the entry model_ema in"):
         run(tmp_path / "m.pth", tmp_path / "o.safetensors", "--weights", "model_ema")
     save_file(model.state_dict(), tmp_path / "m.safetensors")
-    with pytest.raises(ValueError, match="does not say that it holds it"):
+    with pytest.raises(ValueError, match="does not say that it has it"):
         run(tmp_path / "m.safetensors", tmp_path / "o.safetensors", "--weights", "model")
     assert sorted(os.listdir(tmp_path)) == ["m.pth", "m.safetensors"]
 

@@ -272,7 +272,7 @@ OWN = {
     "autograd records x": (record_x, "autograd records its calls"),
     "another argument": (extra, "its network is also given mask"),
     "a hook": (hooked, "has a forward hook"),
-    "vmap": (mapped, "a transform of its function"),
+    "vmap": (mapped, "a torch.func transform"),
     "training": (training, "in training mode"),
     "meta": (on_meta, "on the meta device"),
 }

@@ -199,7 +199,7 @@ def test_a_callers_graph_follows_what_changes_before_a_replay(kind, dtype):
     t = torch.tensor([1.0, 5.0, 9.0]).cuda().to(dtype)
     cspd.patch(net, loop="own")
     graph = torch.cuda.CUDAGraph()
-    with pytest.raises(RuntimeError, match="expected a first call like this one before a CUDA graph"):  # noqa: SIM117
+    with pytest.raises(RuntimeError, match="expected a first call like this one before you capture a CUDA graph"):  # noqa: SIM117
         with torch.cuda.graph(graph):
             loop(net, x, t, c)
     loop(net, x, t, c)

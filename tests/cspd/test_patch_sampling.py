@@ -102,10 +102,10 @@ def test_fewer_steps_at_later_autoregressive_steps(sampler, cfg):
 
 def test_the_head_alone_has_no_autoregressive_steps():
     model = cspd.patch(small_mar(), sampling_steps=(12, 3))
-    with pytest.raises(RuntimeError, match="expected to be called by its model's sample_tokens with num_iter"):
+    with pytest.raises(RuntimeError, match="expected a call from its model's sample_tokens with num_iter"):
         model.diffloss.sample(torch.randn(2, 32))
     sample(model)
-    with pytest.raises(ValueError, match=r"expected a model with sample_tokens .* found none in Head: give one number"):
+    with pytest.raises(ValueError, match=r"expected a model with sample_tokens .* found none in Head: pass one number"):
         cspd.patch(made(), sampling_steps=(12, 3))
 
 
@@ -133,8 +133,9 @@ def test_it_is_told_once_and_described(caplog):
         head.sample(Z)
         head.sample(Z)
     (record,) = caplog.records
-    assert "samples by sampler 'ddim', eta 0.5, sampling_steps 6, as asked for: other tokens than its own" in (
-        record.getMessage()
+    assert (
+        "samples by sampler 'ddim', eta 0.5, sampling_steps 6, as you asked: its tokens differ from those of its own "
+        "sampler" in (record.getMessage())
     )
     assert "patched, sampler 'ddim', eta 0.5, sampling_steps 6, parallel_tol=auto" in str(cspd.describe(head))
     assert "sampler" not in str(cspd.describe(cspd.patch(head)))
@@ -146,7 +147,7 @@ def test_a_loop_whose_noise_is_given_runs_its_own_code():
     expected = head.sample_with_inter_noise(z, noise, inter)
     cspd.patch(head, sampling_steps=6)
     assert torch.equal(head.sample_with_inter_noise(z, noise, inter), expected)
-    assert "the noise of its steps is given" in str(cspd.describe(head))
+    assert "the noise of its steps is passed in" in str(cspd.describe(head))
 
 
 class Two(nn.Module):
@@ -177,7 +178,7 @@ class Flow(nn.Module):
     [(made, {"loop": "own"}, "loop='own' was asked for"), (Flow, {}, "it holds no diffusion object")],
 )
 def test_other_steps_of_a_loop_that_is_kept(model, options, why):
-    match = f"expected a diffusion object to sample by sampler 'ddim', eta 0, and its loop stays its own: {why}"
+    match = f"sampler 'ddim', eta 0 needs a head with a diffusion object; it keeps its own loop: {why}"
     with pytest.raises(ValueError, match=match):
         cspd.patch(model(), sampler="ddim", **options)
 

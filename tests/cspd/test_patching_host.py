@@ -155,7 +155,7 @@ def test_a_captured_call_follows_weights_that_change_before_the_replay():
         return head.gen_diffusion.p_sample_loop(head.net.forward, noise.shape, noise, **options)
 
     graph = torch.cuda.CUDAGraph()
-    with pytest.raises(RuntimeError, match="expected a first call like this one before a CUDA graph"):  # noqa: SIM117
+    with pytest.raises(RuntimeError, match="expected a first call like this one before you capture a CUDA graph"):  # noqa: SIM117
         with torch.cuda.graph(graph):
             call()
     before = call()

@@ -111,7 +111,7 @@ FORKS = {
     "guidance of three parts": (OtherParts, "its sample at cfg 3.0, cfg2 1.5, .* differ by"),
     "the last step": (OtherLastStep, "differ by"),
     "a scale": ("change", lambda x: 1.001 * x, "differ by"),
-    "one more draw": ("change", drawn_from, "random number generators in another state"),
+    "one more draw": ("change", drawn_from, "random number generators in a different state"),
     "the type": ("change", torch.Tensor.double, r"returns torch.float64 \(12, 4\)"),
     "the shape": ("change", lambda x: x.repeat(2, 1), r"returns torch.float32 \(24, 4\)"),
     "no tensor": ("change", lambda x: x.tolist(), "returns list, not tensors"),
@@ -170,7 +170,7 @@ def test_where_its_own_code_does_not_run_the_first_call_compares(caplog, made_by
     head = made(Elsewhere)
     with caplog.at_level(logging.INFO, "cspd"):
         cspd.patch(head)
-    assert "its own code does not run here, so its first call compares" in caplog.text
+    assert "its own code does not run here, so it is compared at its first call" in caplog.text
     assert "No CUDA GPUs are available" in caplog.text
     Elsewhere.here = True
     bit_dance(head)
@@ -186,7 +186,7 @@ def test_a_head_that_always_changes_is_not_compared_for_ever(caplog, monkeypatch
             head.seen = seen
             in_parts(head)
     (message,) = [record.getMessage() for record in caplog.records]
-    assert message.endswith("its attributes change from call to call, and each time it would have to be compared again")
+    assert message.endswith("its attributes change from call to call, so it would have to be compared at each")
 
 
 # --- calls ---
@@ -226,7 +226,7 @@ def test_a_kind_of_call_that_was_not_compared(caplog, monkeypatch, made_by):
         assert relative_error(run(head, in_parts)[0], expected) < 1e-5
         by_the_kernels(head, unguided, made_by)
     (message,) = [record.getMessage() for record in caplog.records]
-    assert message.endswith("its sample was not compared in such calls")
+    assert message.endswith("such a call of its sample was not compared")
 
 
 @pytest.mark.parametrize("rows", [0, 1, 33])
@@ -325,7 +325,7 @@ def test_fewer_steps_than_a_sampler_makes_are_its_own_matter():
     head = cspd.patch(made(FlowMatchingHead))
     with contextlib.suppress(IndexError):
         head.sample(Z, num_sampling_steps=1)
-    assert "it takes no step of 1" in str(cspd.describe(head))
+    assert "it makes no step with num_sampling_steps=1" in str(cspd.describe(head))
 
 
 def test_shallow_copies_run_their_own_code(caplog):
@@ -377,7 +377,7 @@ def test_a_network_that_was_exchanged(caplog):
     head.net = other.net
     with caplog.at_level(logging.WARNING, "cspd"):
         assert torch.equal(run(head, in_parts)[0], run(other, in_parts)[0])
-    assert "the net of FlowMatchingHead is another one now: patch again" in caplog.text
+    assert "the net of FlowMatchingHead was replaced since it was patched: patch again" in caplog.text
 
 
 def test_two_heads_of_one_network_patched_at_the_same_time(caplog, made_by):
@@ -389,7 +389,7 @@ def test_two_heads_of_one_network_patched_at_the_same_time(caplog, made_by):
         made_by.clear()
         assert relative_error(run(first, in_parts)[0], expected) < 1e-5
     assert not made_by
-    assert "its network was patched as another head's since" in caplog.text
+    assert "its network has since been patched as that of another head" in caplog.text
     assert not {"sample"} & {*vars(first), *vars(second)}
 
 
@@ -428,7 +428,7 @@ def test_what_describe_says():
 
 def test_other_samplers_are_of_diffusions():
     head = made(FlowMatchingHead)
-    with pytest.raises(ValueError, match="expected a diffusion object to sample by sampler 'ddim'"):
+    with pytest.raises(ValueError, match="sampler 'ddim', eta 0 needs a head with a diffusion object"):
         cspd.patch(head, sampler="ddim")
     assert not cspd.is_patched(head)
 

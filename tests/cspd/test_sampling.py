@@ -105,7 +105,7 @@ def test_counts():
         (dict(sampling_steps=13), "sampling_steps up to the head's own 12, got 13"),
         (dict(sampling_steps=(4, 13)), "sampling_steps up to the head's own 12, got 13"),
         (dict(sampler="ddim"), "eta > 0"),
-        (dict(sampling_steps=(6, 2), verify="strict"), "one number with verify='strict'"),
+        (dict(sampling_steps=(6, 2), verify="strict"), "one number as sampling_steps with verify='strict'"),
     ],
 )
 def test_a_runner_refuses(options, message):
@@ -117,7 +117,7 @@ def test_flows_are_refused_where_they_cannot_be():
     flow, still = small_mar(0, learn_sigma=False), small_mar(1, learn_sigma=False)
     flow.diffloss.gen_diffusion = GaussianDiffusion(FLOW)
     still.diffloss.gen_diffusion = GaussianDiffusion(Schedule.euler(np.linspace(0.0, 1.0, 7)))
-    with pytest.raises(ValueError, match="a head of a noise schedule"):
+    with pytest.raises(ValueError, match="a head with a noise schedule"):
         cspd.SpecDecodeRunner(flow, flow, sampling_steps=3)
     with pytest.raises(ValueError, match=r"whose steps add noise.*Euler-Maruyama"):
         cspd.SpecDecodeRunner(still, still)

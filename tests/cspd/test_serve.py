@@ -71,7 +71,7 @@ def test_limits_hold_whatever_a_page_sends(studio, monkeypatch, name, value):
         (dict(candidates=None), "Expected the candidates as a whole number"),
         (dict(verify="strict", branches=0), "Expected the branches as a whole number from 1 to 4, got 0"),
         (dict(verify="strict", candidates=8, branches=5), "Expected the branches as a whole number from 1 to 4, got 5"),
-        (dict(candidates=2, branches=2), "Expected strict verification with 2 branches"),
+        (dict(candidates=2, branches=2), "Expected strict verification for 2 branches"),
         (dict(verify="strict", candidates=2, branches=3), "Expected at most as many branches as candidates"),
     ],
 )
@@ -202,7 +202,7 @@ def test_the_page_over_http(studio, port, monkeypatch):
         for values, message in (
             ({"seed": -1}, "Expected the seed as a whole number"),
             ({"label": 10}, "Expected the class as a whole number from 0 to 9, got 10"),
-            ({"verify": "window", "candidates": 2, "branches": 2}, "Expected strict verification with 2 branches"),
+            ({"verify": "window", "candidates": 2, "branches": 2}, "Expected strict verification for 2 branches"),
         ):
             with pytest.raises(Exception, match=message):
                 client.predict(*{**GOOD, **values}.values(), api_name="/make")

@@ -34,7 +34,7 @@ def pair():
         ({"relaxation": torch.tensor([torch.inf] * 16)}, "expected relaxation finite and > 0"),
         ({"dtype": "int8"}, "expected dtype as float32, .*got 'int8'"),
         ({"dtype": torch.int32}, "expected dtype as .*got torch.int32"),
-        ({"relaxation": cspd.ContextRelaxation()}, "ContextRelaxation with verify='strict' only.*got verify='window'"),
+        ({"relaxation": cspd.ContextRelaxation()}, "verify='strict' for ContextRelaxation, got verify='window'"),
         ({"residual": "exact"}, "expected residual one of .*, got 'exact'"),
         ({"target_sigma": True}, "True only with residual='closed_form' or several candidates, got True"),
         ({"residual": "closed_form", "target_sigma": 1}, "expected target_sigma as a bool.*got 1"),
@@ -59,7 +59,7 @@ def test_a_relaxation_of_another_kind(pair):
         ({"img_size": 4}, "same seq_len, got 4 and 16"),
         ({"vae_embed_dim": 2}, "same token_embed_dim, got 8 and 4"),
         ({"num_sampling_steps": "7"}, "same number of denoising steps.*got 7 and 12"),
-        ({"schedule": "cosine"}, "same noise schedule.*got different steps"),
+        ({"schedule": "cosine"}, "same noise schedule.*got two different ones"),
     ],
 )
 def test_models_that_do_not_fit(pair, changes, match):
@@ -75,16 +75,16 @@ def test_models_that_do_not_fit(pair, changes, match):
         ({"bsz": "2"}, "expected bsz >= 1, got '2'"),
         ({"gamma": cspd.AdaptiveDraft}, "got the class AdaptiveDraft itself"),
         ({"gamma": cspd.EntropyDraft}, "got the class EntropyDraft itself"),
-        ({"steps": 4.0}, "expected steps >= 1, an int .*got 4.0"),
+        ({"steps": 4.0}, "expected steps as an int >= 1 .*got 4.0"),
         ({"temperature": "1"}, "expected a finite temperature >= 0 and a finite cfg, got '1'"),
         ({"cfg": None}, "finite cfg, got 1.0 and None"),
         ({"labels": torch.tensor([True, False])}, r"integer tensor .*got \(2,\) torch.bool"),
         ({"first_image": 1.5}, "expected first_image >= 0, got 1.5"),
         ({"first_image": 2**44 - 1}, f"expected first_image <= {2**44 - 2} with 2 images"),
         ({"orders": [[0]]}, "expected orders as int64 .*got list"),
-        ({"gamma": 0}, "gamma >= 1"),
-        ({"gamma": 2.0}, "an int or a function of the windows so far, got 2.0"),
-        ({"steps": 0}, "expected steps >= 1"),
+        ({"gamma": 0}, "gamma as an int >= 1"),
+        ({"gamma": 2.0}, "an int >= 1 or a policy .*, got 2.0"),
+        ({"steps": 0}, "expected steps as an int >= 1"),
         ({"cfg_schedule": "cubic"}, "expected cfg_schedule"),
         ({"temperature": -1.0}, "temperature >= 0"),
         ({"cfg": math.nan}, "finite cfg"),
@@ -109,11 +109,13 @@ def test_stats_before_a_run(pair):
 
 
 def test_things_that_are_no_models(pair):
-    with pytest.raises(TypeError, match="expected draft_model as a MAR object, got Linear without seq_len"):
+    with pytest.raises(TypeError, match="expected the draft to be a MAR model, got Linear without seq_len"):
         cspd.SpecDecodeRunner(torch.nn.Linear(2, 2), pair[1])
     odd = small_mar(0, schedule="linear")
     odd.diffloss.net.forward = lambda x, t, c: torch.ones(len(x), 8)
-    with pytest.raises(ValueError, match=r"the target's diffloss .* as its weights say: net had its forward replaced"):
+    with pytest.raises(
+        ValueError, match=r"the target's diffloss .* to compute what its layers say: net had its forward replaced"
+    ):
         cspd.SpecDecodeRunner(pair[0], odd)
 
 
@@ -121,9 +123,15 @@ def test_things_that_are_no_models(pair):
 @pytest.mark.parametrize(
     ("sample", "match"),
     [
-        (lambda self, z, temperature=1.0, cfg=1.0: 0.6 * plain(self, z, temperature, cfg), "nothing before or after"),
-        (lambda self, z, temperature=1.0, cfg=1.0: plain(self, z, temperature, 1.5), "nothing before or after"),
-        (lambda self, z, temperature=1.0, cfg=1.0: z[:, :CHANNELS], "by a sampler of its own"),
+        (
+            lambda self, z, temperature=1.0, cfg=1.0: 0.6 * plain(self, z, temperature, cfg),
+            "without further work before or after",
+        ),
+        (
+            lambda self, z, temperature=1.0, cfg=1.0: plain(self, z, temperature, 1.5),
+            "without further work before or after",
+        ),
+        (lambda self, z, temperature=1.0, cfg=1.0: z[:, :CHANNELS], "it has a sampler of its own"),
     ],
     ids=["scaled", "always guided", "no loop"],
 )

@@ -131,7 +131,7 @@ def test_a_diffusion_object_that_refuses_is_named_and_nothing_changes():
     models["two"].diffloss.gen_diffusion = Sealed(models["two"].diffloss.gen_diffusion.schedule)
     was = everything(models)
     expected = rows(models["two"])
-    with pytest.raises(TypeError, match=r"whose p_sample_loop can be replaced, got .*Sealed, which refuses: Attri"):
+    with pytest.raises(TypeError, match=r"whose p_sample_loop can be replaced, but .*Sealed does not let it: Attri"):
         cspd.patch(models)
     assert everything(models) == was
     assert torch.equal(rows(models["two"]), expected)
@@ -248,7 +248,7 @@ def test_what_cannot_be_copied_runs_its_own_code_and_says_so():
     model.diffloss.gen_diffusion.lock = threading.Lock()
     with listening(messages):
         assert torch.equal(rows(model), expected)
-    assert "does not run on a copy to be compared with: TypeError" in messages[0]
+    assert "does not run on a copy, so it cannot be compared: TypeError" in messages[0]
     cspd.unpatch(model)
     cspd.patch(model)  # compares at the first call, and cannot
     assert torch.equal(rows(model), expected)

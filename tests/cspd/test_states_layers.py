@@ -175,7 +175,7 @@ def test_parts_that_took_another_ones_place():
         assert before(change).what == "served"
     outcome = after(new_network)
     assert outcome.what == "own"
-    assert "its network is another one now" in outcome.told[0]
+    assert "its network was replaced or wrapped" in outcome.told[0]
     assert after(copied_network).what == "served"  # a copy carries its own patch
     outcome = after(new_diffusion)  # the next sample finds it
     assert (outcome.what, outcome.told) == ("served", [])

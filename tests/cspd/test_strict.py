@@ -329,8 +329,8 @@ BAD = [
     ({"num_candidates": 17}, "num_candidates as an int in 1..16, got 17"),
     ({"num_candidates": True}, "num_candidates as an int in 1..16, got True"),
     ({"branches": 0}, "branches as an int in 1..16, got 0"),
-    ({"branches": 2, "verify": "strict"}, "no more branches than candidates.*branches=2 with num_candidates=1"),
-    ({"branches": 2, "num_candidates": 2}, "branches=2 with verify='strict' only, got verify='window'"),
+    ({"branches": 2, "verify": "strict"}, "at most as many branches as candidates.*branches=2 with num_candidates=1"),
+    ({"branches": 2, "num_candidates": 2}, "verify='strict' for branches=2, got verify='window'"),
 ]
 
 

@@ -272,7 +272,7 @@ def test_windows_end_by_the_mean_entropy_of_the_batch(models, monkeypatch):
 def test_a_draft_that_does_not_show_its_attention(models, monkeypatch):
     monkeypatch.setattr("cspd.whole.chosen.why_not_by_weights", lambda *_: "asked for by this test")
     for verify in ("window", "strict"):
-        with pytest.raises(ValueError, match="a draft whose transformer runs over packed weights"):
+        with pytest.raises(ValueError, match="a draft that shows its attention"):
             cspd.SpecDecodeRunner(*models, verify=verify).run(1, 6, cspd.EntropyDraft())
 
 

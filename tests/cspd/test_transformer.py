@@ -193,8 +193,8 @@ def test_own_methods_run_only_where_they_must(monkeypatch, caplog):
     with caplog.at_level(logging.INFO, "cspd"):
         runner = cspd.SpecDecodeRunner(draft, target, prefill=0.25)
     assert [record.message.split(":")[0] for record in caplog.records] == [
-        "the target (Released) runs its own forward_mae_encoder and forward_mae_decoder, which wait for the device at "
-        "every pass"
+        "the target (Released) runs its own forward_mae_encoder and forward_mae_decoder, which synchronise at every "
+        "pass"
     ]
     assert "differ by" in caplog.text
     drafted, targeted = calls_of(draft, monkeypatch), calls_of(target, monkeypatch)

@@ -141,7 +141,7 @@ def test_a_solver_of_its_own_by_an_option_of_the_call(caplog):
 
     head = made(Solver)
     assert_accelerated(head, lambda h: h.sample(Z), caplog)
-    reason = "its sample runs without p_sample_loop: by a sampler of its own"
+    reason = "its sample does not call p_sample_loop: it has a sampler of its own"
     assert_own_code(head, lambda h: h.sample(Z, solver="second order"), caplog, reason)
 
 
@@ -255,7 +255,7 @@ def test_an_index_in_the_network(caplog):
     assert_accelerated(head, lambda h: h.sample(Z), caplog)
     assert_accelerated(head, lambda h: h.sample(Z, index=index), caplog)
     zeros = torch.zeros(6, dtype=torch.int64)
-    reason = "index is 0 in all rows, which hides what the network does with it"
+    reason = "index is 0 in all rows, so the comparison cannot show what the network does with it"
     assert_own_code(head, lambda h: h.sample(Z, index=zeros), caplog, reason)
     cspd.patch(head)
     for given, evaluations in ((zeros, STEPS), (index, 0), (zeros, 0)):

@@ -108,8 +108,8 @@ def signature_of_the_loop(
     ("methods", "match"),
     [
         ({"p_sample": draws_once_more}, "differ by|another state"),
-        ({"p_sample": no_last_draw}, "leaves the random number generators in another state"),
-        ({"p_sample_loop": signature_of_the_loop}, "leaves the random number generators in another state"),
+        ({"p_sample": no_last_draw}, "leaves the random number generators in a different state"),
+        ({"p_sample_loop": signature_of_the_loop}, "leaves the random number generators in a different state"),
     ],
     ids=["more at every step", "none at the last", "more afterwards"],
 )
@@ -245,7 +245,7 @@ def test_a_loop_that_does_not_run_here_is_compared_at_its_first_call(without_cud
     head = made(Head, spaced(p_sample_loop=cuda_in_loop, **methods))
     with caplog.at_level(logging.INFO, "cspd"):
         cspd.patch(head)
-        assert "its own code does not run here, so its first call compares" in caplog.text
+        assert "its own code does not run here, so it is compared at its first call" in caplog.text
         assert cspd.is_patched(head)
         expected, rng = own_then_patched(head, cfg, monkeypatch)
         for _ in range(2):
@@ -260,7 +260,7 @@ def test_a_loop_that_never_runs_raises_its_own_error(without_cuda, caplog):
     head = cspd.patch(made(Head, spaced(p_sample_loop=cuda_in_loop)))
     with caplog.at_level(logging.WARNING, "cspd"), pytest.raises((AssertionError, RuntimeError), match=r"CUDA|NVIDIA"):
         head.sample(Z)
-    assert "its own loop does not run on a copy to be compared with" in own_messages(caplog)[0]
+    assert "its own loop does not run on a copy, so it cannot be compared" in own_messages(caplog)[0]
 
 
 @pytest.mark.parametrize("steps", [10, 13])
@@ -274,4 +274,4 @@ def test_noise_of_another_number_of_steps_is_the_loops_own_matter(steps, caplog)
         else:
             tokens = head.sample_with_inter_noise(z, noise, inter)
             assert torch.equal(tokens, cspd.unpatch(head).sample_with_inter_noise(z, noise, inter))
-    assert f"the noise of the steps is of {steps}, not 12 steps" in own_messages(caplog)[0]
+    assert f"the noise is of {steps} steps, the head has 12" in own_messages(caplog)[0]

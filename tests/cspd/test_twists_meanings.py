@@ -125,7 +125,7 @@ def test_ddim_of_another_kind(caplog):
 
     head = made(Chosen, Other())
     reason = "its sampling loop and the kernels' differ by"
-    assert_own_code(head, lambda h: h.sample(Z, loop="ddim_sample_loop"), caplog, "does not say by name what model")
+    assert_own_code(head, lambda h: h.sample(Z, loop="ddim_sample_loop"), caplog, "has no arguments named model")
     Other.ddim_sample_loop = lambda self, model, shape, noise, clip_denoised=True, model_kwargs=None: (
         1.01 * Spaced.ddim_sample_loop(self, model, shape, noise, clip_denoised, model_kwargs=model_kwargs)
     )

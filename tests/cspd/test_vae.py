@@ -154,7 +154,7 @@ def test_sizes():
     for change, message in [
         ({"post_quant_conv.weight": None}, "without a convolution post_quant_conv.weight"),
         ({"decoder.up.1.block.0.conv1.weight": None}, r"without a convolution decoder.up.1.block.0.conv1.weight"),
-        ({"post_quant_conv.weight": torch.ones(4, 4, 1, 1)}, "in front of the decoder, got 4 and 5"),
+        ({"post_quant_conv.weight": torch.ones(4, 4, 1, 1)}, "as the decoder takes, got 4 and 5"),
         ({"decoder.up.0.block.0.conv1.weight": torch.ones(24, 64, 3, 3)}, r"multiples of 32, got \[24, 64, 96\]"),
     ]:
         state = {name: value for name, value in {**released(), **change}.items() if value is not None}
@@ -178,7 +178,7 @@ def test_what_is_no_such_vae(tmp_path):
         (small_mar().state_dict(), "expected one VAE in .*decoder.conv_in.weight, found 0"),
         ({"model": torch.ones(1)}, "found 0"),
         ({**released(), **{f"ema.{name}": value for name, value in released().items()}}, "found 2"),
-        (to_diffusers(released()), "got those of diffusers"),
+        (to_diffusers(released()), "got the names of diffusers"),
         ({name: value.to(torch.int8) for name, value in released().items()}, "of torch.int8: quantised"),
     ]:
         torch.save(content, path)
@@ -309,7 +309,7 @@ def test_which_models_fit(checkpoint, diffusers):
         ValueError, match=r"a VAE of 4 channels, .*\(its patch size is 2\), got one of 5: a VAE, decoder"
     ):
         loaded.check(small_mar(vae_embed_dim=4))
-    with pytest.raises(ValueError, match="expected a VAE of stride 8, the model's, got one of 4"):
+    with pytest.raises(ValueError, match="expected a VAE of stride 8, as in the model, got one of 4"):
         loaded.check(small_mar(vae_embed_dim=5, vae_stride=8, img_size=64))
 
 

@@ -78,7 +78,10 @@ DIFFERENCES = {
     "other draws": ({"p_sample": other_draws}, "differ by .* of the largest value"),
     "another temperature": ({"p_sample": colder}, "differ by .* of the largest value"),
     "another generator": ({"p_sample": more_numpy}, "differ by .* of the largest value"),
-    "more draws at the end": ({"p_sample_loop": loop(lambda x: (x, torch.rand(1))[0])}, "generators in another state"),
+    "more draws at the end": (
+        {"p_sample_loop": loop(lambda x: (x, torch.rand(1))[0])},
+        "generators in a different state",
+    ),
     "another type": (
         {"p_sample_loop": loop(lambda x: x.double())},
         r"returns torch.float64 .*it returns torch.float32",

@@ -139,7 +139,7 @@ def test_a_compiled_block_is_the_block(monkeypatch, masked, first):
 def test_compiling_is_for_gpus():
     with pytest.raises(ValueError, match="expected compile=True with a model on a GPU, got one on cpu"):
         ours(model(), options={"compile": True})
-    with pytest.raises(ValueError, match="expected compile=True together with whole=True"):
+    with pytest.raises(ValueError, match="expected whole=True together with compile=True"):
         cspd.patch(model(), compile=True)
 
 
@@ -211,10 +211,10 @@ class Later(MAR):
 
 
 FORKS = {
-    Colder: "asks its head for something else",
+    Colder: "calls its head with other arguments",
     OtherOrder: "images differ by",
     DrawsMore: "draws other random numbers",
-    AtLeastOne: "asks its head for something else",
+    AtLeastOne: "calls its head with other arguments",
 }
 
 
@@ -395,7 +395,7 @@ def test_a_patch_comes_and_goes_with_its_copies():
         assert list(mar.state_dict()) == list(model().state_dict())
     assert "sample_tokens" not in mar.__dict__
     assert torch.equal(sample(mar, cfg=2.0), expected)
-    with pytest.raises(ValueError, match=r"expected a MAR model with sample_tokens .* leave whole out"):
+    with pytest.raises(ValueError, match=r"expected a MAR model with sample_tokens .* omit whole=True"):
         cspd.patch(mar.diffloss, whole=True)
     assert not cspd.is_patched(mar)
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import torch
 
 TEN = ["generate", "--num-images", "10", "--batch-size", "4", "--latents", "--out"]
-GOES_ON = "what was written stays, the same command makes the rest"
+GOES_ON = "what was written stays; run the same command again to make the rest"
 
 
 class Runner:

@@ -85,7 +85,8 @@ def images() -> torch.Tensor:
     assert stats is not None
     calls: int = stats.target_calls
     assert calls == runner.stats.target_calls or calls > 0
-    return plain + output
+    both: torch.Tensor = plain + output
+    return both
 
 
 def errors(folder: Path) -> str:

@@ -19,7 +19,18 @@ _SAME_LOG_STD = 1e-5  # two sigmas nearer than this are one
 
 
 class Verdict(NamedTuple):
-    """What became of each token."""
+    """What became of each token.
+
+    Example:
+        >>> import torch
+        >>> from cspd_kernels import Denoised, accept_reject
+        >>> zeros = torch.zeros(3, 2)
+        >>> draft = Denoised(zeros, zeros, zeros, torch.zeros(3))  # N(0, 1) in 2 channels, 3 tokens
+        >>> target = Denoised(zeros + 1, zeros + 1, zeros, torch.zeros(3))  # N(1, 1)
+        >>> verdict = accept_reject(zeros + 1, draft, target, seed=0)
+        >>> verdict.accepted, verdict.tries
+        (tensor([True, True, True]), tensor([0, 0, 0], dtype=torch.int32))
+    """
 
     token: torch.Tensor  # (N, C) float32
     accepted: torch.Tensor  # (N,) bool
@@ -28,7 +39,18 @@ class Verdict(NamedTuple):
 
 
 class CandidateVerdict(NamedTuple):
-    """What became of each token that had several candidates."""
+    """What became of each token that had several candidates.
+
+    Example:
+        >>> import torch
+        >>> from cspd_kernels import Denoised, accept_reject
+        >>> zeros = torch.zeros(3, 1, 2)
+        >>> draft = Denoised(zeros, zeros, zeros, torch.zeros(3, 1))  # N(0, 1) in 2 channels, 3 tokens
+        >>> target = Denoised(zeros + 1, zeros + 1, zeros, torch.zeros(3, 1))  # N(1, 1)
+        >>> x = torch.tensor([-9.0, 9.0]).expand(3, 2)[..., None].expand(3, 2, 2)  # two candidates a token
+        >>> accept_reject(x, draft, target, seed=0).candidate
+        tensor([1, 1, 1], dtype=torch.int32)
+    """
 
     token: torch.Tensor  # (N, C) float32
     accepted: torch.Tensor  # (N,) bool: any of the candidates
@@ -105,7 +127,20 @@ def accept_reject(
         :class:`Verdict`; of x (N, K, C) :class:`CandidateVerdict`.
 
     Raises:
-        TypeError, ValueError: an argument does not fit.
+        InvalidInput: an argument does not fit. BackendUnavailable: the chosen backend cannot serve.
+
+    Example:
+        >>> import torch
+        >>> from cspd_kernels import Denoised, accept_reject
+        >>> zeros = torch.zeros(3, 2)
+        >>> draft = Denoised(zeros, zeros, zeros, torch.zeros(3))  # N(0, 1) in 2 channels, 3 tokens
+        >>> target = Denoised(zeros + 1, zeros + 1, zeros, torch.zeros(3))  # N(1, 1)
+        >>> x = torch.tensor([[-9.0, -9.0], [0.5, 0.5], [1.0, 1.0]])
+        >>> verdict = accept_reject(x, draft, target, seed=0)
+        >>> verdict.accepted
+        tensor([False,  True,  True])
+        >>> torch.equal(verdict.token[1:], x[1:])
+        True
 
     Source: Wang et al. 2024, arXiv 2411.11925 (acceptance-rejection sampling of the modified
     distribution). Leviathan et al. 2023, arXiv 2211.17192 for the modified distribution itself.

@@ -33,6 +33,16 @@ class Denoised(NamedTuple):
 
     The last step adds no noise, so ``sample`` and ``mean`` are one tensor. With mean, log_std and path_log_std the
     density of a chain against another one is known (:func:`cspd_kernels.log_density_ratio`).
+
+    Example:
+        >>> import torch
+        >>> from cspd_kernels import DiffusionHead, PhiloxNoise, denoise
+        >>> from cspd.models import DiffLoss
+        >>> head = DiffusionHead.from_module(DiffLoss(4, 6, 2, 8, num_sampling_steps=5))
+        >>> noise = PhiloxNoise(7, torch.arange(3))
+        >>> out = denoise(head, torch.zeros(3, 6), torch.zeros(3, 4), noise, parallel_tol=None)
+        >>> {name: tuple(value.shape) for name, value in out._asdict().items()}
+        {'sample': (3, 4), 'mean': (3, 4), 'log_std': (3, 4), 'path_log_std': (3,)}
     """
 
     sample: torch.Tensor  # (N, C)
@@ -50,7 +60,18 @@ class Denoised(NamedTuple):
 
 
 class DenoisedInParallel(NamedTuple):
-    """As :class:`Denoised`, of a call whose ``parallel_tol`` is a number."""
+    """As :class:`Denoised`, of a call whose ``parallel_tol`` is a number.
+
+    Example:
+        >>> import torch
+        >>> from cspd_kernels import DiffusionHead, PhiloxNoise, denoise
+        >>> from cspd.models import DiffLoss
+        >>> head = DiffusionHead.from_module(DiffLoss(4, 6, 2, 8, num_sampling_steps=5))
+        >>> noise = PhiloxNoise(7, torch.arange(3))
+        >>> out = denoise(head, torch.zeros(3, 6), torch.zeros(3, 4), noise, parallel_tol=1e-4)
+        >>> out.sweeps.shape, out.trajectory.shape
+        (torch.Size([3]), torch.Size([3, 5, 4]))
+    """
 
     sample: torch.Tensor
     mean: torch.Tensor
@@ -131,8 +152,22 @@ def denoise(
         :class:`Denoised`; :class:`DenoisedInParallel` where ``parallel_tol`` is a number.
 
     Raises:
-        TypeError, ValueError: an argument does not fit; nothing has been computed.
-        RuntimeError: the chosen backend cannot serve.
+        InvalidInput: an argument does not fit. Nothing has been computed.
+        BackendUnavailable: the chosen backend cannot serve. CallError: the arithmetic overflowed (float16).
+
+    Example:
+        >>> import torch
+        >>> from cspd_kernels import DiffusionHead, PhiloxNoise, denoise
+        >>> from cspd.models import DiffLoss
+        >>> head = DiffusionHead.from_module(DiffLoss(4, 6, 2, 8, num_sampling_steps=5))
+        >>> noise = PhiloxNoise(7, torch.arange(3), channels=4)
+        >>> cond = torch.zeros(3, 6)
+        >>> tokens = denoise(head, cond, noise.x_T(), noise).sample
+        >>> tokens.shape
+        torch.Size([3, 4])
+        >>> alone = denoise(head, cond[:1], noise[:1].x_T(), noise[:1]).sample
+        >>> torch.allclose(alone, tokens[:1])
+        True
 
     Source: LTH14/mar ``diffusion/gaussian_diffusion.py`` (p_sample), arXiv 2406.11838 section 3.2; two scales as in
     arXiv 2211.09800 (eq. 3).

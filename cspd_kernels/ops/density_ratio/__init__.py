@@ -53,7 +53,17 @@ def log_density_ratio(
         backend: as in :func:`cspd_kernels.denoise`; "cuda" copies operands that are not contiguous float32.
 
     Raises:
-        TypeError, ValueError: an argument does not fit.
+        InvalidInput: an argument does not fit. BackendUnavailable: the chosen backend cannot serve.
+
+    Example:
+        >>> import torch
+        >>> from cspd_kernels import Denoised, log_density_ratio
+        >>> zeros = torch.zeros(3, 2)
+        >>> draft = Denoised(zeros, zeros, zeros, torch.zeros(3))  # N(0, 1) in 2 channels, 3 tokens
+        >>> target = Denoised(zeros + 1, zeros + 1, zeros, torch.zeros(3))  # N(1, 1)
+        >>> x = torch.tensor([[0.0, 0.0], [0.5, 0.5], [1.0, 1.0]])
+        >>> log_density_ratio(x, draft, target)
+        tensor([-1.,  0.,  1.])
 
     Source: Wang et al. 2024, arXiv 2411.11925 (denoising trajectory alignment).
     """

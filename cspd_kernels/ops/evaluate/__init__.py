@@ -48,8 +48,16 @@ def evaluate(
         (M, O) in the residual stream's type (float32; float64 for a float64 head).
 
     Raises:
-        TypeError, ValueError: an argument does not fit; nothing has been computed.
-        RuntimeError: the chosen backend cannot serve.
+        InvalidInput: an argument does not fit. Nothing has been computed.
+        BackendUnavailable: the chosen backend cannot serve. CallError: the arithmetic overflowed (float16).
+
+    Example:
+        >>> import torch
+        >>> from cspd_kernels import DiffusionHead, evaluate
+        >>> from cspd.models import DiffLoss
+        >>> head = DiffusionHead.from_module(DiffLoss(4, 6, 2, 8, num_sampling_steps=5))
+        >>> evaluate(head, torch.zeros(3, 4), 2.0, torch.zeros(3, 6)).shape
+        torch.Size([3, 8])
     """
     if not isinstance(timesteps, torch.Tensor) and isinstance(timesteps, Real):
         # A product, as torch.compile would compile the caller again for every new float that enters otherwise.

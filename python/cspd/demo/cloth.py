@@ -1,10 +1,10 @@
 """A second pair of models, on woven cloth: 12x12 images by a formula, as 36 tokens of 4 channels (2x2 patches).
 
-A cloth is the sum of two things. Six bands of rows and six of columns, each a patch wide, are light or dark; and
-threads are 2x2 squares of one random brightness whose grid is shifted by one pixel against the patches'. So every
-thread inside the image is shared by four tokens: two of them drawn at once do not know of each other and disagree,
-where one after the other would agree. The bands are known after a few tokens, but only to a model that can work
-them out. On the digits neither matters: few steps there are nearly as good as many.
+A cloth is the sum of two things. Six bands of rows and six of columns, each a patch wide, are light or dark. Threads
+are 2x2 squares of one random brightness, on a grid that is shifted by one pixel against the patches. So every thread
+inside the image is shared by four tokens. Two of them drawn at once do not know of each other and disagree; one after
+the other they would agree. The bands are known after a few tokens, but only to a model that can work them out. On the
+digits neither matters: few steps there are nearly as good as many.
 
 The mean and the covariance of a pixel's law follow from the formula, so the Frechet distance is to the exact ones.
 The weights are not in the package: ``benchmarks/pairs`` has them, and ``python -m cspd.demo.train --pair cloth``

@@ -1,9 +1,9 @@
 """The digits draft with a head of one step: ``python -m cspd.demo.train --drift`` makes ``drift.safetensors``.
 
 The head (:class:`cspd.models.drift.DriftLoss`) takes the hidden states of the shipped draft, whose transformer it
-shares. What it is drawn towards are tokens of the target's own head for the target's hidden state at the same place:
-32 of them for each of 12,288 places in real digits, from none to 15 tokens of which are known. So it learns from the
-target (a distillation); of the data there is one token for a condition, and a field between samples needs more.
+shares. It is drawn towards tokens of the target's own head, for the target's hidden state at the same place. There are
+32 of them for each of 12,288 places in real digits, of which 0 to 15 tokens are known. So it learns from the target (a
+distillation): the data have one token for a condition, and a field between samples needs more.
 """
 
 from __future__ import annotations

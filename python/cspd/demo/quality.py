@@ -1,4 +1,9 @@
-"""How close generated digits are to the real ones: the Frechet distance of their pixels."""
+"""How close generated digits are to the real ones: the Frechet distance of their pixels. And some of the real ones.
+
+The real digits are those of scikit-learn: the test set of "Optical Recognition of Handwritten Digits".
+Its authors are E. Alpaydin and C. Kaynak (1998, UCI Machine Learning Repository, doi:10.24432/C50P49).
+Its licence is CC BY 4.0. The package holds the statistics of all digits, and forty digits.
+"""
 
 from __future__ import annotations
 
@@ -34,13 +39,27 @@ def statistics(images, side: int = 8) -> tuple[np.ndarray, np.ndarray]:
 @cache
 def reference_statistics(path: Path = DATA / "reference.safetensors") -> tuple[np.ndarray, np.ndarray]:
     """Mean (64,) and covariance (64, 64) of all 1,797 real digits in [-1, 1], float64."""
+    tensors = _load(path, "statistics")
+    return tensors["mean"], tensors["covariance"]
+
+
+def real_digits(path: Path = DATA / "digits.safetensors") -> tuple[torch.Tensor, torch.Tensor]:
+    """Forty real digits, four of each class: images (40, 1, 8, 8) float32 in [-1, 1], labels (40,) int64 0, 1, ... 9.
+
+    The classes take turns: the first ten are one of each.
+    """
+    tensors = _load(path, "digits")
+    images = torch.from_numpy(tensors["images"]).float()[:, None] / 8 - 1
+    return images, torch.from_numpy(tensors["labels"]).long()
+
+
+def _load(path: Path, what: str) -> dict[str, np.ndarray]:
     if not Path(path).is_file():
         raise FileNotFoundError(
-            f"the demo's reference statistics {path} do not exist: reinstall the package, or make them with "
+            f"the demo's real {what} {path} do not exist: reinstall the package, or make them with "
             "`python -m cspd.demo.train`"
         )
-    tensors = load_file(path)
-    return tensors["mean"], tensors["covariance"]
+    return load_file(path)
 
 
 def frechet_distance(images) -> float:

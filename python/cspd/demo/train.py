@@ -48,6 +48,18 @@ def load_digits() -> tuple[torch.Tensor, torch.Tensor]:
     return images, torch.as_tensor(digits.target, dtype=torch.int64)
 
 
+def few_of_each(images: torch.Tensor, labels: torch.Tensor, each: int = 4) -> bytes:
+    """The first ``each`` digits of every class as a safetensors file, classes in turn: pixels 0..16, and labels."""
+    places = [(labels == label).nonzero()[:each, 0] for label in range(10)]
+    chosen = torch.stack(places, dim=1).flatten()
+    tensors = {
+        "images": ((images[chosen, 0] + 1) * 8).round().to(torch.uint8),
+        "labels": labels[chosen].to(torch.uint8),
+    }
+    source = "Optical Recognition of Handwritten Digits, E. Alpaydin and C. Kaynak, 1998, UCI, doi:10.24432/C50P49"
+    return save(tensors, {"source": source, "licence": "CC BY 4.0"})
+
+
 def conditions(model: MAR, tokens, mask, labels, drop) -> torch.Tensor:
     """The decoder's output (B, L, Z) for tokens (B, L, C), mask (B, L), labels (B,); ``drop`` (B, 1) drops labels."""
     embedding = torch.where(drop, model.fake_latent, model.class_emb(labels))
@@ -188,7 +200,7 @@ class Recipe:
     probe: bool = False  # of the target: see target_loss and lay_out
     pruned: bool = False  # the draft starts as the target without its other blocks, and its z are matched, too
     half: bool = False  # weights are stored in float16
-    reference: bool = False  # statistics of the data are stored, too
+    reference: bool = False  # statistics of the data are stored, too, and a few images
 
 
 RECIPES = {
@@ -275,7 +287,7 @@ def main(arguments: list[str] | None = None) -> None:
             parser.error(f"expected --drift with the digits alone, got --pair {args.pair}")
         torch.set_num_threads(1)
         return _drift(out, DRIFT_STEPS if args.steps is None else args.steps, args.seed)
-    paths = {name: out / f"{recipe.prefix}{name}.safetensors" for name in ("reference", "target", "draft")}
+    paths = {name: out / f"{recipe.prefix}{name}.safetensors" for name in ("reference", "digits", "target", "draft")}
     for path in paths.values():
         check_output(path, "--out")
     # More threads would split the sums differently, and the files would depend on the machine's cores.
@@ -290,6 +302,7 @@ def main(arguments: list[str] | None = None) -> None:
     if recipe.reference:
         mean, covariance = (torch.from_numpy(array) for array in statistics(recipe.images()[0]))
         write_file(paths["reference"], save({"mean": mean, "covariance": covariance}))
+        write_file(paths["digits"], few_of_each(*recipe.images()))
     if args.keep_target:
         target = load_model(recipe.target, paths["target"])
     else:

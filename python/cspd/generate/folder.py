@@ -54,11 +54,11 @@ class RunFolder:
         while not there.exists() and not there.is_symlink() and there != there.parent:
             there = there.parent
         if there.is_symlink() and not there.exists():
-            raise NotADirectoryError(f"expected --out as a folder, found a link that leads nowhere at {there}")
+            raise NotADirectoryError(f"expected --out to name a folder, found a broken link at {there}")
         if not there.is_dir():
-            raise NotADirectoryError(f"expected --out as a folder, found a file at {there}")
+            raise NotADirectoryError(f"expected --out to name a folder, found a file at {there}")
         if not os.access(there, os.W_OK | os.X_OK):
-            raise PermissionError(f"expected --out as a folder that may be written, found one that may not at {there}")
+            raise PermissionError(f"expected a writable folder for --out, found one that is not writable at {there}")
 
     def open(self) -> None:
         """Take the folder for this run, and read what an earlier one has left; nothing where it does not exist.
@@ -75,8 +75,8 @@ class RunFolder:
         except FileNotFoundError:
             if self._used():
                 raise InvalidInput(
-                    f"expected a new folder for --out, or one with the {RUN} of its run, found images in {self.path} "
-                    f"without {RUN}"
+                    f"expected a new folder for --out, or the folder of an earlier run: {self.path} holds images but "
+                    f"no {RUN}"
                 ) from None
             return
         try:
@@ -84,7 +84,9 @@ class RunFolder:
             dict(self.known["settings"]), list(self.known["starts"]), list(self.known["latent_size"])
             self.known["image_size"] = self.known["image_size"] and tuple(self.known["image_size"])
         except (ValueError, TypeError, KeyError) as error:
-            raise InvalidInput(f"expected what an earlier run wrote in {self.path / RUN}, could not read it") from error
+            raise InvalidInput(
+                f"expected the settings of an earlier run in {self.path / RUN}, could not read them"
+            ) from error
 
     def create(self) -> None:
         """Make the folder, and clear away what killed processes left unfinished.
@@ -95,7 +97,7 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         self._take()
         if not self._seen and self._used():
-            raise InvalidInput(f"expected a new folder for --out, another run has begun in {self.path} meanwhile")
+            raise InvalidInput(f"expected a new folder for --out, but another run has just begun in {self.path}")
         for path in self.path.glob(f"{BESIDE}*"):
             if _UNFINISHED.fullmatch(path.name):
                 path.unlink(missing_ok=True)
@@ -117,7 +119,7 @@ class RunFolder:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self.close()
-            raise InvalidInput(f"expected one run at a time in {self.path}, another one is at work there") from None
+            raise InvalidInput(f"expected one run at a time in {self.path}, but another one is working there") from None
         except OSError:
             pass
 

@@ -67,9 +67,7 @@ class Ranks:
                 raise InvalidInput("it computes nothing")
             if device.type == "cuda" and self.size > 1:
                 if device.index is not None:
-                    raise InvalidInput(
-                        f"with {self.size} processes every one takes a GPU of its own: give --device cuda"
-                    )
+                    raise InvalidInput(f"each of {self.size} processes takes a GPU of its own: pass --device cuda")
                 if self.local >= (count := torch.cuda.device_count()):
                     raise InvalidInput(f"there are more processes on this machine than GPUs ({count})")
                 device = torch.device("cuda", self.local)

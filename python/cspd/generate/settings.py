@@ -139,9 +139,11 @@ def _threads(args, known: dict) -> int:
 def check_options(args) -> None:
     """Raise where options exclude each other; nothing is looked up."""
     if args.out.suffix in (".png", ".safetensors", ".npz") and not args.out.is_dir():
-        raise InvalidInput(f"expected --out as a folder, got {args.out}: one picture of all is --grid, one array --npz")
+        raise InvalidInput(
+            f"expected --out to name a folder, got {args.out}: --grid writes one picture of all images, --npz one array"
+        )
     if (args.labels is None) == (args.num_images is None):
-        raise InvalidInput("expected --labels or --num-images, one of them")
+        raise InvalidInput("expected either --labels or --num-images")
     if args.classes is not None and args.num_images is None:
         raise InvalidInput("expected --num-images together with --classes: with --labels every image has its own class")
     if not 0.0 <= args.prefill <= 1.0:
@@ -159,10 +161,10 @@ def check_options(args) -> None:
                 raise InvalidInput(f"expected --target together with {option}: the digits pair has a fixed one")
     elif args.vae is None:
         if not args.latents:
-            raise InvalidInput("expected --vae, which makes pictures of latents, or --latents, which writes them")
+            raise InvalidInput("expected --vae to decode pictures, or --latents to write the latents")
         for name in ("grid", "npz"):
             if getattr(args, name) is not None:
-                raise InvalidInput(f"expected --vae together with --{name}: without it there are latents only")
+                raise InvalidInput(f"expected --vae together with --{name}: without a VAE there are no pictures")
 
 
 def _check_verify(args) -> None:
@@ -171,8 +173,8 @@ def _check_verify(args) -> None:
         raise InvalidInput(f"expected --candidates at most {MOST_CANDIDATES}, got {args.candidates}")
     if args.branches > args.candidates:
         raise InvalidInput(
-            f"expected at most as many --branches as --candidates, each of which one continues, got {args.branches} "
-            f"and {args.candidates}"
+            f"expected at most as many --branches as --candidates, got {args.branches} and {args.candidates}: each "
+            "branch goes on from one candidate"
         )
     if args.branches > 1 and args.verify != "strict":
         raise InvalidInput(f"expected --branches {args.branches} together with --verify strict")

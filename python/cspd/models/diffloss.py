@@ -76,7 +76,15 @@ class FinalLayer(nn.Module):
 
 
 class SimpleMLPAdaLN(nn.Module):
-    """The denoising network: x (N, C), t (N,), c (N, Z) -> (N, out_channels)."""
+    """The denoising network: x (N, C), t (N,), c (N, Z) -> (N, out_channels).
+
+    Example:
+        >>> import torch
+        >>> from cspd.models import SimpleMLPAdaLN
+        >>> net = SimpleMLPAdaLN(in_channels=4, model_channels=8, out_channels=8, z_channels=6, num_res_blocks=2)
+        >>> net(torch.zeros(3, 4), torch.zeros(3), torch.zeros(3, 6)).shape
+        torch.Size([3, 8])
+    """
 
     def __init__(
         self,
@@ -122,7 +130,15 @@ class SimpleMLPAdaLN(nn.Module):
     def forward_with_cfg(
         self, x: torch.Tensor, t: torch.Tensor, c: torch.Tensor, cfg_scale: float | torch.Tensor
     ) -> torch.Tensor:
-        """Guided output for 2N rows, conditional rows first: both halves see the conditional x and share eps."""
+        """Guided output for 2N rows, conditional rows first: both halves see the conditional x and share eps.
+
+        Example:
+            >>> import torch
+            >>> from cspd.models import SimpleMLPAdaLN
+            >>> net = SimpleMLPAdaLN(4, 8, 8, 6, 2)
+            >>> net.forward_with_cfg(torch.zeros(6, 4), torch.zeros(6), torch.zeros(6, 6), cfg_scale=3.0).shape
+            torch.Size([6, 8])
+        """
         half = x[: len(x) // 2]
         out = self.forward(torch.cat([half, half]), t, c)
         eps, rest = out[:, : self.in_channels], out[:, self.in_channels :]
@@ -137,11 +153,19 @@ class DiffLoss(nn.Module):
     Args:
         target_channels: C. z_channels: Z. depth, width: D residual blocks of width W.
         num_sampling_steps: T of ``sample`` (an int, or a string as in LTH14/mar).
-        schedule: ``"cosine"`` (MAR) or ``"linear"`` of a diffusion; ``"euler"`` or ``"euler_maruyama"`` of a flow,
-            whose network predicts the velocity from time 0, noise, to 1 and has no variance to learn.
-        num_train_steps: steps of the schedule it is trained on, of which T are kept for sampling.
-        learn_sigma: whether the network puts out a variance besides the noise (MAR), or the
-            posterior's is used (as in MotionStreamer and MARDM).
+        schedule: ``"cosine"`` (MAR) or ``"linear"`` for a diffusion; ``"euler"`` or ``"euler_maruyama"`` for a flow.
+            A flow's network predicts the velocity from time 0 (noise) to 1, and learns no variance.
+        num_train_steps: steps of the schedule it is trained on. T of them are kept for sampling.
+        learn_sigma: True if the network puts out a variance besides the noise (MAR). False uses the posterior's
+            variance (as in MotionStreamer and MARDM).
+
+    Example:
+        >>> import torch
+        >>> from cspd.models import DiffLoss
+        >>> head = DiffLoss(target_channels=4, z_channels=6, depth=2, width=8, num_sampling_steps=5)
+        >>> z = torch.zeros(3, 6)
+        >>> head(torch.zeros(3, 4), z).shape, head.sample(z).shape
+        (torch.Size([]), torch.Size([3, 4]))
     """
 
     def __init__(
@@ -183,6 +207,13 @@ class DiffLoss(nn.Module):
     def sample(self, z: torch.Tensor, temperature: float = 1.0, cfg: float = 1.0) -> torch.Tensor:
         """Tokens for conditions z: (N, Z) -> (N, C); with guidance z and the result have 2N rows,
         conditional first. The first noise comes from the CPU generator, the others from the device's.
+
+        Example:
+            >>> import torch
+            >>> from cspd.models import DiffLoss
+            >>> head = DiffLoss(4, 6, 2, 8, num_sampling_steps=5)
+            >>> head.sample(torch.zeros(6, 6), temperature=0.9, cfg=3.0).shape  # 3 tokens, and their guidance
+            torch.Size([6, 4])
         """
         noise = first_noise(len(z) if cfg == 1.0 else len(z) // 2, self.in_channels, z.device)
         return sample_from(self, noise, z, temperature, cfg)

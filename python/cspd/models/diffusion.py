@@ -24,6 +24,14 @@ from .flow import velocity_losses
 class GaussianDiffusion:
     """Training loss and sampling under a :class:`cspd_kernels.Schedule`; the loss needs one of a diffusion or a flow.
 
+    Example:
+        >>> import torch
+        >>> from cspd.models import GaussianDiffusion
+        >>> from cspd_kernels import Schedule
+        >>> diffusion = GaussianDiffusion(Schedule.linear(10, variance="fixed_small"))
+        >>> diffusion.num_timesteps
+        10
+
     Source: Ho et al. 2020 (arXiv 2006.11239), Nichol & Dhariwal 2021 (arXiv 2102.09672, eq. 15-16
     for the learned variance and its variational term).
     """
@@ -39,6 +47,15 @@ class GaussianDiffusion:
         """Mean and log variance of reverse step i, (N, C) each, from the network's output (N, C or 2C).
 
         At least float32, as the tables are, whatever the types of x and of the output.
+
+        Example:
+            >>> import torch
+            >>> from cspd.models import GaussianDiffusion
+            >>> from cspd_kernels import Schedule
+            >>> diffusion = GaussianDiffusion(Schedule.linear(10))
+            >>> mean, log_variance = diffusion.posterior(torch.zeros(3, 8), torch.ones(3, 4), 9)
+            >>> mean.shape, log_variance.shape
+            (torch.Size([3, 4]), torch.Size([3, 4]))
         """
         return self._mean(out, self._x0(out, x, i), x, i)
 
@@ -85,6 +102,14 @@ class GaussianDiffusion:
             clip_denoised: clip x0 to [-1, 1] at every step. denoised_fn: applied to x0 before that.
             cond_fn: ``cond_fn(x, t, **model_kwargs)``, a gradient that the mean is moved along.
             device: of drawn noise; None is the CPU. progress: show a tqdm bar.
+
+        Example:
+            >>> import torch
+            >>> from cspd.models import GaussianDiffusion
+            >>> from cspd_kernels import Schedule
+            >>> diffusion = GaussianDiffusion(Schedule.linear(10, variance="fixed_small"))
+            >>> diffusion.p_sample_loop(lambda x, t: torch.zeros_like(x), (3, 4)).shape
+            torch.Size([3, 4])
         """
         kwargs = model_kwargs or {}
         x = torch.randn(*shape, device="cpu").to(device or "cpu") if noise is None else noise
@@ -102,7 +127,16 @@ class GaussianDiffusion:
         return x
 
     def random_times(self, rows: int, device: torch.device) -> torch.Tensor:
-        """(N,) times to train at: uniform over the steps of a diffusion, over [0, 1) of a flow."""
+        """(N,) times to train at: uniform over the steps of a diffusion, over [0, 1) of a flow.
+
+        Example:
+            >>> import torch
+            >>> from cspd.models import GaussianDiffusion
+            >>> from cspd_kernels import Schedule
+            >>> times = GaussianDiffusion(Schedule.linear(10)).random_times(3, torch.device("cpu"))
+            >>> times.dtype, bool((times < 10).all())
+            (torch.int64, True)
+        """
         if self.schedule.prediction == "velocity":
             return torch.rand(rows, device=device)
         return torch.randint(0, self.num_timesteps, (rows,), device=device)
@@ -118,6 +152,14 @@ class GaussianDiffusion:
 
         Args:
             t: (N,) int64 indices into this schedule; of a flow (N,) times, see :func:`velocity_losses`.
+
+        Example:
+            >>> import torch
+            >>> from cspd.models import GaussianDiffusion
+            >>> from cspd_kernels import Schedule
+            >>> diffusion = GaussianDiffusion(Schedule.linear(10, variance="fixed_small"))
+            >>> diffusion.training_losses(lambda x, t: x, torch.zeros(3, 4), torch.tensor([0, 4, 9])).shape
+            torch.Size([3])
         """
         s = self.schedule
         if s.prediction == "velocity":

@@ -1,8 +1,8 @@
 """A head that makes a token of noise and its condition in one network call, trained by drifting.
 
-"Generative Modeling via Drifting", arXiv 2602.04770: samples move along a field that data attract them to and that
-they repel each other by, which is zero where both have one distribution, and the network learns to put out where they
-would move to. Drift-AR, arXiv 2603.28049: as the head of an autoregressive model, whose first noise is as wide as the
+"Generative Modeling via Drifting", arXiv 2602.04770: data attract samples, and samples repel each other. The field of
+both is zero where both have one distribution. The network learns to put out where the field would move its samples.
+Drift-AR, arXiv 2603.28049, uses this as the head of an autoregressive model. There the first noise is as wide as the
 transformer's attention is spread.
 """
 
@@ -56,9 +56,9 @@ def drift(x: torch.Tensor, data: torch.Tensor, tau, others: torch.Tensor | None 
 def drifting_loss(x: torch.Tensor, data: torch.Tensor, taus=TAUS, least: float = 1e-2) -> torch.Tensor:
     """Mean of |x - stopgrad(x + V)|^2 over conditions: samples x (B, N, C), data (B, P, C) -> ().
 
-    Distances are relative to their mean in each condition, which is at least ``least``, and V is the sum over ``taus``
-    of fields that are brought to unit length on average over the batch (arXiv 2602.04770, section 3.4), so that the
-    loss stays near its number whatever was learned: watch the samples instead.
+    Distances are relative to their mean in each condition, which is at least ``least``. V is the sum over ``taus`` of
+    fields that are brought to unit length on average over the batch (arXiv 2602.04770, section 3.4). So the loss
+    stays near the same value, whatever was learned: watch the samples instead.
     """
     with torch.no_grad():
         size = torch.cdist(x, data).mean((-2, -1), keepdim=True).clamp_min(least)

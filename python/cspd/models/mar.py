@@ -30,6 +30,18 @@ class MAR(nn.Module):
         diffloss_d, diffloss_w, num_sampling_steps, schedule, num_train_steps, learn_sigma:
             the head (see :class:`DiffLoss`).
         buffer_size: how many class tokens stand before the sequence.
+
+    Example:
+        >>> import torch
+        >>> from cspd.models import MAR
+        >>> model = MAR(
+        ...     img_size=4, vae_stride=1, vae_embed_dim=3, class_num=10, buffer_size=2, diffloss_d=1, diffloss_w=8,
+        ...     num_sampling_steps=5, encoder_embed_dim=8, encoder_depth=1, encoder_num_heads=2, decoder_embed_dim=8,
+        ...     decoder_depth=1, decoder_num_heads=2,
+        ... )
+        >>> loss = model(torch.zeros(2, 3, 4, 4), torch.tensor([3, 7]))
+        >>> loss.shape, model.seq_len
+        (torch.Size([]), 16)
     """
 
     loaded: str  # of :func:`cspd.load_mar`: what the file held
@@ -114,27 +126,62 @@ class MAR(nn.Module):
         )
 
     def patchify(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, c, h, w) -> (B, L, C)."""
+        """(B, c, h, w) -> (B, L, C).
+
+        Example:
+            >>> import torch
+            >>> from cspd.demo.pair import load_pair
+            >>> model, _ = load_pair()
+            >>> tokens = model.patchify(torch.zeros(2, 1, 8, 8))
+            >>> tokens.shape, model.unpatchify(tokens).shape
+            (torch.Size([2, 16, 4]), torch.Size([2, 1, 8, 8]))
+        """
         batch, c, h, w = x.shape
         p = self.patch_size
         x = x.reshape(batch, c, h // p, p, w // p, p).permute(0, 2, 4, 1, 3, 5)
         return x.reshape(batch, (h // p) * (w // p), c * p * p)
 
     def unpatchify(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, L, C) -> (B, c, h, w)."""
+        """(B, L, C) -> (B, c, h, w).
+
+        Example:
+            >>> import torch
+            >>> from cspd.demo.pair import load_pair
+            >>> model, _ = load_pair()
+            >>> model.unpatchify(torch.zeros(2, 16, 4)).shape
+            torch.Size([2, 1, 8, 8])
+        """
         p, c = self.patch_size, self.vae_embed_dim
         x = x.reshape(-1, self.seq_h, self.seq_w, c, p, p).permute(0, 3, 1, 4, 2, 5)
         return x.reshape(-1, c, self.seq_h * p, self.seq_w * p)
 
     def sample_orders(self, bsz: int) -> torch.Tensor:
-        """(B, L) random generation orders from numpy's global generator, as the released code draws them."""
+        """(B, L) random generation orders from numpy's global generator, as the released code draws them.
+
+        Example:
+            >>> from cspd.demo.pair import load_pair
+            >>> model, _ = load_pair()
+            >>> orders = model.sample_orders(2)
+            >>> orders.shape, orders.sort(dim=1).values[0].tolist() == list(range(16))
+            (torch.Size([2, 16]), True)
+        """
         orders = np.tile(np.arange(self.seq_len), (bsz, 1))
         for order in orders:
             np.random.shuffle(order)
         return to_device(torch.from_numpy(orders), self.mask_token.device)
 
     def random_masking(self, x: torch.Tensor, orders: torch.Tensor) -> torch.Tensor:
-        """Training mask (B, L); its ratio is a normal (1, 0.25) truncated to [mask_ratio_min, 1]."""
+        """Training mask (B, L); its ratio is a normal (1, 0.25) truncated to [mask_ratio_min, 1].
+
+        Example:
+            >>> import torch
+            >>> from cspd.demo.pair import load_pair
+            >>> model, _ = load_pair()
+            >>> orders = model.sample_orders(2)
+            >>> mask = model.random_masking(torch.zeros(2, 16, 4), orders)
+            >>> mask.shape, bool(mask.mean() >= model.mask_ratio_min)
+            (torch.Size([2, 16]), True)
+        """
         normal: Any = torch.distributions.Normal(1.0, 0.25)
         low = float(normal.cdf(torch.tensor(self.mask_ratio_min)))
         ratio = float(normal.icdf(low + (0.5 - low) * torch.rand(())))
@@ -153,12 +200,32 @@ class MAR(nn.Module):
 
         Every image must have the same number of known tokens. On a device the host waits for that number;
         :func:`cspd.transformer.encode`, given it, does not.
+
+        Example:
+            >>> import torch
+            >>> from cspd.demo.pair import load_pair
+            >>> model, _ = load_pair()
+            >>> mask = torch.ones(2, 16)
+            >>> mask[:, :3] = 0  # three tokens are known
+            >>> z = model.forward_mae_encoder(torch.zeros(2, 16, 4), mask, model.class_emb(torch.tensor([3, 7])))
+            >>> z.shape[1] == model.buffer_size + 3
+            True
         """
         return encode(self, x, known_of_mask(mask), self._drop_labels(class_embedding))
 
     @masked_form
     def forward_mae_decoder(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Encoder output and mask (B, L) -> the conditions z of all positions (B, L, Z)."""
+        """Encoder output and mask (B, L) -> the conditions z of all positions (B, L, Z).
+
+        Example:
+            >>> import torch
+            >>> from cspd.demo.pair import load_pair
+            >>> model, _ = load_pair()
+            >>> mask = torch.ones(2, 16)
+            >>> z = model.forward_mae_encoder(torch.zeros(2, 16, 4), mask, model.class_emb(torch.tensor([3, 7])))
+            >>> model.forward_mae_decoder(z, mask).shape[:2]
+            torch.Size([2, 16])
+        """
         return decode(self, x, known_of_mask(mask))
 
     def forward(self, imgs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -182,7 +249,15 @@ class MAR(nn.Module):
         temperature: float = 1.0,
         progress: bool = False,
     ) -> torch.Tensor:
-        """Generate bsz images (B, c, h, w) in ``num_iter`` steps; labels (B,) int64 or None for no class."""
+        """Generate bsz images (B, c, h, w) in ``num_iter`` steps; labels (B,) int64 or None for no class.
+
+        Example:
+            >>> import torch
+            >>> from cspd.demo.pair import load_pair
+            >>> model, _ = load_pair()
+            >>> model.sample_tokens(2, num_iter=4, labels=torch.tensor([3, 7])).shape
+            torch.Size([2, 1, 8, 8])
+        """
         guided = cfg != 1.0
         device = self.mask_token.device
         tokens = torch.zeros(bsz, self.seq_len, self.token_embed_dim, device=device)
@@ -220,15 +295,42 @@ def _size(dim: int, depth: int, heads: int, head_depth: int, head_width: int) ->
 
 
 def mar_base(**kwargs: Any) -> MAR:
-    """MAR-B, 208 M parameters with its published head (D=6, W=1024)."""
+    """MAR-B, 208 M parameters with its published head (D=6, W=1024).
+
+    Example:
+        >>> import torch
+        >>> from cspd.models import mar_base
+        >>> with torch.device("meta"):  # without memory
+        ...     model = mar_base()
+        >>> round(sum(p.numel() for p in model.parameters()) / 1e6), model.seq_len
+        (208, 256)
+    """
     return _build(_size(768, 12, 12, 6, 1024), kwargs)
 
 
 def mar_large(**kwargs: Any) -> MAR:
-    """MAR-L, 479 M parameters with its published head (D=8, W=1280)."""
+    """MAR-L, 479 M parameters with its published head (D=8, W=1280).
+
+    Example:
+        >>> import torch
+        >>> from cspd.models import mar_large
+        >>> with torch.device("meta"):  # without memory
+        ...     model = mar_large(num_sampling_steps=50)
+        >>> round(sum(p.numel() for p in model.parameters()) / 1e6), model.diffloss.gen_diffusion.num_timesteps
+        (478, 50)
+    """
     return _build(_size(1024, 16, 16, 8, 1280), kwargs)
 
 
 def mar_huge(**kwargs: Any) -> MAR:
-    """MAR-H, 943 M parameters with its published head (D=12, W=1536)."""
+    """MAR-H, 943 M parameters with its published head (D=12, W=1536).
+
+    Example:
+        >>> import torch
+        >>> from cspd.models import mar_huge
+        >>> with torch.device("meta"):  # without memory
+        ...     model = mar_huge()
+        >>> round(sum(p.numel() for p in model.parameters()) / 1e6)
+        942
+    """
     return _build(_size(1280, 20, 16, 12, 1536), kwargs)

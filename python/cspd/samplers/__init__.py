@@ -21,7 +21,20 @@ ADAPTERS: list[Adapter] = [NextStep(), BitDance(), FlowMar(), RectifiedFlow()]
 
 
 def register(adapter: Adapter) -> None:
-    """Have :func:`cspd.patch` know one more sampler, before those that it knows already."""
+    """Have :func:`cspd.patch` know one more sampler, before those that it knows already.
+
+    Example:
+        >>> from cspd import samplers
+        >>> class Mine(samplers.Adapter):
+        ...     source = "my project"
+        ...     attributes = ("my_solver",)
+        ...
+        ...     def sample(self, head, z, cfg=1.0):  # the arguments of the head's own method
+        ...         return samplers.Reading(head.my_schedule, z)
+        >>> samplers.register(Mine())
+        >>> print(samplers.ADAPTERS.pop(0))  # and forgotten again
+        my project
+    """
     if not isinstance(adapter, Adapter):
         raise WrongType(f"register expected an Adapter, got {type(adapter).__name__}")
     for name in adapter.methods:
@@ -31,5 +44,13 @@ def register(adapter: Adapter) -> None:
 
 
 def adapter_of(module: nn.Module) -> Adapter | None:
-    """Who knows how a module samples, None where nobody does."""
+    """Who knows how a module samples, None where nobody does.
+
+    Example:
+        >>> from cspd import samplers
+        >>> from cspd.demo.pair import load_pair
+        >>> model, _ = load_pair()
+        >>> print(samplers.adapter_of(model.diffloss))  # its loop is a diffusion object's
+        None
+    """
     return next((adapter for adapter in ADAPTERS if adapter.recognises(module)), None)

@@ -1,4 +1,4 @@
-"""What is to be said of a head whose ``sample`` is a loop of its own, for the kernels to stand in for it."""
+"""What an adapter says of a head whose ``sample`` is a loop of its own, so that the kernels can replace that loop."""
 
 from __future__ import annotations
 
@@ -17,10 +17,15 @@ class Draws:
     """What a sampler draws for N tokens of C channels: x_T, then once for each step that adds noise, in their order.
 
     Attributes:
-        rows: (rows, C) of a draw, repeated down the N tokens; None: N.
-        first: whose generator x_T comes from, ``"cpu"`` or ``"device"``. The steps draw on the device.
-        steps: whether the steps draw. last: whether the last one does, too, and adds nothing of it.
-        dtype: of the draws. scale: of x_T.
+        rows: a draw is (rows, C), repeated down the N tokens. None: N rows.
+        first: whose generator draws x_T, ``"cpu"`` or ``"device"``. The steps draw on the device.
+        steps: whether the steps draw. last: whether the last step draws, too, although it adds no noise.
+        dtype: dtype of the draws. scale: factor of x_T.
+
+    Example:
+        >>> from cspd.samplers import Draws
+        >>> Draws(first="cpu", scale=0.9)
+        Draws(rows=None, first='cpu', steps=True, last=False, dtype=torch.float32, scale=0.9)
     """
 
     rows: int | None = None
@@ -36,11 +41,19 @@ class Reading:
     """What one call of a sampler means.
 
     Attributes:
-        schedule: the steps; the same object for the same ones, as ``functools.lru_cache`` gives it.
+        schedule: the steps. Return the same object for the same steps, for example by ``functools.lru_cache``.
         cond: (G N, Z), G groups of N rows, the wanted one first.
         scales: G - 1 numbers or one-element tensors: ``out_{G-1} + sum_g scales[g] (out_g - out_{g+1})`` is followed.
-        draws: what is drawn. temperature: of the noise of the steps.
-        copies: how many times the N tokens come back, below each other. dtype: of what comes back.
+        draws: what is drawn. temperature: factor of the noise of the steps.
+        copies: how many times the N tokens come back, below each other. dtype: dtype of the result.
+
+    Example:
+        >>> import torch
+        >>> from cspd.samplers import Reading
+        >>> from cspd_kernels import Schedule
+        >>> reading = Reading(Schedule.euler([0.0, 0.5, 1.0]), torch.zeros(6, 4), scales=(3.0,))
+        >>> reading.groups, len(reading.cond) // reading.groups  # guided, 3 tokens
+        (2, 3)
     """
 
     schedule: Schedule
@@ -60,15 +73,26 @@ class Reading:
 class Adapter:
     """One code base's sampler.
 
-    A subclass says how its heads are recognised, and for each method that is stood in for it has a method of the same
-    name: ``method(head, **arguments)`` takes the head and the call's arguments by the names that the head's own method
-    has for them, and returns a :class:`Reading`. Where it raises ValueError, and for arguments it has no parameter
-    for, the head's own method runs. It draws nothing and waits for no device where the method itself does not.
+    A subclass says how its heads are recognised. For each method of the head that it replaces, it has a method of the
+    same name. ``method(head, **arguments)`` takes the head and the call's arguments, under the names of the head's own
+    method, and returns a :class:`Reading`. If it raises ValueError, or has no parameter for an argument, the head's own
+    method runs. It draws nothing, and does not synchronise unless the head's own method does.
 
     Attributes:
-        source: of the sampler, for people.
-        attributes: that a head has, beside ``net``. methods: that are stood in for.
+        source: where the sampler comes from, for people.
+        attributes: attributes that a head has, beside ``net``. methods: methods of the head that are replaced.
         records: whether autograd records what the methods compute (they are not under ``torch.no_grad``).
+
+    Example:
+        >>> from cspd.samplers import Adapter, Reading
+        >>> class Mine(Adapter):
+        ...     source = "my project"
+        ...     attributes = ("my_solver",)
+        ...
+        ...     def sample(self, head, z, cfg=1.0):  # the arguments of the head's own method
+        ...         return Reading(head.my_schedule, z)
+        >>> print(Mine(), Mine.methods)
+        my project ('sample',)
     """
 
     source: str = ""
@@ -80,14 +104,30 @@ class Adapter:
         return self.source or type(self).__name__
 
     def recognises(self, head: nn.Module) -> bool:
-        """Whether a module looks like one of its heads; whether it samples like one is compared."""
+        """Whether a module looks like one of its heads. Whether it samples like one is compared later.
+
+        Example:
+            >>> import torch
+            >>> from cspd.samplers import Adapter
+            >>> Adapter().recognises(torch.nn.Linear(2, 2))  # it has no method sample
+            False
+        """
         has = all(hasattr(head, name) for name in self.attributes)
         return has and all(callable(getattr(type(head), name, None)) for name in self.methods)
 
     def trials(self, head: nn.Module, z: Callable[[int], torch.Tensor]) -> Iterator[tuple[str, dict[str, Any]]]:
-        """(method, its arguments) of small calls, which between them show every kind that is to be served.
+        """Yield (method, its arguments) of small calls, which together show every kind of call to be served.
 
         Args:
             z: ``z(rows)`` gives conditions (rows, Z).
+
+        Example:
+            >>> from cspd.samplers import Adapter
+            >>> class Mine(Adapter):
+            ...     def trials(self, head, z):
+            ...         yield "sample", {"z": z(3)}
+            ...         yield "sample", {"z": z(6), "cfg": 2.0}
+            >>> [name for name, _ in Mine().trials(None, range)]
+            ['sample', 'sample']
         """
         raise NotImplementedError

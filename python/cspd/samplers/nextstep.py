@@ -21,7 +21,7 @@ class NextStep(Adapter):
 
     def sample(self, head, c, cfg, cfg2, timesteps_shift, num_sampling_steps, last_step_size, noise_repeat) -> Reading:
         if num_sampling_steps < 2:
-            raise UnsupportedModel(f"it takes no step of {num_sampling_steps}")
+            raise UnsupportedModel(f"it makes no step with num_sampling_steps={num_sampling_steps}")
         scales = {1: (), 2: (cfg,), 3: (cfg, cfg2)}[1 + (cfg > 1.0) + (cfg2 > 1.0)]
         return Reading(
             schedule=steps(int(num_sampling_steps), float(timesteps_shift), float(last_step_size), c.dtype),

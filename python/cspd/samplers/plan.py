@@ -70,7 +70,7 @@ def plan_of(adapter: Adapter, head: nn.Module, name: str, bound: inspect.BoundAr
     except ValueError as error:
         raise NotServedError(f"{error}") from None
     except Exception as error:  # noqa: BLE001  (of arguments that nobody has thought of)
-        raise NotServedError(f"its {name} is called with what is not read: {type(error).__name__}: {error}") from None
+        raise NotServedError(f"the arguments of its {name} cannot be read: {type(error).__name__}: {error}") from None
     cond, groups, width = reading.cond, reading.groups, source.spec.cond_channels
     if not isinstance(cond, torch.Tensor) or cond.dim() != 2 or cond.shape[1] != width or len(cond) % groups:
         got = tuple(cond.shape) if isinstance(cond, torch.Tensor) else type(cond).__name__

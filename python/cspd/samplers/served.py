@@ -1,7 +1,7 @@
 """A head's own sampler by the kernels: compared on small copies, then stood in for.
 
-A call is served where calls of its kind agreed on a copy with random weights: the head's own method and the kernels, to
-rounding, with the random number generators in the same state after it. Every other call runs the method itself.
+A call is served if calls of its kind agreed on a copy with random weights. The head's own method and the kernels must
+agree to rounding, and leave the random number generators in the same state. Every other call runs the method itself.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ class OwnSampler:
         if isinstance(agreed, str):
             raise NotServedError(agreed)
         if plan.kind not in agreed:
-            raise NotServedError(f"its {name} was not compared in such calls")
+            raise NotServedError(f"such a call of its {name} was not compared")
         head = patch.cache.get(plan.reading.schedule, options.dtype, source)
         return run(plan, head, options.backend, options.noise == "philox", options.parallel_tol)
 
@@ -108,12 +108,12 @@ class OwnSampler:
         if (agreed := self.verdicts.get(state)) is not None:
             return agreed
         if len(self.verdicts) >= _MOST:
-            return "its attributes change from call to call, and each time it would have to be compared again"
+            return "its attributes change from call to call, so it would have to be compared at each"
         with LOCK:
             try:
                 agreed = self._compare(choice)
             except CannotRunError as error:
-                agreed = f"it does not run on a copy to be compared with: {error}"
+                agreed = f"it does not run on a copy, so it cannot be compared: {error}"
             except DiffersError as error:
                 agreed = f"{error}"
         self.verdicts[state] = agreed
@@ -151,11 +151,11 @@ class OwnSampler:
                 # Step by step, whatever was asked for: what is compared is code, which a tolerance would hide.
                 served = seeded(lambda: run(plan, head, "torch", False, None), [])  # noqa: B023
             except Exception as error:
-                raise DiffersError(f"{what} runs, and through the kernels it raises {first_line(error)}") from error
+                raise DiffersError(f"{what} runs, but with the kernels it raises {first_line(error)}") from error
             same(own, served, None, what, self.net)
             agreed.add(plan.kind)
         if not agreed:
-            raise failure or CannotRunError(f"nothing is known of how {type(self.module).__name__} is called")
+            raise failure or CannotRunError(f"it is not known how {type(self.module).__name__} is called")
         return frozenset(agreed)
 
     def _copy(self, choice: int, cut: bool) -> tuple[nn.Module, HeadCache]:
@@ -195,13 +195,13 @@ class ServedSample(StandIn):
         patch = None if net is None else patch_of(unwrapped(net)[0])
         if patch is None:
             for user in self.present():
-                user.tell(f"the net of {type(self.module).__name__} is another one now: patch again")
+                user.tell(f"the net of {type(self.module).__name__} was replaced since it was patched: patch again")
         sampler = getattr(patch, "own_sampler", None)
         if sampler is None:
             return original(*args, **kwargs)
         try:
             if sampler.module is not self.module:
-                raise NotServedError("its network was patched as another head's since")
+                raise NotServedError("its network has since been patched as that of another head")
             if name in self.replaced and not _is_of_class(self.replaced[name], self.module, name):
                 raise NotServedError(f"its {name} had been replaced on the instance")
             return sampler.serve(patch, name, original, args, kwargs)
@@ -230,7 +230,7 @@ def _bound(name: str, signature: inspect.Signature, args: tuple, kwargs: dict) -
     try:
         bound = signature.bind(*args, **kwargs)
     except TypeError as error:  # its own error
-        raise NotServedError(f"its {name} is not called as it says: {error}") from None
+        raise NotServedError(f"its {name} is called with arguments that do not fit its signature: {error}") from None
     bound.apply_defaults()
     return bound
 

@@ -81,7 +81,7 @@ class ChosenTransformer:
         if self._compile and weights.device.type != "cuda":
             raise InvalidInput(
                 f"expected compile=True with a model on a GPU, got one on {weights.device}, where its products are "
-                "packed for the CPU: leave it out"
+                "packed for the CPU: omit it"
             )
         backend = norm_backend(self.backend, weights.device)
         packed = self._packed[operands] = ByWeights(weights, backend, self._compile)
@@ -109,7 +109,7 @@ class ChosenTransformer:
             "%s (%s) runs %s: %s",
             self.name,
             type(self.model).__name__,
-            "its own forward_mae_encoder and forward_mae_decoder, which wait for the device at every pass"
+            "its own forward_mae_encoder and forward_mae_decoder, which synchronise at every pass"
             if waits
             else "its own blocks, without CUDA graphs",
             by_tables if waits else by_weights,
@@ -161,7 +161,7 @@ def _transformer(model: nn.Module) -> Iterator[nn.Module]:
 def why_not_by_weights(model: nn.Module, backend: str | None = None) -> str | None:
     """None where :func:`cspd.whole.passes.conditions` computes what the model's own methods do, else why not."""
     if not isinstance(model, nn.Module):
-        return "it is no module"
+        return "it is not a torch.nn.Module"
     if watched(model):
         return "its modules have hooks, or a forward of their own"
     try:

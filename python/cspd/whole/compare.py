@@ -83,7 +83,7 @@ def _sample_differs(module, net, head: DiffusionHead, cfg: float, first_on: str)
         with _here_instead(device), _cast(part_of(net, "input").weight), own_loops():
             expected = module.sample(z, _TEMPERATURE, cfg)[:n].float()
     except Exception as error:  # noqa: BLE001  (whatever a fork's code raises)
-        return f"its head's sample does not run here to be compared with ({type(error).__name__}: {error})"
+        return f"its head's sample does not run here, so it cannot be compared ({type(error).__name__}: {error})"
     theirs = _states(device)
     _seed(device)
     x = torch.randn(n, head.channels, device="cpu" if first_on == "cpu" else device)
@@ -168,7 +168,7 @@ def _difference(
                 twin, images, num_iter=num_iter, cfg=cfg, cfg_schedule=schedule, labels=labels, temperature=_TEMPERATURE
             )
     except Exception as error:  # noqa: BLE001  (whatever a fork's code raises)
-        return f"its own sample_tokens does not run here to be compared with ({type(error).__name__}: {error})"
+        return f"its own sample_tokens does not run here, so it cannot be compared ({type(error).__name__}: {error})"
     theirs, states, head.asked = head.asked, _states(device), []
     _seed(device)
     orders = torch.from_numpy(np.stack([_shuffled(model.seq_len) for _ in range(images)])).to(device)
@@ -184,7 +184,7 @@ def _difference(
     actual = model.unpatchify(tokens)
     at = f"at {num_iter} steps, guidance {cfg} ({schedule})"
     if len(theirs) != len(head.asked) or not all(map(_same, theirs, head.asked)):
-        return f"its loop asks its head for something else {at}"
+        return f"its loop calls its head with other arguments {at}"
     if not all(map(torch.equal, states, _states(device))):
         return f"its loop draws other random numbers {at}"
     if expected.shape != actual.shape:

@@ -113,7 +113,7 @@ class Sampler:
             generators = Generators.seeded(seed, model.fake_latent.device)
             state = self._begin(model, bsz, num_iter, cfg, cfg_schedule, labels, temperature, generators)
             graphs = why_not_graphs(state) is None
-            if graphs and isinstance(state.noise, PhiloxSource):
+            if graphs:
                 state.noise.seed_on_device()
             steps = self._steps.of(state, self._transformer.packed()) if graphs else PlainSteps(state)
             with steps.of(state), Reporter("sampling", state.plan.steps, bsz, None, progress, callback) as report:

@@ -83,8 +83,8 @@ class PhiloxSource:
 class TableSource:
     """Drawn beforehand by torch's generators, for some steps of the loop at a time, in the order of the released code.
 
-    A step of that draws x_T (N, C) from the CPU's generator, or from the device's. Then each of the T denoising steps
-    draws ``randn_like`` of all rows: 2N of them under guidance.
+    Each step draws x_T (N, C) from the CPU's generator (or the device's). Then each of the T denoising steps draws
+    ``randn_like`` of all rows, 2N of them under guidance.
 
     Args:
         batch: B. span: tokens of an image that are kept at a time. head: that with the most denoising steps.
@@ -93,6 +93,9 @@ class TableSource:
 
     values = ()  # of :class:`PhiloxSource`; tables are filled where they are
     seed = None
+
+    def seed_on_device(self) -> None:
+        """As of :class:`PhiloxSource`: there is no seed."""
 
     def __init__(self, batch: int, span: int, head: DiffusionHead, guided: bool, first_on: str, backend: str | None):
         self.batch, self.span, self.guided, self.first_on, self.backend = batch, span, guided, first_on, backend

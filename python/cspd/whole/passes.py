@@ -1,9 +1,9 @@
 """MAR's transformer over packed weights, for the positions that are wanted and nothing else.
 
-The same numbers as :func:`cspd.transformer.conditions`, up to rounding, for less: the residual stream takes one pass a
-branch (:mod:`cspd_kernels.ops.add_norm`); the last layer of the decoder, and what follows, is computed for the wanted
-positions alone; and how many tokens are known may be a value on the device, with room for more of them, so that one
-CUDA graph serves many steps.
+It gives the same numbers as :func:`cspd.transformer.conditions`, up to rounding, for less work. The residual stream
+takes one pass a branch (:mod:`cspd_kernels.ops.add_norm`). The last layer of the decoder, and what follows, is computed
+for the wanted positions alone. The number of known tokens may be a value on the device, with room for more tokens. So
+one CUDA graph serves many steps.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ def conditions(
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """The conditions z (R, n, Z) of the positions ``where``, in the stream's type.
 
-    With ``attention`` also (B, n) in the stream's type: how spread out the positions' attention to what is known is in
-    the decoder's last block, of the rows with a class. That is the mean over the heads of -sum p_k log p_k / log K,
-    with p the weights of the K keys of the classes' buffer and of the known tokens, divided by their sum: 1 where all
-    are equal, 0 where one has it all or is alone (the signal of Drift-AR, arXiv 2603.28049).
+    With ``attention`` also (B, n) in the stream's type, for the rows with a class. It says how spread out the attention
+    of a position is in the decoder's last block. That is the mean over the heads of -sum p_k log p_k / log K. Here p
+    are the weights of the K keys of the classes' buffer and of the known tokens, divided by their sum. It is 1 if all
+    are equal, 0 if one has it all or is alone (the signal of Drift-AR, arXiv 2603.28049).
 
     Args:
         tokens: (B, L, C). known: (B, K) int64 positions, the first tokens of the order of drawing.

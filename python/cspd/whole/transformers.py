@@ -117,8 +117,8 @@ def _by_count(compute: Callable, tokens: torch.Tensor, plan: Pass, embedding: to
 def _refuse(attention: bool, what: str) -> None:
     if attention:
         raise UnsupportedModel(
-            "expected a model whose transformer runs over packed weights for its attention's entropy, got one that "
-            f"runs its own {what}, which do not show it: the log says why"
+            "expected a model that shows its attention, whose entropy is needed: its transformer runs its own "
+            f"{what}; the log says why"
         )
 
 

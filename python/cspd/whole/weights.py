@@ -131,7 +131,7 @@ class Weights:
                 int(block.attn.num_heads),
             )  # fmt: skip
         except AttributeError as error:
-            raise UnsupportedModel(f"{name} is no such block ({error})") from None
+            raise UnsupportedModel(f"{name} is not a block of attention and MLP ({error})") from None
         read = {source.data_ptr() for source in self._sources[before:]}
         if more := [n for n, p in block.named_parameters() if p.numel() and p.data_ptr() not in read]:
             raise UnsupportedModel(f"{name} has more than an attention and an MLP: {', '.join(more)}")
