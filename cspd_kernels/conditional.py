@@ -162,4 +162,4 @@ def _difference(nodes: Nodes, device: torch.device) -> str | None:
         flags[:2].fill_(1)
         graph.replay()
         equal.append((counts[0] == 7) & (counts[1] == 2) & (counts[2] == 1))
-    return None if read(torch.stack(equal).all()) else "a graph with such nodes counts wrongly"
+    return None if read(torch.stack(equal).all()) else "a test graph with loops and branches gave a wrong count"

@@ -117,7 +117,7 @@ class CudaGraph:
                 self.graph = self._capture(launch, warm_up)
             except Exception as error:  # noqa: BLE001  (of a driver or a compiler; plain launches serve)
                 log_once(
-                    f"kernels are launched one by one, their CUDA graph could not be captured: {error}",
+                    f"kernels are launched one by one, because their CUDA graph could not be captured: {error}",
                     slow_on=self.device,
                 )
             except BaseException:  # interrupted: the next use captures

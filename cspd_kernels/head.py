@@ -131,8 +131,8 @@ class DiffusionHead:
         head = _heads.get(handle)
         if head is None:
             raise CallError(
-                f"expected the handle of a living DiffusionHead, got {handle}, whose head is gone (or of another "
-                "process): keep the head as long as what was compiled with it"
+                f"expected the handle of a DiffusionHead of this process, got {handle}, whose head is gone: keep the "
+                "head as long as the code that was compiled with it"
             )
         return head
 

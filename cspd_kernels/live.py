@@ -102,7 +102,7 @@ def copier(copies, device: torch.device):
 
         return Refresh(copies)
     log_once(
-        f"converted weights are converted again at every call, as they cannot be compared on the device: {reason}",
+        f"weights are converted again at every call, because they cannot be compared on the device: {reason}",
         slow_on=device,
         cause=reason,
     )

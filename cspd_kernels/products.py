@@ -179,5 +179,5 @@ def _why_not_packed(dtype: torch.dtype) -> str | None:
                 except (RuntimeError, TypeError, NotImplementedError) as error:
                     return f"mkldnn._linear_pointwise does not run ({str(error).splitlines()[0]})"
                 if not float((actual - expected).abs().max()) <= _PROOF_BOUND[dtype] * float(expected.abs().max()):
-                    return "mkldnn._linear_pointwise computes something else"
+                    return "mkldnn._linear_pointwise gives wrong results"
     return None

@@ -139,8 +139,8 @@ def _flow(method: str, times, data_at: float, sizes, timesteps):
             raise InvalidInput(f"Schedule.{method} expected finite sizes of shape (T,) beside times, got {sizes}")
     if not np.all(sizes > 0) or not np.all((share >= 0) & (share < 1)) or np.any(np.diff(share) <= 0):
         raise InvalidInput(
-            f"Schedule.{method} expected times that go from noise, at {1 - data_at:g}, towards data, at {data_at:g}, "
-            f"where no step begins, got {times}"
+            f"Schedule.{method} expected times that go from noise, at {1 - data_at:g}, to data, at {data_at:g}, with "
+            f"no step that begins at data, got {times}"
         )
     now = times[: len(share)]
     timesteps = now if timesteps is None else np.array(timesteps, dtype=np.float64)
@@ -169,7 +169,7 @@ def read(obj) -> tuple[np.ndarray, np.ndarray | None, str, str]:
     if betas is None:
         raise NotAModel(
             "Schedule.from_diffusion expected a Gaussian diffusion object, with betas, got "
-            f"{type(obj).__name__} without: another kind of sampler, which these kernels do not compute"
+            f"{type(obj).__name__} without betas: the kernels do not compute this kind of sampler"
         )
     mean_type = getattr(getattr(obj, "model_mean_type", None), "name", "EPSILON")
     if mean_type not in _MEANS:
@@ -182,8 +182,8 @@ def read(obj) -> tuple[np.ndarray, np.ndarray | None, str, str]:
         values = getattr(obj, theirs, None)
         if values is not None and not np.allclose(values, tables[ours], rtol=1e-6, atol=1e-12):
             raise UnsupportedModel(
-                f"Schedule.from_diffusion expected {theirs} as it follows from betas, got a table of its own in "
-                f"{type(obj).__name__}"
+                f"Schedule.from_diffusion expected {theirs} to follow from betas, but {type(obj).__name__} has another "
+                "table"
             )
     timesteps = getattr(obj, "timestep_map", None)
     variance = _VARIANCES.get(getattr(getattr(obj, "model_var_type", None), "name", None), "learned")

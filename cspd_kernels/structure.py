@@ -103,7 +103,7 @@ def why_not_plain(net: nn.Module) -> str | None:
 def why_not_as_written(module: nn.Module) -> str | None:
     """None when calling a module runs its class's forward and nothing else, else what else does."""
     if hasattr(module, "_hf_hook"):
-        return "was hooked by accelerate, which offloads weights or moves what it is given"
+        return "has hooks of accelerate, which offload weights or move inputs"
     if hasattr(module, "parametrizations"):
         return "has parametrizations, which compute its weights at every call"
     for what, hooks in (("forward hook", module._forward_hooks), ("forward pre-hook", module._forward_pre_hooks)):
