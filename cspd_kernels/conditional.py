@@ -41,7 +41,7 @@ def run_while(flag: torch.Tensor, body: Callable[[], None], at_most: int, *, own
 
 
 def run_if(flag: torch.Tensor, body: Callable[[], None], *, own: bool = False) -> None:
-    """Launch if ``flag`` is not 0, or where nobody can see it; arguments as of :func:`run_while`."""
+    """Launch if ``flag`` is not 0, or if it cannot be seen; arguments as of :func:`run_while`."""
     _run(flag, body, 1, own, loop=False)
 
 

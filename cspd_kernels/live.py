@@ -72,8 +72,8 @@ class LiveWeights:
 def fingerprint(weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Integers that tell two states of a weight apart: its bits, or sums of them over lanes.
 
-    A single changed bit always shows. So does another order of rows or columns, but for an exchange of values that lie
-    a multiple of 4093 words of 8 bytes apart.
+    A single changed bit always shows. So does another order of rows or columns, except for an exchange of values that
+    lie a multiple of 4093 words of 8 bytes apart.
     """
     flat = weight.detach()
     flat = (flat if flat.is_contiguous() else flat.contiguous()).view(-1)

@@ -228,7 +228,7 @@ def _difference(kernel: Kernel, device: torch.device) -> str | None:
 
 
 def _generator(device: torch.device) -> torch.Generator:
-    """With words that all count."""
+    """A generator whose state has words that all count."""
     generator = torch.Generator(device)
     generator.manual_seed(0xFEDC_BA98_7654_3210)
     generator.set_offset(PER_ROUND * (2**32 - 5))

@@ -62,7 +62,7 @@ def posterior(betas: np.ndarray) -> dict[str, Any]:
 
 
 def ancestral(betas: np.ndarray, variance: str, prediction: str) -> dict[str, Any]:
-    """Of ``Schedule.diffusion``, but for the timesteps."""
+    """The tables of ``Schedule.diffusion``, except the timesteps."""
     known = posterior(betas)
     acp, small, large = known["alphas_cumprod"], 0.5 * known["log_posterior"], 0.5 * np.log(betas)
     if prediction == "epsilon":
@@ -103,14 +103,14 @@ def ddim(betas: np.ndarray, acp: np.ndarray, eta: float) -> dict[str, Any]:
 
 
 def euler(times, data_at: float, prediction: str, timesteps) -> dict[str, Any]:
-    """Of ``Schedule.euler``."""
+    """The tables of ``Schedule.euler``."""
     now, share, size, timesteps = _flow("euler", times, data_at, None, timesteps)
     r = size / (1.0 - share)
     return table(timesteps, *_data(now, data_at, prediction), r, 1.0 - r, np.full(len(r), -np.inf))
 
 
 def euler_maruyama(times, data_at: float, sizes, prediction: str, timesteps) -> dict[str, Any]:
-    """Of ``Schedule.euler_maruyama``."""
+    """The tables of ``Schedule.euler_maruyama``."""
     now, share, size, timesteps = _flow("euler_maruyama", times, data_at, sizes, timesteps)
     r = size / (1.0 - share)
     mean_x0, mean_x = (1.0 + share) * r, 1.0 - 2.0 * r

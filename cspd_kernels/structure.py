@@ -136,7 +136,7 @@ def compiled_from(function):
 
 
 def stood_for(function):
-    """As :func:`compiled_from`, and what a method of an object stands in for that has it as ``original(name)``."""
+    """Like :func:`compiled_from`, and what a method of an object stands in for that has it as ``original(name)``."""
     function = compiled_from(function)
     while getattr(owner := getattr(function, "__self__", None), "stands_in", False):
         function = compiled_from(owner.original(function.__name__))

@@ -94,7 +94,7 @@ def check_parallel(head, x_T, parallel_tol, guess) -> None:  # noqa: N803
 
 
 def check_tensor(op: str, name: str, tensor, head: DiffusionHead, shape: tuple) -> None:
-    """Of an op's argument: ``shape`` holds a size or, as text, what may stand there."""
+    """Check an op's argument. ``shape`` holds sizes, or texts for sizes that are free."""
 
     def wanted() -> str:
         return f"({', '.join(map(str, shape))})"

@@ -52,5 +52,5 @@ def _why_not_read_wide(head: DiffusionHead) -> str | None:
 
 
 def denoise(head, cond, x_T, noise, temperature, scales, workspace_bytes, parallel=None):  # noqa: N803
-    """As :func:`cspd_kernels.denoise`; ``scales``: of guidance."""
+    """Like :func:`cspd_kernels.denoise`; ``scales``: of guidance."""
     return denoise_on_device(KERNELS, head, cond, x_T, noise, temperature, scales, workspace_bytes, parallel)
