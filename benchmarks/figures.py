@@ -49,7 +49,10 @@ class Claim:
 
     def wrong(self) -> list[str]:
         """What of the words does not follow."""
-        shown, values = numbers(self.words), list(self.values())
+        try:
+            shown, values = numbers(self.words), list(self.values())
+        except LookupError as error:  # the file has no such row
+            return [f"{self.words!r}: {error}"]
         if len(shown) != len(values):
             return [f"{self.words!r} has {len(shown)} numbers, and its source gives {len(values)}: {values}"]
         return [

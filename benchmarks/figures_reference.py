@@ -72,9 +72,7 @@ COMPATIBLE = [
 def network_ratios() -> list[float]:
     """With frozen weights, against the network's own forward."""
     rows = results("network-cpu.json")["rows"]
-    return [
-        each["ratio"] for each in rows if "frozen" in each["backend"] and each["baseline"].startswith("eager")
-    ]
+    return [each["ratio"] for each in rows if "frozen" in each["backend"] and each["baseline"].startswith("eager")]
 
 
 def network_errors() -> list[float]:
@@ -101,8 +99,7 @@ def fewer() -> list[float]:
 def frozen_behind() -> list[float]:
     """Rounds by which the frozen guess is behind the best on the trained heads."""
     means = [
-        [[each["mean"] for each in rounds(head, guess)] for guess in ("frozen", "linear", "reused")]
-        for head in TRAINED
+        [[each["mean"] for each in rounds(head, guess)] for guess in ("frozen", "linear", "reused")] for head in TRAINED
     ]
     return [max(own - min(others) for case in means for own, *others in zip(*case, *case[:1]))]
 
@@ -138,8 +135,10 @@ EXPERIMENTS = [
     Claim("the secant needs 30 to 45 % fewer", fewer),
     Claim(
         "they need 6 and 2 sweeps for 1e-5",
-        lambda: [anderson(f"random weights, {name}, 100 steps")["Anderson, eps"][-1] for name in ("linear", "cosine")]
-        + [1e-5],
+        lambda: (
+            [anderson(f"random weights, {name}, 100 steps")["Anderson, eps"][-1] for name in ("linear", "cosine")]
+            + [1e-5]
+        ),
     ),
     Claim("is within 0.3 rounds of", frozen_behind),
     Claim("p between 0.51 and 0.97 for", lambda: probabilities("exact marginal")),
@@ -149,9 +148,7 @@ EXPERIMENTS = [
     Claim("and 0.31, 0.73 and 0.37 with", lambda: hand("lossless speculation, other seeds")["4,000"]),
     Claim("the network for 182 rows", lambda: [rows_a_token()]),
     Claim("so 7.0 sweeps take 700", lambda: [settled(HUNDRED)[0], 100 * settled(HUNDRED)[0]]),
-    Claim(
-        "it takes 4.2 to 5.5 on average, against 6.2 to 7.0 sweeps at 1e-3", lambda: [*all_guessed(), 1e-3]
-    ),
+    Claim("it takes 4.2 to 5.5 on average, against 6.2 to 7.0 sweeps at 1e-3", lambda: [*all_guessed(), 1e-3]),
     Claim("is no faster: 7 against 7 sweeps on the pair", lambda: slowest(TRAINED[0])),
     Claim("11 against 8 on the head", lambda: slowest(HUNDRED)),
 ]

@@ -17,15 +17,15 @@ def results(name: str) -> dict:
     return load(name)
 
 
-def row(name: str, **fields: object) -> dict:
+def row(file: str, /, **fields: object) -> dict:
     """The one row of a file with these fields.
 
     Raises:
         LookupError: none has them, or several have.
     """
-    found = [each for each in results(name)["rows"] if all(each.get(key) == value for key, value in fields.items())]
+    found = [each for each in results(file)["rows"] if all(each.get(key) == value for key, value in fields.items())]
     if len(found) != 1:
-        raise LookupError(f"expected one row of {name} with {fields}, got {len(found)}")
+        raise LookupError(f"expected one row of {file} with {fields}, got {len(found)}")
     return found[0]
 
 
@@ -90,7 +90,9 @@ def rounds(head: str, guess: str = "frozen") -> list[dict[str, float]]:
 
 def settled(head: str, accuracy: str = "1e-03") -> tuple[float, int]:
     """Sweeps until a token settles: the mean, and the most."""
-    return next(each["sweeps"][accuracy] for each in experiments("step speculation")[head] if each["method"] == "sweeps")
+    return next(
+        each["sweeps"][accuracy] for each in experiments("step speculation")[head] if each["method"] == "sweeps"
+    )
 
 
 def line(x: float, first: tuple[float, float], second: tuple[float, float]) -> float:

@@ -43,7 +43,9 @@ def compatible_networks() -> str:
 def compatible_networks_on_a_cpu() -> str:
     """Their seconds."""
     rows = load("compatibility-cpu.json")["networks on a cpu"]["rows"]
-    return table(["", "rows", "faster"], [[row["what"], row["rows"], ", ".join(map(str, row["faster"]))] for row in rows])
+    return table(
+        ["", "rows", "faster"], [[row["what"], row["rows"], ", ".join(map(str, row["faster"]))] for row in rows]
+    )
 
 
 def compatible_mar_loops() -> str:
@@ -144,5 +146,7 @@ def entropy_draft() -> str:
     """Acceptance behind unusual and usual entropy."""
     value = by_hand("entropy draft on the digits")["value"]
     head = ["steps below the threshold", "their expected acceptance", "that of the others"]
-    lines = [[case, f"{100 * each[head[0]]:.0f} %", *(str(each[name]) for name in head[1:])] for case, each in value.items()]
+    lines = [
+        [case, f"{100 * each[head[0]]:.0f} %", *(str(each[name]) for name in head[1:])] for case, each in value.items()
+    ]
     return table(["on the digits, at relaxation 1", *head], lines)
