@@ -24,7 +24,7 @@ def image_lines(name: str, dtype: str) -> list[list[str]]:
         base = next(one for one in rows if one["backend"] == row["baseline"] and one["size"] == row["size"])
         model, steps = row["size"].split()[:2]
         lines.append([
-            f"an image of {model}, {steps} steps, {dtype}: `{call}`", device(result),
+            f"`{call}`: an image of {model} in {steps} steps, {dtype}", device(result),
             "your loop, eager " + image_time(base), image_time(row), *compared(row),
         ])  # fmt: skip
     return lines
@@ -48,7 +48,7 @@ def head_line(size: str, baseline: str) -> list[str]:
     row = min(rows, key=lambda row: row["seconds"])
     model, tokens = row["size"].split()[:2]
     return [
-        f"the head of {model} alone, {tokens.removeprefix('N=')} tokens, 100 denoising steps, bfloat16", device(result),
+        f"the head of {model} alone: {tokens.removeprefix('N=')} tokens, 100 denoising steps, bfloat16", device(result),
         f"{BASELINES[baseline]} {time(row['baseline_seconds'])}", time(row["seconds"]), *compared(row),
     ]  # fmt: skip
 
@@ -65,7 +65,7 @@ def headline() -> str:
         head_line("MAR-H N=512 T=100", "torch.compile reduce-overhead bfloat16"),
         *image_lines("generate-cpu.json", "float32"),
         [
-            f"an image of {model}, {steps} steps: `SpecDecodeRunner`, draft {best['details']['draft']}, gamma "
+            f"`SpecDecodeRunner`: an image of {model} in {steps} steps, draft {best['details']['draft']}, gamma "
             f"{best['backend'].split()[2]}, random weights", device(gpu),
             f"the target alone, `whole=True` {time(best['baseline_seconds'])}", time(best["seconds"]),
             times(best["ratio"]), "approximate",
@@ -74,7 +74,7 @@ def headline() -> str:
     demo = load("demo-cpu.json")
     (target, *_), _, speculative = demo_rows(demo)
     lines.append([
-        f"**no gain:** {demo['num_images']} digits: `SpecDecodeRunner`, gamma {speculative['gamma']}",
+        f"**no gain:** `SpecDecodeRunner`: {demo['num_images']} digits, gamma {speculative['gamma']}",
         cpu(demo["threads"]),
         f"the target alone {time(target['seconds'])}", time(speculative["seconds"]),
         times(target["seconds"] / speculative["seconds"]),

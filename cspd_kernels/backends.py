@@ -103,7 +103,7 @@ def implementation(
         parallel: whether it makes all of its steps at once.
 
     Raises:
-        ValueError: no such backend. RuntimeError: the backend cannot serve; the message says why.
+        InvalidInput: no such backend. BackendUnavailable: the backend cannot serve. The message says why.
     """
     source = "backend"
     if backend is None and os.environ.get(ENVIRONMENT_VARIABLE):

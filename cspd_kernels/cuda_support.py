@@ -28,7 +28,7 @@ def extension() -> ModuleType:
     """``cspd_kernels._C``, or the module that ``CSPD_CUDA_EMULATION`` names.
 
     Raises:
-        RuntimeError: it was not built or does not load; the message says why.
+        BackendUnavailable: it was not built or does not load. The message says why.
     """
     loaded = _loaded(os.environ.get(EMULATION_VARIABLE, ""))
     if isinstance(loaded, str):

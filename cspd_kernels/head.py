@@ -246,8 +246,9 @@ class DiffusionHead:
             device: where the head lives; None leaves the weights where they are.
 
         Raises:
-            TypeError: the module is no such head; the message lists what is missing.
-            ValueError: it is one, of a kind that is not covered (the message says which).
+            NotAModel: the module is no such head. The message lists what is missing.
+            UnsupportedModel: it is one, of a kind that is not covered. The message says which.
+            WrongDtype: a dtype that heads do not have.
 
         Example:
             >>> from cspd.models import DiffLoss
@@ -281,7 +282,7 @@ class DiffusionHead:
             spec: what the network computes; None is the likeliest, by its structure (:func:`spec_of`).
 
         Raises:
-            TypeError: it has no such structure.
+            NotAModel: it has no such structure. WrongDtype: a dtype that heads do not have.
 
         Example:
             >>> from cspd.models import DiffLoss

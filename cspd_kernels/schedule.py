@@ -328,8 +328,8 @@ class Schedule:
             clip: limits of x0, as :meth:`clipped` takes them, in a tuple.
 
         Raises:
-            TypeError: the object has no betas, or is a list of objects.
-            ValueError: the network predicts something that is neither noise, data nor v, or a table of the object
+            NotAModel: the object has no betas, or is a list of objects.
+            UnsupportedModel: the network predicts something that is neither noise, data nor v, or a table of the object
                 does not follow from its betas.
 
         Example:

@@ -43,18 +43,11 @@ NAMES = dict(item for package in (cspd, cspd_kernels) for item in public(package
 ONCE = {id(value): name for name, value in reversed(NAMES.items())}  # of what has several names, the first
 
 
-OTHERS = {  # written on another branch
-    "cspd.AdaptiveDraft", "cspd.ContextRelaxation", "cspd.EntropyDraft", "cspd.EntropyDraft.start",
-    "cspd.EntropyDraft.step", "cspd.RunStats.to_dict", "cspd.SampleOutput.of", "cspd.SimilarityRelaxation",
-    "cspd.SpecDecodeRunner.begin", "cspd.Window", "cspd.load_mar", "cspd.load_vae",
-}  # fmt: skip
-
-
 def examples(value: object) -> list[doctest.Example]:
     return doctest.DocTestParser().get_examples(inspect.getdoc(value) or "")
 
 
-@pytest.mark.parametrize("name", sorted({*ONCE.values()} - OTHERS))
+@pytest.mark.parametrize("name", sorted(ONCE.values()))
 def test_the_example_runs(name, capsys):
     value = NAMES[name]
     found = examples(value)

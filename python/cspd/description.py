@@ -115,7 +115,7 @@ def describe(model: nn.Module) -> Description:
     Changes nothing and runs none of the model's code.
 
     Raises:
-        TypeError: not a module.
+        NotAModel: it is no module.
 
     Example:
         >>> import cspd

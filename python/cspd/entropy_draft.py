@@ -80,7 +80,13 @@ class EntropyDraft:
         return hash((type(self), self.most, self.factor, self.memory, self.ends))
 
     def start(self, batch: int, device: torch.device | str = "cpu") -> torch.Tensor:
-        """The state before an image's first step: (B,) float32 running means, NaN for none."""
+        """The state before an image's first step: (B,) float32 running means, NaN for none.
+
+        Example:
+            >>> import cspd
+            >>> cspd.EntropyDraft().start(2)
+            tensor([nan, nan])
+        """
         return torch.full((batch,), torch.nan, dtype=torch.float32, device=device)
 
     def step(self, state: torch.Tensor, entropy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -95,6 +101,13 @@ class EntropyDraft:
 
         Raises:
             InvalidInput: shapes or devices differ, or it is no floating tensor.
+
+        Example:
+            >>> import cspd, torch
+            >>> policy = cspd.EntropyDraft(factor=0.9, memory=0.5)
+            >>> state, goes_on = policy.step(policy.start(1), torch.tensor([0.8]))  # the first step sets the mean
+            >>> policy.step(state, torch.tensor([0.6]))  # below 0.9 times 0.8: the window ends
+            (tensor([0.7000]), tensor([False]))
         """
         if entropy.shape != state.shape or entropy.device != state.device or not entropy.is_floating_point():
             raise InvalidInput(

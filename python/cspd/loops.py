@@ -9,7 +9,7 @@ import torch
 
 from .checks import check_attention, wants_entropy
 from .policies import draft_length
-from .reporting import Callback, Reporter
+from .reporting import Callback, Reporter, title_of
 from .run_state import RunState
 from .stats import Recorder
 from .tree import Tree
@@ -31,7 +31,7 @@ def run_windows(steps: Steps | PlainSteps, gamma, progress: bool = False, callba
     plan, recorder = state.plan, Recorder(state.outcome, state.probability, "window", state.candidates)
     first, stop = state.prefilled, len(plan.steps)
     ends = None if state.ends is None else state.ends.start(1, state.tokens.device)
-    with _reporter("speculative", steps, recorder, progress, callback) as report:
+    with _reporter("window", steps, recorder, progress, callback) as report:
         _prefill(steps, recorder, report)
         while first < stop:
             state.go_to(first)
@@ -125,13 +125,11 @@ def run_rounds(
 
 
 def _reporter(
-    what: str, steps: Steps | PlainSteps, recorder: Recorder, progress: bool, callback: Callback | None
+    verify: str, steps: Steps | PlainSteps, recorder: Recorder, progress: bool, callback: Callback | None
 ) -> Reporter:
-    state = steps.state
-    alone = state.prefilled == len(state.plan.steps)
-    return Reporter(
-        "target alone" if alone else what, state.plan.steps, len(state.tokens), recorder, progress, callback
-    )
+    planned, images = steps.state.plan.steps, len(steps.state.tokens)
+    title = title_of(steps.state.prefilled == len(planned), verify)
+    return Reporter(title, planned, images, recorder, progress, callback)
 
 
 def _prefill(steps: Steps | PlainSteps, recorder: Recorder, report: Reporter) -> None:

@@ -44,7 +44,13 @@ class SampleOutput(torch.Tensor):
 
     @staticmethod
     def of(images: torch.Tensor, stats: RunStats | Recorder | None = None) -> SampleOutput:
-        """Images with their statistics, which may still have to be read from the device."""
+        """Images with their statistics. Those may still have to be read from the device.
+
+        Example:
+            >>> import cspd, torch
+            >>> cspd.SampleOutput.of(torch.zeros(1, 3, 8, 8))
+            SampleOutput((1, 3, 8, 8), float32, cpu)
+        """
         made = images.as_subclass(SampleOutput)
         made._stats = stats
         return made

@@ -101,9 +101,9 @@ def patch(
         The same model.
 
     Raises:
-        TypeError, ValueError: nothing to patch, a network that computes something else, or an option that cannot be;
-            nothing was changed.
-        RuntimeError: the backend cannot serve.
+        UnsupportedModel: there is nothing to patch, or a network computes something else. InvalidInput: an option that
+            does not exist, or weights that are not finite. BackendUnavailable: the backend cannot serve. Nothing was
+            changed.
 
     Example:
         >>> import cspd, torch

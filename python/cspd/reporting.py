@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -117,25 +117,36 @@ class Reporter:
             phase, step, len(self._steps), known * self._images, length * self._images, self._images, self._meter
         )
         if self._bar is not None:
-            self._bar.show(seen)
+            self._bar.show(seen, step)
         if self._callback is not None:
             self._callback(seen)
 
 
 class Bar:
-    """A tqdm bar with description, phase, tokens and acceptance, drawn anew at most every half second."""
+    """A tqdm bar with description, phase, tokens and acceptance, drawn anew at most every half second.
 
-    def __init__(self, title: str, total: int, unit: str = "step", file: TextIO | None = None):
-        self._bar = tqdm(desc=title, total=total, unit=unit, file=file)
+    Args:
+        title: its first words. total: where it ends, counted in ``unit``; it begins at ``initial``.
+        shown: False draws nothing at all.
+    """
+
+    def __init__(self, title: str, total: int, unit: str = "step", initial: int = 0, shown: bool = True):
+        self._bar = tqdm(desc=title, total=total, unit=unit, initial=initial, disable=not shown)
         self._last: Progress | None = None
         self._next = time.monotonic() + REFRESH
 
-    def show(self, seen: Progress) -> None:
-        """Move it, and draw it where that is due."""
-        self._bar.n, self._last = seen.step, seen
+    def show(self, seen: Progress, at: int | None = None) -> None:
+        """Take what it tells from here, move it to a place if one is given, and draw it if that is due."""
+        self._bar.n, self._last = self._bar.n if at is None else at, seen
         if time.monotonic() >= self._next:
             self._next = time.monotonic() + REFRESH
             self._bar.set_postfix_str(line(seen), refresh=True)
+
+    def move(self, at: int) -> None:
+        """Move it to a place, and draw it if it was elsewhere."""
+        if at != self._bar.n:
+            self._bar.n = at
+            self._bar.refresh()
 
     def close(self) -> None:
         """Draw it for the last time, and leave it there."""
@@ -143,12 +154,23 @@ class Bar:
             self._bar.set_postfix_str(line(self._last), refresh=False)
         self._bar.close()
 
+    def __enter__(self) -> Bar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
 
 def line(seen: Progress) -> str:
     """A phase, tokens and the acceptance that has come to the host, in one line."""
     acceptance = seen.recent_acceptance
     told = "" if acceptance is None else f", acceptance {100 * acceptance:.1f} %"
     return f"{seen.phase}, {seen.tokens} of {count(seen.total, 'token')}{told}"
+
+
+def title_of(alone: bool, verify: str) -> str:
+    """A bar's first words. ``alone``: everything is pre-filled. ``verify``: the runner's."""
+    return "target alone" if alone else "strict" if verify == "strict" else "speculative"
 
 
 def count(number: int, name: str) -> str:

@@ -296,6 +296,14 @@ class SpecDecodeRunner:
         :meth:`run` makes the first ``state.prefilled`` steps by :func:`cspd.window.prefill` of ``state.plan.step(i)``,
         and windows of the others by :func:`cspd.window.run_window`. Strict runs make rounds of :mod:`cspd.strict` until
         ``state.at`` is at the end. The tokens are in ``state.tokens``.
+
+        Example:
+            >>> import cspd
+            >>> from cspd.demo.pair import load_pair
+            >>> target, draft = load_pair()
+            >>> state = cspd.SpecDecodeRunner(draft, target, prefill=0.25).begin(1, steps=8, seed=0)
+            >>> state.prefilled, len(state.plan.steps), state.tokens.shape
+            (2, 8, torch.Size([1, 16, 4]))
         """
         seed = drawn_seed("run", seed, generator)
         return begin_run(

@@ -112,7 +112,16 @@ class RunStats:
         return f"{kept}, {calls}, {self.seconds['total']:.3f} s"
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but the maps of tokens, as values that JSON has."""
+        """Everything but the maps of tokens, as values that JSON has.
+
+        Example:
+            >>> import cspd
+            >>> from cspd.demo.pair import load_pair
+            >>> target, draft = load_pair()
+            >>> stats = cspd.SpecDecodeRunner(draft, target).run(1, steps=4, gamma=2, seed=0).stats
+            >>> stats.to_dict()["gammas"]
+            [2, 1]
+        """
         return {name: value for name, value in vars(self).items() if not isinstance(value, torch.Tensor)}
 
 

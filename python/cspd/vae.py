@@ -43,9 +43,8 @@ class Vae:
         dtype, device: where and in what it decodes. loaded: what it is, for people.
     """
 
-    def __init__(self, autoencoder: nn.Module, channels: int, stride: int, loaded: str) -> None:
-        self.autoencoder: Any = autoencoder
-        self.channels, self.stride, self.loaded = channels, stride, loaded
+    def __init__(self, autoencoder: Any, channels: int, stride: int, loaded: str):
+        self.autoencoder, self.channels, self.stride, self.loaded = autoencoder, channels, stride, loaded
         weight = next(autoencoder.parameters())
         self.dtype, self.device = weight.dtype, weight.device
 

@@ -135,8 +135,7 @@ def test_it_is_told_once_and_described(caplog):
     (record,) = caplog.records
     assert (
         "samples by sampler 'ddim', eta 0.5, sampling_steps 6, as you asked: its tokens differ from those of its own "
-        "sampler"
-        in (record.getMessage())
+        "sampler" in (record.getMessage())
     )
     assert "patched, sampler 'ddim', eta 0.5, sampling_steps 6, parallel_tol=auto" in str(cspd.describe(head))
     assert "sampler" not in str(cspd.describe(cspd.patch(head)))

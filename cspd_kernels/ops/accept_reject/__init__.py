@@ -127,7 +127,7 @@ def accept_reject(
         :class:`Verdict`; of x (N, K, C) :class:`CandidateVerdict`.
 
     Raises:
-        TypeError, ValueError: an argument does not fit.
+        InvalidInput: an argument does not fit. BackendUnavailable: the chosen backend cannot serve.
 
     Example:
         >>> import torch

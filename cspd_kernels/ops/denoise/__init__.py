@@ -152,8 +152,8 @@ def denoise(
         :class:`Denoised`; :class:`DenoisedInParallel` where ``parallel_tol`` is a number.
 
     Raises:
-        TypeError, ValueError: an argument does not fit; nothing has been computed.
-        RuntimeError: the chosen backend cannot serve.
+        InvalidInput: an argument does not fit. Nothing has been computed.
+        BackendUnavailable: the chosen backend cannot serve. CallError: the arithmetic overflowed (float16).
 
     Example:
         >>> import torch

@@ -53,7 +53,7 @@ def log_density_ratio(
         backend: as in :func:`cspd_kernels.denoise`; "cuda" copies operands that are not contiguous float32.
 
     Raises:
-        TypeError, ValueError: an argument does not fit.
+        InvalidInput: an argument does not fit. BackendUnavailable: the chosen backend cannot serve.
 
     Example:
         >>> import torch

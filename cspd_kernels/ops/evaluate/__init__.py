@@ -48,8 +48,8 @@ def evaluate(
         (M, O) in the residual stream's type (float32; float64 for a float64 head).
 
     Raises:
-        TypeError, ValueError: an argument does not fit; nothing has been computed.
-        RuntimeError: the chosen backend cannot serve.
+        InvalidInput: an argument does not fit. Nothing has been computed.
+        BackendUnavailable: the chosen backend cannot serve. CallError: the arithmetic overflowed (float16).
 
     Example:
         >>> import torch

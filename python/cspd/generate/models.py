@@ -10,6 +10,7 @@ import torch
 
 from ..checks import check_run
 from ..errors import InvalidInput
+from ..reporting import Callback
 from ..speculative import SpecDecodeRunner
 from .settings import Settings
 
@@ -99,8 +100,8 @@ class Models:
             None,
         )
 
-    def make(self, number: int, pixels: bool) -> Batch:
-        """Make a batch, whole; ``pixels``: whether they are wanted."""
+    def make(self, number: int, pixels: bool, callback: Callback | None = None) -> Batch:
+        """Make a batch, whole. ``pixels``: whether they are wanted. ``callback``: as of the runner."""
         settings, count = self.settings, self.settings.batch_size
         first = number * count
         images = self._runner.run(
@@ -113,8 +114,9 @@ class Models:
             settings.cfg,
             seed=settings.seed,
             first_image=first,
+            callback=callback,
         )
-        stats = self._runner.stats.to_dict()
+        stats = images.stats.to_dict()
         start = time.perf_counter()
         made = self._pixels(images) if pixels else None
         seconds = stats["seconds"] | {"decode": time.perf_counter() - start}

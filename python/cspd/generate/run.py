@@ -15,11 +15,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from ..cli_support import one_line, say
 from ..errors import CallError, InvalidInput
 from ..files import check_output, write_file
+from ..reporting import Bar, title_of
 from .circumstances import circumstances, warn_of_changes
 from .folder import RunFolder, check_space
 from .images import grid, read_png
@@ -236,12 +236,12 @@ def _work(folder: RunFolder, models: Models, missing: Missing, ranks: Ranks) -> 
     told = ranks.rank == 0 and sys.stderr is not None
     shown = told and sys.stderr.isatty()
     next_line = time.monotonic() + _BETWEEN_LINES
-    with tqdm(total=settings.num_images, initial=before, unit="img", disable=not shown) as bar:
+    with Bar(title_of(settings.prefill == 1, settings.verify), settings.num_images, "img", before, shown) as bar:
 
         def show() -> None:
             nonlocal next_line
             if shown:
-                bar.update(before + ranks.done() - bar.n)
+                bar.move(before + ranks.done())
             elif told and time.monotonic() >= next_line:
                 next_line = time.monotonic() + _BETWEEN_LINES
                 say(f"{before + ranks.done()} of {settings.num_images} images", sys.stderr)
@@ -250,7 +250,7 @@ def _work(folder: RunFolder, models: Models, missing: Missing, ranks: Ranks) -> 
             for number in batches:
                 ranks.check()
                 wanted = not images.isdisjoint(range(number * size, (number + 1) * size))
-                ranks.add(writer.put(models.make(number, wanted)))
+                ranks.add(writer.put(models.make(number, wanted, bar.show if shown else None)))
                 show()
             ranks.add(writer.wait())
         ranks.wait(show)

@@ -16,6 +16,7 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 import torch
 
 from cspd_kernels import Denoised
+from cspd_kernels.errors import CallError
 from cspd_kernels.graphs import PlanCache, in_turn, why_not_here
 
 from ..run_state import RunState
@@ -55,7 +56,7 @@ class Steps:
     exact = False  # sizes come in few
 
     def __init__(self, state: RunState):
-        self.state, self.lock = state, threading.RLock()
+        self.state, self.lock, self._running = state, threading.RLock(), False
         self.drawn = torch.zeros(1, dtype=torch.int64, device=state.tokens.device)
         self.plans = PlanCache(1 << 62, _MOST_GRAPHS)
 
@@ -63,8 +64,14 @@ class Steps:
     def of(self, state: RunState) -> Iterator[Steps]:
         """For the length of another run with this one's buffers: one run at a time, whatever its thread and stream."""
         with self.lock, in_turn(state.tokens.device):
-            self._load(state)
-            yield self
+            if self._running:  # this thread holds the lock already
+                raise CallError("expected no run of the same kind inside a run's callback: start it after this one")
+            self._running = True
+            try:
+                self._load(state)
+                yield self
+            finally:
+                self._running = False
 
     def _load(self, state: RunState) -> None:
         self.drawn.zero_()
