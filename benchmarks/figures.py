@@ -15,14 +15,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 PAGES = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "docs/**/*.md")
-DIGITS = r"(?<![\w.,\[/-])-?\d[\d,]*(?:\.\d+)?(?:e-?\d+)?"
+DIGITS = r"(?<![\w.,\[/-])-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:e-?\d+)?"
 NUMBER = rf"{DIGITS}(?!\w)"
-UNIT = r"(?:ms|us|s|seconds?|minutes?|%|times|kB|MB|GB|TB|GB/s|TB/s|TFLOP/s)(?![\w/])"
+UNIT = r"(?:ms|us|s|seconds?|minutes?|%|times|sweeps|calls|passes|rounds|kB|MB|GB|TB|GB/s|TB/s|TFLOP/s)(?![\w/])"
 # A number with a unit, alone or in a list ("1.02 and 0.95 s"); one in powers of ten; one with decimals.
 FIGURE = re.compile(
     rf"{NUMBER}(?:(?:,| to| and| or|,? and) {NUMBER})*\s?{UNIT}"
     r"|(?<![\w.-])\d(?:\.\d+)?e-?\d+"
-    r"|(?<![\w.,/-])-?\d+\.\d+x?(?![\w.])"
+    r"|(?<![\w.,/-])-?\d+\.\d+x?(?!\w|\.\d)"
     r"|(?<![\w.,/-])\d+x(?!\w)"
 )
 CODE = r"```.*?```|`[^`]*`"
@@ -64,7 +64,7 @@ class Claim:
 
 def numbers(words: str) -> list[str]:
     """All numbers of some words, with and without a unit."""
-    return [number.rstrip(",") for number in re.findall(rf"{DIGITS}(?=x?(?!\w))", prose(words))]
+    return re.findall(rf"{DIGITS}(?=x?(?!\w))", prose(words))
 
 
 def agrees(shown: str, value: float, at_most: bool = False) -> bool:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cache
 
 from registry import CHANNELS, HEADS
-from report_pages import by_hand, experiments
+from report_pages import experiments
 from report_tables import load
 
 COMPATIBILITY, DIGITS, CLOTH = "compatibility-cpu.json", "quality-digits-cpu.json", "quality-cloth-cpu.json"
@@ -17,21 +18,26 @@ def results(name: str) -> dict:
     return load(name)
 
 
-def row(file: str, /, **fields: object) -> dict:
-    """The one row of a file with these fields.
+def only(rows: Iterable[dict], **fields: object) -> dict:
+    """The one of some rows with these fields.
 
     Raises:
         LookupError: none has them, or several have.
     """
-    found = [each for each in results(file)["rows"] if all(each.get(key) == value for key, value in fields.items())]
+    found = [each for each in rows if all(each.get(key) == value for key, value in fields.items())]
     if len(found) != 1:
-        raise LookupError(f"expected one row of {file} with {fields}, got {len(found)}")
+        raise LookupError(f"expected one row with {fields}, got {len(found)}")
     return found[0]
+
+
+def row(file: str, /, **fields: object) -> dict:
+    """The one row of a file with these fields."""
+    return only(results(file)["rows"], **fields)
 
 
 def hand(name: str) -> float | list | dict:
     """The value of an entry of ``by-hand.json``."""
-    return by_hand(name)["value"]
+    return row("by-hand.json", name=name)["value"]
 
 
 def quality(pair: str, name: str, field: str) -> float:
@@ -51,13 +57,8 @@ def differences(noted: int | None) -> list[float]:
 
 def image(name: str, model: str, way: str) -> dict:
     """A row of whole images, e.g. of ("MAR-B", "whole bfloat16"); each file has one case of a model and way."""
-    found = [
-        each
-        for each in results(name)["rows"]
-        if each["op"] == "sample_tokens" and each["size"].startswith(f"{model} ") and each["backend"] == way
-    ]
-    assert len(found) == 1, (name, model, way)
-    return found[0]
+    rows = [each for each in results(name)["rows"] if each["size"].startswith(f"{model} ")]
+    return only(rows, op="sample_tokens", backend=way)
 
 
 def weights(model: str) -> dict[str, float]:
@@ -90,9 +91,7 @@ def rounds(head: str, guess: str = "frozen") -> list[dict[str, float]]:
 
 def settled(head: str, accuracy: str = "1e-03") -> tuple[float, int]:
     """Sweeps until a token settles: the mean, and the most."""
-    return next(
-        each["sweeps"][accuracy] for each in experiments("step speculation")[head] if each["method"] == "sweeps"
-    )
+    return only(experiments("step speculation")[head], method="sweeps")["sweeps"][accuracy]
 
 
 def line(x: float, first: tuple[float, float], second: tuple[float, float]) -> float:

@@ -12,10 +12,9 @@ def difference(value: float) -> str:
 
 
 def _differences(row: dict) -> str:
-    return "; ".join(
-        f"{part.get('of', '')} {difference(part['value'])} {'[{note}]'.format(**part) if 'note' in part else ''}".strip()
-        for part in row["difference"]
-    )
+    notes = (f"[{part['note']}]" if "note" in part else "" for part in row["difference"])
+    parts = ((part.get("of", ""), difference(part["value"]), note) for part, note in zip(row["difference"], notes))
+    return "; ".join(" ".join(filter(None, part)) for part in parts)
 
 
 def _faster(row: dict) -> str:
