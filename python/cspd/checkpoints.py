@@ -129,7 +129,7 @@ class _Found:
 
     Attributes:
         config: the model's arguments. model: without memory yet.
-        assumed: nobody tells the patch size. strided: somebody tells the stride of the VAE.
+        assumed: the patch size is not known. strided: the stride of the VAE is known.
     """
 
     weights: Weights

@@ -80,7 +80,7 @@ def why_not_covered(head: DiffusionHead, most_channels: int = MOST_CHANNELS) -> 
 def denoise_on_device(
     kernels, head, cond, x_T, noise, temperature, scales, workspace_bytes, parallel: Parallel | None = None  # noqa: N803
 ):  # fmt: skip
-    """As :func:`cspd_kernels.denoise`, by the kernels of a backend; ``scales``: of guidance, one less than groups.
+    """Like :func:`cspd_kernels.denoise`, by the kernels of a backend; ``scales``: of guidance, one less than groups.
 
     The host waits for the device in two cases only:
 
