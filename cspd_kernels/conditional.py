@@ -41,7 +41,7 @@ def run_while(flag: torch.Tensor, body: Callable[[], None], at_most: int, *, own
 
 
 def run_if(flag: torch.Tensor, body: Callable[[], None], *, own: bool = False) -> None:
-    """Launch if ``flag`` is not 0, or where nobody can see it; arguments as of :func:`run_while`."""
+    """Launch if ``flag`` is not 0, or if it cannot be seen; arguments as of :func:`run_while`."""
     _run(flag, body, 1, own, loop=False)
 
 
@@ -162,4 +162,4 @@ def _difference(nodes: Nodes, device: torch.device) -> str | None:
         flags[:2].fill_(1)
         graph.replay()
         equal.append((counts[0] == 7) & (counts[1] == 2) & (counts[2] == 1))
-    return None if read(torch.stack(equal).all()) else "a graph with such nodes counts wrongly"
+    return None if read(torch.stack(equal).all()) else "a test graph with loops and branches gave a wrong count"

@@ -239,7 +239,7 @@ def ranked(
     """Names in the order in which the automatic choice of an op tries them on a CUDA device, the fastest first.
 
     ``CSPD_PERSISTENT_MAX_TOKENS`` goes before the table: up to so many tokens the persistent kernel comes first, beyond
-    it is left out. Before anybody knows the size (``tokens`` None) the order is the default one.
+    it is omitted. Before the size is known (``tokens`` None) the order is the default one.
 
     Args:
         parallel: of ``denoise``: whether its steps are made in parallel. None: as is faster, if that was measured.

@@ -179,5 +179,5 @@ def launch_stream(device: torch.device) -> int:
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
-    """Of the device; a few where the kernels are emulated."""
+    """Multiprocessors of the device; a few where the kernels are emulated."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4

@@ -47,7 +47,7 @@ def on(device: torch.device) -> contextlib.AbstractContextManager:
 
 
 def read(value: torch.Tensor) -> bool:
-    """Of a device. Not by ``item``: this wait is known, and none for a caller's debug mode to report."""
+    """Read a value of a device. It does not use ``item``, so a caller's debug mode does not report this known wait."""
     if not value.is_cuda:
         return bool(value)
     answer = torch.empty((), dtype=torch.bool, device="cpu", pin_memory=True)

@@ -117,7 +117,7 @@ class CudaGraph:
                 self.graph = self._capture(launch, warm_up)
             except Exception as error:  # noqa: BLE001  (of a driver or a compiler; plain launches serve)
                 log_once(
-                    f"kernels are launched one by one, their CUDA graph could not be captured: {error}",
+                    f"kernels are launched one by one, because their CUDA graph could not be captured: {error}",
                     slow_on=self.device,
                 )
             except BaseException:  # interrupted: the next use captures
@@ -135,8 +135,8 @@ class CudaGraph:
 
 
 class _Turn:
-    """Who ran a plan of a device last. All of its graphs have one pool of memory, with the workspaces of libraries: two
-    of them, of two heads even, must not run at a time."""
+    """Which stream ran a plan of a device last. All of its graphs have one pool of memory, with the workspaces of
+    libraries: two of them, of two heads even, must not run at a time."""
 
     def __init__(self):
         self.lock = threading.RLock()
@@ -158,7 +158,8 @@ class _Turn:
 
 
 def in_turn(device: torch.device) -> contextlib.AbstractContextManager:
-    """For work with buffers that plans of a device read: it waits for the last of them, and the next one for it."""
+    """A context for work with buffers that plans of a device read. It waits for the last plan; the
+    next plan waits for it."""
     return _turn(device).taken() if device.type == "cuda" else contextlib.nullcontext()
 
 

@@ -131,8 +131,8 @@ class DiffusionHead:
         head = _heads.get(handle)
         if head is None:
             raise CallError(
-                f"expected the handle of a living DiffusionHead, got {handle}, whose head is gone (or of another "
-                "process): keep the head as long as what was compiled with it"
+                f"expected the handle of a DiffusionHead of this process, got {handle}, whose head is gone: keep the "
+                "head as long as the code that was compiled with it"
             )
         return head
 
@@ -163,7 +163,7 @@ class DiffusionHead:
 
     @property
     def modulation_of(self) -> tuple[int, ...]:
-        """By block, which of the distinct modulations it uses, numbered in the order of the blocks."""
+        """For each block, which of the distinct modulations it uses, numbered in the order of the blocks."""
         order: dict[int, int] = {}
         return tuple(order.setdefault(id(block.mod_weight), len(order)) for block in self.blocks)
 
@@ -275,7 +275,7 @@ class DiffusionHead:
         device: torch.device | str | None = None,
         spec: HeadSpec | None = None,
     ) -> DiffusionHead:
-        """As :meth:`from_module`, of a network that has the structure and a schedule to sample it with.
+        """Like :meth:`from_module`, for a network with that structure, and a schedule to sample it with.
 
         Args:
             schedule: None packs a head that can only be evaluated.

@@ -72,8 +72,8 @@ class LiveWeights:
 def fingerprint(weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Integers that tell two states of a weight apart: its bits, or sums of them over lanes.
 
-    A single changed bit always shows. So does another order of rows or columns, but for an exchange of values that lie
-    a multiple of 4093 words of 8 bytes apart.
+    A single changed bit always shows. So does another order of rows or columns, except for an exchange of values that
+    lie a multiple of 4093 words of 8 bytes apart.
     """
     flat = weight.detach()
     flat = (flat if flat.is_contiguous() else flat.contiguous()).view(-1)
@@ -102,7 +102,7 @@ def copier(copies, device: torch.device):
 
         return Refresh(copies)
     log_once(
-        f"converted weights are converted again at every call, as they cannot be compared on the device: {reason}",
+        f"weights are converted again at every call, because they cannot be compared on the device: {reason}",
         slow_on=device,
         cause=reason,
     )

@@ -35,7 +35,7 @@ class _LogOnce:
         """Log a message at INFO, or at WARNING where it slows a CUDA device down.
 
         Args:
-            slow_on: the device that takes a slower path. On a CPU nobody expects another one.
+            slow_on: the device that takes a slower path. A CPU has no faster path.
             cause: why. A second message of one cause is no warning any more.
         """
         if message in self._told:
@@ -59,7 +59,7 @@ log_once = _LogOnce()
 
 
 class _ToStderr(logging.StreamHandler):  # type: ignore[type-arg]  # not subscriptable in Python 3.10
-    """Prints what nobody else handles: where the application adds a handler later, nothing is printed twice."""
+    """Prints what no other handler prints: where the application adds a handler later, nothing is printed twice."""
 
     def emit(self, record: logging.LogRecord) -> None:
         if _own_handlers(record.name.partition(".")[0]):

@@ -143,7 +143,7 @@ def parts_of(net: nn.Module) -> Parts | str:
         if several is not None and not isinstance(several, (nn.ModuleList, nn.Sequential)):
             return f"net.{name} is {type(several).__name__}, not a list of modules"
     if shared is not None and (not len(shared) or len(blocks) % len(shared)):
-        return f"net.{shared_name} are {len(shared)}, which are not shared evenly by {len(blocks)} blocks"
+        return f"net.{shared_name} has {len(shared)} modules, which {len(blocks)} blocks cannot share evenly"
     read, modulation_of = [], []
     for i, block in enumerate(blocks):
         group = None if shared is None else i // (len(blocks) // len(shared))

@@ -65,7 +65,7 @@ class Product:
         return y if activation is None else F.gelu(y)
 
     def plain(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Weight and bias of the type, not packed: for whoever multiplies otherwise, on a device."""
+        """Weight and bias in the dtype, not packed: for products that are made in another way, on a device."""
         made = self._made or self._make()
         if made.plain is None:
             raise RuntimeError("expected a weight that is not packed, as on a device, got one packed for oneDNN")
@@ -96,7 +96,7 @@ class Product:
 
     @property
     def bytes(self) -> int:
-        """Of what was made and is not shared with the weight."""
+        """Bytes of what was made and is not shared with the weight."""
         prints = [] if self._made is None else self._made.prints
         made = sum(source.numel() for source, _ in prints) * self.dtype.itemsize
         return made + sum(part.bytes for part in self._parts.values())
@@ -129,7 +129,7 @@ class PlainProduct:
         self.weight, self.bias = weight, bias
 
     def __call__(self, x: torch.Tensor, activation: str | None = None) -> torch.Tensor:
-        """As :class:`Product`."""
+        """Like :class:`Product`."""
         y = F.linear(x, self.weight, self.bias)
         if activation == "silu":
             return F.silu(y, inplace=True)
@@ -179,5 +179,5 @@ def _why_not_packed(dtype: torch.dtype) -> str | None:
                 except (RuntimeError, TypeError, NotImplementedError) as error:
                     return f"mkldnn._linear_pointwise does not run ({str(error).splitlines()[0]})"
                 if not float((actual - expected).abs().max()) <= _PROOF_BOUND[dtype] * float(expected.abs().max()):
-                    return "mkldnn._linear_pointwise computes something else"
+                    return "mkldnn._linear_pointwise gives wrong results"
     return None

@@ -222,13 +222,13 @@ def _difference(kernel: Kernel, device: torch.device) -> str | None:
         _call(expected, first, theirs, newest_first)
         _draw(kernel, got, first, ours, newest_first)
         if theirs.get_offset() != ours.get_offset():
-            return f"{numel} values would move PyTorch's generator otherwise"
+            return f"{numel} values would move PyTorch's generator by another offset"
         equal.append((got.view(_BITS[dtype]) == expected.view(_BITS[dtype])).all())
-    return None if read(torch.stack(equal).all()) else "PyTorch's own calls draw other bits"
+    return None if read(torch.stack(equal).all()) else "PyTorch's own calls draw different bits"
 
 
 def _generator(device: torch.device) -> torch.Generator:
-    """With words that all count."""
+    """A generator whose state has words that all count."""
     generator = torch.Generator(device)
     generator.manual_seed(0xFEDC_BA98_7654_3210)
     generator.set_offset(PER_ROUND * (2**32 - 5))

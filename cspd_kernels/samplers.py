@@ -62,7 +62,7 @@ def posterior(betas: np.ndarray) -> dict[str, Any]:
 
 
 def ancestral(betas: np.ndarray, variance: str, prediction: str) -> dict[str, Any]:
-    """Of ``Schedule.diffusion``, but for the timesteps."""
+    """The tables of ``Schedule.diffusion``, except the timesteps."""
     known = posterior(betas)
     acp, small, large = known["alphas_cumprod"], 0.5 * known["log_posterior"], 0.5 * np.log(betas)
     if prediction == "epsilon":
@@ -103,14 +103,14 @@ def ddim(betas: np.ndarray, acp: np.ndarray, eta: float) -> dict[str, Any]:
 
 
 def euler(times, data_at: float, prediction: str, timesteps) -> dict[str, Any]:
-    """Of ``Schedule.euler``."""
+    """The tables of ``Schedule.euler``."""
     now, share, size, timesteps = _flow("euler", times, data_at, None, timesteps)
     r = size / (1.0 - share)
     return table(timesteps, *_data(now, data_at, prediction), r, 1.0 - r, np.full(len(r), -np.inf))
 
 
 def euler_maruyama(times, data_at: float, sizes, prediction: str, timesteps) -> dict[str, Any]:
-    """Of ``Schedule.euler_maruyama``."""
+    """The tables of ``Schedule.euler_maruyama``."""
     now, share, size, timesteps = _flow("euler_maruyama", times, data_at, sizes, timesteps)
     r = size / (1.0 - share)
     mean_x0, mean_x = (1.0 + share) * r, 1.0 - 2.0 * r
@@ -139,8 +139,8 @@ def _flow(method: str, times, data_at: float, sizes, timesteps):
             raise InvalidInput(f"Schedule.{method} expected finite sizes of shape (T,) beside times, got {sizes}")
     if not np.all(sizes > 0) or not np.all((share >= 0) & (share < 1)) or np.any(np.diff(share) <= 0):
         raise InvalidInput(
-            f"Schedule.{method} expected times that go from noise, at {1 - data_at:g}, towards data, at {data_at:g}, "
-            f"where no step begins, got {times}"
+            f"Schedule.{method} expected times that go from noise, at {1 - data_at:g}, to data, at {data_at:g}, with "
+            f"no step that begins at data, got {times}"
         )
     now = times[: len(share)]
     timesteps = now if timesteps is None else np.array(timesteps, dtype=np.float64)
@@ -169,7 +169,7 @@ def read(obj) -> tuple[np.ndarray, np.ndarray | None, str, str]:
     if betas is None:
         raise NotAModel(
             "Schedule.from_diffusion expected a Gaussian diffusion object, with betas, got "
-            f"{type(obj).__name__} without: another kind of sampler, which these kernels do not compute"
+            f"{type(obj).__name__} without betas: the kernels do not compute this kind of sampler"
         )
     mean_type = getattr(getattr(obj, "model_mean_type", None), "name", "EPSILON")
     if mean_type not in _MEANS:
@@ -182,8 +182,8 @@ def read(obj) -> tuple[np.ndarray, np.ndarray | None, str, str]:
         values = getattr(obj, theirs, None)
         if values is not None and not np.allclose(values, tables[ours], rtol=1e-6, atol=1e-12):
             raise UnsupportedModel(
-                f"Schedule.from_diffusion expected {theirs} as it follows from betas, got a table of its own in "
-                f"{type(obj).__name__}"
+                f"Schedule.from_diffusion expected {theirs} to follow from betas, but {type(obj).__name__} has another "
+                "table"
             )
     timesteps = getattr(obj, "timestep_map", None)
     variance = _VARIANCES.get(getattr(getattr(obj, "model_var_type", None), "name", None), "learned")

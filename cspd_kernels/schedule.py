@@ -161,8 +161,8 @@ class Schedule:
 
         Args:
             betas: (T,) in (0, 1]. timesteps: (T,), None: 0..T-1.
-            variance: ``"learned"``; or ``"fixed_small"``, the lower; or ``"fixed_large"``, the upper, but for the last
-                step's.
+            variance: ``"learned"``; or ``"fixed_small"``, the lower; or ``"fixed_large"``, the upper, except for the
+                last step's.
             prediction: what the network puts out. clip: limits of x0, as :meth:`clipped` takes them, in a tuple.
 
         Example:
@@ -301,7 +301,7 @@ class Schedule:
 
     @classmethod
     def one_step(cls, width: float) -> Schedule:
-        """Of a network that makes a token of x_T in one call: its output is the token, ``x0 = mean = out``.
+        """The schedule of a network that makes a token from x_T in one call: ``x0 = mean = out``.
 
         ``width`` > 0 is the standard deviation of the token about that output that :class:`Denoised` is to state; the
         output itself has no density. The network is called with timestep 0.

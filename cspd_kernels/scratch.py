@@ -11,7 +11,7 @@ from .devices import one_a_device
 
 
 class Scratch:
-    """Blocks of memory of one device, shared by whoever never runs at the same time: the plans of :mod:`graphs`.
+    """Blocks of memory of one device, shared by users that never run at the same time: the plans of :mod:`graphs`.
 
     A block lives as long as somebody holds it. There are few: a request is served by the smallest block that is large
     enough. A new block has a power of two bytes, or the caller's limit if that is less. So callers with one limit have

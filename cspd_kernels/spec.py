@@ -87,7 +87,7 @@ class HeadSpec:
         return replace(self, condition="given", cond_channels=self.width)
 
     def sizes(self) -> dict[str, int]:
-        """By the letters that :meth:`layers` uses."""
+        """Sizes by the letters that :meth:`layers` uses."""
         return {
             "C": self.channels, "O": self.parts.final.out_features, "W": self.width, "H": self.hidden,
             "Z": self.cond_channels, "F": self.times[0].size,

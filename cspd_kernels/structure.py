@@ -103,7 +103,7 @@ def why_not_plain(net: nn.Module) -> str | None:
 def why_not_as_written(module: nn.Module) -> str | None:
     """None when calling a module runs its class's forward and nothing else, else what else does."""
     if hasattr(module, "_hf_hook"):
-        return "was hooked by accelerate, which offloads weights or moves what it is given"
+        return "has hooks of accelerate, which offload weights or move inputs"
     if hasattr(module, "parametrizations"):
         return "has parametrizations, which compute its weights at every call"
     for what, hooks in (("forward hook", module._forward_hooks), ("forward pre-hook", module._forward_pre_hooks)):
@@ -136,7 +136,7 @@ def compiled_from(function):
 
 
 def stood_for(function):
-    """As :func:`compiled_from`, and what a method of an object stands in for that has it as ``original(name)``."""
+    """Like :func:`compiled_from`, and what a method of an object stands in for that has it as ``original(name)``."""
     function = compiled_from(function)
     while getattr(owner := getattr(function, "__self__", None), "stands_in", False):
         function = compiled_from(owner.original(function.__name__))

@@ -33,7 +33,8 @@ def cos_sin_of_quarters(t):
 
 @triton.jit
 def words(seed, row, index, group, STREAM: tl.constexpr):
-    """As :func:`cspd_kernels.noise.words`: the four words of a Philox call. Row (int64), index and group broadcast."""
+    """Like :func:`cspd_kernels.noise.words`: the four words of a Philox call. Row (int64), index and group
+    broadcast."""
     zero = (row + index + group) * 0  # of the common shape
     row, index = row + zero, (index + zero).to(tl.uint32)
     low, high = (row & 0xFFFFFFFF).to(tl.uint32), ((row >> 32) & 0xFFFFFFFF).to(tl.uint32)

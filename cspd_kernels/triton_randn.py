@@ -28,7 +28,7 @@ def _radius(word, INTERPRETED: tl.constexpr):
 
 @triton.jit
 def _sine_cosine(word, INTERPRETED: tl.constexpr):
-    """Of a uniform in (0, 2 pi], as the special function unit approximates them."""
+    """Sine and cosine of a uniform in (0, 2 pi], as the special function unit approximates them."""
     # 2^-32 and 2^-33 times 2 pi in float32
     angle = tl.fma(word.to(tl.float32), 1.4629181199765634e-09, 7.314590599882817e-10)
     if INTERPRETED:

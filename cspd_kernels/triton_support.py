@@ -60,7 +60,7 @@ def starts_early(device: torch.device) -> bool:
 
 
 def _driver_version() -> int:
-    """Of CUDA, 1000 major + 10 minor; 0 where it cannot be asked."""
+    """The driver's CUDA version, 1000 major + 10 minor; 0 if it is not known."""
     version = ctypes.c_int(0)
     try:
         ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))

@@ -80,7 +80,7 @@ def _network(patch: HeadPatch) -> FastNetwork:
 
 
 def _add_network(patch: HeadPatch) -> None:
-    """For loops that run their own code; where it differs, they run all of it."""
+    """Accelerate the network for loops that run their own code; if it differs, they run all of it."""
     patch.network = _network(patch)
     try:
         patch.network.check()
@@ -152,7 +152,7 @@ def _compare_loops(patch: HeadPatch, loop: str) -> tuple[int, str]:
 
 
 def check_sampling(patch: HeadPatch) -> None:
-    """Of the steps that are asked for in place of the loops' own: that they can be made, told once.
+    """Check that the steps that replace the loops' own can be made, and say so once.
 
     Raises:
         ValueError: they cannot.

@@ -31,8 +31,8 @@ def begin_run(
     first_image: int,
     orders: torch.Tensor | None,
 ) -> RunState:
-    """As :meth:`cspd.SpecDecodeRunner.begin`. What may wait for the device, and what comes from the host, is done here:
-    before the first kernel.
+    """See :meth:`cspd.SpecDecodeRunner.begin`. What may wait for the device, and what comes from the host, is done
+    here: before the first kernel.
     """
     draft, target = runner.draft_model, runner.target_model
     check_run(draft, target, bsz, labels, temperature, cfg, seed, first_image, orders)

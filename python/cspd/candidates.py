@@ -89,7 +89,7 @@ class Drafted:
             self.trajectory.index_fill_(1, columns, 0.0)
 
     def read(self, columns: torch.Tensor) -> tuple[Denoised, torch.Tensor | None, torch.Tensor | None]:
-        """Of the tokens of a window: the chains (B n chains, ...), their trajectories, and z (B, n, Z)."""
+        """Results for the tokens of a window: the chains (B n chains, ...), their trajectories, and z (B, n, Z)."""
         mean, log_std, path, trajectory = (
             None if value is None else value.index_select(1, columns).flatten(0, 2)
             for value in (self.mean, self.log_std, self.path, self.trajectory)

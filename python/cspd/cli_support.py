@@ -59,6 +59,6 @@ def one_line(error: BaseException) -> str:
 
 
 def say(text: str, stream: TextIO | None = None) -> None:
-    """Print how the work stands, on stdout or this stream. It goes on where nobody can read that."""
+    """Print the progress, on stdout or this stream. The work goes on if nothing can be printed."""
     with contextlib.suppress(OSError, ValueError):
         print(text, file=stream or sys.stdout, flush=True)

@@ -91,7 +91,7 @@ def _could_not(error: OSError, path: Path) -> OSError:
 
 
 def sha256(path: Path) -> str:
-    """Of a file's contents, in hexadecimal."""
+    """SHA-256 of a file's contents, in hexadecimal."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while part := file.read(1 << 22):

@@ -81,7 +81,7 @@ class HeadPatch:
             hook.users.add(self)
 
     def sampler_of(self, model: nn.Module) -> Sampler:
-        """Of whole images, where that was asked for.
+        """The sampler of whole images, with ``whole=True``.
 
         Raises:
             NotServedError: it is not MAR's model.

@@ -86,7 +86,7 @@ def look_for_heads(model: nn.Module) -> Found:
 
 
 def find_heads(model: nn.Module) -> Found:
-    """As :func:`look_for_heads`, of a model that has at least one.
+    """Like :func:`look_for_heads`, for a model that has at least one.
 
     Raises:
         ValueError: there is none; the message lists what was looked for and what came near.

@@ -37,7 +37,7 @@ def loops_entered() -> int:
 
 @contextlib.contextmanager
 def uncounted() -> Iterator[None]:
-    """Loops that a comparison enters are nobody's."""
+    """Loops that a comparison enters belong to no patch."""
     entered = loops_entered()
     try:
         yield
@@ -47,7 +47,7 @@ def uncounted() -> Iterator[None]:
 
 @contextlib.contextmanager
 def own_loops() -> Iterator[None]:
-    """For its length, hooked loops run their own code in this thread: what is compared is that, patched or not."""
+    """A context in which hooked loops run their own code in this thread: that is what is compared, patched or not."""
     before = getattr(_thread, "own", False)
     _thread.own = True
     try:
@@ -118,12 +118,12 @@ class LoopHook:
 
     @untraced
     def p_sample_loop_with_noise(self, *args, **kwargs):
-        """As ``p_sample_loop``, the noise of the steps given too (MarkXCloud/CSpD)."""
+        """Like ``p_sample_loop``, with the noise of the steps passed in (MarkXCloud/CSpD)."""
         return self._run("p_sample_loop_with_noise", args, kwargs)
 
     @untraced
     def ddim_sample_loop(self, *args, **kwargs):
-        """As ``p_sample_loop``, by DDIM."""
+        """Like ``p_sample_loop``, by DDIM."""
         return self._run("ddim_sample_loop", args, kwargs)
 
     def _run(self, name: str, args, kwargs):
@@ -158,7 +158,7 @@ class LoopHook:
         return bound.arguments, self.signatures[function].parameters
 
     def _patch(self, found: tuple[nn.Module, str] | None):
-        """The patch in charge of a call, None of a network that nobody patched."""
+        """The patch in charge of a call; None for a network that is not patched."""
         if found is None:
             return self._any_user()
         patch = patch_of(found[0])

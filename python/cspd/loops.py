@@ -166,7 +166,7 @@ class Places:
         return len(at) if self._device.type != "cpu" else int((at < stop).sum())
 
     def tell(self, at: torch.Tensor) -> None:
-        """Behind a round the images are at (B,). A device's are read when the round behind it has been launched."""
+        """After a round the images are at (B,). On a device they are read when the next round has been launched."""
         ends = torch.stack(at.aminmax())
         if self._device.type != "cuda":
             self.least, self.most = ends.tolist()

@@ -27,7 +27,7 @@ MOST = 64  # meanings that are tried
 
 @dataclass(frozen=True)
 class Meaning:
-    """Of a kind of call.
+    """The meaning of a kind of call.
 
     Attributes:
         draw: where x_T comes from where it is not given, ``"cpu"`` or ``"device"``.
@@ -81,7 +81,7 @@ def meanings_of(call: Call, diffusion, schedule: Schedule) -> list[Meaning]:
 
 
 def all_meanings(calls: dict[tuple, tuple]) -> Iterator[dict[tuple, Meaning]]:
-    """Of several kinds of calls -> arguments of :func:`meanings_of`: every choice of one meaning each."""
+    """Meanings of several kinds of calls -> arguments of :func:`meanings_of`: every choice of one meaning each."""
     kinds = [meanings_of(*arguments) for arguments in calls.values()]
     for chosen in itertools.islice(itertools.product(*kinds), MOST):
         yield dict(zip(calls, chosen))

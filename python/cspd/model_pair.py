@@ -37,7 +37,7 @@ class ModelPair:
                 transformer.compare()
 
     def transformers(self, dtype: torch.dtype | None) -> dict[str, ByWeights | ByTables | ByMasks]:
-        """As the models are now; on a device the host may wait, where code has changed."""
+        """The transformers of the models as they are now; on a device the host may wait if code has changed."""
         return {role: transformer.get(dtype) for role, transformer in self._chosen.items()}
 
     def heads(self, dtype: torch.dtype | None, planned: list[Step], steps: int) -> list[dict[str, DiffusionHead]]:

@@ -44,7 +44,7 @@ class FastNetwork:
     """The calls of one network.
 
     Args:
-        cache: of its packed weights, shared with whoever else serves it.
+        cache: of its packed weights, shared with its other users.
         backend, dtype: as in :func:`cspd.patch`.
         asked: serve everywhere; else where it is faster than its own forward (:attr:`pays`).
     """
@@ -91,7 +91,8 @@ class FastNetwork:
         raise failure
 
     def _plain_kinds(self, spec: HeadSpec) -> dict[Kind, Answer]:
-        """Of the calls that its own forward takes, which may want times of one type, or shapes of one rank, alone."""
+        """Kinds of calls that its own forward takes, which may accept only times of one dtype, or shapes of one
+        rank."""
         weight, kinds, failures = spec.parts.input.weight.dtype, {}, []
         self.roles = Roles(own_forward(self.net), len(spec.times))
         for rows, times in (((3,), (3,)), ((3,), (3, 1)), ((3, 1), (3,))):
@@ -217,7 +218,7 @@ def own_forward(net: nn.Module) -> Callable:
 
 
 def _small(net: nn.Module, cut: bool) -> nn.Module:
-    """A copy with random weights, nobody's and in nobody's place."""
+    """A copy with random weights that belongs to no module and replaces none."""
     try:
         return copies_of(net, [], cut=cut, serving=True, steps=None).trial.net
     except Exception as error:

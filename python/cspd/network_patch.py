@@ -1,4 +1,4 @@
-"""Stands in for a network's ``forward``, for loops that are nobody's but the model's own."""
+"""Stands in for a network's ``forward``, for loops that are the model's own."""
 
 from __future__ import annotations
 

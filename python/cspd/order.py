@@ -236,7 +236,8 @@ class Plan:
         )
 
     def moving(self, first: torch.Tensor, counts: tuple[int, ...], room: int) -> Pass:
-        """As :meth:`step` or :meth:`window`'s whole, behind the first tokens, whose number is a value on the device.
+        """Like :meth:`step` or the whole of :meth:`window`, after the first tokens, whose number is a value on the
+        device.
 
         Args:
             first: (1,) int64, at most ``room``. counts: of the pass.

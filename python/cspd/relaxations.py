@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def of_window(state: RunState, plan: Pass, draft: Denoised, draft_z, target: Denoised, target_z, raw: torch.Tensor):
-    """Of the tokens of a window, image by image: a number, or (B n,).
+    """Relaxation of the tokens of a window, image by image: a number, or (B n,).
 
     Args:
         draft, target: chains of B n tokens with their candidates. raw: (B n,) log r at relaxation 1.
@@ -41,7 +41,7 @@ def of_window(state: RunState, plan: Pass, draft: Denoised, draft_z, target: Den
 
 
 def of_round(state: RunState, tree: Tree, plan: Pass, proposed: Proposed, raw: torch.Tensor):
-    """Of the tokens of a round of strict verification, row by row: a number, or (R m,).
+    """Relaxation of the tokens of a round of strict verification, row by row: a number, or (R m,).
 
     A policy is shown every branch of an image as a window of its own. Of the first step, which branches share, what it
     says in the first one counts.

@@ -69,7 +69,7 @@ class RunState:
 
     @property
     def chains(self) -> int:
-        """Of a drafted token, and as many when the target looks at it."""
+        """Chains of a drafted token, and as many when the target looks at it."""
         return self.candidates if self.criterion == "trajectory" else 1
 
     def go_to(self, step: int) -> None:
@@ -78,7 +78,7 @@ class RunState:
             setattr(self, role, model)
 
     def make_room(self) -> None:
-        """For what the draft will draw, where it draws anything."""
+        """Make room for what the draft will draw, if it draws anything."""
         steps = self.plan.steps[self.prefilled :]
         if not steps:
             return

@@ -47,7 +47,7 @@ class Made:
     Attributes:
         speculative, alone: (n, H, W, 3) or (n, H, W) uint8, of the pair and of the target alone.
         outcome: (n, L) int8, as in :class:`cspd.stats.RunStats`.
-        seconds, seconds_alone: of both runs, each with its decoder left out.
+        seconds, seconds_alone: of both runs, without the decoder.
         target_calls, draft_calls, target_calls_alone: passes through each model.
         acceptance: fraction of drafted tokens kept, or None.
         verify, rounds, steps_per_round: as in :class:`cspd.stats.RunStats`, of the pair.
@@ -198,7 +198,7 @@ def _shown(value) -> str:
 
 @contextlib.contextmanager
 def _threads(count: int | None) -> Iterator[None]:
-    """So many CPU threads, unless OMP_NUM_THREADS or None says otherwise; the number before it afterwards."""
+    """Use so many CPU threads, unless OMP_NUM_THREADS or None says otherwise; afterwards the number before."""
     before = torch.get_num_threads()
     if count and not os.environ.get("OMP_NUM_THREADS"):
         torch.set_num_threads(count)

@@ -20,7 +20,7 @@ _PLAIN = {int, float, bool, str}
 
 
 class Source:
-    """What a network looked like when it was packed, but for the values of its weights.
+    """What a network looked like when it was packed, except the values of its weights.
 
     It is checked at every call. Walking the module tree would take longer than everything else that the host does
     there. So it remembers the tables in which the modules keep their children, weights and hooks, and compares those.
@@ -90,7 +90,7 @@ class Source:
 
 
 def settings(modules: list[nn.Module], buffers: list[torch.Tensor]) -> list:
-    """Plain attributes of modules, but for their mode, and what buffers hold: what results depend on beside weights."""
+    """Plain attributes of modules, except their mode, and what buffers hold: what results depend on beside weights."""
     attributes = [
         [(name, value) for name, value in m.__dict__.items() if type(value) in _PLAIN and name != "training"]
         for m in modules
@@ -99,7 +99,7 @@ def settings(modules: list[nn.Module], buffers: list[torch.Tensor]) -> list:
 
 
 def written(net: nn.Module) -> tuple:
-    """As ``Source.written``, of a network that need not be readable."""
+    """Like ``Source.written``, for a network that need not be readable."""
     theirs = [m for m in net.modules() if not _is_torchs(type(m))]
     return Code(map(type, net.modules())).functions, settings(theirs, list(net.buffers()))
 

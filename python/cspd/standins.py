@@ -31,7 +31,7 @@ _thread = threading.local()
 
 @contextlib.contextmanager
 def counted(original: Callable, args: tuple, kwargs: dict) -> Iterator[None]:
-    """For the length of a call of ``sample_tokens``, count the loops that this thread enters: one a step."""
+    """During a call of ``sample_tokens``, count the loops that this thread enters: one a step."""
     before, first, of = getattr(_thread, "passes", None), loops_entered(), None
     with contextlib.suppress(TypeError):  # its own error, if it is one
         bound = inspect.signature(original).bind(*args, **kwargs)
@@ -232,7 +232,7 @@ class WholeSampling(StandIn):
         return sampler.sample(**arguments)
 
     def _arguments(self, original: Callable, args: tuple, kwargs: dict) -> dict:
-        """Of a call, with the method's own defaults.
+        """Arguments of a call, with the method's own defaults.
 
         Raises:
             NotServedError: there are others than MAR's.

@@ -103,7 +103,7 @@ def own_methods(model) -> tuple:
 
 
 def conditions_by_masks(model, tokens, mask, class_embedding, where) -> torch.Tensor:
-    """As :func:`conditions`, by the model's own methods and a mask (R, L): the host waits at each of them."""
+    """Like :func:`conditions`, by the model's own methods and a mask (R, L), which synchronise each time."""
     z = model.forward_mae_decoder(model.forward_mae_encoder(tokens, mask, class_embedding), mask)
     return _rows(z, where)
 
@@ -140,7 +140,7 @@ def why_not(model, compute: Callable) -> str | None:
 
 
 def bound(weight: torch.Tensor) -> float:
-    """Of a difference that is rounding, relative to the largest value; TF32 products round to three digits."""
+    """The largest difference that is rounding, relative to the largest value; TF32 products round to three digits."""
     if weight.dtype not in (torch.float32, torch.float64):
         return 2e-2
     try:

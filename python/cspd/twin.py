@@ -225,7 +225,7 @@ def default_device() -> torch.device:
 
 
 def _attributes(diffusions: list) -> dict[str, object]:
-    """Of the diffusion objects, and of the plain objects that those hold."""
+    """Attributes of the diffusion objects, and of the plain objects that those hold."""
     found = {}
     for i, diffusion in enumerate(diffusions):
         for name, value in vars(diffusion).items():

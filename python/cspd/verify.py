@@ -257,7 +257,7 @@ def _run_loop(call: Call, copies: Copies):
 
 
 def _rows_of(value: torch.Tensor, rows: int) -> torch.Tensor:
-    """So many rows of what a call gave the network, floats between zero and what they were, or 0 and 1/2.
+    """So many rows like those that a call gave the network: floats between zero and what they were, or 0 and 1/2.
 
     An index must be one that there is; and one that is 0 would hide what is done with it.
     """
@@ -298,13 +298,14 @@ def same(own: Run, served: Run, guided: Call | None, what: str, net: nn.Module) 
 
 
 def difference(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Of the largest value of ``a``."""
+    """Difference relative to the largest value of ``a``."""
     a, b = a.double(), b.double()
     return float((a - b).abs().max() / a.abs().max().clamp_min(1e-30)) if a.numel() else 0.0
 
 
 def tolerance(net: nn.Module) -> float:
-    """Of the largest value. Between rounding and a difference; TF32 products round to three digits."""
+    """Tolerance relative to the largest value. Between rounding and a difference; TF32 products round to three
+    digits."""
     try:
         tf32 = part_of(net, "input").weight.is_cuda and torch.get_float32_matmul_precision() != "highest"
     except RuntimeError:  # set by an interface that the old one does not know

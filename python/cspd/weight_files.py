@@ -59,7 +59,7 @@ def read_weights(path: Path, entry: str | None = None) -> Weights:
     """The state dict in a file, checked: floating tensors in their own shapes, under names of one prefix.
 
     Args:
-        entry: the entry of a training checkpoint to take; left out, the first of model_ema, model and state_dict.
+        entry: the entry of a training checkpoint to take. By default the first of model_ema, model and state_dict.
 
     Raises:
         FileNotFoundError: no such file. ValueError: it holds no such state dict.
@@ -120,7 +120,7 @@ def _read_pickled(path: Path) -> object:
 
 
 def _told(path: Path, tensors: object, source: str, facts: dict[str, int], told_by: str) -> Weights:
-    """With these facts, else with those of a config.json beside the file, where hub libraries would write both."""
+    """Weights with these facts, or with those of a config.json beside the file, as hub libraries write it."""
     config = config_beside(path)
     if facts or config is None:
         return Weights(path, tensors, source, facts, told_by)

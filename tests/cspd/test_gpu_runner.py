@@ -154,7 +154,7 @@ def test_sweeps_that_wait_are_refused_in_a_graph(pair):
     window = state.plan.window(0, 2)
     run_window(state, window)
     torch.cuda.synchronize()
-    with pytest.raises(RuntimeError, match="its sweeps wait"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+    with pytest.raises(RuntimeError, match="its sweeps synchronise"), torch.cuda.graph(torch.cuda.CUDAGraph()):
         run_window(state, window)
 
 

@@ -216,7 +216,7 @@ def hooked_network(model):
 def test_hooks_of_accelerate(change):
     outcome = before(change)
     assert outcome.what == "refused"
-    assert "hooked by accelerate" in outcome.told[0]
+    assert "has hooks of accelerate" in outcome.told[0]
     outcome = after(change)
     assert outcome.what == "own"
     assert len(outcome.told) == 1

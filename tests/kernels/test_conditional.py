@@ -167,7 +167,7 @@ def test_elsewhere_all_is_launched(cuda, extension, counts, monkeypatch, caplog,
         "driver": "the driver is older",
         "unavailable": "it is not there",
         "device": "not for this device",
-        "wrong": "counts wrongly",
+        "wrong": "gave a wrong count",
         "error": "ZeroDivisionError",
     }[why]
     assert [record.levelname for record in caplog.records] == ["WARNING"] * (wanted is not None)
@@ -210,7 +210,10 @@ def test_nodes_that_count_wrongly_are_found_out(extension, monkeypatch, wrong):
     assert conditional._difference(conditional.Nodes(CUDA), CPU) is None
     monkeypatch.setattr(Node, "ran", False, raising=False)
     monkeypatch.setattr(Node, "run", lambda node: wrong(node, right))
-    assert conditional._difference(conditional.Nodes(CUDA), CPU) == "a graph with such nodes counts wrongly"
+    assert (
+        conditional._difference(conditional.Nodes(CUDA), CPU)
+        == "a test graph with loops and branches gave a wrong count"
+    )
 
 
 def test_a_proof_is_made_once_and_a_lack_of_memory_is_none(extension, monkeypatch):

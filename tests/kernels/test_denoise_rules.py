@@ -241,7 +241,7 @@ def test_errors_of_rows_and_channels(make):
     with pytest.raises(ValueError, match=r"cond to have 18 \(fully conditional first\) rows .*got 12"):
         denoise(head, *inputs_of(head, 2.0), cfg_scale=(1.5, 0.7))
     _, head = make(RULES["learned"].clipped([-1.0] * 3, 1.0))
-    with pytest.raises(ValueError, match="a clip of one limit or of 5, the head's channels, got 3"):
+    with pytest.raises(ValueError, match="a clip with limits for 1 channel or for the head's 5, got 3"):
         denoise(head, *inputs_of(head, 1.0))
 
 

@@ -198,7 +198,7 @@ ERRORS = {
     "rank": (changed(x=torch.zeros(6, 1, C)), ValueError, r"x of shape \(M, 5\), got \(6, 1, 5\)"),
     "condition": (changed(cond=torch.zeros(6, W)), ValueError, r"cond of shape \(M, 7\), got \(6, 48\)"),
     "rows": (changed(cond=torch.zeros(5, Z)), ValueError, "cond of as many rows as x, 6, got 5"),
-    "whole numbers": (changed(x=torch.zeros(6, C, dtype=torch.int64)), ValueError, "x floating and no wider"),
+    "whole numbers": (changed(x=torch.zeros(6, C, dtype=torch.int64)), ValueError, "x in a floating dtype no wider"),
     "too wide": (changed(cond=torch.zeros(6, Z, dtype=torch.float64)), ValueError, "convert it with cond.to"),
     "timesteps": (changed(timesteps=torch.zeros(5)), ValueError, r"\(6,\), \(6, 1\) or \(6, 1\), got \(5,\)"),
     "columns": (changed(timesteps=torch.zeros(6, 2)), ValueError, r"timesteps as a number or of shape .* got \(6, 2\)"),

@@ -82,7 +82,7 @@ CHANGES = {
 @pytest.mark.parametrize("name", CHANGES)
 def test_weights_behind_a_boundary_are_refused_by_name_and_served_by_others(cuda, name):
     head = CHANGES[name](cuda, unaligned)
-    message = "weights on 16-byte boundaries, and {} lies 8 bytes behind one: use backend='triton' or 'torch'"
+    message = "weights on 16-byte boundaries, and {} lies 8 bytes after one: use backend='triton' or 'torch'"
     with pytest.raises(RuntimeError) as error:
         denoise(head, *random_inputs(head, 2, 0), backend="cuda")
     assert f"backend='cuda' cannot serve denoise: its kernels read {message.format(name)}" in str(error.value)

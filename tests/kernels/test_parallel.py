@@ -222,7 +222,7 @@ def test_a_tolerance_out_of_range(trained, value):
     ("guess", "message"),
     [
         (torch.zeros(2, 39, 4), r"guess of shape \(2, 40, 4\)"),
-        (torch.zeros(2, 40, 4, dtype=torch.float64), "guess floating and no wider"),
+        (torch.zeros(2, 40, 4, dtype=torch.float64), "guess in a floating dtype no wider"),
         (torch.full((2, 40, 4), torch.nan), "finite values in guess"),
     ],
 )

@@ -79,13 +79,13 @@ WRONG = {
 @pytest.mark.parametrize("kernel", WRONG.values(), ids=WRONG)
 def test_a_kernel_that_differs_is_found_out(stand_in, kernel):
     assert released_noise._difference(model, torch.device("cpu")) is None
-    assert released_noise._difference(kernel, torch.device("cpu")) == "PyTorch's own calls draw other bits"
+    assert released_noise._difference(kernel, torch.device("cpu")) == "PyTorch's own calls draw different bits"
 
 
 @pytest.mark.parametrize("blocks", [BLOCKS + 1, 2 * BLOCKS])
 def test_a_torch_that_launches_otherwise_is_found_out(stand_in, monkeypatch, blocks):
     monkeypatch.setattr(released_noise, "_most_blocks", lambda device: blocks)
-    assert "would move PyTorch's generator otherwise" in released_noise._difference(model, torch.device("cpu"))
+    assert "would move PyTorch's generator by another offset" in released_noise._difference(model, torch.device("cpu"))
 
 
 @pytest.fixture

@@ -212,11 +212,11 @@ REFUSED = {
     ),
     "modulations for other blocks": (
         lambda net: setattr(net, "ada_ln_blocks", nn.ModuleList(nn.Linear(W, 3 * W) for _ in range(3))),
-        "ada_ln_blocks are 3, which are not shared evenly by 4 blocks",
+        "ada_ln_blocks has 3 modules, which 4 blocks cannot share evenly",
     ),
     "no time": (lambda net: setattr(net, "time_embed", nn.ModuleList()), "it lacks net.time_embed"),
     "modulations that do not divide the blocks": (
-        lambda net: setattr(net, "ada_ln_blocks", nn.ModuleList()), "ada_ln_blocks are 0, which are not shared evenly",
+        lambda net: setattr(net, "ada_ln_blocks", nn.ModuleList()), "ada_ln_blocks has 0 modules, which",
     ),
 }  # fmt: skip
 

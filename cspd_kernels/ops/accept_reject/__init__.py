@@ -101,7 +101,7 @@ def accept_reject(
 
     Candidates may differ in nothing but the last step's noise. Each model then has one mean for all of them, both have
     one sigma, and there is no path term and no relaxation. Then the token has the target's distribution, as with one
-    candidate, but for rows that take ``target.sample``. The probability that any of them is accepted is
+    candidate, except for rows that take ``target.sample``. The probability that any of them is accepted is
     ``1 - Z(c_K)``. Candidates with chains of their own are compared as trajectories, as one is: a surrogate. With more
     than one candidate both models need the same sigma, or ``target_sigma``: Z is computed with the target's.
 

@@ -93,7 +93,7 @@ def judge(x, draft, target, seed, rows, relaxation, sigma, *, compact=False, dty
 
 
 def try_next(log_ratio, draft, target, sigma, u, log_c):
-    """Of a candidate after the first: (whether u <= (r - c)_+ / Z (N,), log (c + Z) (N,) float64).
+    """For a candidate after the first: (whether u <= (r - c)_+ / Z (N,), log (c + Z) (N,) float64).
 
     A Z that is no number, of chains that are not finite, counts as 0; r > c is then certain.
     """

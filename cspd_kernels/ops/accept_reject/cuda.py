@@ -18,7 +18,7 @@ __all__ = ["accept_reject", "why_unsupported"]
 
 
 def accept_reject(x, draft, target, seed, rows, relaxation, sigma, max_tries, residual):
-    """As :func:`cspd_kernels.accept_reject`."""
+    """Like :func:`cspd_kernels.accept_reject`."""
     n, channels = x.shape[0], x.shape[-1]
     count = x.shape[1] if x.dim() == 3 else None
     device = x.device

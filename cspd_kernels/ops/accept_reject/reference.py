@@ -17,7 +17,7 @@ def accept_reject(
     x, draft, target, seed, rows, relaxation=1.0, sigma="paper", max_tries=100, residual="rejection",
     *, dtype=torch.float32,
 ):  # fmt: skip
-    """As :func:`cspd_kernels.accept_reject`, densities computed in ``dtype`` (float32 or float64)."""
+    """Like :func:`cspd_kernels.accept_reject`, densities computed in ``dtype`` (float32 or float64)."""
     x, draft, target, relaxation, named = with_candidates(x, draft, target, relaxation)
     candidate, log_c, log_ratio = judge(x, draft, target, seed, rows, relaxation, sigma, dtype=dtype)
     draft, target = one_of(draft, 0), one_of(target, 0)

@@ -18,7 +18,7 @@ _BLOCK_ELEMENTS = 1 << 24  # of (rows, tries, channels) at once: 64 MiB a tempor
 
 @torch.no_grad()
 def accept_reject(x, draft, target, seed, rows, relaxation, sigma, max_tries, residual="rejection", *, compact=None):
-    """As :func:`cspd_kernels.accept_reject`; ``compact`` says whether to pick out the undecided rows."""
+    """Like :func:`cspd_kernels.accept_reject`; ``compact`` says whether to pick out the undecided rows."""
     compact = x.device.type == "cpu" if compact is None else compact
     x, draft, target, relaxation, named = with_candidates(x, draft, target, relaxation)
     candidate, log_c, log_ratio = judge(x, draft, target, seed, rows, relaxation, sigma, compact=compact)

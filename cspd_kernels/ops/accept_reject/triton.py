@@ -102,7 +102,7 @@ def _accept_reject_kernel(
 
 
 def accept_reject(x, draft, target, seed, rows, relaxation, sigma, max_tries, residual):
-    """As :func:`cspd_kernels.accept_reject`."""
+    """Like :func:`cspd_kernels.accept_reject`."""
     named, device = x.dim() == 3, x.device
     n, channels, candidates = x.shape[0], x.shape[-1], x.shape[1] if named else 1
     token = torch.empty(n, channels, dtype=torch.float32, device=device)

@@ -6,7 +6,7 @@ import torch
 
 
 def add_norm(stream, delta, weight, bias, eps, dtype):
-    """As :func:`cspd_kernels.ops.add_norm.add_norm`, in the stream's own type."""
+    """Like :func:`cspd_kernels.ops.add_norm.add_norm`, in the stream's own type."""
     if delta is not None:
         stream += delta.to(stream.dtype)
     centred = stream - stream.mean(-1, keepdim=True)

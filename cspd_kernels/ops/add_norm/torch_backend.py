@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 
 def add_norm(stream, delta, weight, bias, eps, dtype):
-    """As :func:`cspd_kernels.ops.add_norm.add_norm`."""
+    """Like :func:`cspd_kernels.ops.add_norm.add_norm`."""
     if delta is not None:
         stream.add_(delta)
     return F.layer_norm(stream, stream.shape[-1:], weight, bias, eps).to(dtype)

@@ -37,7 +37,7 @@ def why_unsupported(stream: torch.Tensor) -> str | None:
 
 
 def add_norm(stream, delta, weight, bias, eps, dtype):
-    """As :func:`cspd_kernels.ops.add_norm.add_norm`."""
+    """Like :func:`cspd_kernels.ops.add_norm.add_norm`."""
     width = stream.shape[-1]
     out = torch.empty(stream.shape, dtype=dtype, device=stream.device)
     rows = stream.numel() // width

@@ -60,7 +60,7 @@ class Denoised(NamedTuple):
 
 
 class DenoisedInParallel(NamedTuple):
-    """As :class:`Denoised`, of a call whose ``parallel_tol`` is a number.
+    """Like :class:`Denoised`, from a call whose ``parallel_tol`` is a number.
 
     Example:
         >>> import torch

@@ -23,7 +23,7 @@ def check(head, cond, x_T, noise, temperature, cfg_scale, workspace_bytes) -> No
     if not isinstance(head, DiffusionHead):
         raise WrongType(f"denoise expected a DiffusionHead, got {type(head).__name__}: use DiffusionHead.from_module")
     if head.schedule is None:
-        raise InvalidInput("denoise expected a head with a schedule, got one without, which can only be evaluated")
+        raise InvalidInput("denoise expected a head with a schedule, got one without: it can only be evaluated")
     check_tensor("denoise", "x_T", x_T, head, ("N", head.channels))
     rows = x_T.shape[0]
     check_tensor("denoise", "cond", cond, head, ("N, 2N or 3N", head.cond_channels))
@@ -74,8 +74,7 @@ def check(head, cond, x_T, noise, temperature, cfg_scale, workspace_bytes) -> No
     clip = head.schedule.clip
     if clip is not None and clip.ndim == 2 and clip.shape[1] != head.channels:
         raise InvalidInput(
-            f"denoise expected a schedule with a clip of one limit or of {head.channels}, the head's channels, got "
-            f"{clip.shape[1]}"
+            f"denoise expected a clip with limits for 1 channel or for the head's {head.channels}, got {clip.shape[1]}"
         )
     if not isinstance(workspace_bytes, int) or workspace_bytes <= 0:
         raise InvalidInput(f"denoise expected workspace_bytes as an int > 0, got {workspace_bytes!r}")
@@ -95,7 +94,7 @@ def check_parallel(head, x_T, parallel_tol, guess) -> None:  # noqa: N803
 
 
 def check_tensor(op: str, name: str, tensor, head: DiffusionHead, shape: tuple) -> None:
-    """Of an op's argument: ``shape`` holds a size or, as text, what may stand there."""
+    """Check an op's argument. ``shape`` holds sizes, or texts for sizes that are free."""
 
     def wanted() -> str:
         return f"({', '.join(map(str, shape))})"
@@ -111,7 +110,7 @@ def check_tensor(op: str, name: str, tensor, head: DiffusionHead, shape: tuple) 
         raise InvalidInput(f"{op} expected {name} on the head's device {head.device}, got {tensor.device}")
     if not tensor.is_floating_point() or (tensor.dtype == torch.float64 and head.dtype != torch.float64):
         raise WrongDtype(
-            f"{op} expected {name} floating and no wider than the head's arithmetic ({stream_dtype(head.dtype)}), "
+            f"{op} expected {name} in a floating dtype no wider than the head's {stream_dtype(head.dtype)}, "
             f"got {tensor.dtype}: convert it with {name}.to({stream_dtype(head.dtype)})"
         )
 

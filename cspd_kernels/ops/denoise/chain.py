@@ -169,18 +169,18 @@ class Chain:
 
     @property
     def memory_bytes(self) -> int:
-        """Of the modulations, which lie one after the other."""
+        """Bytes of the modulations, which lie one after the other."""
         return sum(math.prod(shape) for shape in self.shapes.values()) * self.dtype.itemsize
 
     def keep_modulations_in(self, memory: torch.Tensor) -> None:
-        """Where the modulations go: ``memory_bytes`` bytes or more, which nobody else uses while the chain runs."""
+        """Where the modulations go: ``memory_bytes`` bytes or more, which nothing else uses while the chain runs."""
         self.memory, values, views = memory, memory[: self.memory_bytes].view(self.dtype), {}
         for name, shape in self.shapes.items():
             views[name], values = values[: math.prod(shape)].view(shape), values[math.prod(shape) :]
         self.read_modulations(**views)
 
     def read_modulations(self, embedded: torch.Tensor, mods: torch.Tensor, final_mods: torch.Tensor) -> None:
-        """Where the modulations are: of this chain, or of the one that it is the network of."""
+        """Where the modulations are: in this chain, or in the chain that it is the network of."""
         self.embedded, self.mods, self.final_mods = embedded, mods, final_mods
         self.block_mods = tuple(mods[i] for i in self.modulations)
 
@@ -232,7 +232,7 @@ class Chain:
         return mean, mean, self.log_std[:n] + self.log_temperature(temperature), self.path[:n].sum(1)
 
     def log_temperature(self, temperature: float | torch.Tensor) -> float | torch.Tensor:
-        """Of the call's, which ``load`` has put into the buffer."""
+        """Logarithm of the call's temperature, which ``load`` has put into the buffer."""
         if isinstance(temperature, torch.Tensor):
             return self.temperature.log()
         return math.log(temperature) if temperature > 0 else -math.inf
@@ -254,7 +254,7 @@ class Chain:
         self.modulate(head, (stop - start) * self.rows)
 
     def take_memory(self, head: DiffusionHead) -> None:
-        """For the modulations, of its own, where none was given."""
+        """Allocate memory for the modulations if none was given."""
         if self.memory is None:
             self.keep_modulations_in(torch.empty(self.memory_bytes, dtype=torch.uint8, device=head.device))
 

@@ -45,12 +45,12 @@ def _why_not_read_wide(head: DiffusionHead) -> str | None:
         if value.data_ptr() % _ALIGNMENT:
             return (
                 f"its kernels read weights on {_ALIGNMENT}-byte boundaries, and {name} lies "
-                f"{value.data_ptr() % _ALIGNMENT} bytes behind one: use backend='triton' or 'torch', or give the "
+                f"{value.data_ptr() % _ALIGNMENT} bytes after one: use backend='triton' or 'torch', or give the "
                 "parameter memory of its own"
             )
     return None
 
 
 def denoise(head, cond, x_T, noise, temperature, scales, workspace_bytes, parallel=None):  # noqa: N803
-    """As :func:`cspd_kernels.denoise`; ``scales``: of guidance."""
+    """Like :func:`cspd_kernels.denoise`; ``scales``: of guidance."""
     return denoise_on_device(KERNELS, head, cond, x_T, noise, temperature, scales, workspace_bytes, parallel)

@@ -16,7 +16,7 @@ class CudaChain(Chain):
 
     @property
     def scale_pointer(self) -> int:
-        """Of the guidance scales; 0 without guidance."""
+        """Address of the guidance scales; 0 without guidance."""
         return self.scale.data_ptr() if self.groups > 1 else 0
 
     def embed(self, head: DiffusionHead, start: int, stop: int) -> None:

@@ -19,7 +19,8 @@ import torch
 
 
 class Tile(NamedTuple):
-    """Of a product, which one block makes; the extension has these. Of a swiglu layer half as many columns come out."""
+    """The tile of a product that one block makes; the extension has these. A swiglu layer gives half as many
+    columns."""
 
     rows: int
     columns: int

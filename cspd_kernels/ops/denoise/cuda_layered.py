@@ -69,7 +69,7 @@ class LayeredChain(CudaChain):
 
     @property
     def live_pointer(self) -> int:
-        """Of the flag at 0 of which kernels leave everything as it is; 0 where there is none, or none is needed."""
+        """Address of the flag at whose 0 kernels leave everything as it is; 0 if there is none, or none is needed."""
         return 0 if surely_wanted() else address(self.live)
 
     def warm_up_products(self, head) -> None:

@@ -80,7 +80,7 @@ def why_not_covered(head: DiffusionHead, most_channels: int = MOST_CHANNELS) -> 
 def denoise_on_device(
     kernels, head, cond, x_T, noise, temperature, scales, workspace_bytes, parallel: Parallel | None = None  # noqa: N803
 ):  # fmt: skip
-    """As :func:`cspd_kernels.denoise`, by the kernels of a backend; ``scales``: of guidance, one less than groups.
+    """Like :func:`cspd_kernels.denoise`, by the kernels of a backend; ``scales``: of guidance, one less than groups.
 
     The host waits for the device in two cases only:
 
@@ -168,9 +168,8 @@ def plans_of(heads: Plans, op: str, head: DiffusionHead, backend: str, reason: s
     if shared is None:
         if reason == CALLER_CAPTURES:
             raise CallError(
-                f"{op} expected a first call with this head before a CUDA graph of the caller's is captured, which "
-                f"cannot hold the upload of its tables: call it once with these sizes and backend={backend!r}, then "
-                "capture"
+                f"{op} expected a first call with this head before you capture a CUDA graph: the first call uploads "
+                f"tables. Call it once with these sizes and backend={backend!r}, then capture"
             )
         shared = heads.setdefault(head, {}).setdefault(backend, HeadPlans(head))
     if shared.uploaded is not None and reason != CALLER_CAPTURES:

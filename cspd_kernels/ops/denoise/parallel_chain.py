@@ -64,7 +64,7 @@ class ParallelChain:
         self.network.read_modulations(self.chain.embedded, self.chain.mods, self.chain.final_mods)
 
     def load(self, cond, x_T, noise, temperature, scales, tolerance, guess) -> None:  # noqa: N803
-        """As :meth:`Chain.load`; ``guess`` (n, T, C) or None."""
+        """Like :meth:`Chain.load`; ``guess`` (n, T, C) or None."""
         self.chain.load(cond, x_T, noise, temperature, scales)
         if guess is not None:
             self.state.x[:, : len(x_T)].copy_(guess.movedim(1, 0))

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 
 def denoise(head, cond, x_T, noise, temperature, scales, workspace_bytes=None, *, dtype=torch.float32):  # noqa: N803
-    """As :func:`cspd_kernels.denoise`, every operand converted to ``dtype`` (float32 or float64) first.
+    """Like :func:`cspd_kernels.denoise`, every operand converted to ``dtype`` (float32 or float64) first.
 
     ``scales``: G - 1 guidance scales in a tuple, where cond has G N rows. Each is a number or a tensor (1 or N, 1). One
     alone needs no tuple, and None is (), no guidance. ``temperature``: a number or a tensor of one element.
@@ -94,14 +94,15 @@ class Sweep(NamedTuple):
 
 
 def most_sweeps(num_steps: int) -> int:
-    """After so many the rows that have not settled are left to the sequential chain."""
+    """After so many sweeps, rows that have not settled are left to the sequential chain."""
     return min(num_steps, 16 + num_steps // 4)
 
 
 def denoise_in_parallel(
     head, cond, x_T, noise, temperature, scales, tolerance, guess=None, *, dtype=torch.float32  # noqa: N803
 ):  # fmt: skip
-    """As :func:`denoise`, by sweeps, also (N,) dependent network calls of each row, and (N, T, C) inputs of all steps.
+    """Like :func:`denoise`, by sweeps, also (N,) dependent network calls of each row, and (N, T, C) inputs of all
+    steps.
 
     A row is left as it is from the sweep on at which it settles.
     """

@@ -20,7 +20,7 @@ from .workspace import in_blocks_of_rows
 def denoise(
     head, cond, x_T, noise, temperature, scales, workspace_bytes, parallel: Parallel | None = None  # noqa: N803
 ):  # fmt: skip
-    """As :func:`cspd_kernels.denoise`, with G - 1 guidance ``scales``. Waits for the device in parallel alone."""
+    """Like :func:`cspd_kernels.denoise`, with G - 1 guidance ``scales``. Waits for the device in parallel alone."""
     rows, groups = x_T.shape[0], 1 + len(scales)
     # Shift, scale and gate of the blocks, shift and scale of the last layer, silu(y), and y before it is rounded.
     mods = 3 * len(set(head.modulation_of)) + 3

@@ -11,7 +11,7 @@ from ...products import PlainProduct, Product
 
 
 class Layers(NamedTuple):
-    """The head's products but for the narrow ones, at x, and the condition's, which run once a call."""
+    """The head's products, except the narrow ones at x and the condition's, which run once a call."""
 
     blocks: list[tuple[Product, Product]]  # mlp0, mlp1; or of PlainProduct, like the others
     mods: list[Product]  # each once, however many blocks use it
@@ -19,7 +19,7 @@ class Layers(NamedTuple):
 
 
 def layers_of(head) -> Layers:
-    """As the head's weights are now."""
+    """The layers with the head's present weights."""
     layers = head.shared.get("layers")
     if layers is None:
         layers = head.shared["layers"] = _layers(head, Product)

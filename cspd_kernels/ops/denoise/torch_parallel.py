@@ -34,7 +34,7 @@ def in_parallel(
     if x_T.is_cuda and torch.cuda.is_current_stream_capturing():
         raise CallError(
             "denoise expected parallel_tol=None with backend='torch' in a CUDA graph of the caller's, got "
-            f"{parallel.tolerance}: its sweeps wait for the device. Use backend='triton' or 'cuda', or leave it out"
+            f"{parallel.tolerance}: its sweeps synchronise. Use backend='triton' or 'cuda', or pass parallel_tol=None"
         )
     rows, steps, channels = len(x_T), head.num_steps, head.channels
     limit = most_sweeps(steps)

@@ -16,5 +16,5 @@ def why_unsupported(head: DiffusionHead) -> str | None:
 
 
 def denoise(head, cond, x_T, noise, temperature, scales, workspace_bytes, parallel=None):
-    """As :func:`cspd_kernels.denoise`; ``scales``: of guidance."""
+    """Like :func:`cspd_kernels.denoise`; ``scales``: of guidance."""
     return denoise_on_device(KERNELS, head, cond, x_T, noise, temperature, scales, workspace_bytes, parallel)

@@ -77,7 +77,7 @@ class LayeredChain(Chain):
         self._prepare(head)
 
     def choose(self, head: DiffusionHead) -> Products | None:
-        """Who makes the products of a block; None: the kernels for a few rows."""
+        """What makes the products of a block; None: the kernels for a few rows."""
         return products(self.rows, self.shape, head.dtype, head.device)
 
     def choose_own(self, head: DiffusionHead) -> Products:
@@ -102,7 +102,7 @@ class LayeredChain(Chain):
         outputs = channels if self.out is None else self.out.shape[2]
         group = update_channels(self.tokens, outputs)
         self._update_grid = self.tokens, triton.cdiv(outputs, group)
-        # maxnreg: two programs fit an SM; left out, the assembler may spill to fit more.
+        # maxnreg: two programs fit an SM; without it, the assembler may spill to fit more.
         ends = norm | {"C": outputs, "GROUPS": self.groups, "G": group, "maxnreg": 128}
         self._output_options = ends | {"LEARNED": self.v is not None}
         if head.schedule is not None:

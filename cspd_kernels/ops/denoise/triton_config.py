@@ -34,7 +34,7 @@ class Tile:
 
 
 class Products(NamedTuple):
-    """Who makes the two products of a block: a kernel with this tile, or the library (None)."""
+    """What makes the two products of a block: a kernel with this tile, or the library (None)."""
 
     first: Tile | None
     second: Tile | None
@@ -54,7 +54,7 @@ FLOAT32_TILES = (Tile(64, 64, 32, 8, 3), Tile(32, 32, 32, 4, 4), Tile(16, 32, 64
 
 
 def halved(tiles: tuple[Tile, ...]) -> tuple[Tile, ...]:
-    """For two products at once, of half as many columns each: a program then holds what it did."""
+    """The tile for two products at once, with half as many columns each, so a program holds as much as before."""
     return tuple(dict.fromkeys(replace(tile, bn=tile.bn // 2) for tile in tiles if tile.bn >= 32))
 
 
@@ -108,7 +108,7 @@ class Shape(NamedTuple):
 
 @functools.cache
 def products(rows: int, shape: Shape, dtype: torch.dtype, device: torch.device) -> Products | None:
-    """Who makes the products of a block; None up to :data:`FEW_ROWS` rows, which have kernels of their own."""
+    """What makes the products of a block; None up to :data:`FEW_ROWS` rows, which have kernels of their own."""
     if rows <= FEW_ROWS:
         return None
     measured = TILES.get((_capability(device), shape.width, dtype.itemsize), ()) if shape.plain else ()
@@ -171,8 +171,8 @@ def _cycles(
 
 @functools.cache
 def update_channels(tokens: int, channels: int) -> int:
-    """Of a token, for a program of the update kernel: one, until there are two programs for each multiprocessor of a
-    large device; then more share the token's norm."""
+    """Channels of a token for a program of the update kernel: one, until there are two programs for each multiprocessor
+    of a large device; then more share the token's norm."""
     group = 1
     while group < min(4, channels) and tokens * channels > 2 * group * _MULTIPROCESSORS:
         group *= 2

@@ -25,7 +25,7 @@ from .triton_tiles import (
 
 @triton.jit
 def _weights(weight, cols, k, N: tl.constexpr, K: tl.constexpr):
-    """Of some columns of a weight [N, K], the part k of their sums."""
+    """Some columns of a weight [N, K], at the part k of their sums."""
     return tl.load(weight + cols[None, :, None] * K + k, (k < K) & (cols < N)[None, :, None], 0.0)
 
 

@@ -29,8 +29,8 @@ def _compose(factor, offset, next_factor, next_offset):
 
 @triton.jit
 def _slope(change, moved, first):
-    """Of x0, by the secant through two sweeps, limited to [0, 1]; 0 in the first one, for NaN, and where x has not
-    moved."""
+    """Slope of x0, by the secant through two sweeps, limited to [0, 1]; 0 in the first one, for NaN, and where x has
+    not moved."""
     secant = change / tl.where(moved == 0.0, 1.0, moved)
     return tl.where((secant > 0.0) & (moved != 0.0) & (first == 0), tl.minimum(secant, 1.0), 0.0)
 

@@ -21,7 +21,7 @@ MOST_LINES: tl.constexpr = tl.constexpr(4096)  # of weights that a program asks 
 
 @triton.jit
 def wait_for_previous(PDL: tl.constexpr):
-    """Until the kernel before has ended; from here on the next one may start. See ``triton_layered``."""
+    """Wait until the kernel before has ended; from here on the next one may start. See ``triton_layered``."""
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
@@ -38,7 +38,7 @@ def called_off(live):
 
 @triton.jit
 def row_of(token, period, GROUPS: tl.constexpr):
-    """Of h, for a token's first group; int64. ``period`` tokens of one step, then as many of the next: rows of the
+    """Row of h for a token's first group; int64. ``period`` tokens of one step, then as many of the next: rows of the
     next group lie ``period`` behind."""
     token = token.to(tl.int64)
     return token + token // period * period * (GROUPS - 1) if GROUPS > 1 else token
@@ -46,7 +46,7 @@ def row_of(token, period, GROUPS: tl.constexpr):
 
 @triton.jit
 def moments(value, inside, W: tl.constexpr, EPS: tl.constexpr, AXIS: tl.constexpr, RMS: tl.constexpr):
-    """(mean, 1 / std) of whole rows along AXIS, the last one; RMS: about 0, the mean is left out."""
+    """(mean, 1 / std) of whole rows along AXIS, the last one; RMS: about 0, without the mean."""
     if RMS:
         mean, deviation = 0.0, value
     else:
@@ -57,7 +57,7 @@ def moments(value, inside, W: tl.constexpr, EPS: tl.constexpr, AXIS: tl.constexp
 
 @triton.jit
 def normalised(value, inside, mean, factor, RMS: tl.constexpr):
-    """By the moments of its rows; 0 beyond W."""
+    """Normalise by the moments of the rows; 0 beyond W."""
     if RMS:
         return value * factor
     else:
@@ -135,7 +135,8 @@ def network_output(
 
 @triton.jit
 def guidance_scales(scale, token, tokens, GROUPS: tl.constexpr):
-    """Of a token, between the first and the second group and between the second and the third; scale [., tokens]."""
+    """Guidance scales of a token, between the first and the second group and between the second and the third; scale
+    [., tokens]."""
     first = tl.load(scale + token) if GROUPS > 1 else 0.0
     second = tl.load(scale + tokens + token) if GROUPS > 2 else 0.0
     return first, second
@@ -212,7 +213,7 @@ def two_products(
     K: tl.constexpr, N: tl.constexpr, DOT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """As ``product`` with a weight [2 N, K]: the tile of its first N columns and the same one of the others, which
+    """Like ``product``, with a weight [2 N, K]: the tile of its first N columns and the same one of the others, which
     read the rows once."""
     k = tl.arange(0, BK)
     a_at = a + tl.minimum(rows, M - 1)[:, None].to(tl.int64) * K + k[None, :]
@@ -249,7 +250,7 @@ def step_noise(noise, noise_step, seed, addresses, step, token, valid, channels,
 
 @triton.jit
 def step_table(coefficients, step):
-    """Of reverse step ``step``: x0_x, x0_out, mean_x0, mean_x, and the log std at v = 1 and at v = -1."""
+    """The table of reverse step ``step``: x0_x, x0_out, mean_x0, mean_x, and the log std at v = 1 and at v = -1."""
     at = coefficients + step * 8
     return tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3), tl.load(at + 4), tl.load(at + 5)
 

@@ -28,12 +28,13 @@ def plain(v: torch.Tensor) -> torch.Tensor:
 
 
 def pointers(tensors: list[torch.Tensor]) -> list[int]:
-    """As the kernels take the tensors of :func:`operands`: no pointer for the relaxation where it is one number."""
+    """Pointers as the kernels take the tensors of :func:`operands`: no pointer for the relaxation where it is one
+    number."""
     return [v.data_ptr() for v in tensors] + [0] * (8 - len(tensors))
 
 
 def log_density_ratio(x, draft, target, relaxation, sigma):
-    """As :func:`cspd_kernels.log_density_ratio`."""
+    """Like :func:`cspd_kernels.log_density_ratio`."""
     n, channels = x.shape
     device = x.device
     out = torch.empty(n, dtype=torch.float32, device=device)

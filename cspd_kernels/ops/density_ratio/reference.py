@@ -6,7 +6,7 @@ import torch
 
 
 def log_density_ratio(x, draft, target, relaxation=1.0, sigma="paper", *, dtype=torch.float32):
-    """As :func:`cspd_kernels.log_density_ratio`, computed in ``dtype`` (float32 or float64); (N,)."""
+    """Like :func:`cspd_kernels.log_density_ratio`, computed in ``dtype`` (float32 or float64); (N,)."""
     x, mu_q, mu_p, log_q, log_p, path_q, path_p = (
         v.to(dtype)
         for v in (x, draft.mean, target.mean, draft.log_std, target.log_std, draft.path_log_std, target.path_log_std)

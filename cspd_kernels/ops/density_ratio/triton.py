@@ -91,7 +91,7 @@ def operands(x, draft, target, relaxation, *others) -> tuple[tuple, tuple, tuple
 
 
 def log_density_ratio(x, draft, target, relaxation, sigma):
-    """As :func:`cspd_kernels.log_density_ratio`."""
+    """Like :func:`cspd_kernels.log_density_ratio`."""
     n, channels = x.shape
     device = x.device
     out = torch.empty(n, dtype=torch.float32, device=device)

@@ -63,7 +63,7 @@ class NetworkCall:
 
 
 def evaluate_on_device(kernels: Kernels, head, x, timesteps, cond, workspace_bytes) -> torch.Tensor:
-    """As :func:`cspd_kernels.evaluate`, by the kernels of a backend; ``timesteps`` (M,) or (M, K), on the device.
+    """Like :func:`cspd_kernels.evaluate`, by the kernels of a backend; ``timesteps`` (M,) or (M, K), on the device.
 
     The host waits for the device only where a head's graphs outgrow their memory and the oldest goes.
     """

@@ -9,7 +9,7 @@ from ..denoise.reference import embedded, network
 
 
 def evaluate(head, x, timesteps, cond, workspace_bytes=None, *, dtype=torch.float32):
-    """As :func:`cspd_kernels.evaluate`, every operand converted to ``dtype`` (float32 or float64) first.
+    """Like :func:`cspd_kernels.evaluate`, every operand converted to ``dtype`` (float32 or float64) first.
 
     ``timesteps`` are (M,) or (M, K), on the head's device.
     """

@@ -13,7 +13,7 @@ _FEW = 8
 
 
 def evaluate(head, x, timesteps, cond, workspace_bytes):
-    """As :func:`cspd_kernels.evaluate`."""
+    """Like :func:`cspd_kernels.evaluate`."""
     if head.watched and (head.dtype.itemsize == 2 or len(x) <= _FEW):
         layers, c = plain_layers_of(head), embedded(head, cond)
     else:

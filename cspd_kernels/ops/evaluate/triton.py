@@ -9,5 +9,5 @@ __all__ = ["evaluate", "why_unsupported"]
 
 
 def evaluate(head, x, timesteps, cond, workspace_bytes):
-    """As :func:`cspd_kernels.evaluate`."""
+    """Like :func:`cspd_kernels.evaluate`."""
     return evaluate_on_device(KERNELS, head, x, timesteps, cond, workspace_bytes)

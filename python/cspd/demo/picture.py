@@ -92,7 +92,7 @@ def save_picture(path: Path, strips: list[Strip], setting: dict) -> None:
 
 
 def draw_picture(strips: list[Strip], footer: list[str]) -> Image.Image:
-    """As :func:`save_picture` writes it."""
+    """Like :func:`save_picture` writes it."""
     columns = max(len(strip.tiles) for strip in strips)
     width = 2 * _MARGIN + _CAPTION + columns * (SIZE + GAP) - GAP
     rows = 2 * _MARGIN + len(strips) * (SIZE + GAP) - GAP

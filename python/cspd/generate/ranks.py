@@ -201,7 +201,7 @@ class Ranks:
 
     @contextlib.contextmanager
     def _waiting(self):
-        """Where a rank that is waited for has gone, it says why itself, if it had the time to."""
+        """If a rank that is waited for has ended, it says why itself, if it had time to."""
         try:
             yield
         except RuntimeError as error:

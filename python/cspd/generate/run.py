@@ -41,7 +41,7 @@ class Missing(NamedTuple):
 
     @property
     def numbers(self) -> set[int]:
-        """Of both."""
+        """Numbers of both."""
         return {*self.images, *self.latents}
 
 
@@ -86,7 +86,7 @@ def generate(args) -> None:
 
 @contextlib.contextmanager
 def _threads(count: int | None) -> Iterator[None]:
-    """So many CPU threads, None for as many as there are; the caller's number afterwards."""
+    """Use so many CPU threads, None for as many as there are; afterwards the caller's number."""
     before = torch.get_num_threads()
     torch.set_num_threads(count or before)
     try:

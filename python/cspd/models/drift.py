@@ -107,7 +107,7 @@ class DriftLoss(nn.Module):
 
     @property
     def std(self) -> float:
-        """Of a token about the network's output."""
+        """Standard deviation of a token about the network's output."""
         return self._state[0]
 
     @property
@@ -143,7 +143,8 @@ class DriftLoss(nn.Module):
         return drifting_loss(x.view(rows, count, channels), target)
 
     def sample(self, z, temperature=1.0, cfg=1.0, entropy=None):
-        """As of ``DiffLoss``, in one step; entropy (N,) scales the first noise. ``temperature`` changes nothing."""
+        """Like ``DiffLoss.sample``, in one step; entropy (N,) scales the first noise. ``temperature`` changes
+        nothing."""
         noise = first_noise(len(z) if cfg == 1.0 else len(z) // 2, self.in_channels, z.device)
         if entropy is not None:
             noise = noise * self.initial_scale(entropy)[:, None]

@@ -188,7 +188,7 @@ class MAR(nn.Module):
         return mask_of(orders, math.ceil(x.shape[1] * ratio))
 
     def _drop_labels(self, class_embedding: torch.Tensor) -> torch.Tensor:
-        """In training mode some rows of (B, E) become those of no class, by the CPU's generator."""
+        """In training mode, replace some rows of (B, E) by that of no class, by the CPU's generator."""
         if not self.training:
             return class_embedding
         drop = (torch.rand(len(class_embedding), 1) < self.label_drop_prob).to(class_embedding)

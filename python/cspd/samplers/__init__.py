@@ -1,7 +1,7 @@
 """Samplers that are no diffusion object's: heads whose ``sample`` is a loop of its own, stood in for by the kernels.
 
 One file a code base, of what differs between them: an :class:`Adapter`. Any that its head is not seen to agree with on
-a small copy is left out.
+a small copy is omitted.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def register(adapter: Adapter) -> None:
 
 
 def adapter_of(module: nn.Module) -> Adapter | None:
-    """Who knows how a module samples, None where nobody does.
+    """The adapter that knows how a module samples, or None.
 
     Example:
         >>> from cspd import samplers

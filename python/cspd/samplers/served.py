@@ -52,7 +52,7 @@ class OwnSampler:
 
     @staticmethod
     def of(found: FoundHead) -> OwnSampler | None:
-        """Of the first module that an adapter recognises among those that hold the network, None without one."""
+        """The sampler of the first module that an adapter recognises among those that hold the network, or None."""
         for module in found.module.modules():
             net = module._modules.get("net")
             if net is None or unwrapped(net)[0] is not found.net:

@@ -58,7 +58,7 @@ class ChosenTransformer:
         return list(self._packed.values())
 
     def get(self, dtype: torch.dtype | None = None, refresh: bool = True) -> ByWeights | ByTables | ByMasks:
-        """As the model is now. The host does not wait, unless the model's code has changed.
+        """The transformer for the model as it is now. The host does not wait unless the model's code has changed.
 
         ``refresh``: whether weights that were changed in place are to be followed.
         """
@@ -89,7 +89,7 @@ class ChosenTransformer:
 
     @property
     def why_not_by_weights(self) -> str | None:
-        """Of the last comparison."""
+        """The reason from the last comparison."""
         return self._reasons[0]
 
     def compare(self) -> None:
@@ -134,7 +134,7 @@ def looks(model: nn.Module) -> tuple:
 
 
 def replaced(model: nn.Module) -> list[tuple]:
-    """Functions that stand on instances of modules, but for this package's own."""
+    """Functions that were set on instances of modules, except this package's own."""
     return [
         (path, name, value)
         for path, module in model.named_modules()
@@ -152,7 +152,7 @@ def watched(model: nn.Module) -> bool:
 
 
 def _transformer(model: nn.Module) -> Iterator[nn.Module]:
-    """The modules of a model, but for itself and its head."""
+    """The modules of a model, except itself and its head."""
     return (
         m for name, part in model._modules.items() if part is not None and name != "diffloss" for m in part.modules()
     )

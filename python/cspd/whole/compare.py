@@ -64,7 +64,7 @@ def where_it_starts(module: nn.Module, net: nn.Module, head: DiffusionHead) -> s
 
 
 def own(value) -> dict[str, object]:
-    """Functions that stand on an instance, but for this package's own."""
+    """Functions that were set on an instance, except this package's own."""
     return {
         name: function
         for name, function in vars(value).items()

@@ -11,7 +11,7 @@ from .weights import Block
 
 
 def run_block(b: Block, stream, delta, mask, dtype, backend) -> tuple[torch.Tensor, torch.Tensor]:
-    """As :func:`cspd.whole.passes.run_block`, on a device; for any number of rows and tokens."""
+    """Like :func:`cspd.whole.passes.run_block`, on a device, for any number of rows and tokens."""
     products = (b.qkv, b.proj, b.fc1, b.fc2)
     weights = [w for product in products for w in product.plain()]
     delta = torch.zeros_like(stream, dtype=dtype) if delta is None else delta  # else it would be compiled once more

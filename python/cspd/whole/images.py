@@ -100,7 +100,7 @@ class Sampler:
         seed: int | None = None,
         callback: Callback | None = None,
     ) -> torch.Tensor:
-        """As :func:`cspd.sample_tokens`, as a plain tensor.
+        """Like :func:`cspd.sample_tokens`, but returns a plain tensor.
 
         Raises:
             InvalidInput: an argument is out of range. NotServedError: the model computes something else. Nothing was

@@ -95,7 +95,7 @@ class TableSource:
     seed = None
 
     def seed_on_device(self) -> None:
-        """As of :class:`PhiloxSource`: there is no seed."""
+        """See :class:`PhiloxSource`: there is no seed."""
 
     def __init__(self, batch: int, span: int, head: DiffusionHead, guided: bool, first_on: str, backend: str | None):
         self.batch, self.span, self.guided, self.first_on, self.backend = batch, span, guided, first_on, backend
@@ -107,7 +107,7 @@ class TableSource:
 
     @property
     def kind(self) -> tuple:
-        """As of :class:`PhiloxSource`."""
+        """See :class:`PhiloxSource`."""
         return (self.batch, self.span, self.guided, self.steps, self.channels, self.stream)
 
     def fill(

@@ -113,7 +113,7 @@ def run_block(b: Block, stream, delta, mask, dtype, backend) -> tuple[torch.Tens
 
 
 def _last_block(b: Block, stream, delta, where, dtype, backend, keys) -> tuple[torch.Tensor, ...]:
-    """As :func:`run_block` at some positions (R, n) alone, of which the stream (R, n, D) comes back, too.
+    """Like :func:`run_block`, at some positions (R, n) alone. It returns their stream (R, n, D), too.
 
     And, where ``keys`` (B, S) bool are given, :func:`_entropy` of the first B rows over them; else None.
     """

@@ -25,7 +25,7 @@ _lock = threading.Lock()
 
 
 class _Samplers(OrderedDict[SampleOptions, Sampler]):
-    """By options. Copies and pickles of the model make their own."""
+    """Samplers by their options. Copies and pickles of the model make their own."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Samplers:
         return _Samplers()

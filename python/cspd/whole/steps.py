@@ -62,7 +62,7 @@ class Steps:
 
     @contextlib.contextmanager
     def of(self, state: RunState) -> Iterator[Steps]:
-        """For the length of another run with this one's buffers: one run at a time, whatever its thread and stream."""
+        """A context for another run with this one's buffers: one run at a time, whatever its thread and stream."""
         with self.lock, in_turn(state.tokens.device):
             if self._running:  # this thread holds the lock already
                 raise CallError("expected no run of the same kind inside a run's callback: start it after this one")
@@ -177,7 +177,7 @@ class Steps:
 
 
 def _room(known: int, length: int) -> int:
-    """For so many known tokens."""
+    """The room for so many known tokens."""
     return min(length, -(-known // ROOM) * ROOM)
 
 
@@ -226,15 +226,15 @@ class PlainSteps:
 
     @contextlib.contextmanager
     def of(self, state: RunState) -> Iterator[PlainSteps]:
-        """As of :class:`Steps`, of the run that they were made for."""
+        """See :class:`Steps`, of the run that they were made for."""
         yield self
 
     def target(self, i: int) -> None:
-        """As of :class:`Steps`."""
+        """See :class:`Steps`."""
         prefill(self.state, self.state.plan.step(i))
 
     def draft(self, first: int, stop: int, phase: Phase = untimed) -> torch.Tensor | None:
-        """As of :class:`Steps`."""
+        """See :class:`Steps`."""
         entropy = None
         for i in range(first, stop):
             with phase("draft"):
@@ -242,10 +242,10 @@ class PlainSteps:
         return entropy
 
     def undo(self, i: int) -> None:
-        """As of :class:`Steps`; a step is told of where it is."""
+        """See :class:`Steps`; a step is told of where it is."""
 
     def judge(self, first: int, stop: int, phase: Phase = untimed) -> Judged:
-        """As of :class:`Steps`."""
+        """See :class:`Steps`."""
         whole = self.state.plan.window(first, stop).whole
         with phase("target"):
             target = look(self.state, whole)
@@ -253,7 +253,7 @@ class PlainSteps:
             return judge(self.state, whole, target)
 
     def round(self, tree: Tree, known: int, phase: Phase = untimed) -> torch.Tensor:
-        """As of :class:`Steps`; a tree of fewer images is of those that are not done, which the host looks for."""
+        """See :class:`Steps`; a tree of fewer images is of those that are not done, which the host looks for."""
         state, images = self.state, None
         if tree.batch < len(state.tokens):
             images = (state.at < len(state.plan.steps)).nonzero()[:, 0]

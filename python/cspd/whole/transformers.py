@@ -20,7 +20,7 @@ _HALF = (torch.bfloat16, torch.float16)
 
 
 class ByWeights:
-    """By packed weights (:mod:`cspd.whole.passes`): in the operand type once, and a CUDA graph may hold it."""
+    """Passes by packed weights (:mod:`cspd.whole.passes`): in the operand type once, and a CUDA graph may hold it."""
 
     waits = False
     shows_attention = True
@@ -49,7 +49,7 @@ class ByWeights:
 
 
 class ByTables:
-    """By tables of indices, through the model's own blocks: hooks and other modules in them are called.
+    """Passes by tables of indices, through the model's own blocks: hooks and other modules in them are called.
 
     They take as many known tokens in every row: where a pass counts on the device the host waits, and rows of one count
     go together.
@@ -62,7 +62,7 @@ class ByTables:
         self.module, self.dtype = module, dtype
 
     def conditions(self, tokens: torch.Tensor, plan: Pass, embedding: torch.Tensor, attention: bool = False):
-        """As of :class:`ByWeights`, but for the entropies."""
+        """See :class:`ByWeights`; without the entropies."""
         _refuse(attention, "blocks")
         return _by_count(self._of_one_count, tokens, plan, embedding)
 
@@ -73,7 +73,7 @@ class ByTables:
 
 
 class ByMasks:
-    """By the model's own methods, which pick the known tokens out by a mask: the host waits at each of them.
+    """Passes by the model's own methods, which pick out the known tokens by a mask: each one synchronises.
 
     As with :class:`ByTables`, rows of one count go together.
     """
@@ -85,7 +85,7 @@ class ByMasks:
         self.module, self.dtype = module, dtype
 
     def conditions(self, tokens: torch.Tensor, plan: Pass, embedding: torch.Tensor, attention: bool = False):
-        """As of :class:`ByTables`."""
+        """See :class:`ByTables`."""
         _refuse(attention, "methods")
         return _by_count(self._of_one_count, tokens, plan, embedding)
 

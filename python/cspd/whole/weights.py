@@ -78,7 +78,7 @@ class Weights:
 
     @property
     def bytes(self) -> int:
-        """Of the copies."""
+        """Bytes of the copies."""
         copies = sum(packed.numel() * packed.element_size() for packed, _ in self._copies)
         return copies + sum(product.bytes for product in self._products)
 
@@ -139,7 +139,7 @@ class Weights:
 
 
 def _layout(model: nn.Module) -> list[tuple]:
-    """Where a model's weights lie, but for its head's."""
+    """Where a model's weights lie, except its head's."""
     weights = [weight for name, weight in model.named_parameters() if not name.startswith("diffloss.")]
     weights += [getattr(model, name) for name in PARTS if isinstance(getattr(model, name), torch.Tensor)]
     return [(weight.data_ptr(), weight.dtype, weight.shape, weight.stride()) for weight in weights]
