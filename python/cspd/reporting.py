@@ -1,10 +1,10 @@
-"""How a run tells where it is, to a bar and to a callback, without waiting for the device."""
+"""How runs show themselves: where a run is, to a bar and a callback, without waiting for the device."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm import tqdm
@@ -12,6 +12,9 @@ from tqdm import tqdm
 from .order import Step
 from .progress import Progress
 from .stats import Recorder
+
+if TYPE_CHECKING:
+    from .speculative import SpecDecodeRunner
 
 Callback = Callable[[Progress], object]
 REFRESH = 0.5  # seconds between two refreshes of a bar, at least
@@ -166,6 +169,21 @@ def line(seen: Progress) -> str:
     acceptance = seen.recent_acceptance
     told = "" if acceptance is None else f", acceptance {100 * acceptance:.1f} %"
     return f"{seen.phase}, {seen.tokens} of {count(seen.total, 'token')}{told}"
+
+
+def runner_text(runner: SpecDecodeRunner, models: list[str], gamma: object) -> str:
+    """A runner for people. ``models``: a line for each. ``gamma``: of its last run, None before the first."""
+    dtype = "autocast, or the weights'" if runner.dtype is None else str(runner.dtype).removeprefix("torch.")
+    relaxation = "by position" if isinstance(runner.relaxation, torch.Tensor) else repr(runner.relaxation)
+    branches = f"{runner.branches} branch{'' if runner.branches == 1 else 'es'}"
+    options = [
+        f"verify={runner.verify!r}, criterion={runner.criterion!r}, relaxation={relaxation}, prefill={runner.prefill}",
+        f"{count(runner.num_candidates, 'candidate')}, {branches}",
+        *([] if gamma is None else [f"gamma of the last run: {gamma}"]),
+    ]
+    device = runner.target_model.fake_latent.device
+    lines = [*models, ", ".join(options), f"dtype: {dtype}, backend: {runner.backend or 'the default'}, {device}"]
+    return "\n".join(["SpecDecodeRunner(", *(f"  {text}" for text in lines), ")"])
 
 
 def title_of(alone: bool, verify: str) -> str:

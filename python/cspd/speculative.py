@@ -21,7 +21,7 @@ from .model_pair import ModelPair
 from .output import SampleOutput
 from .policies import Window
 from .released_names import released_attribute, released_names
-from .reporting import Callback, count
+from .reporting import Callback, runner_text
 from .run_state import RunState
 from .sampling import Sampling
 from .seeds import drawn_seed
@@ -57,9 +57,9 @@ class SpecDecodeRunner:
     layers run their own blocks. Others run their own methods, which synchronise at every pass. The log says why.
 
     On a GPU a run does not synchronise between its first kernel and its result. Strict runs wait for the round before
-    the one in flight. Some cases synchronise more. Models that run their own methods do, and in strict runs those that
-    run their own blocks. The first run of a size compiles and captures. Gamma policies, heads whose CUDA graphs outgrow
-    their memory, and sweeps (``parallel_tol``) of the torch backend synchronise, too.
+    the one in flight. Some cases synchronise more. These are models that run their own methods (in strict runs also own
+    blocks), gamma policies, and the first run of a size, which compiles and captures. Heads whose CUDA graphs outgrow
+    their memory do, too, and sweeps (``parallel_tol``) of the torch backend.
 
     Args:
         draft_model, target_model: MAR objects (``cspd.models.MAR``, LTH14/mar, MarkXCloud/CSpD) on one device, with the
@@ -156,18 +156,8 @@ class SpecDecodeRunner:
     inner_temperature, ratio = released_attribute("relaxation"), released_attribute("prefill")
 
     def __repr__(self) -> str:
-        """The models and the main options. It does not wait for the device."""
-        dtype = "autocast, or the weights'" if self.dtype is None else str(self.dtype).removeprefix("torch.")
-        relaxation = "by position" if isinstance(self.relaxation, torch.Tensor) else repr(self.relaxation)
-        return "\n".join((
-            "SpecDecodeRunner(",
-            *(f"  {line}" for line in self._pair.lines()),
-            f"  verify={self.verify!r}, criterion={self.criterion!r}, relaxation={relaxation}, prefill={self.prefill}, "
-            f"{count(self.num_candidates, 'candidate')}, {self.branches} branch{'es' * (self.branches > 1)}"
-            + ("" if self._gamma is None else f", gamma of the last run: {self._gamma}"),
-            f"  dtype: {dtype}, backend: {self.backend or 'the default'}, {self.target_model.fake_latent.device}",
-            ")",
-        ))  # fmt: skip
+        """Models and options; it does not wait for the device."""
+        return runner_text(self, self._pair.lines(), self._gamma)
 
     @property
     def draft_model(self) -> Any:
@@ -227,7 +217,7 @@ class SpecDecodeRunner:
             seed: int in [0, 2^64). By default it is drawn from torch's global CPU generator.
             generator: a :class:`torch.Generator` that the seed is drawn from, in place of ``seed``. The seed is
                 ``torch.randint(2**63 - 1, (), generator=generator)``, so every run with it gets another one. The same
-                state of the generator gives the same images. The global generators are not used.
+                state of the generator gives the same images. Global generators are not used.
             callback: called with a :class:`cspd.Progress` after every step and every window or round. To stop early,
                 raise an exception in it: it comes out of this call, and the next run starts afresh.
             first_image: number of the first image: an image is addressed by (seed; its number). Numbers times the
@@ -235,8 +225,7 @@ class SpecDecodeRunner:
             orders: (bsz, L) int64 generation orders. By default they follow from the seed.
 
         Returns:
-            (bsz, c, h, w) float32, as the target's ``unpatchify`` lays them out. A tensor, with the statistics of the
-            run in ``.stats``.
+            (bsz, c, h, w) float32, as the target's ``unpatchify`` lays them out; ``.stats`` has the run's statistics.
 
         Example:
             >>> import cspd, torch

@@ -236,6 +236,13 @@ def test_a_strict_run_waits_for_the_round_before_the_last_alone(pair, as_on_a_de
     assert len(log) == max(2 * launched - 1, 0)
 
 
+def test_the_last_round_is_told_as_the_end(pair, places_of_a_device):
+    """Where every round moves an image by one step, the host never reads that the last one is done."""
+    told = []
+    cspd.SpecDecodeRunner(*pair, 1e-9, verify="strict", prefill=0.0).run(1, 6, 2, seed=3, callback=told.append)
+    assert [seen.step for seen in told] == [0, 1, 2, 3, 4, 6]
+
+
 def test_what_a_device_tells_is_right_whenever_it_is_read(pair, places_of_a_device, monkeypatch):
     """The rounds of a device are those of a CPU, with one more at most."""
     runner = cspd.SpecDecodeRunner(*pair, 42.0, verify="strict", prefill=0.0)

@@ -258,8 +258,7 @@ def _work(folder: RunFolder, models: Models, missing: Missing, ranks: Ranks) -> 
 
 def _finish(args, folder: RunFolder, settings: Settings) -> None:
     """Rank 0's: the statistics of all, then the grid and the array from the files."""
-    records = folder.merge_records()
-    statistics, seconds = merge_statistics(records)
+    statistics, seconds = merge_statistics(folder.merge_records())
     run = folder.known
     run |= {"statistics": statistics, "seconds": seconds}
     start = time.perf_counter()
