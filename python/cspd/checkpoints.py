@@ -12,7 +12,7 @@ import torch
 from cspd_kernels.dtypes import as_dtype
 
 from .errors import CheckpointError
-from .mar_sizes import RELEASED, head_of, mar_config, patch_sizes, shape_of, size_of
+from .mar_sizes import head_of, mar_config, patch_sizes, shape_of, size_of
 from .models import MAR
 from .weight_files import (
     MAR_FILE,
@@ -187,7 +187,7 @@ def _find(
             "%s does not tell its patch size: read with 1, like the released %s. Pass patch_size=1 to confirm it, or "
             "the patch size that it was trained with",
             weights.path,
-            RELEASED[config["encoder_embed_dim"], config["encoder_depth"]][0],
+            (size_of(config) or ("model",))[0],
         )
     return _Found(weights, config, model, assumed, stride is not None)
 

@@ -23,7 +23,7 @@ def quick(monkeypatch):
 @pytest.fixture
 def checkpoints(tmp_path, monkeypatch):
     """A small MAR of 4-channel latents, 4 x 4 of them, and a VAE of stride 2 that fits it."""
-    monkeypatch.setattr("cspd.checkpoints._HEADS", {32: 2, 16: 2})
+    monkeypatch.setattr("cspd.mar_sizes._HEADS", {32: 2, 16: 2})
     for name, width in (("target", 32), ("draft", 16)):
         save_file(
             small_mar(width=width, patch_size=1, img_size=4, vae_embed_dim=4).state_dict(),

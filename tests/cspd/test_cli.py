@@ -64,7 +64,7 @@ def test_how_the_steps_are_made(tmp_path, capsys, monkeypatch):
 
 
 def test_a_patch_size_is_asked_for_where_it_is_in_doubt(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("cspd.checkpoints._HEADS", {32: 2})
+    monkeypatch.setattr("cspd.mar_sizes._HEADS", {32: 2})
     save_file(small_mar(patch_size=2, img_size=8, vae_embed_dim=1).state_dict(), tmp_path / "t.safetensors")
     out = tmp_path / "out"
     command = ["generate", "--target", str(tmp_path / "t.safetensors"), "--labels", "1", "--steps", "2", "--latents"]

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from small_models import small_mar
 
 import cspd
-from cspd import checkpoints, cli_convert
+from cspd import checkpoints, cli_convert, mar_sizes
 from cspd.checkpoints import convert, load_mar, mar_config
 from cspd.models import MAR, mar_base, mar_huge, mar_large
 from cspd.weight_files import Weights
@@ -30,7 +30,7 @@ def model():
 
 @pytest.fixture(autouse=True)
 def two_heads(monkeypatch):
-    monkeypatch.setattr(checkpoints, "_HEADS", {32: 2, 48: 2, **checkpoints._HEADS})
+    monkeypatch.setattr(mar_sizes, "_HEADS", {32: 2, 48: 2, **mar_sizes._HEADS})
 
 
 def arguments(**changes):
@@ -112,7 +112,7 @@ def test_only_the_shapes_of_released_models_are_read_without_being_told(make, te
 def test_an_assumed_patch_size_is_said(tmp_path, monkeypatch, caplog):
     """With a small model in the place of the released ones."""
     model = small_mar(img_size=16, patch_size=1, vae_embed_dim=16, class_num=1000, buffer_size=64)
-    monkeypatch.setattr(checkpoints, "_RELEASED", {(32, 1): ("MAR-B", (2, 32))})
+    monkeypatch.setattr(mar_sizes, "RELEASED", {(32, 1): ("MAR-B", (2, 32))})
     torch.save({"model_ema": model.state_dict(), "model": model.state_dict()}, tmp_path / "m.pth")
     assumed = load_mar(tmp_path / "m.pth")
     assert assumed.patch_size == 1
