@@ -17,7 +17,7 @@ from small_models import small_mar
 from torch.utils._python_dispatch import _disable_current_modes
 
 import cspd
-from cspd import beginning, loops, order
+from cspd import beginning, loops, order, reporting
 from cspd.order import to_device
 from cspd.whole import chosen, steps
 from cspd.window import prefill, run_window
@@ -110,6 +110,50 @@ def test_a_run_waits_nowhere(pair, as_on_a_device, name):
     assert mode.started
     assert torch.equal(images, expected)
     assert 0 <= runner.stats.acceptance <= 1
+
+
+@pytest.mark.parametrize("verify", ["window", "strict"])
+def test_callbacks_and_bars_wait_nowhere(pair, as_on_a_device, places_of_a_device, monkeypatch, capsys, verify):
+    """Except a callback that reads the acceptance. The bar asks for a copy to the host and does not wait for it."""
+    meters_of_a_device(monkeypatch, places_of_a_device)
+    runner, told = cspd.SpecDecodeRunner(*pair, verify=verify), []
+    expected = runner.run(3, 8, 3, seed=5)
+    places_of_a_device.told()
+    with no_wait() as mode:
+        images = runner.run(3, 8, 3, seed=5, progress=True, callback=told.append)
+    assert mode.started
+    assert torch.equal(images, expected)
+    assert "acceptance" in capsys.readouterr().err
+    log, rounds = places_of_a_device.told(), [seen for seen in told if seen.phase == "round"]
+    waits = [line for line in log if "waits" in line]
+    assert len(waits) == max(len(rounds) - 1, 0)  # as without callback and bar
+    with pytest.raises(AssertionError, match="the host waits"), no_wait():
+        runner.run(3, 8, 3, seed=5, callback=lambda seen: seen.acceptance)
+
+
+def meters_of_a_device(monkeypatch, cuda):
+    """The acceptance comes to the host as it does from a device, and has always arrived."""
+
+    class Arrived(fake_cuda.FakeEvent):
+        def query(self):
+            return True
+
+    given = reporting.Meter.__init__
+
+    def made(meter, recorder):
+        given(meter, recorder)
+        meter._room = torch.zeros(2, dtype=torch.float64), Arrived(cuda)
+
+    numbers, own = ctypes.c_double * 2, reporting._read
+
+    def read(told):
+        pinned = told.data_ptr() in [room.data_ptr() for room in rooms]
+        return tuple(numbers.from_address(told.data_ptr())) if pinned else own(told)
+
+    rooms = []
+    monkeypatch.setattr(reporting.Meter, "__init__", lambda *args: (made(*args), rooms.append(args[0]._room[0]))[0])
+    monkeypatch.setattr(reporting, "_read", read)
+    monkeypatch.setattr(reporting, "REFRESH", 0.0)
 
 
 def test_what_the_runner_adds_to_sweeps_waits_nowhere(pair, as_on_a_device, monkeypatch):

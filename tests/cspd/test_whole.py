@@ -423,7 +423,7 @@ def test_wrong_input_is_one_clear_error():
     mar = model()
     for options, error, match in (
         ({"noise": "none"}, ValueError, "sample_tokens expected noise one of"),
-        ({"dtype": torch.int8}, ValueError, "sample_tokens expected dtype None or one of"),
+        ({"dtype": torch.int8}, ValueError, "sample_tokens expected dtype as float32"),
         ({"parallel_tol": 3}, ValueError, "sample_tokens expected parallel_tol"),
         ({"bsz": 0}, ValueError, "expected bsz >= 1, got 0"),
         ({"labels": torch.tensor([1, 2, 11])}, ValueError, r"expected labels in 0\.\.9"),
