@@ -172,7 +172,7 @@ def _find(
         if told_all and size != config["img_size"]:
             raise CheckpointError(
                 f"its tokens are those of img_size={config['img_size']} with patch_size={patch} and "
-                f"vae_stride={stride}, but {weights.told_by} says {size}: pass patch_size and vae_stride"
+                f"vae_stride={stride}, but according to {weights.told_by} it is {size}: pass patch_size and vae_stride"
             )
         with torch.device("meta"):
             model = MAR(**{**config, **options})
@@ -215,7 +215,7 @@ def _told(weights: Weights, patch_size: int | None, vae_stride: int | None) -> t
         if not fitting or told.setdefault("patch_size", fitting[0]) != fitting[0]:
             says = ", ".join(f"{name}={told[name]}" for name in ("vae_embed_dim", "patch_size") if name in told)
             raise CheckpointError(
-                f"its tokens have {channels} channels, but {weights.told_by} says {says}: pass patch_size"
+                f"its tokens have {channels} channels, but according to {weights.told_by} {says}: pass patch_size"
             )
     stride = told.get("vae_stride") if vae_stride is None else vae_stride
     return (told.get("patch_size") if patch_size is None else patch_size), stride

@@ -114,7 +114,7 @@ def add_parser(commands) -> None:
         "--verify",
         choices=("window", "strict"),
         default=DRAFTING["verify"],
-        help="window (default): judge all steps of a window at once and keep them all; strict: judge every step given "
+        help="window (default): judge all steps of a window at once and keep them all. strict: judge every step given "
         "the tokens before it, and draft the steps after a rejected token again",
     )
     drafting.add_argument(
@@ -135,7 +135,7 @@ def add_parser(commands) -> None:
         "--criterion",
         choices=("trajectory", "last_step"),
         default="trajectory",
-        help="trajectory (default): judge whole trajectories; last_step: the last denoising step adds noise and is "
+        help="trajectory (default): judge whole trajectories. last_step: the last denoising step adds noise and is "
         "judged, also without a draft. last_step is exact with --verify strict, --relaxation 1 and one sigma",
     )
     drafting.add_argument(
@@ -144,7 +144,7 @@ def add_parser(commands) -> None:
         default="auto",
         metavar="{auto,off,NUMBER}",
         help="make all denoising steps at once, in sweeps, until nothing changes by more than NUMBER (in (0, 1), "
-        "relative to the largest value); off: step by step; auto (default): sweeps to rounding where they were "
+        "relative to the largest value). off: step by step. auto (default): sweeps to rounding where they were "
         "measured to be faster",
     )
 

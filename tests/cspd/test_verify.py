@@ -85,7 +85,7 @@ DIFFERENCES = {
         {"p_sample_loop": loop(lambda x: x.double())},
         r"returns torch.float64 .*it returns torch.float32",
     ),
-    "another shape": ({"p_sample_loop": loop(lambda x: x[None])}, r"returns torch.float32 \(1, 4, 4\), through"),
+    "another shape": ({"p_sample_loop": loop(lambda x: x[None])}, r"returns torch.float32 \(1, 4, 4\), with"),
     "no tensor": ({"p_sample_loop": loop(lambda x: x.tolist())}, "returns list, not tensors"),
     "two tensors": ({"p_sample_loop": loop(lambda x: (x, x))}, "returns tuple, not tensors"),
     "an attribute": ({"p_sample": noted}, "also sets seen of its diffusion object"),

@@ -134,7 +134,9 @@ def test_calls_of_one_bucket_share_a_graph(backend, network, assert_agrees, devi
 def test_inside_a_capture_of_the_caller_the_buffers_are_the_calls_own(backend, network, assert_agrees, device):
     head = network(depth=1, width=16, hidden=16)
     device.captured_by_caller = True
-    with pytest.raises(RuntimeError, match="evaluate expected a first call with this head before a CUDA graph"):
+    with pytest.raises(
+        RuntimeError, match="evaluate expected a first call with this head before you capture a CUDA graph"
+    ):
         evaluate(head, *inputs(head, 2), backend=backend)
     device.captured_by_caller = False
     assert_agrees(head, *inputs(head, 2))

@@ -250,7 +250,7 @@ def test_inside_a_capture_of_the_caller_the_buffers_are_the_calls_own(call, plan
 def test_a_first_call_inside_a_capture_of_the_caller_is_refused(call, make_head, device):
     head = make_head()
     device.captured_by_caller = True
-    with pytest.raises(RuntimeError, match="expected a first call with this head before a CUDA graph"):
+    with pytest.raises(RuntimeError, match="expected a first call with this head before you capture a CUDA graph"):
         call(head, 2)
 
 

@@ -168,9 +168,8 @@ def plans_of(heads: Plans, op: str, head: DiffusionHead, backend: str, reason: s
     if shared is None:
         if reason == CALLER_CAPTURES:
             raise CallError(
-                f"{op} expected a first call with this head before a CUDA graph of the caller's is captured, which "
-                f"cannot hold the upload of its tables: call it once with these sizes and backend={backend!r}, then "
-                "capture"
+                f"{op} expected a first call with this head before you capture a CUDA graph: the first call uploads "
+                f"tables. Call it once with these sizes and backend={backend!r}, then capture"
             )
         shared = heads.setdefault(head, {}).setdefault(backend, HeadPlans(head))
     if shared.uploaded is not None and reason != CALLER_CAPTURES:
