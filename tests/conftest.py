@@ -52,7 +52,11 @@ def pytest_xdist_auto_num_workers(config):
 
 
 # Files that take the longest come first, so that the processes end together.
-LONGEST = ("test_sweep_kernels.py", "test_states_faults.py", "test_graphs_of_chains.py")
+LONGEST = (
+    *("test_cuda_compile", "test_sweep_kernels", "test_triton_denoise", "test_verdict_kernels", "test_demo"),
+    *("test_denoise_kernels", "test_strict", "test_triton_heads", "test_states_faults", "test_typing"),
+    *("test_packaging", "test_benchmarks", "test_graphs_of_chains"),
+)
 
 
 def pytest_addoption(parser):
@@ -63,7 +67,7 @@ def pytest_collection_modifyitems(config, items):
     """The longest files first. Tests marked gpu are skipped without a GPU. Those marked slow are skipped without
     ``--slow``, unless they are marked gpu or ``-m`` names them.
     """
-    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
     no_gpu = not torch.cuda.is_available()
     no_slow = not config.option.slow and "slow" not in config.option.markexpr
     for item in items:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from chains import counted, kernels_of
 from scripts import run_main, shrink
+from slow import slow
 
 from cspd.models import DiffLoss
 from cspd_kernels import DiffusionHead, denoise
@@ -187,6 +188,7 @@ def test_the_table_of_tiles_holds_the_fastest_that_are_right(benchmarks, device_
     assert eval(f"{{{text}}}", {"Products": Products, "Tile": Tile}) == {((9, 0), 1024, 2): entries}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["triton"], indirect=True)
 def test_a_choice_that_raises_costs_no_other_its_time(benchmarks, make_head, kernel_device, monkeypatch, capsys):
     tiles = benchmarks.tiles
@@ -266,15 +268,24 @@ def test_a_wrong_verdict_is_seen(benchmarks, monkeypatch):
     ]
 
 
-@pytest.mark.parametrize("script", ["kernels.py", "compare.py", "generate.py", "parallel.py", "quality.py"])
+@pytest.mark.parametrize(
+    "script", ["kernels.py", *map(slow, ("compare.py", "generate.py", "parallel.py", "quality.py"))]
+)
 def test_help(script):
     done = subprocess.run([sys.executable, BENCHMARKS / script, "--help"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "--json" in done.stdout
 
 
-@pytest.mark.parametrize("weights", ["live", "frozen"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("weights", "dtype"),
+    [
+        ("live", torch.bfloat16),
+        slow("live", torch.float32),
+        slow("frozen", torch.float32),
+        slow("frozen", torch.bfloat16),
+    ],
+)
 def test_what_a_patched_call_costs_beside_its_kernels(benchmarks, monkeypatch, weights, dtype):
     monkeypatch.setitem(benchmarks.registry.HEADS, "small", (1, 32, 16))
     denoise = benchmarks.host.made_calls.denoise

@@ -11,6 +11,7 @@ import pytest
 import torch
 from scipy import stats
 from scripts import run_main
+from slow import slow
 
 from cspd_kernels.ops.denoise import reference
 
@@ -36,7 +37,7 @@ def random_head(experiment):
     return head, experiment("subjects").Chain(head, cond), cond, x_T, torch.randn(20, len(cond), 4, generator=generator)
 
 
-@pytest.mark.parametrize("name", ["anderson", "step_speculation"])
+@pytest.mark.parametrize("name", ["anderson", slow("step_speculation")])
 def test_an_experiment_runs_and_keeps_the_others_rows(experiment, monkeypatch, tmp_path, name):
     path = tmp_path / "r.json"
     path.write_text(json.dumps({"rows": [{"experiment": "another"}], "settings": {"another": {}}}))
@@ -47,7 +48,7 @@ def test_an_experiment_runs_and_keeps_the_others_rows(experiment, monkeypatch, t
 
 
 @pytest.mark.parametrize("frozen", ["x0", "eps"])
-@pytest.mark.parametrize("order", [1, 3, 20])
+@pytest.mark.parametrize("order", [1, slow(3), slow(20)])
 def test_the_sequential_chain_is_the_fixed_point_of_every_order(experiment, random_head, frozen, order):
     head, chain, cond, x_T, noise = random_head  # noqa: N806
     anderson = experiment("anderson")
@@ -84,8 +85,8 @@ def test_sweeps_needed_are_counted_until_they_stay(experiment):
 
 
 @pytest.mark.parametrize("varies", [False, True])
-@pytest.mark.parametrize("guess", ["frozen", "linear", "reused"])
-@pytest.mark.parametrize("length", [8, 20])
+@pytest.mark.parametrize("guess", ["frozen", slow("linear"), "reused"])
+@pytest.mark.parametrize("length", [8, slow(20)])
 def test_speculation_is_lossless(experiment, varies, guess, length):
     """Kolmogorov-Smirnov at 10,000 tokens, seeded: p below 1e-3 says otherwise. Next test: what p a lossy one has."""
     p, made = experiment("step_speculation").lossless(10_000, varies, length, guess)
@@ -100,6 +101,7 @@ def test_a_lossy_coupling_is_found_out(experiment, monkeypatch, varies):
     assert module.lossless(10_000, varies, 8, "frozen")[0] < 1e-6
 
 
+@pytest.mark.slow
 def test_speculated_tokens_of_a_head_are_found_out_where_they_have_another_law(experiment, random_head, monkeypatch):
     module, (head, _, cond, *_) = experiment("step_speculation"), random_head
     assert module.two_samples(head, cond, 500, 20) > 1e-3

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from functools import partial
 
+import pytest
 import torch
 from scripts import run_main
 
@@ -36,6 +37,7 @@ def test_every_contender_has_a_row(benchmarks, monkeypatch, tmp_path, capsys):
     assert len([line for line in lines if line.startswith(("small", "speech"))]) == 8
 
 
+@pytest.mark.slow
 def test_what_is_wrong_or_raises_is_told(benchmarks, monkeypatch, tmp_path, capsys):
     module = benchmarks.network
     monkeypatch.setattr(module, "HEADS", {"small": small(benchmarks.network_heads)["small"]})

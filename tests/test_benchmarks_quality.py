@@ -5,6 +5,7 @@ import json
 import pytest
 
 
+@pytest.mark.slow
 def test_a_few_digits(benchmarks):
     quality, lines, kept = benchmarks.quality, [], []
     pair = benchmarks.quality_pairs.load("digits")
@@ -25,6 +26,7 @@ def test_a_few_digits(benchmarks):
     assert kept[-1] == json.loads(json.dumps(rows)) == rows
 
 
+@pytest.mark.slow
 def test_the_cloth_pair(benchmarks):
     pair = benchmarks.quality_pairs.load("cloth")
     denoising = pair.target.diffloss.gen_diffusion.num_timesteps

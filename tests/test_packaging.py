@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from building import ROOT, build_wheel, copy_sources, fake_nvcc, stand_in_torch, with_stand_in
+from slow import mostly_slow, slow
 
 TOOLS = "/usr/bin:/bin"
 
@@ -124,6 +125,7 @@ def test_with_nvcc_the_wheel_holds_the_extension(source, tools, tmp_path):
     assert found["kernels"][0]["spill_store_bytes"] == 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("archs", [None, "8.0"])
 def test_what_is_compiled_is_printed(source, tools, tmp_path, archs):
     done = build_wheel(source, tmp_path, tools, **({"CSPD_CUDA_ARCHS": archs} if archs else {}))
@@ -145,6 +147,7 @@ def test_beside_a_torch_for_cpus_nothing_is_compiled(source, tools, tmp_path):
     assert "-c" not in (tmp_path / "tools" / "calls").read_text()
 
 
+@pytest.mark.slow
 def test_the_kernels_may_be_asked_for_beside_a_torch_for_cpus(source, tools, tmp_path):
     wheel = built(build_wheel(source, tmp_path, tools, cuda=None, CSPD_BUILD_CUDA="1"), tmp_path)
     assert record(wheel)["built"] is True
@@ -160,7 +163,7 @@ BROKEN_NVCC = {
 
 
 @pytest.mark.parametrize("required", [False, True])
-@pytest.mark.parametrize("kind", BROKEN_NVCC)
+@pytest.mark.parametrize("kind", mostly_slow(BROKEN_NVCC, fast=("no version",)))
 def test_an_nvcc_that_does_not_work_is_no_nvcc(source, tools, tmp_path, kind, required):
     content, said = BROKEN_NVCC[kind]
     (tmp_path / "tools" / "nvcc").write_bytes(content)
@@ -177,6 +180,7 @@ def test_an_nvcc_that_does_not_work_is_no_nvcc(source, tools, tmp_path, kind, re
     assert wheel.filename.endswith("-py3-none-any.whl")
 
 
+@pytest.mark.slow
 def test_a_required_extension_that_cannot_be_built_is_an_error(source, tmp_path):
     done = build_wheel(source, tmp_path, tmp_path / "no tools", CSPD_BUILD_CUDA="1")
     assert done.returncode != 0
@@ -184,6 +188,7 @@ def test_a_required_extension_that_cannot_be_built_is_an_error(source, tmp_path)
     assert "Traceback" not in done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_the_extension_can_be_skipped(source, tools, tmp_path):
     wheel = built(build_wheel(source, tmp_path, tools, CSPD_BUILD_CUDA="0"), tmp_path)
     assert "CSPD_BUILD_CUDA=0 skipped it: install again without" in record(wheel)["reason"]
@@ -204,7 +209,7 @@ def test_values_that_mean_nothing_are_refused(source, tools, tmp_path, name, val
     assert message in done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("required", [False, True])
+@pytest.mark.parametrize("required", [slow(False), True])
 def test_kernels_that_do_not_compile(source, tools, tmp_path, required):
     (source / "csrc" / "answer.cu").write_text("BROKEN\n")
     stale = source / "build" / f"lib.{sysconfig.get_platform()}-{sys.implementation.cache_tag}" / "cspd_kernels"

@@ -41,6 +41,7 @@ def check(tmp_path_factory):
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_types(check, tmp_path):
     """The public modules, the program, and a program whose mistakes are found: one run of mypy is most of the time."""

@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from processes import run_ranks
+from slow import slow
 
 from cspd.cli import main
 from cspd.generate.ranks import Ranks
@@ -40,7 +41,7 @@ def alone(tmp_path_factory):
 
 
 @pytest.mark.parametrize("size", [1, 7])
-@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize("ranks", [slow(1), 2, slow(3)])
 def test_any_number_of_processes_gives_the_same_bytes(ranks, size, alone, tmp_path):
     out = tmp_path / "out"
     extra = ["--npz", str(out / "all.npz"), "--grid", str(tmp_path / "grid.png")]

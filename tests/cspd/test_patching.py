@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn as nn
 from foreign import STEPS, Head, conditions, made, own_messages, run, state, unchanged
+from slow import slow
 from small_models import CSpDDiffLoss, sample, small_mar
 
 import cspd
@@ -41,7 +42,7 @@ def only_the_kernels(model):
 
 
 @pytest.mark.parametrize("options", SETTINGS, ids=str)
-@pytest.mark.parametrize("schedule", ["cosine", "linear"])
+@pytest.mark.parametrize("schedule", [slow("cosine"), "linear"])
 def test_same_seed_gives_the_same_tokens(options, schedule):
     model = small_mar(schedule=schedule, num_sampling_steps="100")
     expected = sample(model, **options)

@@ -14,6 +14,7 @@ import torch.nn as nn
 from field.flow_heads import FlowMatchingHead
 from field.other_networks import DiffHead
 from foreign import conditions, made
+from slow import mostly_slow
 from small_models import sample
 from states import after, before, listening, model_in, served_calls
 
@@ -71,10 +72,13 @@ CHANGES = [
 # Three differ from others only in what is compiled in place of what: one backend is enough for those.
 COMPILED = [(change, "eager") for change in CHANGES]
 COMPILED += [(c, "aot_eager") for c in CHANGES if c not in (head_in_place, a_layers_forward, models_method)]
+FAST = [(change, "eager") for change in (head, net_in_place, forward, loop, whole_model)]
 
 
 @pytest.mark.parametrize("when", [before, after])
-@pytest.mark.parametrize(("change", "backend"), COMPILED, ids=lambda value: getattr(value, "__name__", value))
+@pytest.mark.parametrize(
+    ("change", "backend"), mostly_slow(COMPILED, fast=FAST), ids=lambda value: getattr(value, "__name__", value)
+)
 def test_compiled_parts_are_served(change, backend, when):
     torch._dynamo.reset()
     outcome = when(lambda model: change(model, partial(torch.compile, backend=backend)))

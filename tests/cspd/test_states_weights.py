@@ -9,6 +9,7 @@ import weakref
 import pytest
 import torch
 import torch.nn as nn
+from slow import slow
 from small_models import sample, small_mar
 from states import after, before, everything, listening, model_in, own, rows, served_calls
 
@@ -255,8 +256,10 @@ def test_another_default_device(device):
     assert served
 
 
-@pytest.mark.parametrize("weights", ["live", "frozen"])
-@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("weights", "dtype"),
+    [("live", torch.bfloat16), ("frozen", None), slow("live", None), slow("frozen", torch.bfloat16)],
+)
 @pytest.mark.parametrize("move", ["double", "meta", "swap"])
 def test_a_model_that_moves_on_leaves_nothing_behind(move, dtype, weights):
     model = cspd.patch(model_in(), dtype=dtype, weights=weights)

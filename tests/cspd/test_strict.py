@@ -5,6 +5,7 @@ from __future__ import annotations
 import fake_graphs
 import pytest
 import torch
+from slow import mostly_slow, slow
 from strict_loop import gentle, image, near
 
 import cspd
@@ -62,7 +63,7 @@ def by_image(kept: list, images: int, steps: int) -> list[list[int]]:
     return moves
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", mostly_slow(RUNS, fast=("plain", "branches, last step", "relaxed, pre-filled")))
 def test_rounds_are_the_loop_over_one_image(pair, learned, name, monkeypatch):
     options, arguments = RUNS[name]
     relaxation = {"relaxed, pre-filled": 2.0, "by position": torch.linspace(1, 3, 16)}.get(name, 1.0)
@@ -115,6 +116,7 @@ def test_images_do_not_depend_on_their_batch(pair, options):
     assert len(rounds) > 1  # they end at different places
 
 
+@pytest.mark.slow
 def test_the_tokens_do_not_depend_on_the_windows(pair):
     drawn = {
         (gamma, branches): strictly(pair, criterion="last_step", num_candidates=3, branches=branches).run(
@@ -126,6 +128,7 @@ def test_the_tokens_do_not_depend_on_the_windows(pair):
         assert relative_error(images, drawn[1, 1]) < 1e-5
 
 
+@pytest.mark.slow
 def test_nor_on_what_says_how_long_they_are(pair):
     policies = (
         cspd.AdaptiveDraft(0.7),
@@ -150,7 +153,7 @@ def test_tables_of_the_models_blocks_and_their_own_methods_give_the_same(pair, m
         assert relative_error(strictly(pair).run(3, 7, 3, labels=LABELS, cfg=2.0, seed=4), expected) < 1e-5
 
 
-@pytest.mark.parametrize("criterion", ["trajectory", "last_step"])
+@pytest.mark.parametrize("criterion", [slow("trajectory"), "last_step"])
 def test_temperature_zero_is_the_target_alone(pair, criterion):
     runner = strictly(pair, criterion=criterion, num_candidates=2)
     images = runner.run(2, 6, 3, temperature=0.0, seed=4)
@@ -255,7 +258,8 @@ def test_half_precision(pair, dtype):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"criterion": "last_step"}, {"num_candidates": 3, "branches": 2, "criterion": "last_step"}]
+    "options",
+    [{}, slow({"criterion": "last_step"}), slow({"num_candidates": 3, "branches": 2, "criterion": "last_step"})],
 )
 def test_rounds_as_graphs(pair, options, monkeypatch):
     """Replayed, a round finds its step, its tokens, its seed and its tables where they were when it was captured."""

@@ -11,6 +11,7 @@ import pytest
 import torch
 from gaussian_pair import IMPOSSIBLE, log_p_values
 from residuals import projected, residuals, strictly
+from slow import mostly_slow
 from strict_loop import gentle, near
 
 from cspd import strict
@@ -23,7 +24,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", mostly_slow(CASES, fast=("float32", "bfloat16 both")))
 def test_tokens_are_the_targets_gaussians(monkeypatch, name):
     types = CASES[name][:2]
     options, arguments = CASES[name][2:]
@@ -40,6 +41,7 @@ def test_tokens_are_the_targets_gaussians(monkeypatch, name):
     assert abs(projected(residual, difference)) < 6.1  # p < 1e-9
 
 
+@pytest.mark.slow
 def test_densities_of_other_numbers_would_be_found(monkeypatch):
     """A bfloat16 draft's tokens, judged by what its head gives in float32: not what they were drawn from.
 

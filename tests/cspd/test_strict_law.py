@@ -10,6 +10,7 @@ from __future__ import annotations
 import pytest
 import torch
 from gaussian_pair import IMPOSSIBLE, LENGTH, draw, log_p_values, pair, runner, whitened
+from slow import mostly_slow
 
 from cspd import strict
 from cspd.tree import walk
@@ -32,6 +33,8 @@ CASES = {
     "candidates in closed form": dict(gamma=2, steps=5, cfg=2.0, num_candidates=2, branches=2, residual="closed_form"),
 }
 
+FAST = ("two steps", "three candidates, two branches", "closed form")
+
 
 def judged(monkeypatch, gamma, steps=LENGTH, cfg=1.0, same_sigma=True, images=IMAGES, **options):
     """(log p, margin) of a run, and its statistics."""
@@ -41,7 +44,7 @@ def judged(monkeypatch, gamma, steps=LENGTH, cfg=1.0, same_sigma=True, images=IM
     return log_p_values(whitened(tokens, order, target, steps, cfg)), made.stats
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", mostly_slow(CASES, fast=FAST))
 def test_all_tokens_have_the_law_of_the_target(monkeypatch, name):
     (log_p, _), stats = judged(monkeypatch, **CASES[name])
     assert log_p > IMPOSSIBLE
@@ -75,7 +78,7 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("name", FAULTS)
+@pytest.mark.parametrize("name", mostly_slow(FAULTS, fast=("windows", "the wrong branch")))
 def test_what_is_not_exact_is_found(monkeypatch, name):
     options, fault = FAULTS[name]
     if fault is not None:

@@ -6,6 +6,7 @@ import fake_graphs
 import pytest
 import torch
 from gaussian_pair import IMPOSSIBLE, LENGTH, Linear, draw, log_p_values, pair, runner, whitened
+from slow import mostly_slow
 from strict_loop import gentle, near
 
 import cspd
@@ -178,7 +179,7 @@ POLICIES = {
 }
 
 
-@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("name", mostly_slow(POLICIES, fast=("similarity", "entropy")))
 def test_policies_in_strict_runs(models, name, monkeypatch):
     relaxation, gamma = POLICIES[name]
     options = dict(num_candidates=2, branches=2)
@@ -212,6 +213,7 @@ class Attentive(Linear):
         return z, 0.5 + 0.5 * torch.tanh(z[: len(plan.where), :, 0])
 
 
+@pytest.mark.slow
 def test_windows_that_end_by_entropy_keep_the_law(monkeypatch):
     """Whether a step belongs to a window depends on what is known before it, and not on its own noise."""
     draft, target = pair()

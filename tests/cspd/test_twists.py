@@ -9,6 +9,7 @@ import torch
 import torch.nn as nn
 from foreign import COND, STEPS, WIDTH, Head, Mean, Net, Spaced, Var, conditions, made, own_messages, run
 from patch_checks import assert_accelerated, assert_own_code, assert_own_loop
+from slow import slow
 
 import cspd
 from cspd_kernels.testing import relative_error
@@ -27,7 +28,7 @@ class Clipped(Head):
         return self.gen_diffusion.p_sample_loop(*args, **{**options, "clip_denoised": clip}, temperature=temperature)
 
 
-@pytest.mark.parametrize("cfg", [1.0, 2.5])
+@pytest.mark.parametrize("cfg", [slow(1.0), 2.5])
 def test_x0_is_always_clipped(cfg, caplog):
     assert_accelerated(made(Clipped), lambda h: h.sample(Z, 1.0, cfg)[:3], caplog)
 
@@ -60,7 +61,7 @@ def test_functions_given_to_the_loop(name, reason, caplog):
     assert_own_code(head, lambda h: h.sample(Z, function=torch.tanh), caplog, f"{reason} ({name})")
 
 
-@pytest.mark.parametrize("cfg", [1.0, 2.5])
+@pytest.mark.parametrize("cfg", [slow(1.0), 2.5])
 def test_the_result_is_scaled(cfg, caplog):
     class Scaled(Head):
         def sample(self, z, temperature=1.0, cfg=1.0):
@@ -80,7 +81,7 @@ def test_guidance_is_of_another_form_in_sample(cfg, caplog):
     assert_accelerated(made(Shifted), lambda h: h.sample(Z, cfg=cfg)[:3], caplog)
 
 
-@pytest.mark.parametrize("cfg", [1.0, 2.5, 0.0])
+@pytest.mark.parametrize("cfg", [1.0, slow(2.5), slow(0.0)])
 def test_always_guided(cfg, caplog):
     class AlwaysGuided(Head):
         def sample(self, z, temperature=1.0, cfg=1.0):
@@ -261,7 +262,7 @@ def test_an_index_in_the_network(caplog):
         assert run(head, lambda h, index=given: h.sample(Z, index=index))[2] == evaluations
 
 
-@pytest.mark.parametrize("cfg", [1.0, 2.5])
+@pytest.mark.parametrize("cfg", [slow(1.0), 2.5])
 def test_a_network_that_predicts_x0(cfg, caplog):
     assert_accelerated(made(Head, Spaced(mean=Mean.START_X)), lambda h: h.sample(Z, 0.9, cfg)[:3], caplog)
 
@@ -272,7 +273,7 @@ def test_a_network_that_predicts_x_before(caplog):
 
 
 @pytest.mark.parametrize("var", [Var.FIXED_SMALL, Var.FIXED_LARGE])
-@pytest.mark.parametrize("cfg", [1.0, 2.5])
+@pytest.mark.parametrize("cfg", [slow(1.0), 2.5])
 def test_fixed_variance(var, cfg, caplog):
     head = made(Head, Spaced(var=var), learned=False)
     assert_accelerated(head, lambda h: h.sample(Z, 0.9, cfg)[:3], caplog)

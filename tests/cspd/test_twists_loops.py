@@ -9,6 +9,7 @@ import pytest
 import torch
 from foreign import CHANNELS, STEPS, Head, Spaced, conditions, made, own_messages, run
 from patch_checks import assert_accelerated, assert_own_code, assert_own_loop
+from slow import slow
 from small_models import CSpDDiffLoss
 
 import cspd
@@ -156,7 +157,7 @@ class Counting(SimpleMLPAdaLN):
 
 
 @pytest.mark.parametrize("cfg", [1.0, 2.5])
-@pytest.mark.parametrize("given", ["all noise", "first noise", "no noise"])
+@pytest.mark.parametrize("given", ["all noise", slow("first noise"), slow("no noise")])
 def test_methods_of_cspd_and_their_manager(cfg, given):
     head, rows = cspd_head(), 5 if cfg == 1.0 else 10
     z, noise, inter = torch.randn(rows, 32), torch.randn(5, 4), torch.randn(12, 5, 4)

@@ -10,6 +10,7 @@ import torch.nn as nn
 from field.diffusion_networks import FarNet
 from foreign import CHANNELS, COND, WIDTH, Head, Mean, Net, Spaced, Var, conditions, made, own_messages, run
 from patch_checks import assert_accelerated, assert_own_code, assert_own_loop
+from slow import mostly_slow, slow
 
 import cspd
 from cspd.calls import _temperature
@@ -73,7 +74,7 @@ LIMITS = [
 ]
 
 
-@pytest.mark.parametrize(("limits", "mean", "loop", "cfg"), LIMITS)
+@pytest.mark.parametrize(("limits", "mean", "loop", "cfg"), mostly_slow(LIMITS, fast=(LIMITS[0], LIMITS[2], LIMITS[5])))
 def test_limits_of_x0(limits, mean, loop, cfg, caplog):
     head = made(Chosen, limits(mean=mean))
     clipped, plain = (run(head, lambda h, clip=clip: h.sample(Z, 0.9, cfg, loop, clip))[0] for clip in (True, False))
@@ -152,7 +153,7 @@ def mixing(mix, learned=True):
     return made(Mixing, Spaced(var=Var.LEARNED_RANGE if learned else Var.FIXED_SMALL), learned=learned)
 
 
-@pytest.mark.parametrize("how", MIXES)
+@pytest.mark.parametrize("how", mostly_slow(MIXES, fast=("c + s (c - u)",)))
 def test_guidance_of_another_form(how, caplog):
     head, scales = mixing(MIXES[how]), (2.5, 0.0, torch.tensor([1.7]))
     assert_accelerated(head, lambda h: h.sample(Z, 0.9, scales[0])[:3], caplog)
@@ -242,7 +243,7 @@ class Indexed(Head):
         return self.gen_diffusion.p_sample_loop(*args, **options, temperature=temperature)
 
 
-@pytest.mark.parametrize("cfg", [1.0, 2.5])
+@pytest.mark.parametrize("cfg", [slow(1.0), 2.5])
 @pytest.mark.parametrize("how", ["add", "concatenate"])
 def test_an_index_beside_the_condition(how, cfg, caplog):
     head = made(Indexed, how=how)

@@ -12,6 +12,7 @@ import torch
 import torch.nn as nn
 from foreign import CHANNELS, STEPS, Head, Mean, Spaced, conditions, made, own_messages, run
 from patch_checks import assert_accelerated, assert_own_code, assert_own_loop
+from slow import mostly_slow
 
 import cspd
 from cspd import heads
@@ -241,7 +242,7 @@ def test_copies_have_a_patch_of_their_own(how):
     assert run(head, lambda h: h.sample(Z))[2] == STEPS
 
 
-@pytest.mark.parametrize("how", COPIES)
+@pytest.mark.parametrize("how", mostly_slow(COPIES, fast=("deepcopy",)))
 def test_unpatching_the_original_leaves_a_copy_patched(how):
     head = cspd.patch(made())
     twin = COPIES[how](head)

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn as nn
 from foreign import CHANNELS, COND, STEPS, WIDTH, Head, Net, Spaced, conditions, made, run, state, unchanged
+from slow import mostly_slow, slow
 from small_models import small_mar
 
 import cspd
@@ -93,7 +94,7 @@ DIFFERENCES = {
 
 
 @pytest.mark.parametrize("how", [*DIFFERENCES, "none"])
-@pytest.mark.parametrize("method", ["forward", "forward_with_cfg"])
+@pytest.mark.parametrize("method", [slow("forward"), "forward_with_cfg"])
 def test_differences_of_every_kind_are_found_in_the_loop(how, method):
     methods, match = DIFFERENCES.get(how, ({}, None))
     head = made(Head, type("Own", (Spaced,), methods)())
@@ -107,7 +108,7 @@ def test_differences_of_every_kind_are_found_in_the_loop(how, method):
     assert unchanged(before, state(head))
 
 
-@pytest.mark.parametrize("how", DIFFERENCES)
+@pytest.mark.parametrize("how", mostly_slow(DIFFERENCES, fast=[*DIFFERENCES][:3]))
 def test_differences_of_every_kind_are_found_in_sample(how):
     methods, match = DIFFERENCES[how]
     head = made(Head, type("Own", (Spaced,), methods)())
@@ -132,6 +133,7 @@ def test_a_difference_at_the_end_is_not_hidden_by_what_grows_before():
     assert "differ by" in patch_of(cspd.patch(head).net).own_loop
 
 
+@pytest.mark.slow
 def test_weights_that_are_not_known_are_not_taken_for_what_they_are_now():
     class WithShift(Head):
         class net_class(Head.net_class):  # noqa: N801

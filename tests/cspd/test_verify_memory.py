@@ -44,6 +44,7 @@ class Wide(Head):
             super(Head.net_class, self).__init__(CHANNELS, width, 2 * CHANNELS, COND, 4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 def test_weights_are_never_copied(dtype):
     head = made(Wide)

@@ -12,6 +12,7 @@ import fake_graphs
 import numpy as np
 import pytest
 import torch
+from slow import slow
 from small_models import sample, small_mar
 
 import cspd
@@ -334,7 +335,7 @@ def test_a_copy_of_the_head_carries_no_model():
     assert gone() is None
 
 
-@pytest.mark.parametrize("graphs", [False, True], ids=["plain", "graphs"])
+@pytest.mark.parametrize("graphs", [slow(False), True], ids=["plain", "graphs"])
 def test_runs_of_one_runner_with_other_numbers_of_steps(monkeypatch, graphs):
     if graphs:
         fake_graphs.use(monkeypatch)
@@ -439,7 +440,7 @@ def test_wrong_input_is_one_clear_error():
         cspd.sample_tokens(torch.nn.Linear(2, 2), 1)
 
 
-@pytest.mark.parametrize("relaxation", [42.0, torch.linspace(1.0, 50.0, 64), cspd.SimilarityRelaxation()])
+@pytest.mark.parametrize("relaxation", [slow(42.0), torch.linspace(1.0, 50.0, 64), slow(cspd.SimilarityRelaxation())])
 @pytest.mark.parametrize(("cfg", "tolerance"), [(1.0, None), (2.0, None), (2.0, 1e-4)])
 def test_the_runner_by_graphs_and_without(monkeypatch, cfg, tolerance, relaxation):
     """Seeds, labels, orders and images of later runs reach what the first one's graphs read."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import triton.language as tl
@@ -16,6 +17,7 @@ def change_the_language_once_a_launch() -> None:
     names = ("_patch_lang", "_LangPatchScope", "GridExecutor")
     if not all(hasattr(interpreter, name) for name in names):
         return
+    _look_types_up_once()
     change, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
     changed: set[str] = set()  # in the launch that runs; after it the language is Triton's again
 
@@ -36,3 +38,17 @@ def change_the_language_once_a_launch() -> None:
 
     interpreter._patch_lang = change_once
     interpreter.GridExecutor.__call__ = launch_anew
+
+
+def _look_types_up_once() -> None:
+    """The interpreter makes a table of all types at every operation."""
+    if not hasattr(interpreter, "_get_np_dtype"):
+        return
+    look_up = interpreter._get_np_dtype
+    known = functools.cache(look_up)
+
+    def np_dtype(kind):
+        kind = kind.element_ty if isinstance(kind, tl.block_type) else kind
+        return look_up(kind) if isinstance(kind, tl.pointer_type) else known(kind)
+
+    interpreter._get_np_dtype = np_dtype

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from candidates import assert_candidates, own_chains, shared_chains
+from slow import mostly_slow
 from verdicts import DTYPES, cast, count_launches, judged_chains, on
 
 from cspd_kernels import CandidateVerdict, Denoised, DenoisedInParallel, Verdict, accept_reject, log_density_ratio
@@ -61,7 +62,7 @@ def equal(a, b):
         assert torch.equal(u, v), name
 
 
-@pytest.mark.parametrize(("channels", "candidates", "residual"), SIZES)
+@pytest.mark.parametrize(("channels", "candidates", "residual"), mostly_slow(SIZES, fast=(SIZES[0], *SIZES[3:6])))
 def test_chains_of_their_own(judge, channels, candidates, residual):
     """With path terms, and in every other size a relaxation per token and candidate and the released sign."""
     rows = judge.rows if candidates < 16 else min(judge.rows, 20)

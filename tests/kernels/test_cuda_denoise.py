@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from chains import BOUNDS, addressed, assert_agrees, kernels_of
+from slow import mostly_slow, slow
 
 from cspd_kernels import denoise
 from cspd_kernels.ops.denoise import cuda_layered, cuda_persistent
@@ -62,7 +63,7 @@ def test_the_library_makes_the_products_of_many_rows_and_of_float32():
 @pytest.mark.parametrize("tile", [*TILES, None])
 @pytest.mark.parametrize(
     ("rows", "width", "depth", "guided"),
-    [(1, 16, 1, False), (3, 80, 3, True), (17, 144, 2, False), (40, 48, 2, True), (65, 272, 1, False)],
+    [(1, 16, 1, False), (3, 80, 3, True), slow(17, 144, 2, False), slow(40, 48, 2, True), slow(65, 272, 1, False)],
 )
 def test_products(make_head, products, dtype, tile, rows, width, depth, guided):
     products(tile)
@@ -150,14 +151,14 @@ def test_every_number_of_rows(make_head, persistent, dtype, rows, guided):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("width", [16, 48, 208, 1024, 1040, 1280, 1536, 2048])
+@pytest.mark.parametrize("width", mostly_slow([16, 48, 208, 1024, 1040, 1280, 1536, 2048], fast=(16, 48, 208)))
 def test_every_width(make_head, persistent, dtype, width):
     persistent(10)
     check(make_head(dtype, width=width, channels=16), 2, True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("programs", [1, 2, 5, 9])
+@pytest.mark.parametrize("programs", [slow(1), slow(2), 5, slow(9)])
 @pytest.mark.parametrize("channels", [1, 17, 64])
 def test_every_division_of_columns_and_channels(make_head, persistent, dtype, programs, channels):
     persistent(programs)
@@ -198,7 +199,7 @@ def test_more_rows_than_a_tile_are_left_to_the_layered_chain(make_head, monkeypa
 
 
 @pytest.mark.parametrize("shape", ["layered", "persistent"], indirect=True)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", mostly_slow(DTYPES, fast=DTYPES[:1]))
 def test_the_order_of_threads_changes_nothing(make_head, monkeypatch, shape, kernel_device, dtype):
     """The emulation draws it anew for every seed; on a device it is what it is."""
     head = make_head(dtype, depth=2, steps=3, width=80)

@@ -13,12 +13,14 @@ from chains import (
     workspace_of,
 )  # fmt: skip
 from seeds import seed_tensor
+from slow import slow
 
 from cspd_kernels import DiffusionHead, PhiloxNoise, denoise
 from cspd_kernels.ops.denoise.chain import Tables
 from cspd_kernels.testing import random_inputs
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+SIZES = [(3, 64, 144, False), (5, 33, 48, True), (17, 5, 16, True), (33, 5, 80, False), (257, 4, 16, False)]
 # Of those with kernels, CUDA alone has a persistent one.
 cuda_alone = pytest.mark.parametrize("backend", ["cuda"], indirect=True)
 
@@ -30,7 +32,7 @@ def guided_inputs(head, rows, seed=0):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("rows", "channels", "width", "depth", "steps", "guided"),
-    [(1, 4, 16, 1, 1, False), (1, 16, 48, 1, 7, True), (2, 5, 80, 3, 2, True), (17, 4, 16, 1, 2, False)],
+    [(1, 4, 16, 1, 1, False), slow(1, 16, 48, 1, 7, True), (2, 5, 80, 3, 2, True), slow(17, 4, 16, 1, 2, False)],
 )
 def test_agrees_with_float64(backend, make_head, dtype, rows, channels, width, depth, steps, guided):
     head = make_head(dtype, channels=channels, width=width, depth=depth, steps=steps)
@@ -39,7 +41,13 @@ def test_agrees_with_float64(backend, make_head, dtype, rows, channels, width, d
 
 @pytest.mark.parametrize(
     ("rows", "channels", "width", "guided"),
-    [(3, 64, 144, False), (5, 33, 48, True), (17, 5, 16, True), (33, 5, 80, False), (257, 4, 16, False)],
+    [
+        slow(3, 64, 144, False),
+        slow(5, 33, 48, True),
+        (17, 5, 16, True),
+        slow(33, 5, 80, False),
+        slow(257, 4, 16, False),
+    ],
 )
 def test_sizes(backend, make_head, rows, channels, width, guided):
     head = make_head(channels=channels, width=width)
@@ -160,7 +168,7 @@ def test_inputs_may_be_narrower_than_the_arithmetic(backend, make_head, shape):
 
 
 @pytest.mark.parametrize("kind", ["stored", "addressed", "scale per token"])
-@pytest.mark.parametrize("workspace", [1, 5_000, 25_000])  # a row, two rows, two steps of all rows
+@pytest.mark.parametrize("workspace", [slow(1), 5_000, slow(25_000)])  # a row, two rows, two steps of all rows
 def test_small_workspace_bounds_the_modulations_and_changes_nothing(backend, make_head, monkeypatch, kind, workspace):
     monkeypatch.setenv("CSPD_PERSISTENT_MAX_TOKENS", "0")
     head = make_head(steps=3)

@@ -11,6 +11,7 @@ import warnings
 
 import pytest
 import torch
+from slow import slow
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -133,7 +134,7 @@ def test_traced_symbolically_it_is_one_node_for_any_number_of_rows(head, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("backend", [slow("eager"), "aot_eager"])
 def test_compiled_in_the_middle_of_a_function(head, kind, backend):
     function = middle(head)
     compiled = torch.compile(function, backend=backend, fullgraph=True)
@@ -142,7 +143,7 @@ def test_compiled_in_the_middle_of_a_function(head, kind, backend):
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
-@pytest.mark.parametrize("kind", ["stored", "addressed", "guided"])
+@pytest.mark.parametrize("kind", [slow("stored"), "addressed", slow("guided")])
 def test_compiled_by_inductor(head, kind):
     function = middle(head)
     compiled = torch.compile(function, fullgraph=True)
@@ -360,6 +361,7 @@ print("done")
 """
 
 
+@pytest.mark.slow
 def test_the_package_can_be_imported_again(tmp_path):
     """As notebooks and test runners do; what came from the modules before stays of use."""
     command = [sys.executable, "-W", "error::UserWarning", "-c", AGAIN]

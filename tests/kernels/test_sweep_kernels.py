@@ -93,7 +93,7 @@ def assert_sweeps_agree(head, inputs, sweeps, tolerance=1e-5, **options):
 
 
 @pytest.mark.parametrize("philox", [True, False], ids=["philox", "stored"])
-@pytest.mark.parametrize(("cfg_scale", "learned"), [(None, True), (1.5, True), (2.5, False), (None, False)])
+@pytest.mark.parametrize(("cfg_scale", "learned"), [(None, True), (1.5, True), slow(2.5, False), slow(None, False)])
 def test_sweep_by_sweep(make_head, cfg_scale, learned, philox):
     head = make_head(steps=5, width=16, learn_sigma=learned)
     cond, x, noise = random_inputs(head, 2, 30, guided=cfg_scale is not None)
@@ -107,10 +107,10 @@ LINEAR = Schedule.linear(4)
 @pytest.mark.parametrize(
     ("schedule", "groups"),
     [
-        (LINEAR, 3),
-        (LINEAR.clipped(-0.6, 0.5), 1),
+        slow(LINEAR, 3),
+        slow(LINEAR.clipped(-0.6, 0.5), 1),
         (LINEAR.clipped([-0.6, -1, -0.2], [0.5, 1, 9]), 3),
-        (LINEAR.ddim(), 2),
+        slow(LINEAR.ddim(), 2),
         (Schedule.euler_maruyama([0.0, 0.3, 0.6, 0.9, 1.0]), 2),
     ],
 )
@@ -240,7 +240,7 @@ def test_a_guess_that_is_not_finite_heals(make_head, value):
     assert ours.state.settled.tolist() == [1, 1]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, slow(torch.bfloat16)])
 def test_kernels_that_are_called_off_leave_everything_as_it_is(make_head, dtype):
     head = make_head(dtype, steps=4, depth=2)
     ours = Sweeping(head, random_inputs(head, 2, 40, guided=True), cfg_scale=2.0)
@@ -260,7 +260,7 @@ def test_kernels_that_are_called_off_leave_everything_as_it_is(make_head, dtype)
     assert ("activations" in changed) == hasattr(ours.network, "activations")  # the library's are not called off
 
 
-@pytest.mark.parametrize(("dtype", "rows"), [(torch.float32, 2), (torch.float32, 5), (torch.bfloat16, 5)])
+@pytest.mark.parametrize(("dtype", "rows"), [(torch.float32, 2), slow(torch.float32, 5), slow(torch.bfloat16, 5)])
 def test_a_sequential_chain_that_is_called_off_keeps_its_inputs_and_results(make_head, dtype, rows):
     """A few rows, products of the library, products of kernels."""
     head = make_head(dtype, steps=3, depth=2)
@@ -275,7 +275,7 @@ def test_a_sequential_chain_that_is_called_off_keeps_its_inputs_and_results(make
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("cfg_scale", [None, 2.0])
+@pytest.mark.parametrize("cfg_scale", [slow(None), 2.0])
 def test_the_network_at_all_steps(make_head, dtype, cfg_scale):
     """Beside float64 with the same operands: out and v of the first group and out of the others, where each belongs."""
     head = make_head(dtype, steps=3, depth=2)

@@ -96,6 +96,7 @@ def test_old_devices_are_left_to_torch(monkeypatch):
     assert reason == "its kernels need compute capability 8.0, and this device has 7.5"
 
 
+@pytest.mark.slow
 def test_cpu_tensors_without_the_interpreter():
     code = (
         "import torch, cspd_kernels as k\n"

@@ -5,6 +5,7 @@ import multiprocessing
 import pytest
 import torch
 from chains import addressed, assert_agrees
+from slow import mostly_slow, slow
 
 from cspd_kernels.testing import random_inputs, relative_error
 
@@ -31,6 +32,8 @@ OWN = {
     torch.float16: Tile(16, 32, 128, 4, 4),
     torch.bfloat16: Tile(16, 16, 128, 4, 4),
 }
+EVERY_TILE = [(torch.float32, tile) for tile in triton_config.FLOAT32_TILES]
+EVERY_TILE += [(torch.float16, tile) for tile in triton_config.HALF_TILES]
 
 
 @pytest.fixture
@@ -54,6 +57,7 @@ def made_by(monkeypatch):
     return choose
 
 
+@pytest.mark.slow
 def test_wide_heads(make_head, made_by):
     tile = Tile(16, 128, 128, 4, 2)  # larger than there are for so few tokens: fewer programs
     made_by(tile, tile)
@@ -63,7 +67,7 @@ def test_wide_heads(make_head, made_by):
 
 @pytest.mark.parametrize(
     ("dtype", "tile"),
-    [(torch.float32, t) for t in triton_config.FLOAT32_TILES] + [(torch.float16, t) for t in triton_config.HALF_TILES],
+    mostly_slow(EVERY_TILE, fast=(EVERY_TILE[0], (torch.float16, Tile(64, 32, 128, 4, 3)))),
     ids=lambda v: v.name if isinstance(v, Tile) else None,
 )
 def test_every_tile_of_a_block(make_head, made_by, dtype, tile):
@@ -73,7 +77,7 @@ def test_every_tile_of_a_block(make_head, made_by, dtype, tile):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("library", ["neither", "first", "second", "both"])
+@pytest.mark.parametrize("library", ["neither", slow("first"), slow("second"), "both"])
 def test_products_by_the_library_or_not(make_head, made_by, dtype, library):
     made_by(*(None if library in (name, "both") else OWN[dtype] for name in ("first", "second")))
     head = make_head(dtype, width=80, depth=2)
@@ -88,14 +92,14 @@ def test_row_tiles_in_groups(make_head, made_by):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rows", range(1, FEW_ROWS + 2))
+@pytest.mark.parametrize("rows", mostly_slow(range(1, FEW_ROWS + 2), fast=(1, FEW_ROWS + 1)))
 def test_a_few_rows_and_one_more(make_head, dtype, rows):
     head = make_head(dtype, width=144)
     cond, x, _ = random_inputs(head, rows, 16)
     assert_agrees(head, cond, x, addressed(head, rows), backend="triton")
 
 
-@pytest.mark.parametrize("group", [1, 2, 4, 8])
+@pytest.mark.parametrize("group", [1, slow(2), slow(4), 8])
 @pytest.mark.parametrize(("guided", "learned"), [(True, True), (False, False)])
 def test_every_group_of_channels_of_the_update(make_head, monkeypatch, group, guided, learned):
     monkeypatch.setattr(triton_chain, "update_channels", lambda *_: group)
@@ -104,21 +108,21 @@ def test_every_group_of_channels_of_the_update(make_head, monkeypatch, group, gu
     assert_agrees(head, *inputs, cfg_scale=2.0 if guided else 1.0, backend="triton")
 
 
-@pytest.mark.parametrize("tile", [(1, 64), (2, 32), (4, 16)])
+@pytest.mark.parametrize("tile", [(1, 64), slow((2, 32)), slow((4, 16))])
 def test_every_tile_of_the_input(make_head, monkeypatch, tile):
     monkeypatch.setattr(triton_chain, "input_tile", lambda *_: tile)
     head = make_head(width=80)
     assert_agrees(head, *guided_inputs(head, 3, 18), cfg_scale=2.0, backend="triton")
 
 
-@pytest.mark.parametrize("channels", [1, 64])
+@pytest.mark.parametrize("channels", [1, slow(64)])
 def test_the_fewest_and_the_most_channels(make_head, channels):
     head = make_head(channels=channels, steps=3)
     assert_agrees(head, *guided_inputs(head, 2, 19), cfg_scale=2.0, backend="triton")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("all_rows", "some"), [(FEW_ROWS, 3), (9, 5)])
+@pytest.mark.parametrize(("all_rows", "some"), [(FEW_ROWS, 3), slow(9, 5)])
 @torch.no_grad()
 def test_a_rows_bits_are_its_own_in_any_batch(make_head, made_by, monkeypatch, dtype, all_rows, some):
     """From the modulations on, which the library makes, and for one division of the work. The first rows of a batch: a
@@ -245,7 +249,7 @@ class Far:
         return launch
 
 
-@pytest.mark.parametrize(("tokens", "second"), [(2, None), (3, OWN[torch.float32]), (3, None)])
+@pytest.mark.parametrize(("tokens", "second"), [(2, None), slow(3, OWN[torch.float32]), slow(3, None)])
 def test_modulations_beyond_two_to_the_31(make_head, made_by, monkeypatch, kernel_device, tokens, second):
     if kernel_device.type == "cuda":
         pytest.skip("the launcher checks its pointers")

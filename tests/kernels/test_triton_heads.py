@@ -3,6 +3,7 @@
 import pytest
 import torch
 from chains import assert_agrees
+from slow import mostly_slow, slow
 
 from cspd_kernels import Schedule, denoise
 from cspd_kernels.ops.denoise.chain import Tables
@@ -58,7 +59,7 @@ def made_by(monkeypatch):
 
 
 @pytest.mark.parametrize("kind", [PLAIN, GATED, *OTHERS], ids=lambda kind: "-".join(kind.values()))
-@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("rows", [1, slow(3)])
 def test_few_rows(network, kind, rows):
     assert_agrees(head := network(**kind), *grouped_inputs(head, rows), backend="triton")
 
@@ -72,7 +73,7 @@ def test_few_rows_in_parts_of_a_sum(network, monkeypatch, kind, part):
 
 
 @pytest.mark.parametrize("kind", [PLAIN, GATED], ids=lambda kind: "-".join(kind.values()))
-@pytest.mark.parametrize("library", ["neither", "both"])
+@pytest.mark.parametrize("library", ["neither", slow("both")])
 def test_more_rows(network, made_by, monkeypatch, kind, library):
     tile = FLOAT32_TILES[-1]
     made_by(*((None, None) if library == "both" else (tile, tile)))
@@ -86,12 +87,12 @@ def test_more_rows_of_other_mixtures(network, kind):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("rows", [2, 9])
+@pytest.mark.parametrize("rows", [2, slow(9)])
 def test_half_precision(network, dtype, rows):
     assert_agrees(head := network(**GATED, dtype=dtype), *grouped_inputs(head, rows), backend="triton")
 
 
-@pytest.mark.parametrize(("modulations", "distinct"), [((0, 0, 0), 1), ((0, 1, 1), 2), (None, 3)])
+@pytest.mark.parametrize(("modulations", "distinct"), [slow((0, 0, 0), 1), ((0, 1, 1), 2), slow(None, 3)])
 def test_blocks_that_share_a_modulation_have_it_made_once(network, monkeypatch, modulations, distinct):
     head, made, addmm = network(depth=3, given=True, modulations=modulations), [], torch.addmm
     inputs = grouped_inputs(head, 2)
@@ -121,7 +122,7 @@ SAMPLERS = {
 }
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("sampler", mostly_slow(SAMPLERS, fast=("DDIM with noise", "limits by channel")))
 def test_samplers(network, sampler):
     head = network(SAMPLERS[sampler], depth=1, width=16, hidden=16, outputs=8)
     out = denoise(head, *(inputs := grouped_inputs(head, 2, 2)), cfg_scale=1.5, backend="triton", parallel_tol=None)
@@ -139,7 +140,7 @@ def test_three_groups(network, rows, scales):
     assert_agrees(head, *grouped_inputs(head, rows, 3), cfg_scale=scales, backend="triton")
 
 
-@pytest.mark.parametrize("temperature", [0.0, 0.7])
+@pytest.mark.parametrize("temperature", [slow(0.0), 0.7])
 def test_a_temperature_may_be_a_tensor(network, temperature):
     head = network(depth=1, width=16, hidden=16)
     inputs, options = grouped_inputs(head, 2), {"backend": "triton", "parallel_tol": None}

@@ -21,6 +21,7 @@ from cspd_kernels import triton_launch
 SCRIPT = Path(__file__).parents[1] / "helpers" / "prepared.py"
 
 
+@pytest.mark.slow
 def test_a_prepared_launch_is_the_one_that_triton_binds():
     """Through the real launcher, on a driver that runs nothing, in a process without the interpreter."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from slow import slow
 from verdicts import assert_ratio, cast, ratio_and_scale, take
 
 from cspd_kernels import Denoised, accept_reject, log_density_ratio
@@ -14,6 +15,7 @@ from cspd_kernels.testing import random_chains
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # of the interpreter's numpy
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+OPERANDS = ("x", "draft.mean", "draft.log_std", "target.log_std", "target.path_log_std")
 SCALES = (1e-6, 1.0, 1e3)
 
 
@@ -67,7 +69,7 @@ def assert_sound(verdict, x, target):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "sigma"), [(torch.float32, "paper"), (torch.bfloat16, "released"), (torch.float16, "paper")]
+    ("dtype", "sigma"), [(torch.float32, "paper"), slow(torch.bfloat16, "released"), slow(torch.float16, "paper")]
 )
 @pytest.mark.parametrize("residual", ["rejection", "closed_form"])
 def test_extreme_inputs(judge, dtype, residual, sigma):
@@ -103,7 +105,9 @@ def test_identical_models_accept_at_any_scale(judge, residual):
 
 
 @pytest.mark.parametrize("residual", ["rejection", "closed_form"])
-@pytest.mark.parametrize("name", ["x", "draft.mean", "draft.log_std", "target.log_std", "target.path_log_std"])
+@pytest.mark.parametrize(
+    "name", ["x", slow("draft.mean"), "draft.log_std", slow("target.log_std"), slow("target.path_log_std")]
+)
 def test_a_row_of_nan_is_never_accepted_and_spoils_no_other(judge, residual, name):
     chain, _, field = name.partition(".")
     arguments = dict(zip(("x", "draft", "target"), random_chains(6, 3, 2)))

@@ -19,6 +19,9 @@ SCRIPT = Path(__file__).parents[1] / "helpers" / "specialised.py"
 CASES = [f"ratio of {c} channels" for c in (3, 16, 256)] + [f"{r} of 16 channels" for r in ("rejection", "closed_form")]
 
 
+pytestmark = pytest.mark.slow  # all of it is compiled ahead of time
+
+
 @pytest.fixture(scope="module")
 def report():
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
