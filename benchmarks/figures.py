@@ -11,20 +11,19 @@ import re
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
-
-from report_tables import load
 
 ROOT = Path(__file__).parent.parent
 PAGES = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "docs/**/*.md")
-NUMBER = r"(?<![\w.,\[/-])\d[\d,]*(?:\.\d+)?(?:e-?\d+)?(?![\w])"
-UNIT = r"(?:ms|us|s|seconds?|minutes?|%|times|x|kB|MB|GB|TB|GB/s|TB/s|TFLOP/s)(?![\w/])"
+DIGITS = r"(?<![\w.,\[/-])-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:e-?\d+)?"
+NUMBER = rf"{DIGITS}(?!\w)"
+UNIT = r"(?:ms|us|s|seconds?|minutes?|%|times|sweeps|calls|passes|rounds|kB|MB|GB|TB|GB/s|TB/s|TFLOP/s)(?![\w/])"
 # A number with a unit, alone or in a list ("1.02 and 0.95 s"); one in powers of ten; one with decimals.
 FIGURE = re.compile(
     rf"{NUMBER}(?:(?:,| to| and| or|,? and) {NUMBER})*\s?{UNIT}"
     r"|(?<![\w.-])\d(?:\.\d+)?e-?\d+"
-    r"|(?<![\w.,/-])\d+\.\d+(?![\w.])"
+    r"|(?<![\w.,/-])-?\d+\.\d+x?(?!\w|\.\d)"
+    r"|(?<![\w.,/-])\d+x(?!\w)"
 )
 CODE = r"```.*?```|`[^`]*`"
 GENERATED = r"<!-- ([A-Z0-9-]+) -->.*?<!-- /\1 -->|<!--.*?-->"
@@ -36,11 +35,11 @@ NOT_PROSE = re.compile("|".join((CODE, GENERATED, ADDRESS, VERSION)), re.S)
 
 @dataclass(frozen=True)
 class Claim:
-    """The figures of some words, in their order.
+    """The numbers of some words, in their order.
 
     Attributes:
-        words: as they stand in the page, on one line; every figure in them is checked.
-        values: what they are: a number each, from result files.
+        words: as they stand in the page, on one line. Every number in them is checked, so they are best short.
+        values: what the numbers are, from result files.
         at_most: the words give a bound; a value may lie below by up to a fifth.
     """
 
@@ -50,7 +49,10 @@ class Claim:
 
     def wrong(self) -> list[str]:
         """What of the words does not follow."""
-        shown, values = numbers(self.words), list(self.values())
+        try:
+            shown, values = numbers(self.words), list(self.values())
+        except LookupError as error:  # the file has no such row
+            return [f"{self.words!r}: {error}"]
         if len(shown) != len(values):
             return [f"{self.words!r} has {len(shown)} numbers, and its source gives {len(values)}: {values}"]
         return [
@@ -61,8 +63,8 @@ class Claim:
 
 
 def numbers(words: str) -> list[str]:
-    """The numbers of the figures in some words; others ("at 64 rows") are no figures."""
-    return [number for figure in FIGURE.finditer(prose(words)) for number in re.findall(NUMBER, figure[0])]
+    """All numbers of some words, with and without a unit."""
+    return re.findall(rf"{DIGITS}(?=x?(?!\w))", prose(words))
 
 
 def agrees(shown: str, value: float, at_most: bool = False) -> bool:
@@ -81,23 +83,25 @@ def prose(text: str) -> str:
 
 
 def unclaimed(text: str, words: Iterable[str]) -> tuple[list[str], list[str]]:
-    """(figures of a page that none of the words holds, words that the page does not hold)."""
+    """(figures of a page that none of the words holds, words that the page does not hold exactly once)."""
     page, missing = prose(text), []
+    held = bytearray(len(page))
     for known in words:
         known = prose(known).strip()
-        if known not in page:
+        start = page.find(known)
+        if start < 0 or page.count(known) > 1:
             missing.append(known)
-        page = page.replace(known, "")
-    return [f"...{page[max(0, m.start() - 40) : m.end() + 20]}..." for m in FIGURE.finditer(page)], missing
+        else:
+            held[start : start + len(known)] = b"1" * len(known)
+    return [_shown(page, found) for found in FIGURE.finditer(page) if not all(held[slice(*found.span())])], missing
+
+
+def _shown(page: str, found: re.Match) -> str:
+    return f"...{page[max(0, found.start() - 40) : found.end() + 20]}..."
 
 
 def pages() -> dict[str, str]:
     return {str(path.relative_to(ROOT)): path.read_text() for glob in PAGES for path in sorted(ROOT.glob(glob))}
-
-
-@cache
-def results(name: str) -> dict:
-    return load(name)
 
 
 def problems() -> list[str]:
@@ -105,12 +109,12 @@ def problems() -> list[str]:
     from figures_claims import CLAIMS, SETTINGS
 
     found, texts = [], pages()
-    found += [f"{page}: no such page" for page in {*CLAIMS, *SETTINGS} - {*texts}]
+    found += [f"{page}: no such page" for page in sorted({*CLAIMS, *SETTINGS} - {*texts})]
     for page, text in texts.items():
         claims = CLAIMS.get(page, [])
         left, missing = unclaimed(text, [*(claim.words for claim in claims), *SETTINGS.get(page, [])])
         found += [f"{page}: {figure} comes from no result file" for figure in left]
-        found += [f"{page}: it does not hold {words!r}" for words in missing]
+        found += [f"{page}: it does not hold {words!r} once" for words in missing]
         found += [f"{page}: {wrong}" for claim in claims for wrong in claim.wrong()]
     return found
 

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import figures_devices
+import figures_reference
+import figures_trained
 from figures import Claim
 
-CLAIMS: dict[str, list[Claim]] = {}
-SETTINGS: dict[str, list[str]] = {}  # tolerances, options, sizes: words that hold them
+GROUPS = (figures_reference, figures_trained, figures_devices)
+CLAIMS: dict[str, list[Claim]] = {page: claims for group in GROUPS for page, claims in group.CLAIMS.items()}
+# Words that hold tolerances, options and sizes.
+SETTINGS: dict[str, list[str]] = {page: words for group in GROUPS for page, words in group.SETTINGS.items()}

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import report_curves
+import report_pages
 import report_plots
 import report_summary
 import report_tables
@@ -37,6 +38,15 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "REACHED": _part(report_trained.sweeps_of_heads, report_trained.reached),
     "SETTLED": _part(report_trained.sweeps_of_heads, report_trained.settled),
     "BFLOAT16": _part(report_trained.sweeps_of_heads, report_trained.rounded),
+    "COMPATIBLE-LOOPS": report_pages.compatible_loops,
+    "COMPATIBLE-NETWORKS": report_pages.compatible_networks,
+    "COMPATIBLE-NETWORKS-CPU": report_pages.compatible_networks_on_a_cpu,
+    "COMPATIBLE-MAR": report_pages.compatible_mar_loops,
+    "NETWORK-CALLS": report_pages.network_calls,
+    "ANDERSON": report_pages.anderson,
+    "STEP-SPECULATION": report_pages.step_speculation,
+    "CONTEXT-RELAXATION": report_pages.context_relaxation,
+    "ENTROPY-DRAFT": report_pages.entropy_draft,
 }
 IMAGES: dict[str, Callable[[], str]] = {
     "seconds": report_plots.seconds,

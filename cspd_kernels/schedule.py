@@ -283,7 +283,9 @@ class Schedule:
         The standard deviation stated of the last step is its neighbour's, as that of a diffusion is; its own where
         there is none.
 
-        Args: as :meth:`euler`; with ``data_at`` 0 the network's time and velocity run the other way.
+        Args:
+            times, data_at, prediction, timesteps, clip: as :meth:`euler`. With ``data_at`` 0 the network's time and
+                velocity run the other way.
             sizes: (T,) of the steps, from the first taken, where not the differences of ``times``, which may then be
                 (T,).
 

@@ -86,7 +86,7 @@ def test_lists_are_lists_on_the_site_too(page):
     for line in re.sub(r"^( *)```.*?^\1```", "", page.read_text(), flags=re.M | re.S).splitlines():
         item = re.match(r"( *)(?:[-*]|\d+\.) \S", line)
         assert not item or len(item[1]) % 4 == 0, f"an item of {len(item[1])} spaces: {line}"
-        follows = not before.strip() or re.match(r" *(?:[-*]|\d+\.) |  ", before)
+        follows = not before.strip() or re.match(r" *(?:[-*]|\d+\.) |  |<!--", before)
         assert not item or follows, f"no blank line before the list: {line}"
         before = line
 

@@ -57,9 +57,9 @@ class SpecDecodeRunner:
     layers run their own blocks. Others run their own methods, which synchronise at every pass. The log says why.
 
     On a GPU a run does not synchronise between its first kernel and its result. Strict runs wait for the round before
-    the one in flight. Some cases synchronise more. These are models that run their own methods (in strict runs also own
-    blocks), gamma policies, and the first run of a size, which compiles and captures. Heads whose CUDA graphs outgrow
-    their memory do, too, and sweeps (``parallel_tol``) of the torch backend.
+    the one in flight. Some cases synchronise more. Models that run their own methods do, and in strict runs those that
+    run their own blocks. The first run of a size compiles and captures. Gamma policies, heads whose CUDA graphs outgrow
+    their memory, and sweeps (``parallel_tol``) of the torch backend synchronise, too.
 
     Args:
         draft_model, target_model: MAR objects (``cspd.models.MAR``, LTH14/mar, MarkXCloud/CSpD) on one device, with the

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from small_models import small_mar
 
 from cspd.cli import INTERRUPTED, main
-from cspd.demo import pair
+from cspd.demo import pair, run
 from cspd.speculative import SpecDecodeRunner
 
 
@@ -187,7 +187,8 @@ def test_a_full_disk_destroys_nothing(command, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "x.png").write_bytes(b"before")
     monkeypatch.setattr("cspd.files.os.fsync", full)
-    assert main([*command, "x.png", "--num-images", "4", "--gamma", "8"]) == 2
+    monkeypatch.setattr("cspd.demo.run.ways", lambda *_: [run.Way("target, 2 steps", "target", 2)])
+    assert main([*command, "x.png", "--num-images", "4"]) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"cspd {command[0]}: ")
     assert "could not write the file (No space left on device)" in error

@@ -115,7 +115,7 @@ def test_few_colours_are_enough():
     drawn = draw_picture(strips(ACCEPTED), words.picture_notes(SETTING))
     kept = Image.open(io.BytesIO(png(drawn))).convert("RGB")
     difference = np.abs(np.asarray(drawn).astype(int) - np.asarray(kept).astype(int)).max(-1)
-    assert (difference <= 4).mean() > 0.97 and difference.mean() < 1
+    assert (difference <= 4).mean() > 0.95 and difference.mean() < 1
 
 
 def test_a_legend_has_what_occurs():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import statistics
+import textwrap
 from pathlib import Path
 from typing import NamedTuple
 
@@ -58,7 +59,7 @@ def generate(
     for first in range(0, len(labels), BATCH):
         part = labels[first : first + BATCH]
         drawn = runner.run(len(part), steps, gamma or 1, labels=part, seed=seed, first_image=first_image + first)
-        images.append(drawn.as_subclass(torch.Tensor))
+        images.append(drawn.images)
         stats.append(runner.stats)
     outcome, probability = (torch.cat([getattr(s, name) for s in stats]) for name in ("outcome", "probability"))
     return Drawn(torch.cat(images), _figures(stats, alone=gamma is None), outcome, probability)
@@ -154,8 +155,10 @@ def run_demo(
     for row in result["rows"]:
         echo(table_line(row))
     echo("")
-    for line in [f"{term}: {meaning}" for term, meaning in glossary(setting).items()] + footnotes(strict):
-        echo(line)
+    for term, meaning in glossary(setting).items():
+        echo(textwrap.fill(f"{term}: {meaning}", 110, subsequent_indent="  "))
+    for note in footnotes(strict):
+        echo(note)
     strips = make_strips(plan, made, result["rows"])
     save_picture(out, small(strips) if brief else strips, setting)
     echo(f"\nwrote {out}")
