@@ -53,9 +53,9 @@ def pytest_xdist_auto_num_workers(config):
 
 # Files that take the longest come first, so that the processes end together.
 LONGEST = (
-    *("test_cuda_compile", "test_sweep_kernels", "test_triton_denoise", "test_verdict_kernels", "test_demo"),
-    *("test_denoise_kernels", "test_strict", "test_triton_heads", "test_states_faults", "test_typing"),
-    *("test_packaging", "test_benchmarks", "test_graphs_of_chains"),
+    *("test_cuda_compile", "test_triton_denoise", "test_sweep_kernels", "test_verdict_kernels", "test_demo"),
+    *("test_cli", "test_strict", "test_denoise_kernels", "test_triton_heads", "test_states_faults", "test_typing"),
+    *("test_speculative", "test_parallel_steps", "test_packaging", "test_benchmarks", "test_graphs_of_chains"),
 )
 
 

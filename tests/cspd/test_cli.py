@@ -12,6 +12,7 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from slow import slow
 from small_models import small_mar
 
 from cspd.cli import INTERRUPTED, main
@@ -179,7 +180,7 @@ def test_the_checkpoint_is_no_output(tmp_path, capsys):
     assert path.read_bytes() == b"weights"
 
 
-@pytest.mark.parametrize("command", OUTPUTS[:3])
+@pytest.mark.parametrize("command", [OUTPUTS[0], *map(slow, OUTPUTS[1:3])])
 def test_a_full_disk_destroys_nothing(command, tmp_path, capsys, monkeypatch):
     def full(descriptor):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

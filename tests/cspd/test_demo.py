@@ -160,6 +160,7 @@ def test_every_image_is_drawn_once(images):
     assert len(runs) == 4 and len({len(part) for part in runs[1:]}) == 1 and len(runs[0]) >= len(runs[1]) > 0
 
 
+@pytest.mark.slow
 def test_strict_rows_of_the_demo(tmp_path, monkeypatch):
     monkeypatch.setattr(run, "TIMED_RUNS", 1)
     lines = []

@@ -95,6 +95,7 @@ def test_the_package_has_no_place_for_it(capsys):
     assert "expected --out with --pair cloth" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_shipped_pair_draws_cloth_and_fewer_steps_draw_worse():
     target, draft = cloth.load_pair(WEIGHTS)
     size = [sum(p.numel() for p in model.parameters()) for model in (target, draft)]

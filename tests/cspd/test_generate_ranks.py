@@ -123,6 +123,7 @@ def test_a_start_again_by_torchrun_sees_no_failure_of_the_one_before(monkeypatch
     assert [group.get("address of rank 0") for group in groups] == [b"0", b"1"]
 
 
+@pytest.mark.slow
 def test_torchrun(alone, tmp_path):
     out = tmp_path / "out"
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "cspd"]

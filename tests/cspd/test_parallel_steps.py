@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from foreign import Head, conditions, made, run, state, unchanged
+from slow import slow
 from small_models import CSpDDiffLoss, sample, small_mar
 
 import cspd
@@ -55,7 +56,7 @@ def mean_sweeps(chains) -> float:
 
 @pytest.mark.parametrize("noise", ["upstream", "philox"])
 @pytest.mark.parametrize("options", [{}, {"cfg": 3.0}, {"temperature": 0.0}, {"cfg": 3.0, "temperature": 0.0}], ids=str)
-@pytest.mark.parametrize("schedule", ["cosine", "linear"])
+@pytest.mark.parametrize("schedule", [slow("cosine"), "linear"])
 def test_a_patched_model_draws_the_sequential_tokens(schedule, options, noise, chains):
     model = small_mar(schedule=schedule, num_sampling_steps=str(STEPS))
     with cspd.patched(model, noise=noise, parallel_tol=None):
@@ -173,7 +174,7 @@ def one_window(pair, tolerance, relaxation=8.0, **options):
     return run_state, plan, run_window(run_state, plan)
 
 
-@pytest.mark.parametrize("cfg", [1.0, 2.0])
+@pytest.mark.parametrize("cfg", [1.0, slow(2.0)])
 def test_a_runner_gives_the_same_tokens_up_to_rounding(digits, cfg):
     expected, plan, before = one_window(digits, None, cfg=cfg)
     actual, _, verdict = one_window(digits, 1e-6, cfg=cfg)

@@ -14,7 +14,7 @@ import torch.nn as nn
 from field.flow_heads import FlowMatchingHead
 from field.other_networks import DiffHead
 from foreign import conditions, made
-from slow import mostly_slow
+from slow import mostly_slow, slow
 from small_models import sample
 from states import after, before, listening, model_in, served_calls
 
@@ -118,7 +118,7 @@ def test_a_hook_of_a_compiled_network_is_no_part_of_what_the_kernels_compute():
     assert "around its net has forward hooks" in outcome.told[0]
 
 
-@pytest.mark.parametrize("part", ["model", "sample", "loop"])
+@pytest.mark.parametrize("part", [slow("model"), slow("sample"), "loop"])
 def test_a_frame_follows_patch_and_unpatch(part):
     """Compiled and run before the patch, then after it and after ``unpatch``: always the tokens of its own code."""
     torch._dynamo.reset()

@@ -156,6 +156,7 @@ def test_unpatch_reaches_the_patch_of_a_network_that_was_put_aside():
 
 
 @pytest.mark.timeout(300)
+@pytest.mark.slow
 def test_threads_that_patch_undo_and_sample_at_once():
     model, failures, stop = model_in(), [], threading.Event()
     net, shape, noise, z = model.diffloss.net, (3, 4), torch.randn(3, 4), torch.randn(3, 32)

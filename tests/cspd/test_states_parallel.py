@@ -133,6 +133,7 @@ def _two(rank: int, path: str, failures) -> None:
 
 
 @pytest.mark.timeout(300)
+@pytest.mark.slow
 def test_two_processes(tmp_path):
     context = multiprocessing.get_context("spawn")
     failures = context.Queue()

@@ -193,6 +193,7 @@ def test_nan_weights():
     assert isinstance(error, ValueError) or bool(tokens.isnan().any())
 
 
+@pytest.mark.slow
 def test_the_meta_device():
     for when in (before, after):
         outcome = when(lambda model: model.to("meta"))

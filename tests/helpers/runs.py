@@ -19,7 +19,7 @@ class Runner:
     def __init__(self, draft, target, *rule, **options):
         self.size = (target.vae_embed_dim, target.seq_h * target.patch_size, target.seq_w * target.patch_size)
 
-    def run(self, count, steps, gamma, schedule, labels, temperature, cfg, *, seed, first_image):
+    def run(self, count, steps, gamma, schedule, labels, temperature, cfg, *, seed, first_image, callback=None):
         Runner.runs.append((count, first_image, labels.tolist()))
         return torch.stack([self.image(seed, first_image + i) for i in range(count)])
 

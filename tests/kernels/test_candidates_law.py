@@ -12,6 +12,7 @@ import torch
 from candidates import rates
 from modified import components, modified_cdf
 from scipy import integrate, stats
+from slow import slow
 
 from cspd_kernels import Denoised, accept_reject
 from cspd_kernels.ops.accept_reject import candidates as definition
@@ -70,7 +71,7 @@ def test_how_often_none_is_accepted(distance, channels):
 
 
 @pytest.mark.parametrize(("distance", "channels"), DISTANCES)
-@pytest.mark.parametrize("candidates", [2, 5])
+@pytest.mark.parametrize("candidates", [2, slow(5)])
 @pytest.mark.parametrize("residual", ["rejection", "closed_form"])
 def test_tokens_follow_the_target(distance, channels, candidates, residual):
     x, draft, target = gaussians(distance, channels, candidates, seed=2)
