@@ -27,7 +27,7 @@ BAD = {
     "x_T channels": (lambda a: {"x_T": torch.ones(N, C + 1)}, ValueError, rf"x_T of shape \(N, {C}\), got \({N}, 6\)"),
     "x_T dims": (lambda a: {"x_T": torch.ones(C)}, ValueError, rf"x_T of shape \(N, {C}\), got \({C},\)"),
     "x_T integer": (lambda a: {"x_T": torch.ones(N, C).long()}, ValueError, "x_T in a floating dtype.*got torch.int64"),
-    "x_T wide": (lambda a: {"x_T": a["x_T"].double()}, ValueError, "x_T in a floating.*torch.float32, got torch.float64"),
+    "x_T wide": (lambda a: {"x_T": a["x_T"].double()}, ValueError, "x_T in a floating.*float32, got torch.float64"),
     "x_T device": (lambda a: {"x_T": a["x_T"].to("meta")}, ValueError, "x_T on the head's device cpu, got meta"),
     "x_T NaN": (lambda a: {"x_T": spoiled(a["x_T"], NAN)}, ValueError, "expected finite values in x_T, got NaN"),
     "x_T infinite": (lambda a: {"x_T": spoiled(a["x_T"], INF)}, ValueError, "expected finite values in x_T, got"),
