@@ -163,7 +163,7 @@ def _find(
     options: dict[str, Any],
 ) -> _Found:
     """Read a checkpoint and see that it fits; see :func:`load_mar`."""
-    weights = read_weights(find_file(Path(path), *MAR_FILE), entry)
+    weights = read_weights(find_file(Path(path), *MAR_FILE), entry, mar=True)
     try:
         patch, stride = _told(weights, patch_size, vae_stride)
         config = mar_config(weights.tensors, num_heads, patch, stride)

@@ -55,17 +55,18 @@ class Weights:
     prefix: str = ""
 
 
-def read_weights(path: Path, entry: str | None = None) -> Weights:
+def read_weights(path: Path, entry: str | None = None, mar: bool = False) -> Weights:
     """The state dict in a file, checked: floating tensors in their own shapes, under names of one prefix.
 
     Args:
         entry: the entry of a training checkpoint to take. By default the first of model_ema, model and state_dict.
+        mar: a MAR's weights are wanted: a VAE's are refused by name.
 
     Raises:
         FileNotFoundError: no such file. ValueError: it holds no such state dict.
     """
     weights = read_unchecked(path, entry)
-    if isinstance(weights.tensors, dict) and _is_a_vae(weights.tensors):
+    if mar and isinstance(weights.tensors, dict) and _is_a_vae(weights.tensors):
         raise CheckpointError(f"expected the state dict of a MAR model in {path}, got a VAE")
     check_weights(weights.tensors, path)
     prefix = _common_prefix(weights.tensors, path)
