@@ -234,7 +234,7 @@ EXACTNESS = [
     Claim("CSpD was 2e-6, as without", lambda: [both_swept(1e-6)]),
     Claim("At 1e-3 it was 3e-4 from", lambda: [1e-3, swept("LTH14/mar", 1e-3)["float32"]]),
     Claim("agree within 1e-5 relative. bfloat16 and float16 agree within 2e-2", bounds),
-    Claim("class by 1.2e-6 of the largest value (float32, 256 and 512 px). With attention made peaky it was 5e-6",
+    Claim("class by 1.2e-6 of the largest value (float32, 256 and 512 px). With peaked attention it was 5e-6",
         lambda: [hand("decoder of pictures")[0], 256, 512, hand("decoder of pictures")[1]]),
 ]  # fmt: skip
 CONTRIBUTING = [Claim("float32 within 1e-5 relative; - bfloat16 and float16 within 2e-2 of", bounds)]
