@@ -11,6 +11,7 @@ import torch
 
 from cspd_kernels.dtypes import as_dtype
 
+from .devices import usable_device
 from .errors import CheckpointError
 from .mar_sizes import head_of, mar_config, patch_sizes, shape_of, size_of
 from .models import MAR
@@ -80,10 +81,12 @@ def load_mar(
         'a MAR of 1.31 M parameters, state dict, 16 tokens, patch size 2'
 
     Raises:
+        InvalidInput: torch has no such device here.
         FileNotFoundError, CheckpointError: see :func:`load_state_dict` and :func:`mar_config`. Also if a folder holds
             several checkpoints, or a file contradicts its weights.
     """
     dtype = torch.float32 if dtype is None else as_dtype(dtype, "load_mar")
+    device = usable_device(device, "load_mar expected a device")
     found = _find(path, None, num_heads, patch_size, vae_stride, options)
     # Copied: a file that is mapped into the model's memory could be changed, or cut short, under its feet.
     form = torch.contiguous_format

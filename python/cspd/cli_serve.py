@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from .cli_support import dtype
+from .devices import usable_device
 from .errors import InvalidInput
 
 
@@ -96,10 +97,7 @@ def load_studio(args):
     device = args.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() and not digits else "cpu"
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch without that device asserts
-        raise InvalidInput(f"expected a --device that torch has on this machine, got {args.device}: {error}") from error
+    usable_device(device, "expected a --device")
     dtype = getattr(torch, args.dtype) if args.dtype else None
     if digits:
         from .demo.pair import load_pair

@@ -16,6 +16,7 @@ from torch import nn
 
 from cspd_kernels.dtypes import as_dtype
 
+from .devices import usable_device
 from .errors import CheckpointError, InvalidInput, MissingPackage
 from .weight_files import (
     VAE_FILE,
@@ -107,6 +108,7 @@ def load_vae(path: str | Path, *, device: torch.device | str = "cpu", dtype: tor
         >>> pictures = vae.decode(cspd.sample_tokens(model, 8, cfg=3.0))  # doctest: +SKIP
     """
     dtype = as_dtype(dtype, "load_vae", (torch.float32, torch.bfloat16))
+    device = usable_device(device, "load_vae expected a device")
     autoencoder_class = _autoencoder_class()
     path = _file(path)
     state = vae_weights(path).tensors

@@ -340,3 +340,9 @@ def test_a_mar_knows_its_sizes():
     with torch.device("meta"):
         model = MAR(img_size=512, encoder_depth=1, decoder_depth=1)
     assert (model.img_size, model.vae_stride, model.seq_len) == (512, 16, 1024)
+
+
+@pytest.mark.parametrize("device", ["cuda:77", "nonsense"])
+def test_a_device_that_is_not_there_is_told_before_anything_is_read(device):
+    with pytest.raises(cspd.InvalidInput, match=f"load_mar expected a device that torch has .*, got {device}: "):
+        cspd.load_mar("no such file", device=device)
