@@ -81,7 +81,7 @@ def network_errors() -> list[float]:
 
 
 LOOPS = [
-    Claim("what pays: 1.1 to 3.7 times", lambda: [min(network_ratios()), max(network_ratios())]),
+    Claim("pays off: 1.1 to 3.7 times", lambda: [min(network_ratios()), max(network_ratios())]),
     Claim("are 2e-6 in float32 and 9e-3 in bfloat16", network_errors),
 ]
 
@@ -234,7 +234,7 @@ EXACTNESS = [
     Claim("CSpD was 2e-6, as without", lambda: [both_swept(1e-6)]),
     Claim("At 1e-3 it was 3e-4 from", lambda: [1e-3, swept("LTH14/mar", 1e-3)["float32"]]),
     Claim("agree within 1e-5 relative. bfloat16 and float16 agree within 2e-2", bounds),
-    Claim("class by 1.2e-6 of the largest value (float32, 256 and 512 px). With attention made peaky it was 5e-6",
+    Claim("class by 1.2e-6 of the largest value (float32, 256 and 512 px). With peaked attention it was 5e-6",
         lambda: [hand("decoder of pictures")[0], 256, 512, hand("decoder of pictures")[1]]),
 ]  # fmt: skip
 CONTRIBUTING = [Claim("float32 within 1e-5 relative; - bfloat16 and float16 within 2e-2 of", bounds)]
@@ -258,7 +258,7 @@ SETTINGS = {
         "for tau = 0.05, 0.2 and 1",
     ],
     "docs/method.md": ["Below D = 1e-6 the shape no longer changes, and 1e-6 is used"],
-    "docs/whole.md": ["as many steps as 256 MB hold", "The tests allow 1e-5 on a CPU and 1e-4 on a GPU"],
+    "docs/whole.md": ["as many steps as fit into 256 MB", "The tests allow 1e-5 on a CPU and 1e-4 on a GPU"],
     "docs/exactness.md": ["Rounding is 1e-3 for the bfloat16"],
     "CONTRIBUTING.md": ["3.6 needs numpy below 2.4"],
 }

@@ -50,9 +50,10 @@ def latency_h100() -> str:
     names = ["kernels-h100.json", "denoise-h100.json"]
     found, ceilings = chains(names), load("profile-h100.json")["ceilings"]
     canvas = Canvas(860, 520, "Milliseconds for 100 denoising steps of N tokens. NVIDIA H100, bfloat16", (
-        "Two log-log charts, MAR-B and MAR-H: milliseconds of a call of the head against the number of tokens, for "
-        "eager code, the eager loop in one CUDA graph, torch.compile, the library's products alone, this package's "
-        "kernels, and the time to read the weights or to do the operations at measured rates."
+        "Two log-log charts, MAR-B and MAR-H: milliseconds of a call of the head against the number of tokens. "
+        "There are lines for eager code, the eager loop in one CUDA graph, torch.compile, the library's products alone "
+        "and this package's kernels. A dashed line is the time to read the weights, or to do the operations, at "
+        "measured rates."
     ))  # fmt: skip
     for model, left in (("MAR-B", 56), ("MAR-H", 480)):
         most = max(tokens for line in found[model].values() for tokens in line)
@@ -127,9 +128,9 @@ SHOWN = {
 def quality_calls() -> str:
     """Two panels: the figure against target calls, with the gammas at the points."""
     canvas = Canvas(860, 480, "Quality against target calls: further left and lower is better", (
-        "Two charts, digits and cloth: the Frechet distance against passes of the target that follow each other, for "
-        "the target alone with fewer steps, windows, strict and exact verification with their gammas, and the draft "
-        "alone as a line."
+        "Two charts, digits and cloth: the Frechet distance against passes of the target that follow each other. "
+        "There are points for the target alone with fewer steps, and for windows, strict and exact verification with "
+        "their gammas. The draft alone is a line."
     ))  # fmt: skip
     above = []
     for pair, left, high in (("digits", 60, 0.62), ("cloth", 484, 5.6)):
@@ -178,9 +179,9 @@ def quality_seconds() -> str:
     """The digits: the figure against seconds of a batch, for samplers of the head and ways to speculate."""
     result = load("quality-digits-cpu.json")
     canvas = Canvas(760, 520, "Quality against seconds on the digits: further left and lower is better", (
-        "The Frechet distance against seconds for a batch of 512 digits on one CPU thread: the target with fewer "
-        "autoregressive steps, with fewer ancestral denoising steps, with DDIM, windows, exact verification, and the "
-        "draft alone."
+        "The Frechet distance against seconds for a batch of 512 digits on one CPU thread. There are points for the "
+        "target with fewer autoregressive steps, with fewer ancestral denoising steps and with DDIM. Windows, exact "
+        "verification and the draft alone stand beside them."
     ))  # fmt: skip
     x = {"low": 1.6, "high": 27, "log": True, "ticks": [2, 3, 4, 5, 7, 10, 15, 20], "label": "seconds a batch"}
     y = {"low": 0.42, "high": 0.86, "label": result["figure"]}

@@ -116,7 +116,7 @@ def seconds() -> str:
     y = head_bars(canvas, y + 6, "MAR-B N=2 T=100") + 22
     footer(
         canvas, y, f"{SCALED} Ratios are to the first bar of each group.",
-        "Eager code on the H100 waits for its launches, so compare with torch.compile, too. Random weights.",
+        "Eager code on the H100 is launch-bound, so compare with torch.compile as well. Random weights.",
         f"{source('generate-h100.json')}; {source('generate-cpu.json')};", f"{source('kernels-h100.json')}.",
     )  # fmt: skip
     canvas.height = y + 60

@@ -33,7 +33,7 @@ __all__ = [
 
 
 class CspdError(Exception):
-    """The base class of all errors here.
+    """The base class of all errors of this package.
 
     Example:
         >>> import cspd
@@ -47,7 +47,7 @@ class CspdError(Exception):
 
 
 class BackendUnavailable(CspdError, RuntimeError):
-    """The backend that was asked for cannot serve this call on this machine. The message says why.
+    """The requested backend cannot run this call on this machine. The message says why.
 
     Example:
         >>> import cspd
@@ -118,7 +118,7 @@ class WrongType(InvalidInput, TypeError):
 
 
 class WrongDtype(WrongType):
-    """A dtype is unknown, or not one that this place accepts. The message lists those that it does.
+    """The dtype is unknown, or not accepted here. The message lists the accepted dtypes.
 
     Example:
         >>> import cspd
@@ -157,7 +157,7 @@ class NotAModel(UnsupportedModel, TypeError):
 
 
 class CheckpointError(CspdError, ValueError):
-    """A file of weights does not hold what was asked for, or is damaged.
+    """A checkpoint file is damaged, or does not hold the requested weights.
 
     Example:
         >>> import cspd, pathlib, tempfile

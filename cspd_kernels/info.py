@@ -179,6 +179,7 @@ def collect() -> dict:
         "CSPD_PARALLEL": os.environ.get("CSPD_PARALLEL", "not set (as measured)"),
         "CSPD_CUDA_EMULATION": os.environ.get("CSPD_CUDA_EMULATION", "not set"),
         "CSPD_BACKEND": os.environ.get("CSPD_BACKEND", "not set (automatic)"),
+        "CSPD_LOG_LEVEL": os.environ.get("CSPD_LOG_LEVEL", "not set (warnings)"),
     }
 
 

@@ -6,6 +6,7 @@ import logging
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -28,7 +29,9 @@ def said(level: str | None, setup: str = "", before: str = "") -> list[str]:
     environment = {name: value for name, value in os.environ.items() if name != "CSPD_LOG_LEVEL"}
     environment |= {} if level is None else {"CSPD_LOG_LEVEL": level}
     code = before + "\n" + SAY.format(setup)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    place = Path(__file__).parent  # a clone's root would be taken for a second installation
+    options = dict(capture_output=True, text=True, env=environment, check=True, cwd=place)
+    done = subprocess.run([sys.executable, "-c", code], **options)
     assert done.stdout == ""
     return done.stderr.splitlines()
 

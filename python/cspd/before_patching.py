@@ -66,7 +66,7 @@ def _keep_loop(patch: HeadPatch, why: str) -> None:
         )
     except DiffersError as error:
         raise UnsupportedModel(
-            f"{patch.name} samples differently and is left unpatched: {why}; its network differs, too: {error}"
+            f"{patch.name} samples differently and is left unpatched: {why}; its network also differs: {error}"
         ) from None
     if patch.options.loop is None:
         _logger.warning("cspd.patch: %s %s: %s", patch.name, patch.network.outcome, why)

@@ -61,8 +61,8 @@ def load_mar(
             a hub.
         num_heads, patch_size, vae_stride: what the weights do not show, see :func:`mar_config`. Many files say patch
             size and stride themselves: training checkpoints in their ``args``, files of ``cspd convert`` in their
-            header, hub snapshots in the config.json of ``model.safetensors``. A value that you pass comes first. An
-            assumed patch size, that of the released models, gives a warning of the logger "cspd".
+            header, hub snapshots in the config.json of ``model.safetensors``. A value that you pass takes precedence.
+            An assumed patch size, that of the released models, gives a warning of the logger "cspd".
         dtype: of the weights, also by name ("bfloat16"). The default is float32.
         options: further arguments of :class:`cspd.models.MAR`, such as ``num_sampling_steps`` (100)
             and ``schedule`` ("cosine"). They are not taken from the file.
@@ -163,7 +163,7 @@ def _find(
     options: dict[str, Any],
 ) -> _Found:
     """Read a checkpoint and see that it fits; see :func:`load_mar`."""
-    weights = read_weights(find_file(Path(path), *MAR_FILE), entry)
+    weights = read_weights(find_file(Path(path), *MAR_FILE), entry, mar=True)
     try:
         patch, stride = _told(weights, patch_size, vae_stride)
         config = mar_config(weights.tensors, num_heads, patch, stride)

@@ -57,8 +57,8 @@ def _parser() -> argparse.ArgumentParser:
     for module in COMMANDS:
         module.add_parser(commands)
 
-    info = commands.add_parser("info", help="versions, devices and backends")
-    info.add_argument("--json", action="store_true")
+    info = commands.add_parser("info", help="print versions, devices and backends")
+    info.add_argument("--json", action="store_true", help="print JSON")
     info.set_defaults(run=_info)
     return parser
 

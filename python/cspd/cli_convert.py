@@ -17,9 +17,11 @@ def add_parser(commands) -> None:
         "--weights", choices=("model_ema", "model"), help="which weights to keep (default: model_ema if it is there)"
     )
     convert.add_argument(
-        "--patch-size", type=int, metavar="P", help="patch size to store; needed if the file does not say it"
+        "--patch-size", type=int, metavar="P", help="patch size to store; needed if the file does not state it"
     )
-    convert.add_argument("--vae-stride", type=int, metavar="S", help="VAE stride to store, if the file does not say it")
+    convert.add_argument(
+        "--vae-stride", type=int, metavar="S", help="VAE stride to store, if the file does not state it"
+    )
     convert.set_defaults(run=_convert)
 
 

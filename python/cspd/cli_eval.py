@@ -13,13 +13,16 @@ def add_parser(commands) -> None:
     """Add ``eval`` to the commands of :func:`cspd.cli.main`."""
     parser = commands.add_parser("eval", help="compute the FID of generated images with torch-fidelity's Inception")
     parser.add_argument(
-        "images", type=Path, metavar="DIR|FILE.npz", help="a folder of PNG files, or arr_0 with uint8 N x H x W x 3"
+        "images",
+        type=Path,
+        metavar="DIR|FILE.npz",
+        help="a folder of PNG files, or a file with arr_0, uint8 N x H x W x 3",
     )
     parser.add_argument(
         "--fid", type=Path, required=True, metavar="STATS.npz", help="reference statistics: mu and sigma"
     )
     parser.add_argument("--weights", type=Path, metavar="FILE", help="torch-fidelity's Inception weights")
-    parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="images at once (default 64)")
+    parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="batch size (default 64)")
     parser.add_argument("--device", default="auto", help="auto (the GPU if there is one; default), cpu, cuda, ...")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures as JSON")
     parser.set_defaults(run=run)

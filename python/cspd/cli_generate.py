@@ -26,18 +26,18 @@ def add_parser(commands) -> None:
     parser = commands.add_parser(
         "generate",
         help="draw a folder of images from MAR checkpoints, or from the digits pair",
-        description="Draw images from a MAR checkpoint. Without --target the digits pair draws. Start the same command "
-        "again to make what is missing. On several GPUs: torchrun --nproc_per_node 8 -m cspd generate ...",
+        description="Draw images from a MAR checkpoint, or without --target from the digits pair. Run the same command "
+        "again to make the missing images. On several GPUs: torchrun --nproc_per_node 8 -m cspd generate ...",
     )
     models = parser.add_argument_group("models")
     models.add_argument("--target", type=Path, metavar="FILE", help="MAR checkpoint (default: the digits pair)")
     models.add_argument("--draft", type=Path, metavar="FILE", help="draft checkpoint (default: the target draws alone)")
     models.add_argument("--vae", type=Path, metavar="FILE", help="MAR's VAE, which decodes latents to pictures")
     models.add_argument(
-        "--patch-size", type=positive, metavar="P", help="patch size, if the checkpoint does not say it"
+        "--patch-size", type=positive, metavar="P", help="patch size, if the checkpoint does not store it"
     )
     models.add_argument(
-        "--vae-stride", type=positive, metavar="S", help="VAE stride, if the checkpoint does not say it"
+        "--vae-stride", type=positive, metavar="S", help="VAE stride, if the checkpoint does not store it"
     )
     models.add_argument(
         "--num-sampling-steps", type=positive, help="denoising steps of a token (default 100; digits 40)"
@@ -72,8 +72,8 @@ def add_parser(commands) -> None:
     images.add_argument("--num-iter", type=positive, dest="steps", help=argparse.SUPPRESS)  # its old name
     images.add_argument("--cfg", type=float, default=1.0, help="guidance scale (default 1: no guidance)")
     images.add_argument("--cfg-schedule", choices=("linear", "constant"), default="linear", help="how guidance grows")
-    images.add_argument("--temperature", type=float, default=1.0)
-    images.add_argument("--seed", type=int, default=0)
+    images.add_argument("--temperature", type=float, default=1.0, help="scale of the noise (default 1)")
+    images.add_argument("--seed", type=int, default=0, help="the same seed draws the same images (default 0)")
     images.add_argument(
         "--batch-size", type=positive, metavar="B", help="images made together in one process (default: all of them, "
         "at most 64; from a checkpoint on a CPU at most 8)"
@@ -143,7 +143,7 @@ def add_parser(commands) -> None:
         type=tolerance,
         default="auto",
         metavar="{auto,off,NUMBER}",
-        help="make all denoising steps at once, in sweeps, until nothing changes by more than NUMBER (in (0, 1), "
+        help="compute all denoising steps at once, in sweeps, until nothing changes by more than NUMBER (in (0, 1), "
         "relative to the largest value). off: step by step. auto (default): sweeps to rounding where they were "
         "measured to be faster",
     )

@@ -11,9 +11,9 @@ _WIDTH = 42  # of a check's name
 
 def add_parser(commands) -> None:
     """Add the command to the subparsers ``commands``."""
-    parser = commands.add_parser("selftest", help="compare every backend that is here with the reference")
-    parser.add_argument("--quick", action="store_true", help="float32 alone, and no speculative decoding")
-    parser.add_argument("--json", action="store_true", help="print one JSON object in place of the lines")
+    parser = commands.add_parser("selftest", help="compare every available backend with the reference")
+    parser.add_argument("--quick", action="store_true", help="float32 only, without speculative decoding")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
     parser.set_defaults(run=_run)
 
 

@@ -18,10 +18,10 @@ def add_parser(commands) -> None:
     parser.add_argument("--draft", type=Path, metavar="FILE", help="draft checkpoint")
     parser.add_argument("--vae", type=Path, metavar="FILE", help="MAR's VAE, which decodes latents to pictures")
     parser.add_argument(
-        "--patch-size", type=_positive, metavar="P", help="patch size, if the checkpoints do not say it"
+        "--patch-size", type=_positive, metavar="P", help="patch size, if the checkpoints do not store it"
     )
     parser.add_argument(
-        "--vae-stride", type=_positive, metavar="S", help="VAE stride, if the checkpoints do not say it"
+        "--vae-stride", type=_positive, metavar="S", help="VAE stride, if the checkpoints do not store it"
     )
     parser.add_argument(
         "--num-sampling-steps", type=_positive, metavar="N", help="denoising steps of a token (default 100)"
@@ -39,14 +39,14 @@ def add_parser(commands) -> None:
         help="dtype of matrix products: bf16, fp16 or fp32 (default: bf16 on a GPU, fp32 on a CPU)",
     )
     parser.add_argument(
-        "--host", default="127.0.0.1", help="address to serve at (default 127.0.0.1: only this machine reaches it)"
+        "--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1: only this machine reaches it)"
     )
-    parser.add_argument("--port", type=_port, default=7860, help="port to serve at (default 7860)")
+    parser.add_argument("--port", type=_port, default=7860, help="port to listen on (default 7860)")
     parser.add_argument(
-        "--max-steps", type=_positive, metavar="N", help="most steps of one request (default 256; digits 16)"
+        "--max-steps", type=_positive, metavar="N", help="maximum steps per request (default 256; digits 16)"
     )
     parser.add_argument(
-        "--max-images", type=_positive, metavar="N", help="most images of one request (default 4; digits 16)"
+        "--max-images", type=_positive, metavar="N", help="maximum images per request (default 4; digits 16)"
     )
     parser.set_defaults(run=run)
 

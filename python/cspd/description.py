@@ -110,12 +110,12 @@ class Description:
 
 
 def describe(model: nn.Module) -> Description:
-    """What :func:`cspd.patch` finds in a model: sizes, types, the backend that would serve, what is not served and why.
+    """Describe what :func:`cspd.patch` finds in a model: sizes, dtypes, the backend, and what is not supported and why.
 
-    Changes nothing and runs none of the model's code.
+    This changes nothing and does not run the model's code.
 
     Raises:
-        NotAModel: it is no module.
+        NotAModel: the object is not a module.
 
     Example:
         >>> import cspd

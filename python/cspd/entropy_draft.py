@@ -23,12 +23,12 @@ class EntropyDraft:
     The first step of a window is always drafted, and no window is longer than ``most``. Nothing is kept between runs,
     and a seed gives the same images again.
 
-    The idea is Drift-AR's entropy-informed speculation (Zou et al. 2026, arXiv 2603.28049), known to us by summaries of
-    it. Its own rule may differ. On the digits of ``cspd.demo`` the target rejects drafts of low entropy. The mean
-    entropy is 0.82, and its rank correlation with the log ratio of the draft's own tokens is +0.43. At the defaults 30
-    % of the steps lie below the threshold. Their expected acceptance at relaxation 1 is 0.29, that of the others 0.48,
-    with one token a step (0.24 and 0.31 with two). ``ends="above"`` with a factor > 1 is for drafts that fail where
-    they do not know where to look.
+    The idea is Drift-AR's entropy-informed speculation (Zou et al. 2026, arXiv 2603.28049), which we know only from
+    summaries. Its own rule may differ. On the digits of ``cspd.demo`` the target rejects drafts of low entropy. The
+    mean entropy is 0.82, and its rank correlation with the log ratio of the draft's own tokens is +0.43. At the
+    defaults 30 % of the steps lie below the threshold. Their expected acceptance at relaxation 1 is 0.29, that of the
+    others 0.48, with one token a step (0.24 and 0.31 with two). ``ends="above"`` with a factor > 1 is for drafts that
+    fail where they do not know where to look.
 
     It is for ``SpecDecodeRunner.run(gamma=...)``. In strict verification every image ends its own window, on the
     device: later steps are not judged. With ``verify="window"`` the mean entropy of the batch decides for all images.

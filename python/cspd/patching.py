@@ -47,22 +47,22 @@ def patch(
     classes, other models, ``state_dict``, ``isinstance``, device moves and copies are as before. Patching again
     replaces the options.
 
-    **What is taken over.** These loops of the diffusion objects that the model holds: ``p_sample_loop``,
+    **What is replaced.** These loops of the diffusion objects that the model holds: ``p_sample_loop``,
     ``ddim_sample_loop``, and ``p_sample_loop_with_noise`` of MarkXCloud/CSpD (its distribution manager is filled as
-    before). The head's own ``sample`` runs as it is. If it is a loop of its own that is known (:mod:`cspd.samplers`),
-    it is taken over itself. The kernels compute learned and fixed variances, networks that predict the noise, x0 or v,
-    limits of x0, and guidance of two or three groups of rows. Tokens may have any rank, and the network's own modules
-    may embed further inputs.
+    before). The head's own ``sample`` runs as it is. If it has its own loop and the package knows that loop
+    (:mod:`cspd.samplers`), the loop itself is replaced. The kernels compute learned and fixed variances, networks that
+    predict the noise, x0 or v, limits of x0, and guidance of two or three groups of rows. Tokens may have any rank, and
+    the network's own modules may embed further inputs.
 
     **What is compared.** Before anything is changed, a small copy of each head with random weights samples with and
-    without the kernels. Where a head may be read in several ways, the way that agrees is taken. If the head's own code
+    without the kernels. If a head can be read in several ways, the reading that agrees is used. If the head's own code
     does not run here, the comparison happens at the first call that can run it.
 
     **What runs its own code.** A loop that does anything else, and a network that computes more than its weights say
     (hooks, replaced or computed layers). The log says why, once. A head keeps its loop if that is none of the above (a
     solver or a scheduler of its own), or if its tokens differ. Then the network's ``forward`` is taken over: the
-    kernels make each of the loop's calls (docs/loops.md). The log and :func:`describe` say so. A network that differs,
-    too, is refused.
+    kernels make each of the loop's calls (docs/loops.md). The log and :func:`describe` say so. If the network differs
+    as well, the head is refused.
 
     Under guidance 2N rows come back as before. The last N, which callers drop, repeat the first. On a GPU this adds no
     synchronisation. Weights are checked at every call, so they are never stale.
@@ -80,13 +80,13 @@ def patch(
             and stores no noise of the steps; in a captured graph it is the same at every replay.
         weights: ``"live"`` sees every change at the next call. ``"frozen"`` checks nothing after the first call, for
             serving: patch again after a change.
-        parallel_tol: as in :func:`cspd_kernels.denoise`. None makes the denoising steps one after the other. A number
-            makes all at once, to about that accuracy, relative to the largest value. Looser than rounding, it is not
-            exact any more. The comparison above is always of single steps.
+        parallel_tol: as in :func:`cspd_kernels.denoise`. None computes the denoising steps one by one. A number
+            computes all at once, to about that accuracy, relative to the largest value. If it is looser than rounding,
+            the result is no longer exact. The comparison above is always of single steps.
         whole: also take over ``sample_tokens`` of the MAR model around the head, by :func:`cspd.sample_tokens`. The
             same seeds give the same images, and on a GPU a step is one launch. The loop and the transformer are first
-            compared with the model's own. The model's own method runs, with the patched head, where they differ, in
-            training mode and with hooks; the log says why. ``dtype`` also holds for the transformer's products.
+            compared with the model's own. The model's own method runs, with the patched head, if they differ, if
+            there are hooks, or in training mode. The log says why. ``dtype`` also applies to the transformer.
         compile: with ``whole``, run the transformer's blocks under ``torch.compile``, on a GPU.
         sampler: ``"ddim"`` (arXiv 2010.02502) in place of the loop's own steps. None keeps those. This and the next two
             options change the tokens, and the log says so once. The head's other code stays exact as above.
@@ -102,8 +102,8 @@ def patch(
 
     Raises:
         UnsupportedModel: there is nothing to patch, or a network computes something else. InvalidInput: an option that
-            does not exist, or weights that are not finite. BackendUnavailable: the backend cannot serve. Nothing was
-            changed.
+            does not exist, or weights that are not finite. BackendUnavailable: the backend cannot be used. In each
+            case nothing was changed.
 
     Example:
         >>> import cspd, torch
@@ -125,7 +125,7 @@ def patch(
 
 
 def unpatch(model: nn.Module) -> nn.Module:
-    """Undo :func:`patch`; a model that is not patched is left as it is. Returns the model.
+    """Undo :func:`patch` and return the model. A model that is not patched stays as it is.
 
     Example:
         >>> import cspd, torch
@@ -172,10 +172,10 @@ def patched(
     sampling_steps: int | tuple[int, int] | None = None,
     loop: str | None = None,
 ) -> Iterator[nn.Module]:
-    """Patch for the length of a ``with`` block; afterwards the model is as it was, also after an exception.
+    """Patch a model for one ``with`` block. Afterwards the model is restored, also after an exception.
 
-    Blocks may overlap, in several threads too: the last one to begin decides the options, and the model
-    is patched until the last one ends.
+    Blocks may overlap, also in several threads. The block that begins last decides the options. The model stays
+    patched until the last block ends.
 
     Example:
         >>> import cspd, torch

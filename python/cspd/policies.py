@@ -168,15 +168,15 @@ class SimilarityRelaxation:
 
 
 class AdaptiveDraft:
-    """Number of steps of the next window, from how well the windows before were accepted.
+    """Chooses the number of steps of the next window from the acceptance of earlier windows.
 
     The policy learns the expected acceptance e_k of the k-th step of a window from the windows of the run so far. The
     first window that has such a step sets it, and every later one moves it::
 
         e_k <- memory e_k + (1 - memory) a_k
 
-    Here a_k is the mean acceptance of that step. A window that ends before step k moves e_k towards 1 likewise, so that
-    a step that has failed is tried again. The next window ends before the first step whose expectation is below
+    Here a_k is the mean acceptance of that step. A window that ends before step k moves e_k towards 1 in the same way,
+    so that a failed step is tried again. The next window ends before the first step whose expectation is below
     ``bound``. Steps that no window has reached count as accepted. But no window is longer than twice the longest so
     far, or than ``most``, or shorter than 1.
 

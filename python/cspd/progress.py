@@ -16,10 +16,10 @@ class Meter(Protocol):
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run is, for ``callback=`` of :meth:`cspd.SpecDecodeRunner.run` and :func:`cspd.sample_tokens`.
+    """Progress of a run, for the ``callback=`` of :meth:`cspd.SpecDecodeRunner.run` and :func:`cspd.sample_tokens`.
 
-    The callback gets one after every part of the run. It is called on the host, between launches. A GPU may not have
-    finished those yet. Reading :attr:`acceptance` waits for the device; nothing else here does.
+    The callback receives one after every part of the run. It is called on the host, between launches. A GPU may not
+    have finished those yet. Reading :attr:`acceptance` synchronises. Nothing else here does.
 
     Attributes:
         phase: what was launched last. ``"prefill"``: a step of the target alone. ``"draft"``: a step of the draft.

@@ -112,9 +112,9 @@ class StandIn:
         if "module" in vars(self):  # else it is being read from a pickle
             original = self.original(name)
             function = functools.wraps(getattr(original, "__func__", original))(method)
-            parameters = inspect.signature(original).parameters.values()
+            own = inspect.signature(original)
             watched = inspect.Parameter("watched", inspect.Parameter.POSITIONAL_ONLY)
-            function.__signature__ = inspect.Signature([watched, *parameters])
+            function.__signature__ = own.replace(parameters=[watched, *own.parameters.values()])
             function.__name__ = name
         return MethodType(method, self)
 

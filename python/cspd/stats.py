@@ -28,10 +28,10 @@ class RunStats:
             nothing was drafted.
         raw_acceptance: mean of min(1, r) over the first candidates of the same tokens, at relaxation 1.
         acceptance_per_window, raw_acceptance_per_window: the same for each window.
-        fallback: fraction of drafted tokens that took the target's own sample. The redraw was out of tries, or had no
+        fallback: fraction of drafted tokens that took the target's own sample. The redraw ran out of tries, or had no
             closed form. At temperature 0 these are all tokens that were not accepted.
         target_calls, draft_calls: passes through each transformer with its head. Strict runs include the steps that
-            were undone. Windows leave out the step that a :class:`cspd.EntropyDraft` has drawn and dropped.
+            were undone. Windows do not count the step that a :class:`cspd.EntropyDraft` drew and dropped.
         gammas: drafted steps of each window. Strict runs include those that were undone.
         drafted, prefilled: tokens that the draft drew first, and tokens that the target drew alone.
         seconds: by phase. ``"draft"``; ``"target"``: pre-filling and the target's passes that verify; ``"verify"``: the
@@ -40,7 +40,7 @@ class RunStats:
         probability: (B, L) float32 on the device: min(1, r) of the first candidate of each drafted token, at relaxation
             1. ``raw_acceptance`` is its mean over the drafted tokens. 1 where the target drew alone.
         verify: the runner's. rounds: number of windows.
-        steps_per_round: steps that a window moves an image on, the mean over windows and over images that are not done.
+        steps_per_round: steps by which a window advances an image, the mean over windows and unfinished images.
             None without windows.
         target_rows: prefixes that the target looked at to verify. One for each image and window; in strict runs one for
             every drafted step of each branch. Guidance doubles them.

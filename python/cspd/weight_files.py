@@ -55,16 +55,19 @@ class Weights:
     prefix: str = ""
 
 
-def read_weights(path: Path, entry: str | None = None) -> Weights:
+def read_weights(path: Path, entry: str | None = None, mar: bool = False) -> Weights:
     """The state dict in a file, checked: floating tensors in their own shapes, under names of one prefix.
 
     Args:
         entry: the entry of a training checkpoint to take. By default the first of model_ema, model and state_dict.
+        mar: a MAR's weights are wanted: a VAE's are refused by name.
 
     Raises:
         FileNotFoundError: no such file. ValueError: it holds no such state dict.
     """
     weights = read_unchecked(path, entry)
+    if mar and isinstance(weights.tensors, dict) and _is_a_vae(weights.tensors):
+        raise CheckpointError(f"expected the state dict of a MAR model in {path}, got a VAE")
     check_weights(weights.tensors, path)
     prefix = _common_prefix(weights.tensors, path)
     if prefix:
@@ -144,6 +147,12 @@ def _facts(arguments: object) -> dict[str, int]:
     found = {name: arguments[name] for name in FACTS if name in arguments}
     texts = {name: str(value) for name, value in found.items() if isinstance(value, (int, str))}
     return {name: int(text) for name, text in texts.items() if re.fullmatch(r"[1-9]\d{0,8}", text)}
+
+
+def _is_a_vae(state: dict[str, torch.Tensor]) -> bool:
+    """Whether a state dict has a VAE's names and none of a MAR's. Asked first: a VAE's file also has integers."""
+    names = [name for name in state if isinstance(name, str)]
+    return any(name.endswith(VAE_FILE[0]) for name in names) and not any(name.endswith(MAR_FILE[0]) for name in names)
 
 
 def check_weights(state: object, path: Path) -> None:

@@ -263,10 +263,10 @@ def test_an_interrupt_leaves_a_run_that_goes_on(tmp_path, quick, capsys, monkeyp
     assert main([*TEN, str(tmp_path / "whole")]) == 0
     make = Models.make
 
-    def interrupted(self, number, pixels):
+    def interrupted(self, number, pixels, callback=None):
         if number == 2:
             raise KeyboardInterrupt
-        return make(self, number, pixels)
+        return make(self, number, pixels, callback)
 
     monkeypatch.setattr(Models, "make", interrupted)
     out = tmp_path / "out"

@@ -116,7 +116,7 @@ class LouderHead(FlowHead):
 def test_a_network_that_computes_something_else_is_refused_with_the_figure(loop):
     head = ready(LouderHead)
     before = state(head)
-    with pytest.raises(ValueError, match=r"left unpatched: .*its network differs, too: .* by 0.091 of the largest"):
+    with pytest.raises(ValueError, match=r"left unpatched: .*its network also differs: .* by 0.091 of the largest"):
         cspd.patch(head, loop=loop)
     assert not cspd.is_patched(head)
     assert unchanged(before, state(head))

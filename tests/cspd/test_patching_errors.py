@@ -41,7 +41,7 @@ def test_other_arithmetic_is_seen_on_fresh_weights_too():
     cspd.patch(head)
     cspd.unpatch(head)
     head.net.time_embed.__class__ = Swapped
-    with pytest.raises(ValueError, match=r"left unpatched: its sample .* its network differs, too: .* differ by"):
+    with pytest.raises(ValueError, match=r"left unpatched: its sample .* its network also differs: .* differ by"):
         cspd.patch(head)
 
 

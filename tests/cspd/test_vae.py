@@ -332,3 +332,10 @@ def test_folders_and_unfitting_weights(tmp_path, checkpoint, diffusers):
 
 def test_the_marker_is_the_released_name():
     assert vae._MARKER in released()
+
+
+def test_a_vae_in_the_place_of_a_mar_is_named(tmp_path):
+    path = tmp_path / "kl16.ckpt"
+    torch.save({"model": with_the_rest(released())}, path)
+    with pytest.raises(ValueError, match=r"expected the state dict of a MAR model in .*kl16\.ckpt, got a VAE$"):
+        cspd.load_mar(path)

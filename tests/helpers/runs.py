@@ -7,6 +7,8 @@ from types import SimpleNamespace
 
 import torch
 
+from cspd.output import SampleOutput
+
 TEN = ["generate", "--num-images", "10", "--batch-size", "4", "--latents", "--out"]
 GOES_ON = "what was written stays; run the same command again to make the rest"
 
@@ -21,7 +23,8 @@ class Runner:
 
     def run(self, count, steps, gamma, schedule, labels, temperature, cfg, *, seed, first_image, callback=None):
         Runner.runs.append((count, first_image, labels.tolist()))
-        return torch.stack([self.image(seed, first_image + i) for i in range(count)])
+        images = torch.stack([self.image(seed, first_image + i) for i in range(count)])
+        return SampleOutput.of(images, self.stats)
 
     def image(self, seed, number):
         return torch.rand(self.size, generator=torch.Generator().manual_seed(1000 * seed + number)) * 2 - 1

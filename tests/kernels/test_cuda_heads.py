@@ -282,5 +282,5 @@ def test_every_field_is_looked_at(make):
         weight = getattr(head.blocks[1], name)
         shifted = weight.new_empty(weight.numel() + 1)[1:].view_as(weight)
         blocks = (head.blocks[0], replace(head.blocks[1], **{name: shifted}), *head.blocks[2:])
-        assert f"blocks[1].{name} lies 4 bytes behind" in cuda.why_unsupported(replace(head, blocks=blocks))
+        assert f"blocks[1].{name} lies 4 bytes after one" in cuda.why_unsupported(replace(head, blocks=blocks))
     assert isinstance(head, DiffusionHead)

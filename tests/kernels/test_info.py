@@ -12,7 +12,7 @@ import cspd_kernels
 from cspd_kernels import backends, crossover, cuda_support, info
 
 KEYS = {"cspd-kernels", "python", "platform", "torch", "triton", "numpy", "gpus", "backends", "CSPD_BACKEND"}
-KEYS |= {"cuda extension", "chosen", "CSPD_PERSISTENT_MAX_TOKENS", "CSPD_PARALLEL"}
+KEYS |= {"cuda extension", "chosen", "CSPD_PERSISTENT_MAX_TOKENS", "CSPD_PARALLEL", "CSPD_LOG_LEVEL"}
 
 
 def broken(*_):

@@ -60,18 +60,18 @@ def percent(value: float | None) -> str:
 def glossary(setting: dict) -> dict[str, str]:
     """A line for each word."""
     return {
-        "target": "the model whose images you want. It draws 16 tokens an image, each of 2x2 pixels.",
+        "target": "the model whose images you want. It draws 16 tokens per image, each of 2x2 pixels.",
         "draft": "a smaller, faster model that imitates the target.",
         "speculative": "the draft draws a window of steps, then one call of the target accepts or redraws each token.",
         "gamma": "the most autoregressive steps in a window.",
-        "calls": "how often a run calls each model. A call of the target is what costs time in large models.",
+        "calls": "how often a run calls each model. In large models the target's calls take the time.",
         "seconds": f"the median of {setting['timed_runs']} runs of {setting['timed_images']} images each; in brackets "
         "the fastest and the slowest.",
-        "acceptance": "the acceptance rate, the share of drafted tokens that were kept. Strict rows relax nothing. "
-        f"The others have a relaxation of {setting['relaxation']:g}, which keeps more.",
+        "acceptance": "the acceptance rate, the share of drafted tokens that were kept. Strict rows have no "
+        f"relaxation. The others have a relaxation of {setting['relaxation']:g}, which keeps more.",
         "raw acceptance": "the mean acceptance probability without relaxation.",
         "distance": f"the Frechet distance of all {setting['num_images']} images to the real digits, in pixels. Lower "
-        "is closer. Few images make it larger.",
+        "is closer. With few images it is larger.",
     }
 
 
@@ -83,7 +83,7 @@ def footnotes(strict: bool) -> list[str]:
             f"Strict verification is exact: up to rounding, its digits have exactly the distribution of {NOISY!r}.",
             "The other speculative rows are approximate.",
         ]
-    return [*notes, "These models are tiny. Look at how it works, not at the time that it saves."]
+    return [*notes, "These models are tiny. Look at how it works, not at the time it saves."]
 
 
 def picture_notes(setting: dict) -> list[str]:

@@ -73,20 +73,20 @@ def sample_tokens(
             ``torch.manual_seed(seed)`` and ``numpy.random.seed(seed % 2**32)``. The global generators stay as they are.
             By default the numbers come from the global generators, as the model's own method draws them.
         generator: a :class:`torch.Generator` that the seed is drawn from, in place of ``seed``. The seed is
-            ``torch.randint(2**63 - 1, (), generator=generator)``, so every call with it gets another one.
+            ``torch.randint(2**63 - 1, (), generator=generator)``, so every call gets a different seed.
         callback: called with a :class:`cspd.Progress` after every step. To stop early, raise an exception in it: it
             comes out of this call, and the next call starts afresh.
         dtype: type of the matrix products' operands in transformer and head, also by name ("bfloat16"). By default it
             is the autocast dtype, or the dtype of the weights. The residual streams stay float32.
         backend, noise, parallel_tol: as in :func:`cspd.patch`.
         compile: run the transformer's blocks under ``torch.compile``, on a GPU. It takes about a minute at first.
-        sampler, eta, sampling_steps: as in :func:`cspd.patch`. The images are then others than the model's own.
+        sampler, eta, sampling_steps: as in :func:`cspd.patch`. The images then differ from the model's own.
 
     Returns:
         (bsz, c, h, w) float32 latents. A tensor, and also ``.images``; ``.stats`` is None.
 
     Raises:
-        NotAModel: the object is no such model. InvalidInput: an argument is out of range. Nothing was drawn.
+        NotAModel: the object is not such a model. InvalidInput: an argument is out of range. Nothing was drawn.
         NotServedError: the model computes something else. The message says what. ``cspd.patch(model, whole=True)`` runs
             the model's own method in this case.
 
