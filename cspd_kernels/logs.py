@@ -41,6 +41,8 @@ class _LogOnce:
         if message in self._told:
             return
         with self._lock:
+            if message in self._told:  # by another thread, meanwhile
+                return
             self._told.add(message)
             slow = slow_on is not None and slow_on.type == "cuda"
             known = bool(cause) and any(cause in other for other in self._causes)

@@ -42,9 +42,9 @@ class Meter:
 
     def read(self) -> float | None:
         """The acceptance now; the host waits for the device."""
-        sums = self._add_up()
-        if sums is not None:
-            self._latest = _read(sums)
+        self._add_up()
+        if self._sums is not None:  # latest() may have added up what has not come to the host yet
+            self._latest, self._flying = _read(self._sums), False
         return self._acceptance()
 
     def latest(self) -> float | None:

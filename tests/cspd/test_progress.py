@@ -202,6 +202,12 @@ def test_a_meter_reads_what_has_arrived_and_never_waits(monkeypatch):
     assert meter.latest() == 4 / 8
     assert meter.latest() == 4 / 8
     assert cuda.log == []  # the host waited for no event
+    event.arrived = False
+    recorder.window(torch.tensor([0.0, 2.0, 0.0, 0.0]), 2, 2, 1)
+    assert meter.latest() == 4 / 8  # a copy of the third window is in flight
+    assert meter.read() == 4 / 10  # who waits gets that window all the same
+    event.arrived = True
+    assert meter.latest() == 4 / 10
 
 
 def test_acceptance_so_far_is_that_of_the_statistics():
