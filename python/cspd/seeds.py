@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 
-from cspd_kernels.errors import InvalidInput, WrongType
+from cspd_kernels.errors import CspdError, InvalidInput, WrongType
 from cspd_kernels.noise import check_seed
 
 
-def drawn_seed(who: str, seed: int | None, generator: torch.Generator | None) -> int | None:
-    """The seed that a call means: ``seed``, or one that is drawn from ``generator``; None where neither is given.
+@contextlib.contextmanager
+def drawn_seed(who: str, seed: int | None, generator: torch.Generator | None) -> Iterator[int | None]:
+    """The seed that a call means: ``seed``, or one that is drawn from ``generator``. None if neither is given.
 
     From a generator comes ``torch.randint(2**63 - 1, (), generator=generator)``, on the generator's device. That moves
     the generator on, so that the next call with it gets another seed. For a generator on a GPU the host waits here,
-    before the run has launched anything.
+    before the run has launched anything. A call that is refused leaves the generator as it was.
 
     Raises:
         InvalidInput: both are given, or the seed is out of range. WrongType: ``generator`` is no generator.
@@ -24,12 +27,18 @@ def drawn_seed(who: str, seed: int | None, generator: torch.Generator | None) ->
     if generator is None:
         if seed is not None:
             check_seed(seed)
-        return seed
+        yield seed
+        return
     if seed is not None:
         raise InvalidInput(f"{who} expected seed or generator, got both")
     if not isinstance(generator, torch.Generator):
         raise WrongType(f"{who} expected generator as a torch.Generator, got {type(generator).__name__}")
-    return int(torch.randint(2**63 - 1, (), generator=generator, device=generator.device))
+    before = generator.get_state()
+    try:
+        yield int(torch.randint(2**63 - 1, (), generator=generator, device=generator.device))
+    except CspdError:
+        generator.set_state(before)
+        raise
 
 
 class Shuffles(Protocol):

@@ -294,7 +294,7 @@ class SpecDecodeRunner:
             >>> state.prefilled, len(state.plan.steps), state.tokens.shape
             (2, 8, torch.Size([1, 16, 4]))
         """
-        seed = drawn_seed("run", seed, generator)
-        return begin_run(
-            self, self._pair, bsz, steps, cfg_schedule, labels, temperature, cfg, seed, first_image, orders
-        )
+        with drawn_seed("run", seed, generator) as drawn:
+            return begin_run(
+                self, self._pair, bsz, steps, cfg_schedule, labels, temperature, cfg, drawn, first_image, orders
+            )

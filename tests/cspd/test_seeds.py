@@ -63,6 +63,19 @@ def test_a_seed_leaves_the_global_generators(run):
     assert torch.isfinite(run(seed=2**64 - 1)).all()
 
 
+def test_a_refused_call_leaves_the_generator(pair):
+    generator, runner = torch.Generator().manual_seed(7), cspd.SpecDecodeRunner(*pair)
+    state = generator.get_state()
+    for refused in (
+        lambda: runner.run(2, 0, 2, generator=generator),
+        lambda: cspd.sample_tokens(pair[1], 2, 0, generator=generator),
+        lambda: cspd.sample_tokens(pair[1], -1, 3, generator=generator),
+    ):
+        with pytest.raises(cspd.CspdError):
+            refused()
+        assert torch.equal(generator.get_state(), state)
+
+
 def test_both_are_refused_before_anything_happens(run):
     generator = torch.Generator().manual_seed(7)
     state, before = generator.get_state(), states()

@@ -107,7 +107,14 @@ def sample_tokens(
     sampling = Sampling(sampler, eta, sampling_steps)
     options = SampleOptions(dtype, backend, noise, parallel_tol, compile, sampling)
     options.check()
-    seed = drawn_seed("sample_tokens", seed, generator)
+    with drawn_seed("sample_tokens", seed, generator) as drawn:
+        chosen = _sampler_of(model, options)
+        images = chosen.sample(bsz, num_iter, cfg, cfg_schedule, labels, temperature, progress, drawn, callback)
+    return SampleOutput.of(images)
+
+
+def _sampler_of(model: nn.Module, options: SampleOptions) -> Sampler:
+    """The model's sampler with these options, kept from call to call."""
     with _lock:
         kept = vars(model).get(_SAMPLERS) if isinstance(model, nn.Module) else None
         if kept is None or options not in kept or kept[options].model is not model:
@@ -117,6 +124,5 @@ def sample_tokens(
             while len(kept) > _MOST_SAMPLERS:
                 kept.popitem(last=False)
         kept.move_to_end(options)
-        chosen = kept[options]
-    images = chosen.sample(bsz, num_iter, cfg, cfg_schedule, labels, temperature, progress, seed, callback)
-    return SampleOutput.of(images)
+        chosen: Sampler = kept[options]
+        return chosen
