@@ -6,7 +6,6 @@ import argparse
 from pathlib import Path
 
 from .cli_support import dtype
-from .devices import usable_device
 from .errors import InvalidInput
 
 
@@ -91,6 +90,7 @@ def load_studio(args):
     """The models that the command line names."""
     import torch
 
+    from .devices import usable_device
     from .serve import Limits, Studio
 
     digits = args.target is None
