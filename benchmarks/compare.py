@@ -8,8 +8,9 @@ It marks what moved beyond both spreads: p20 to p80 of one run lies outside p20 
     missing, new     the case is in one file only
     baseline ...     what a row is compared with moved: then the machine may be another one, or busy
 
-The exit status is 1 where something is slower or wrong, 2 where the files cannot be compared, else 0. Files of
-different devices are refused, unless --anyway is given. Other numbers of threads or versions of PyTorch give a warning.
+The exit status is 1 where something is slower or wrong, else 0. It is 2 where the files cannot be compared, as when
+they have no case in common. Files of different devices are refused, unless --anyway is given. Other numbers of threads
+or versions of PyTorch give a warning.
 Any file of rows with medians, p20 and p80 can be compared.
 """
 
@@ -190,13 +191,13 @@ def judged(case: str, old: Timed | None, new: Timed | None, least: float) -> Mov
     if new is None or old is None:
         only = new or old
         if new is not None and new.wrong:
-            return Moved(case, "wrong", None, new.median, new.wrong)
+            return Moved(case, "wrong", None, new.median if math.isfinite(new.median) else None, new.wrong)
         what = "missing" if new is None else "new"
         baseline = "baseline " if case.startswith("baseline ") else ""
         return Moved(case, what, old and old.median, new and new.median) if not baseline and only else None
     if new.wrong:
         note = f"{new.wrong}{', as before' if old.wrong else ''}"
-        return Moved(case, "wrong", old.median, new.median, note)
+        return Moved(case, "wrong", old.median, new.median if math.isfinite(new.median) else None, note)
     if old.wrong:
         return Moved(case, "right again", None, new.median)
     enough = abs(new.median - old.median) > least / 100 * old.median
@@ -234,8 +235,10 @@ def main(given: list[str] | None = None) -> int:
             raise NotComparableError(f"{differ['device']}; --anyway compares them nevertheless")
         both = len(set(timings(old)) & set(timings(new)))
         moved = compare(old, new, args.least)
-        if not both and not moved:
+        if not timings(old) and not moved:
             raise NotComparableError("expected rows with a median, p20 and p80, got none")
+        if not both and not any(one.what in FAILING for one in moved):
+            raise NotComparableError("expected cases that are in both files, got none")
     except NotComparableError as error:
         print(error, file=sys.stderr)
         return 2

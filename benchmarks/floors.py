@@ -8,17 +8,20 @@ Bytes and operations are counted from the sizes:
   the modulations and of the condition are read once a call. So are the tokens' conditions, their noise and results.
 - **A chain in sweeps.** The same, with a sweep in place of a step. Sweep k computes all steps but the first k - 1.
 - **evaluate.** Every weight is read once, but for the condition's, which the op may keep from the call before.
-- **One block.** The weights of its two products are read once.
-- **log_density_ratio, accept_reject.** Every value that decides is read once, and every result written once.
+- **One block.** The weights of its two products and the modulations are read once. The residual stream may stay on
+  the chip from one block to the next.
+- **log_density_ratio, accept_reject.** Every value that decides is read once, and every result written once. A sigma
+  that draft and target share is one value.
 - **Operations** are those of the matrix products alone, two for a multiplication with its addition.
 
 The floor holds no launch, no wait, no activation function, no random number and no value that may stay on the chip. It
 assumes that weights are read again at every step. A kernel that kept a whole head on the chip could be below it.
 
 The rate of memory is the faster of a copy and a sum by PyTorch. Their size is that of what a call reads again and
-again. So a head that fits a cache is counted at the rate of that cache. What is read once comes from memory on a GPU,
-as the benchmarks empty the cache first. The rate of products is that of one large square product of the same type.
-Both are the best of several runs, as a floor must not be too high.
+again, rounded down to a power of two: less memory is never slower. So a head that fits a cache is counted at the rate
+of that cache. What is read once comes from memory on a GPU, as the benchmarks empty the cache first. The rate of
+products is that of one large square product of the same type. Both are the best of several runs, as a floor must not be
+too high.
 """
 
 from __future__ import annotations
@@ -109,7 +112,7 @@ def block_work(head: DiffusionHead, rows: int) -> Work:
     """Of one block, where all blocks of a head run one after the other."""
     block = head.blocks[0]
     own = bytes_of([block.weight0, block.weight1])
-    values = rows * head.width * (4 + 4 + 3 * block.weight0.element_size())  # h read and written, modulations
+    values = rows * head.width * 3 * block.weight0.element_size()  # shift, scale and gate
     return Work(own + values, rows * products([block.weight0, block.weight1]), head.dtype, own * head.depth)
 
 
@@ -118,9 +121,9 @@ def ratio_work(tokens: int, channels: int) -> Work:
     return _judged(4 * tokens * (5 * channels + 3))
 
 
-def verdict_work(tokens: int, channels: int) -> Work:
+def verdict_work(tokens: int, channels: int, shared_sigma: bool = False) -> Work:
     """Of ``accept_reject``: what the ratio reads and the address, then token, flag, tries and ratio."""
-    read, written = 4 * (5 * channels + 2) + 8, 4 * channels + 1 + 4 + 4
+    read, written = 4 * ((4 if shared_sigma else 5) * channels + 2) + 8, 4 * channels + 1 + 4 + 4
     return _judged(tokens * (read + written))
 
 
@@ -145,7 +148,7 @@ class Rates:
 
     def _size(self, work: Work) -> int:
         size = LARGEST if work.once and self.device.type == "cuda" else work.among
-        power = 1 << (max(1, round(size)) - 1).bit_length()
+        power = 1 << max(1, round(size)).bit_length() - 1
         return min(max(power, SMALLEST[self.device.type]), LARGEST)
 
     @functools.cache  # noqa: B019  (one object a run)

@@ -127,7 +127,7 @@ def verdicts(cases: list[Case], device: torch.device) -> Group:
         contenders.append(
             Contender(
                 name, make, case.baselines, lambda _, backend=backend: error(backend), 1e-3,
-                verdict_work(tokens, CHANNELS),
+                verdict_work(tokens, CHANNELS, shared_sigma=residual == "closed_form"),
             )
         )  # fmt: skip
     baselines = {name: lambda: looped_accept_reject for name in cases[0].baselines}

@@ -118,6 +118,18 @@ def test_cases_of_one_file_alone_are_named(compared):
     assert [line.split()[0] for line in out.splitlines()] == ["missing", "new", "2"]
 
 
+@pytest.mark.parametrize("after", [[], [row(size="MAR-B N=3")]])
+def test_files_without_a_case_in_common_guard_nothing(compared, after):
+    code, out, err = compared([row()], after)
+    assert (code, out, err) == (2, "", "expected cases that are in both files, got none\n")
+
+
+def test_json_has_no_nan(compared):
+    code, out, _ = compared([row()], [row(math.nan)], "--json")
+    ((moved),) = json.loads(out, parse_constant=pytest.fail)["moved"]
+    assert (code, moved["what"], moved["new"]) == (1, "wrong", None)
+
+
 def test_a_baseline_that_moved_is_told_and_is_no_failure(compared):
     moved = {"baseline_seconds": 8.0, "baseline_p20": 7.9, "baseline_p80": 8.1}
     code, out, _ = compared([row()], [row() | moved])
