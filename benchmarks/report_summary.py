@@ -74,7 +74,7 @@ def headline() -> str:
     demo = load("demo-cpu.json")
     (target, *_), _, speculative = demo_rows(demo)
     lines.append([
-        f"**no gain:** `SpecDecodeRunner`: {demo['num_images']} digits, gamma {speculative['gamma']}",
+        f"**no gain:** `SpecDecodeRunner`: {demo['timed_images']} digits, gamma {speculative['gamma']}",
         cpu(demo["threads"]),
         f"the target alone {time(target['seconds'])}", time(speculative["seconds"]),
         times(target["seconds"] / speculative["seconds"]),
